@@ -1,0 +1,366 @@
+"""Every knob of mae_dist: frozen dataclasses with units, how they are read, checked, compared and written.
+
+Promises: a key that does not exist, a value of the wrong type and values that contradict each other are refused here,
+in one sentence, before anything else happens. Imports no torch, so that a mistake is answered in a fraction of a second
+and a login node can check a run. Nothing outside this file knows OmegaConf.
+
+The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim` and `knn` change the result and are
+what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at every start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "knn")
+"""Sections whose values decide the result of a run."""
+
+WHERE_DATA_LIES = ("path", "test_path")
+"""Fields of `data` that say where, not what: the content itself is compared by the index's fingerprint."""
+
+RANDOM = "random"
+"""What `from=` says for a backbone that starts from random initialisation."""
+
+
+def knob(default: T, text: str) -> T:
+    """A field with its default and the sentence that `--help` shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = knob("???", "folder with a dataset.json, or a glob of indexed tars")
+    split: str = knob("train", "split to train on (of a folder)")
+    test_path: str | None = knob(None, "where the test split lies, if not in path (needed with a glob)")
+    test_split: str = knob("test", "split to evaluate on (of a folder)")
+    shuffle_window: int = knob(64, "shards whose samples are shuffled together")
+    max_bad: float = knob(0.001, "share of unreadable samples at which the run ends (0 to 1)")
+    mean: tuple[float, float, float] | None = knob(None, "channel means in 0..1; none: from the start, else dataset.json")
+    std: tuple[float, float, float] | None = knob(None, "channel deviations in 0..1; none: likewise")
+
+
+@dataclass(frozen=True)
+class View:
+    crop: Literal["resized", "resized_clamped", "pad", "center"] = knob(
+        "resized", "training crop: torchvision's RandomResizedCrop; the same clamped to the image (MAE's probe); shift; none"
+    )
+    scale: tuple[float, float] = knob((0.2, 1.0), "area of a resized crop, as a share of the image")
+    ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
+    pad: int = knob(4, "pixels by which crop=pad shifts the image")
+    flip: float = knob(0.5, "probability of a horizontal flip")
+    test_crop: float = knob(0.875, "side of the centre crop at test time, as a share of the shorter side")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = knob("???", "a name of mae_dist.models.BACKBONES")
+    image_size: int = knob(224, "pixels a side")
+    pool: Literal["cls", "avg"] = knob("cls", "what the head reads: class token, or mean of the patch tokens")
+    position: Literal["sincos", "learned"] = knob("sincos", "fixed sin-cos positions, or trained ones that start there")
+    drop_path: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0")
+
+
+@dataclass(frozen=True)
+class Mae:
+    mask_ratio: float = knob(0.75, "share of patches hidden")
+    norm_pix: bool = knob(True, "predict pixels normalised per patch")
+    decoder_dim: int = knob(512, "width of the decoder")
+    decoder_depth: int = knob(8, "blocks of the decoder")
+    decoder_heads: int = knob(16, "attention heads of the decoder")
+
+
+@dataclass(frozen=True)
+class Train:
+    epochs: float = knob(100.0, "passes over the training split")
+    steps: int | None = knob(None, "optimizer steps; replaces epochs when given")
+    global_batch: int = knob(1024, "images a step, over all ranks and micro-batches")
+    seed: int = knob(0, "the seed of everything random")
+    precision: Literal["fp32", "bf16", "fp16"] = knob("bf16", "arithmetic of the forward pass; weights stay fp32")
+    clip: float | None = knob(None, "largest gradient norm; none: no clipping")
+    label_smoothing: float = knob(0.0, "share of the target spread over all classes")
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "lars"] = knob("adamw", "optimizer")
+    base_lr: float = knob(1.5e-4, "lr for 256 images; lr = base_lr * global_batch / 256")
+    min_lr: float = knob(0.0, "lr at the end of the cosine (absolute)")
+    warmup_epochs: float = knob(0.0, "epochs of linear warmup from 0")
+    weight_decay: float = knob(0.05, "decoupled weight decay; biases and norms are spared")
+    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's moments")
+    momentum: float = knob(0.9, "LARS's momentum")
+    layer_decay: float = knob(1.0, "lr factor from one block to the one below it")
+
+
+@dataclass(frozen=True)
+class Knn:
+    k: int = knob(20, "neighbours that vote")
+    temperature: float = knob(0.07, "of the votes' weights exp(cosine / temperature)")
+
+
+@dataclass(frozen=True)
+class Machine:
+    processes: int | None = knob(None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules")
+    micro_batch: int = knob(256, "most images a rank computes at once")
+    workers: int = knob(4, "decoding processes a rank (not used for data that stays in memory)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = knob(1000, "steps between checkpoints")
+    keep: int = knob(2, "checkpoints kept")
+
+
+@dataclass(frozen=True)
+class Track:
+    every: int = knob(20, "steps between looks at the losses (the only host-device synchronisation)")
+    evaluate_every: float | None = knob(None, "epochs between evaluations; none: only at the end")
+    wandb: Literal["off", "online", "offline"] = knob("off", "mirror of metrics.jsonl")
+    project: str = knob("mae_dist", "wandb project")
+
+
+def section(kind: type[T], **changes: Any) -> T:
+    """A section whose defaults differ for one verb."""
+    return field(default_factory=lambda: kind(**changes))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every verb that makes a run has."""
+
+    out: str = knob("???", "folder of the run (the same command again goes on there)")
+    data: Data = section(Data)
+    model: Model = section(Model)
+    train: Train = section(Train)
+    machine: Machine = section(Machine)
+    checkpoint: Checkpoint = section(Checkpoint)
+    track: Track = section(Track)
+
+
+@dataclass(frozen=True)
+class Pretrain(RunConfig):
+    """Masked autoencoding (He et al. 2022)."""
+
+    view: View = section(View)
+    mae: Mae = section(Mae)
+    optim: Optim = section(Optim)
+
+
+@dataclass(frozen=True)
+class Supervised(RunConfig):
+    """What probe and fine-tune share."""
+
+    start: str = knob("???", "run whose backbone is the start, or 'random'")
+    view: View = section(View)
+    optim: Optim = section(Optim)
+
+
+@dataclass(frozen=True)
+class Probe(Supervised):
+    """Linear probe of a frozen backbone."""
+
+    view: View = section(View, scale=(0.08, 1.0), crop="resized_clamped")
+    optim: Optim = section(Optim, name="lars", base_lr=0.1, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Finetune(Supervised):
+    """Training of backbone and head on labels."""
+
+    view: View = section(View, scale=(0.08, 1.0))
+    optim: Optim = section(Optim, base_lr=5e-4, betas=(0.9, 0.999), layer_decay=0.65, min_lr=1e-6)
+
+
+@dataclass(frozen=True)
+class KnnRun(RunConfig):
+    """Weighted nearest neighbours on frozen features."""
+
+    start: str = knob("???", "run whose backbone is measured, or 'random'")
+    view: View = section(View)
+    knn: Knn = section(Knn)
+
+
+SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": Pretrain, "probe": Probe, "finetune": Finetune, "knn": KnnRun}
+"""The schema of each verb that takes a CONFIG.yaml."""
+
+
+def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
+    """Read `file` and `section.key=value` overrides into the verb's frozen dataclass and check it.
+
+    Raises ValueError with one sentence: the field, the value, what is allowed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    schema = SCHEMAS[verb]
+    config = OmegaConf.structured(schema)
+    layers = []
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
+        try:
+            layers.append((str(file), OmegaConf.load(file)))
+        except YAMLError as error:
+            raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
+        try:
+            layers.append((override, OmegaConf.from_dotlist([override])))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
+    for origin, layer in layers:
+        if not OmegaConf.is_dict(layer):
+            raise ValueError(f"config {origin}: expected sections with keys, found {type(layer).__name__}")
+        if "from" in layer:  # `from` is Python's word, so the field is called start
+            layer["start"] = layer.pop("from")  # pyright: ignore
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{origin}: {_explain(error)}") from error
+    missing = sorted(_shown(name) for name in OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{verb} needs {', '.join(f'{name}=...' for name in missing)}; see mae-dist {verb} --help")
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, schema)
+    check(result)
+    return result
+
+
+def check(config: RunConfig) -> None:
+    """Refuse values that contradict each other (ValueError)."""
+    train, machine = config.train, config.machine
+    positive = {
+        "train.epochs": train.epochs, "train.steps": train.steps, "train.global_batch": train.global_batch,
+        "train.clip": train.clip, "machine.processes": machine.processes, "machine.micro_batch": machine.micro_batch,
+        "checkpoint.every": config.checkpoint.every, "checkpoint.keep": config.checkpoint.keep,
+        "track.every": config.track.every, "track.evaluate_every": config.track.evaluate_every,
+        "model.image_size": config.model.image_size, "data.shuffle_window": config.data.shuffle_window,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value}: must be greater than 0")
+    shares = {"data.max_bad": config.data.max_bad, "model.drop_path": config.model.drop_path}
+    if isinstance(config, Pretrain):
+        shares["mae.mask_ratio"] = config.mae.mask_ratio
+        if not 0 < config.mae.mask_ratio < 1:
+            raise ValueError(f"mae.mask_ratio={config.mae.mask_ratio}: must lie between 0 and 1, for example 0.75")
+        if config.mae.decoder_dim % config.mae.decoder_heads or config.mae.decoder_dim % 4:
+            raise ValueError(
+                f"mae.decoder_dim={config.mae.decoder_dim}: must be divisible by mae.decoder_heads="
+                f"{config.mae.decoder_heads} and by 4"
+            )
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: must lie between 0 and 1")
+    if not 0 <= train.seed < 2**32:
+        raise ValueError(f"train.seed={train.seed}: must be a whole number from 0 to 4294967295")
+    if machine.workers < 0:
+        raise ValueError(f"machine.workers={machine.workers}: must be 0 or more")
+    optim = getattr(config, "optim", None)
+    if optim is not None and train.steps is None and optim.warmup_epochs >= train.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs={optim.warmup_epochs:g}: longer than the run (train.epochs={train.epochs:g}); "
+            f"try optim.warmup_epochs={train.epochs * 0.05:g}"
+        )
+    view = getattr(config, "view", None)
+    if view is not None:
+        low, high = view.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"view.scale={list(view.scale)}: must be two shares of the area, small then large, up to 1")
+        if not 0 < view.ratio[0] <= view.ratio[1]:
+            raise ValueError(f"view.ratio={list(view.ratio)}: must be two aspect ratios, small then large")
+    if machine.processes is not None:
+        check_world(config, machine.processes)
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Refuse more ranks than there are images in a step (ValueError)."""
+    if world > config.train.global_batch:
+        raise ValueError(
+            f"train.global_batch={config.train.global_batch}: {world} processes are more than the images of one step; "
+            f"start at most {config.train.global_batch} processes or raise train.global_batch"
+        )
+
+
+def total_steps(train: Train, num_samples: int) -> int:
+    """Optimizer steps of a run over `num_samples` images an epoch."""
+    if train.steps is not None:
+        return train.steps
+    return max(1, math.ceil(train.epochs * num_samples / train.global_batch))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dict in the order of the schema, with the user's word `from`."""
+    plain = dataclasses.asdict(config)
+    return {_shown(key): value for key, value in plain.items()}
+
+
+def dump(config: RunConfig) -> str:
+    """YAML text that `load` reads back."""
+    import yaml
+
+    listed = {k: {a: list(b) if isinstance(b, tuple) else b for a, b in v.items()} if isinstance(v, dict) else v
+              for k, v in to_dict(config).items()}  # fmt: skip
+    return yaml.safe_dump(listed, sort_keys=False)
+
+
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """The flat `section.key -> value` that decides the result of a run."""
+    flat = {}
+    for name, values in to_dict(config).items():
+        if name in RESULT_SECTIONS:
+            flat |= {f"{name}.{k}": v for k, v in values.items() if not (name == "data" and k in WHERE_DATA_LIES)}
+        elif name == "from":
+            flat["from"] = values
+    return flat
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The result-changing fields in which two configs differ, each as 'field: old -> new'."""
+    before, after = decisive(old), decisive(new)
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in after if before.get(k) != after.get(k)]
+
+
+def describe(verb: str) -> str:
+    """One line a field, `section.key = default  meaning`, for --help."""
+    lines = []
+    for name, default, text in _fields(SCHEMAS[verb]()):
+        shown = "(required)" if default == "???" else "none" if default is None else str(default)
+        lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
+    return "\n".join(lines)
+
+
+def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
+    rows = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            rows += _fields(value, f"{item.name}.")
+        else:
+            rows.append((prefix + item.name, value, item.metadata["help"]))
+    return sorted(rows, key=lambda row: "." in row[0])
+
+
+def _shown(name: str) -> str:
+    return "from" if name == "start" else name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: Exception) -> str:
+    """OmegaConf's message without its type information, and with the field in front."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
+    text = lines[0].replace("'start'", "'from'")
+    return f"{_shown(name)}: {text}" if name else text

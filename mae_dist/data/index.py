@@ -1,0 +1,324 @@
+"""ShardIndex: where every sample of a split lies, as byte offsets into ordinary webdataset tars.
+
+Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: a line a sample, `ext offset size name` a member),
+and one `dataset.json` for the folder, drawn at `Dataset` below. An index is built in one pass over the headers of a tar;
+nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer and a seek costs
+nothing. Offsets load shard by shard when first needed: memory grows with shards, not with samples.
+
+Knows no model, no view and no order. Never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "npy")
+"""Extensions that hold an image, in order of preference."""
+LABEL = "cls"
+VERSION = "v1.2"
+FORMAT = "mae_dist dataset 1"
+FILE = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `tar` is a path relative to dataset.json (or absolute), `num_bytes` the size of the file."""
+
+    tar: str
+    num_samples: int
+    num_labelled: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of dataset.json.
+
+    ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
+    when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1.
+    """
+
+    name: str
+    splits: dict[str, list[Shard]] = field(default_factory=dict)
+    num_classes: int | None = None
+    classes: list[str] | None = None
+    image_size: tuple[int, int] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write FILE into `folder`, whole or not at all."""
+        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, folder / FILE)
+
+    @staticmethod
+    def load(folder: Path) -> Dataset:
+        """Read FILE from `folder` (ValueError in one sentence when it is missing or not ours)."""
+        path = folder / FILE
+        if not path.is_file():
+            tars = len(list(folder.glob("*.tar")))
+            hint = f"found {tars} tars: run `mae-dist data index '{folder}/*.tar'`" if tars else "no tars there either"
+            raise ValueError(f"data.path={folder}: no {FILE} in it ({hint})")
+        try:
+            plain = json.loads(path.read_text())
+            if plain.pop("format") != FORMAT:
+                raise ValueError("another format")
+            plain["splits"] = {name: [Shard(**shard) for shard in shards] for name, shards in plain["splits"].items()}
+            for name in ("image_size", "mean", "std"):
+                plain[name] = None if plain[name] is None else tuple(plain[name])
+            return Dataset(**plain)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a {FORMAT!r} file ({error}); make it anew with `mae-dist data index`") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The bytes of one sample: its webdataset key, the image's extension and content, and its label (-1: none)."""
+
+    key: str
+    extension: str
+    image: bytes
+    label: int
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Members of one shard's samples, one row a sample: names, and (offset, size) of image and label (-1: none)."""
+
+    names: list[str]
+    spans: np.ndarray  # int64 (rows, 4): image offset, image size, label offset, label size
+
+
+class ShardIndex:
+    """All samples of one split. A sample's id is its place in the concatenation of the shards."""
+
+    def __init__(self, tars: list[Path], counts: list[int], indexes: list[Path], dataset: Dataset, num_labelled: int):
+        self.tars, self.indexes, self.dataset, self.num_labelled = tars, indexes, dataset, num_labelled
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.ends = np.cumsum(self.counts)
+        self._table = functools.lru_cache(maxsize=256)(lambda shard: _read_table(self.indexes[shard]))
+        self._open = functools.lru_cache(maxsize=128)(_Handle)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> tuple:
+        return (self.tars, self.counts.tolist(), self.indexes, self.dataset, self.num_labelled)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)  # file handles and tables are opened anew in each worker
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what the data is (names, counts and sizes of the shards), not of where it lies."""
+        rows = [f"{tar.name} {count} {tar.stat().st_size}" for tar, count in zip(self.tars, self.counts, strict=True)]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row) of a sample id."""
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return shard, sample - int(self.ends[shard] - self.counts[shard])
+
+    def neighbour(self, sample: int) -> int:
+        """The sample that stands in for an unreadable one: the next of its shard, cyclically."""
+        shard, row = self.locate(sample)
+        return sample - row + (row + 1) % int(self.counts[shard])
+
+    def describe(self, sample: int) -> str:
+        """'key in shard.tar', for messages."""
+        shard, row = self.locate(sample)
+        return f"{self._table(shard).names[row]} in {self.tars[shard].name}"
+
+    def read(self, sample: int) -> Sample:
+        """The bytes of one sample. Raises ValueError if the tar is shorter than its index or the label is no number."""
+        shard, row = self.locate(sample)
+        table = self._table(shard)
+        offset, size, label_offset, label_size = (int(v) for v in table.spans[row])
+        handle = self._open(str(self.tars[shard]))
+        image = handle.read(offset, size)
+        label = -1 if label_offset < 0 else int(handle.read(label_offset, label_size))
+        key, extension = split_name(table.names[row])
+        return Sample(key, extension.lower().rpartition(".")[2], image, label)
+
+
+class _Handle:
+    """A file kept open for os.pread; closed when it falls out of the cache."""
+
+    def __init__(self, path: str):
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        content = os.pread(self.descriptor, size, offset)
+        if len(content) != size:
+            raise ValueError(f"{self.path}: ends inside a sample; it changed since it was indexed")
+        return content
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """'a/b.seg.png' -> ('a/b', 'seg.png'), webdataset's and DALI's rule."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
+
+
+def open_split(path: str, split: str) -> ShardIndex:
+    """The index of a split: `path` is a folder with dataset.json, or a glob of tars that have their .idx beside them.
+
+    With a glob, `split` does not matter: its tars are the split. Raises ValueError in one sentence.
+    """
+    if not glob.has_magic(path) and not path.endswith(".tar"):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"data.path={path}: no such folder; make one with `mae-dist data pack ... --out {path}`")
+        dataset = Dataset.load(folder)
+        if split not in dataset.splits:
+            raise ValueError(f"{path}/{FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
+        shards = dataset.splits[split]
+        tars = [folder / shard.tar for shard in shards]
+        counts, labelled = [shard.num_samples for shard in shards], sum(shard.num_labelled for shard in shards)
+        indexes = [folder / (tar.stem + ".idx") for tar in tars]
+        for tar, shard in zip(tars, shards, strict=True):
+            if not tar.is_file():
+                raise ValueError(f"{tar}: named in {FILE} but not there")
+            if tar.stat().st_size != shard.num_bytes:
+                raise ValueError(
+                    f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut; "
+                    f"restore it or index it again with `mae-dist data index`"
+                )
+    else:
+        tars = [Path(name) for name in sorted(glob.glob(path))]
+        if not tars:
+            raise ValueError(f"data.path={path}: no file matches")
+        indexes = [tar.with_suffix(".idx") for tar in tars]
+        folder = tars[0].parent
+        dataset = Dataset.load(folder) if (folder / FILE).is_file() else Dataset(name=path)
+        for tar, index in zip(tars, indexes, strict=True):
+            if not index.is_file():
+                raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
+        known = {shard.tar: shard for shards in dataset.splits.values() for shard in shards}
+        counts = [_count(index) for index in indexes]
+        if all(tar.name in known for tar in tars):
+            labelled = sum(known[tar.name].num_labelled for tar in tars)
+        else:
+            labelled = sum(int((_read_table(index).spans[:, 2] >= 0).sum()) for index in indexes)
+    if not sum(counts):
+        raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
+    return ShardIndex(tars, counts, indexes, dataset, labelled)
+
+
+def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
+    """Index one tar into `index` (written whole or not at all); give its Shard and its labels (int64, -1: none).
+
+    Members of a sample need not be neighbours. Samples without an image are left out, with a warning. Raises ValueError
+    when the file is no tar, is cut, or holds no sample.
+    """
+    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                key, extension = split_name(member.name)
+                if not member.isreg() or not key or key.endswith("/") or Path(member.name).name.startswith("."):
+                    continue
+                if any(space in member.name for space in " \t\n\r"):
+                    raise ValueError(f"{tar}: member {member.name!r} has a space in its name, which the index cannot hold")
+                members = samples.setdefault(key, {})
+                if extension.lower() in members:
+                    raise ValueError(f"{tar}: member {member.name} is there twice")
+                members[extension.lower()] = (member.offset_data, member.size, member.name)
+                if extension.lower() == LABEL:
+                    labels[key] = _label(tar, member, archive)
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar}: not a whole uncompressed tar ({error})") from error
+    size = tar.stat().st_size
+    end = max((offset + length for members in samples.values() for offset, length, _ in members.values()), default=0)
+    if end > size:
+        raise ValueError(f"{tar}: cut short: its last member ends at byte {end}, the file at {size}")
+    kept = {key: members for key, members in samples.items() if _image_of(members) is not None}
+    if len(kept) < len(samples):
+        lost = next(key for key in samples if key not in kept)
+        log.warning("%s: %d samples have no image and are left out, %s first", tar, len(samples) - len(kept), lost)
+    if not kept:
+        raise ValueError(f"{tar}: holds no samples (files named KEY.jpg, .jpeg, .png, .webp or .npy)")
+    lines = [f"{VERSION} {len(kept)}"]
+    for members in kept.values():
+        lines.append(" ".join(f"{ext} {offset} {length} {name}" for ext, (offset, length, name) in members.items()))
+    temporary = index.with_name(f".{index.name}.{os.getpid()}")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, index)
+    found = np.array([labels.get(key, -1) for key in kept], dtype=np.int64)
+    return Shard(tar.name, len(kept), int((found >= 0).sum()), size, _sha256(tar)), found
+
+
+def _label(tar: Path, member: tarfile.TarInfo, archive: tarfile.TarFile) -> int:
+    stream = archive.extractfile(member)
+    assert stream is not None
+    text = stream.read()
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"{tar}: {member.name} holds {text[:20]!r}, expected a class number like 7")
+    return value
+
+
+def _image_of(members: dict[str, tuple[int, int, str]]) -> str | None:
+    plain = next((ext for ext in IMAGES if ext in members), None)
+    return plain or next((ext for ext in members if ext.rpartition(".")[2] in IMAGES), None)
+
+
+def _count(index: Path) -> int:
+    with index.open() as stream:
+        version, _, count = stream.readline().strip().partition(" ")
+    if version != VERSION or not count.isdigit():
+        raise ValueError(f"{index}: expected an index {VERSION!r}, found {version!r}; run `mae-dist data index` again")
+    return int(count)
+
+
+def _rows(index: Path) -> Iterator[dict[str, tuple[int, int, str]]]:
+    count = _count(index)
+    lines = index.read_text().splitlines()[1:]
+    if len(lines) != count:
+        raise ValueError(f"{index}: says {count} samples but has {len(lines)}; run `mae-dist data index` again")
+    for line in lines:
+        words = line.split(" ")
+        yield {
+            ext.lower(): (int(offset), int(size), name)
+            for ext, offset, size, name in zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
+        }
+
+
+def _read_table(index: Path) -> _Table:
+    names, spans = [], []
+    for members in _rows(index):
+        image = _image_of(members)
+        if image is None:
+            raise ValueError(f"{index}: sample {next(iter(members.values()))[2]} has no image; run `mae-dist data index` again")
+        offset, size, name = members[image]
+        names.append(name)
+        spans.append((offset, size, *members.get(LABEL, (-1, 0))[:2]))
+    return _Table(names, np.array(spans, dtype=np.int64).reshape(-1, 4))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,39 @@
+"""Pictures for people: rows of equally large images in one sheet, with captions.
+
+Takes arrays, gives PIL images; knows no model, no data set and no file layout. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GAP = 4
+CAPTION = 14
+BACKGROUND = (250, 250, 248)
+INK = (40, 40, 40)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), tile: int = 96) -> Image.Image:
+    """Rows of uint8 images (h, w, 3) of any size, each shown in a square of `tile` pixels.
+
+    `captions` stand above the columns (as many as fit; empty: none). Small images are enlarged without smoothing.
+    """
+    columns = max(len(row) for row in rows)
+    top = CAPTION if captions else 0
+    size = (columns * (tile + GAP) + GAP, len(rows) * (tile + GAP) + GAP + top)
+    canvas = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for column, caption in enumerate(captions):
+        draw.text((GAP + column * (tile + GAP), 2), caption[: tile // 6], fill=INK)
+    for y, row in enumerate(rows):
+        for x, array in enumerate(row):
+            image = Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
+            scale = tile / max(image.size)
+            shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            image = image.resize(shape, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+            left = GAP + x * (tile + GAP) + (tile - image.width) // 2
+            canvas.paste(image, (left, top + GAP + y * (tile + GAP) + (tile - image.height) // 2))
+    return canvas
