@@ -235,6 +235,20 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
     return result
 
 
+def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
+    """The config that `dump` wrote, parsed (ValueError naming `origin`)."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if verb not in SCHEMAS:
+        raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
+    try:
+        named = {"start" if key == "from" else key: value for key, value in plain.items()}
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), named))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{origin}: {_explain(error)}") from error
+
+
 def check(config: RunConfig) -> None:
     """Refuse values that contradict each other (ValueError)."""
     train, machine = config.train, config.machine

@@ -149,12 +149,16 @@ class ShardIndex:
         """The bytes of one sample. Raises ValueError if the tar is shorter than its index or the label is no number."""
         shard, row = self.locate(sample)
         table = self._table(shard)
-        offset, size, label_offset, label_size = (int(v) for v in table.spans[row])
-        handle = self._open(str(self.tars[shard]))
-        image = handle.read(offset, size)
-        label = -1 if label_offset < 0 else int(handle.read(label_offset, label_size))
+        offset, size = (int(v) for v in table.spans[row, :2])
+        image = self._open(str(self.tars[shard])).read(offset, size)
         key, extension = split_name(table.names[row])
-        return Sample(key, extension.lower().rpartition(".")[2], image, label)
+        return Sample(key, extension.lower().rpartition(".")[2], image, self.label(sample))
+
+    def label(self, sample: int) -> int:
+        """The label of one sample without its image (-1: none). Raises ValueError like `read`."""
+        shard, row = self.locate(sample)
+        offset, size = (int(v) for v in self._table(shard).spans[row, 2:])
+        return -1 if offset < 0 else int(self._open(str(self.tars[shard])).read(offset, size))
 
 
 class _Handle:

@@ -1,0 +1,93 @@
+"""`mae-dist VERB ...`, also `python -m mae_dist VERB ...`: finds the verb, reads its config, says errors in one line.
+
+A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun or SLURM
+started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+from mae_dist import __version__, config
+from mae_dist.stages import VERBS
+
+USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
+       mae-dist report RUN [RUN ...]
+       mae-dist data {pack,index,show} ...
+       mae-dist demo
+
+verbs:
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; give the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    rank = int(os.environ.get("RANK", 0))
+    level = logging.INFO if rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE + "\n".join(f"  {verb:10s} {text}" for verb, text in VERBS.items()))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        return dispatch(argv[0], argv[1:])
+    except ValueError as error:
+        if debug:
+            raise
+        if rank == 0 or type(error).__name__ == "RankError":
+            print(f"mae-dist: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mae-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def dispatch(verb: str, words: list[str]) -> int:
+    """Run one verb with its arguments."""
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise ValueError(f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"))
+    if verb not in config.SCHEMAS:
+        return importlib.import_module(f"mae_dist.stages.{verb}").main(words)
+    if "-h" in words or "--help" in words:
+        print(f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]\n\n{VERBS[verb]}\n\n{config.describe(verb)}")
+        return 0
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ValueError(f"{verb}: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
+    settings = config.load(verb, files[0] if files else None, [word for word in words if "=" in word])
+    from mae_dist import dist
+
+    processes = 1 if dist.launched() else dist.processes_here(settings.machine.processes)
+    if processes > 1:
+        config.check_world(settings, processes)
+        status = dist.spawn([verb, *words], processes)
+    else:
+        importlib.import_module(f"mae_dist.stages.{verb}").run(settings)
+        status = 0
+    if status == 0 and not dist.launched():
+        conclude(verb, settings.out)
+    return status
+
+
+def conclude(verb: str, out: str) -> None:
+    """Say where the run lies and what came out."""
+    from mae_dist.checkpoint import RunDir
+
+    result = RunDir(out).result() or {}
+    numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
+    print(f"{verb} finished: {numbers}\n{out}  (mae-dist report {out} draws it)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

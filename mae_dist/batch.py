@@ -1,0 +1,35 @@
+"""Batch: the border between data and model. The only type that both sides know."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Samples of one micro-batch, on one device.
+
+    ``ids`` and ``epochs`` say which draws belong to a sample (see `rng`), whichever rank it is on. ``labels`` is -1 where
+    a sample has none. ``bad`` marks samples that could not be read and were replaced by their neighbour.
+    """
+
+    images: Float[Tensor, "b c h w"]  # normalised
+    labels: Int[Tensor, " b"]
+    ids: Int[Tensor, " b"]
+    epochs: Int[Tensor, " b"]
+    bad: Bool[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def split(self, size: int) -> list[Batch]:
+        """Pieces of at most `size` samples."""
+        return [Batch(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on `device`; asynchronous from pinned memory."""
+    return Batch(*(part.to(device, non_blocking=True) for part in batch))

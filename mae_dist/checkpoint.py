@@ -1,0 +1,255 @@
+"""RunDir: the folder of a run, and its checkpoints. What it holds is enough to go on, to report and to start from.
+
+    RUN/
+      config.yaml        verb, fingerprint of the data, and every resolved setting
+      provenance.jsonl   one line a start: time, git, versions, device, world, command, step
+      metrics.jsonl      written by `track`
+      pictures/          reconstructions
+      checkpoints/
+        step-000001000/  manifest.json (step, files with sizes and sha256) and safetensors shards
+        .saving-...      a save that has not finished; never read
+      result.json        final numbers; only a finished run has it
+
+Promises: a checkpoint is complete or not there (torch.distributed.checkpoint writes into a temporary folder, which is
+renamed last); a damaged one is skipped, loudly, in favour of the one before; it loads on any number of ranks. State is
+tensors only, in safetensors, so that reading one never executes anything. Knows no model and no loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+
+from mae_dist import config as configuration
+from mae_dist import dist
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
+MANIFEST = "manifest.json"
+
+
+class RunDir:
+    """A run's folder; methods that write are called on every rank and write on rank 0."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @staticmethod
+    def existing(path: str | Path, field: str) -> RunDir:
+        """The run at `path`, or ValueError naming the field that pointed there."""
+        run = RunDir(path)
+        if not (run.path / "config.yaml").is_file():
+            what = "holds no config.yaml, so it is no run of mae-dist" if run.path.is_dir() else "no such folder"
+            raise ValueError(f"{field}={path}: {what}; give the out= folder of an earlier run")
+        return run
+
+    def open(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> bool:
+        """Start, or go on in, this folder with these settings; False when the run is finished already.
+
+        Raises ValueError, on every rank alike, when the folder holds another run or something else.
+        """
+        dist.on_main(lambda: self._refuse_others(verb, config, data_fingerprint))
+        if dist.on_main(self.result):
+            return False
+        if dist.is_main():
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.path / "pictures").mkdir(exist_ok=True)
+            for leftover in (self.path / "checkpoints").glob(".saving-*"):
+                shutil.rmtree(leftover)
+            head = yaml.safe_dump({"verb": verb, "data_fingerprint": data_fingerprint}, sort_keys=False)
+            write_text(self.path / "config.yaml", head + configuration.dump(config))
+        dist.barrier()
+        return True
+
+    def _refuse_others(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> None:
+        """Raise ValueError if this folder holds anything but the same run."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not (self.path / "config.yaml").is_file():
+            raise ValueError(f"out={self.path}: exists and is no run of mae-dist; choose another folder")
+        old_verb, old_data, old = self.settings()
+        if old_verb != verb:
+            changes = [f"verb: {old_verb} -> {verb}"]
+        else:
+            changes = configuration.differences(old, config)
+            if old_data != data_fingerprint:
+                changes.append(f"content of data.path: {old_data} -> {data_fingerprint}")
+        if changes:
+            raise ValueError(
+                f"out={self.path}: holds a run with other settings ({'; '.join(changes)}); "
+                f"choose another out= or give the old values"
+            )
+
+    def settings(self) -> tuple[str, str, Any]:
+        """(verb, fingerprint of the data, config) as config.yaml has them."""
+        path = self.path / "config.yaml"
+        try:
+            plain = yaml.safe_load(path.read_text())
+            verb, data_fingerprint = plain.pop("verb"), plain.pop("data_fingerprint")
+        except (yaml.YAMLError, AttributeError, KeyError) as error:
+            raise ValueError(f"{path}: not the config.yaml of a run ({error})") from error
+        return verb, data_fingerprint, configuration.from_dict(verb, plain, str(path))
+
+    def note_start(self, step: int, device: torch.device) -> None:
+        """Append a line of provenance."""
+        if dist.is_main():
+            with (self.path / "provenance.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": step} | provenance(device)) + "\n")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, which ends the run."""
+        if dist.is_main():
+            write_text(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """The final numbers, or None while the run is incomplete."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def save(self, step: int, state: dict[str, Tensor], keep: int) -> None:
+        """Save `state` (tensors or DTensors by name) as step `step`, all ranks together, and remove all but `keep`."""
+        final = self.path / "checkpoints" / f"step-{step:09d}"
+        temporary = final.with_name(f".saving-{step:09d}")
+        if dist.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        if dist.is_main():
+            files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
+            manifest = {"step": step, "world": dist.world(), "num_tensors": len(state), "files": files}
+            write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _sync(final.parent)
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def restore(self, state: dict[str, Tensor]) -> int:
+        """Fill `state` in place from the newest undamaged checkpoint; its step, or 0 when there is none."""
+        found = dist.on_main(self.newest)
+        if found is None:
+            return 0
+        load(found, state)
+        return int(found.name.removeprefix("step-"))
+
+    def newest(self) -> Path | None:
+        """The newest undamaged checkpoint, with a warning for each damaged one that is passed over; None: there is none.
+
+        Raises ValueError when there are checkpoints and all are damaged.
+        """
+        paths = self.checkpoints()
+        for path in reversed(paths):
+            damage = verify(path)
+            if damage is None:
+                return path
+            log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, damage)
+        if paths:
+            raise ValueError(
+                f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder to start anew"
+            )
+        return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file is as its manifest says."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _measure(path / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def names_in(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in a checkpoint."""
+    metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
+    return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def load(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place from a checkpoint, which may hold more (ValueError when it holds less)."""
+    there = names_in(path)
+    for name, tensor in state.items():
+        if name not in there:
+            raise ValueError(f"{path}: has no tensor {name}; it was written for another model or by another version")
+        if there[name] != tensor.shape:
+            raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where this process runs and what it is made of."""
+    from importlib.metadata import version
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": _git(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "hostname": platform.node(),
+        "device": name,
+        "world": dist.world(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _git() -> str | None:
+    """Commit of the code that runs, with '+' when it was edited; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

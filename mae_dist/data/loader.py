@@ -1,0 +1,142 @@
+"""From a plan of (epochs, ids) to batches on the device.
+
+Two sources with one face. `Resident` holds a split of small, equally large images in memory as uint8 and makes views of
+whole batches on the device. `Streamed` reads and decodes by byte offset in worker processes. Either way what a batch holds
+depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never what.
+
+Knows no order and no model: it is told what to fetch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from mae_dist.batch import Batch, to_device
+from mae_dist.data.index import ShardIndex
+from mae_dist.data.order import share
+from mae_dist.data.views import View, crop, decode, normalise, resample
+from mae_dist.dist import RankError
+
+log = logging.getLogger(__name__)
+
+RESIDENT_BYTES = 2**31
+"""A split of equally large images stays in memory up to this size as uint8."""
+Plan = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+def open_source(index: ShardIndex, device: torch.device, workers: int, quiet: bool = False) -> Resident | Streamed:
+    """The source that suits the split: resident when its images are equally large and fit, else streamed."""
+    size = index.dataset.image_size
+    if size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
+        return Resident(index, device, quiet)
+    return Streamed(index, device, workers)
+
+
+class Resident:
+    """All images of a split as uint8 in the device's memory: images (n, h, w, 3), labels (n,), bad (n,)."""
+
+    def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
+        assert index.dataset.image_size is not None
+        self.index, self.device = index, device
+        images = np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8)
+        labels, bad = np.empty(len(index), dtype=np.int64), np.zeros(len(index), dtype=bool)
+        for i in track(range(len(index)), f"reading {index.dataset.name}", disable=quiet, transient=True):
+            image, labels[i], bad[i] = read(index, i)
+            if (image.height, image.width) != index.dataset.image_size:
+                raise ValueError(f"{index.describe(i)}: {image.height}x{image.width}, but dataset.json says image_size "
+                                 f"{index.dataset.image_size}; index the data again")  # fmt: skip
+            images[i] = np.asarray(image)
+        self.images, self.labels, self.bad = (torch.from_numpy(a).to(device) for a in (images, labels, bad))
+
+    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
+        """The batches of a plan, in its order."""
+        height, width = self.images.shape[1:3]
+        for epochs, ids in plan:
+            boxes, flips = view.boxes(epochs, ids, np.full((len(ids), 2), (height, width)))
+            where = torch.from_numpy(ids).to(self.device)
+            images = normalise(resample(self.images[where], boxes, flips, view.image_size), view.mean, view.std)
+            yield Batch(images, self.labels[where], where, torch.from_numpy(epochs).to(self.device), self.bad[where])
+
+
+class Streamed:
+    """Images of any size, read and decoded by `workers` processes (0: by this one)."""
+
+    def __init__(self, index: ShardIndex, device: torch.device, workers: int):
+        self.index, self.device, self.workers = index, device, workers
+
+    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
+        """The batches of a plan, in its order; the copy of the next one to the device overlaps with the use of this one."""
+        loader = DataLoader(
+            Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
+            pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
+        )  # fmt: skip
+        waiting = None
+        for cpu in _in_words(loader):
+            batch = to_device(cpu, self.device)
+            if waiting is not None:
+                yield _finish(waiting, view)
+            waiting = batch
+        if waiting is not None:
+            yield _finish(waiting, view)
+
+
+class Decoder(Dataset[Batch]):
+    """Micro-batches as items: (epochs, ids) -> Batch of uint8 images on the CPU."""
+
+    def __init__(self, index: ShardIndex, view: View):
+        self.index, self.view = index, view
+
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> Batch:
+        epochs, ids = item
+        size = self.view.image_size
+        images = np.empty((len(ids), size, size, 3), dtype=np.uint8)
+        labels, bad = np.empty(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
+        for i, sample in enumerate(ids):
+            image, labels[i], bad[i] = read(self.index, int(sample))
+            boxes, flips = self.view.boxes(epochs[i : i + 1], ids[i : i + 1], np.array([[image.height, image.width]]))
+            images[i] = crop(image, boxes[0], bool(flips[0]), size)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return Batch(pixels, *(torch.from_numpy(a) for a in (labels, ids, epochs, bad)))
+
+
+def read(index: ShardIndex, sample: int):
+    """(image, label, bad) of a sample; an unreadable one is replaced by the next readable of its shard, and named in the log.
+
+    Raises ValueError when the whole shard is unreadable.
+    """
+    wanted = sample
+    while True:
+        try:
+            content = index.read(sample)
+            return decode(content.extension, content.image), content.label, sample != wanted
+        except ValueError as error:
+            log.warning("unreadable: %s (%s); its neighbour stands in", index.describe(sample), error)
+            sample = index.neighbour(sample)
+            if sample == wanted:
+                raise ValueError(f"{index.describe(sample)}: no sample of this tar can be read ({error})") from error
+
+
+def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every sample once over all ranks, in order, in batches of at most `batch`; epoch 0."""
+    start, stop = share(num_samples, rank, world)
+    for first in range(start, stop, batch):
+        ids = np.arange(first, min(first + batch, stop), dtype=np.int64)
+        yield np.zeros_like(ids), ids
+
+
+def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """A worker's ValueError without the worker's traceback."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise RankError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _finish(batch: Batch, view: View) -> Batch:
+    return batch._replace(images=normalise(batch.images.float() / 255, view.mean, view.std))

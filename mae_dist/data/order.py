@@ -1,0 +1,100 @@
+"""Order: which sample comes when, as a pure function of (seed, shard sizes, window, position).
+
+Each epoch permutes the shards, then the samples within each run of `window` shards, so that reads stay near each other.
+Epochs follow each other without a gap: position p of the stream is sample p mod N of epoch p // N, and step k of a run
+takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches only share that range
+out. NumPy only; memory grows with shards, and with the samples of the window at hand.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+
+from mae_dist import rng
+
+KEPT_WINDOWS = 4
+
+
+class Order:
+    """The infinite stream of (epoch, sample id) over shards of the given sizes."""
+
+    def __init__(self, seed: int, counts: np.ndarray, window: int):
+        self.seed, self.window = seed, window
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.num_samples = int(self.counts.sum())
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, ids), int64 arrays of length stop - start, at these positions of the stream."""
+        epochs, ids = [], []
+        while start < stop:
+            epoch, place = divmod(start, self.num_samples)
+            _, ends = self._epoch(epoch)
+            number = int(np.searchsorted(ends, place, side="right"))
+            samples = self._samples(epoch, number)
+            first = place - (int(ends[number - 1]) if number else 0)
+            piece = samples[first : first + stop - start]
+            ids.append(piece)
+            epochs.append(np.full(len(piece), epoch, dtype=np.int64))
+            start += len(piece)
+        return np.concatenate(epochs), np.concatenate(ids)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The permuted shards of an epoch, and the position at which each window ends."""
+
+        def draw() -> tuple[np.ndarray, np.ndarray]:
+            shards = permutation(self.seed, rng.Purpose.SHARDS, epoch, np.arange(len(self.counts)))
+            sizes = np.add.reduceat(self.counts[shards], np.arange(0, len(shards), self.window))
+            return shards, np.cumsum(sizes)
+
+        return _remember(self._epochs, epoch, draw)
+
+    def _samples(self, epoch: int, number: int) -> np.ndarray:
+        """The permuted sample ids of one window of an epoch."""
+
+        def draw() -> np.ndarray:
+            shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
+            ids = np.concatenate([np.arange(self.counts[s], dtype=np.int64) + self.starts[s] for s in shards])
+            return permutation(self.seed, rng.Purpose.SAMPLES, epoch, ids)
+
+        return _remember(self._windows, (epoch, number), draw)
+
+
+def permutation(seed: int, purpose: rng.Purpose, epoch: int, values: np.ndarray) -> np.ndarray:
+    """`values` (integers), sorted by 62 random bits of each, ties in the given order."""
+    words = rng.bits(seed, purpose, epoch, values, 2)
+    return values[np.argsort((words[:, 0] << 30) ^ words[:, 1], kind="stable")]
+
+
+def share(total: int, rank: int, world: int) -> tuple[int, int]:
+    """The half-open range of `total` things that a rank takes: neighbours, sizes differing by at most one."""
+    return total * rank // world, total * (rank + 1) // world
+
+
+def num_micro(global_batch: int, world: int, micro_batch: int) -> int:
+    """Micro-batches of a step: the same number on every rank, though shares may differ by one sample."""
+    largest, smallest = -(-global_batch // world), global_batch // world
+    return min(-(-largest // micro_batch), smallest)
+
+
+def plan(order: Order, steps: range, global_batch: int, micro: int, rank: int, world: int) -> Iterator[tuple]:
+    """(epochs, ids) of each micro-batch of this rank, `micro` of them a step."""
+    first, last = share(global_batch, rank, world)
+    for step in steps:
+        base = step * global_batch + first
+        for part in range(micro):
+            a, b = share(last - first, part, micro)
+            yield order.at(base + a, base + b)
+
+
+def _remember(cache: OrderedDict, key, draw):
+    if key not in cache:
+        while len(cache) >= KEPT_WINDOWS:
+            cache.popitem(last=False)
+        cache[key] = draw()
+    return cache[key]

@@ -1,0 +1,174 @@
+"""Views: from stored bytes to the pixels that a model sees. Every view is one box, perhaps mirrored, resized.
+
+Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two roads lead from
+a box to pixels: `crop` for one image of any size (PIL, as the papers' code), and `resample` for a batch of equally small
+images on any device, where cropping, flipping and resizing are two small matrix products per image.
+
+Knows no model, no file layout and no rank.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from mae_dist import config, rng
+
+ATTEMPTS = 10
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class View:
+    """How samples are shown: the settings of `config.View`, the size in pixels, the seed, and whether it is training."""
+
+    settings: config.View
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    seed: int
+    training: bool
+
+    def boxes(self, epochs: np.ndarray, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(boxes, flips) for images of `sizes` (n, 2) = (height, width): float64 (n, 4) = top, left, height, width; bool (n,)."""
+        kind = self.settings.crop
+        if not self.training:
+            return center_boxes(sizes, self.settings.test_crop), np.zeros(len(ids), dtype=bool)
+        flips = rng.uniform(self.seed, rng.Purpose.FLIP, epochs, ids, 1)[:, 0] < self.settings.flip
+        if kind == "center":
+            return center_boxes(sizes, self.settings.test_crop), flips
+        if kind == "pad":
+            return shifted_boxes(self._draw(epochs, ids, 2), sizes, self.settings.pad), flips
+        attempts = 1 if kind == "resized_clamped" else ATTEMPTS
+        draws = self._draw(epochs, ids, 4 * attempts).reshape(len(ids), attempts, 4)
+        scale, ratio = self.settings.scale, self.settings.ratio
+        return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
+
+    def _draw(self, epochs: np.ndarray, ids: np.ndarray, num: int) -> np.ndarray:
+        return rng.uniform(self.seed, rng.Purpose.CROP, epochs, ids, num)
+
+
+def center_boxes(sizes: np.ndarray, share: float) -> np.ndarray:
+    """The central square with `share` of the shorter side: "resize, then centre crop" as one box."""
+    side = share * sizes.min(1, keepdims=True)
+    return np.concatenate([(sizes - side) / 2, side, side], 1)
+
+
+def shifted_boxes(draws: np.ndarray, sizes: np.ndarray, pad: int) -> np.ndarray:
+    """The whole image moved by -pad..pad whole pixels each way; what lies outside is black."""
+    offsets = np.floor(draws * (2 * pad + 1)) - pad
+    return np.concatenate([offsets, sizes], 1)
+
+
+def resized_boxes(
+    draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], clamp: bool
+) -> np.ndarray:
+    """Random resized crops as torchvision draws them: area uniform, log aspect uniform, place uniform, whole pixels.
+
+    `draws` (n, attempts, 4) uniform in [0, 1). The first attempt that fits counts, else a centre crop of the nearest
+    allowed aspect. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, and one attempt is enough.
+    """
+    height, width = (sizes[:, None, i].astype(np.float64) for i in (0, 1))
+    area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + draws[..., 1] * (high - low))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    if clamp:
+        w, h = np.minimum(w, width), np.minimum(h, height)
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    first = fits.argmax(1)
+    rows = np.arange(len(sizes))
+    w, h, y, x = w[rows, first], h[rows, first], draws[rows, first, 2], draws[rows, first, 3]
+    height, width = height[:, 0], width[:, 0]
+    top, left = np.floor(y * (height - h + 1)), np.floor(x * (width - w + 1))
+    chosen = np.stack([top, left, h, w], 1)
+    w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
+    h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
+    fallback = np.stack([np.floor((height - h) / 2), np.floor((width - w) / 2), h, w], 1)
+    return np.where(fits.any(1)[:, None], chosen, fallback)
+
+
+def decode(extension: str, content: bytes) -> Image.Image:
+    """An RGB image from the bytes of a file; EXIF orientation is ignored, as in the papers' code.
+
+    Raises ValueError when the bytes are no whole image of a kind we read.
+    """
+    if extension == "npy":
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(f"array of {array.dtype} {array.shape}, expected uint8 (height, width, 3)")
+        return Image.fromarray(array)
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+
+
+def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Box, bicubic resize with antialiasing, flip: (size, size, 3).
+
+    A box of whole pixels is cut out first, black where it leaves the image, as torchvision does; a fractional one (a centre
+    crop) is resized out of its surroundings, as resizing the whole image first would.
+    """
+    if np.array_equal(box, np.rint(box)):
+        top, left, height, width = (int(v) for v in box)
+        shown = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    else:
+        corners = np.clip(box[[1, 0]], 0, None), np.minimum(box[[1, 0]] + box[[3, 2]], image.size)
+        shown = image.resize((size, size), Image.Resampling.BICUBIC, box=(*corners[0], *corners[1]))
+    array = np.asarray(shown)
+    return array[:, ::-1] if flip else array
+
+
+def resample(
+    images: UInt8[Tensor, "b h w c"], boxes: np.ndarray, flips: np.ndarray, size: int
+) -> Float[Tensor, "b c size size"]:
+    """The same as `crop` for a batch on its device, without rounding to 8 bits: values in 0..1."""
+    height, width = images.shape[1:3]
+    rows = resize_matrix(boxes[:, 0], boxes[:, 2], height, size)
+    columns = resize_matrix(boxes[:, 1], boxes[:, 3], width, size)
+    columns = np.where(flips[:, None, None], columns[:, ::-1], columns)
+    rows, columns = (torch.from_numpy(m.astype(np.float32)).to(images.device) for m in (rows, columns))
+    pixels = rearrange(images, "b h w c -> b c h w").float() / 255
+    shown = rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
+    return shown.clamp_(0, 1)  # bicubic overshoots
+
+
+def resize_matrix(start: np.ndarray, length: np.ndarray, source: int, target: int) -> np.ndarray:
+    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased, as PIL's) of [start, start + length)."""
+    step = (length / target)[:, None, None]
+    support = np.maximum(step, 1.0)
+    center = start[:, None, None] + (np.arange(target)[None, :, None] + 0.5) * step
+    distance = np.abs((np.arange(source)[None, None] + 0.5 - center) / support)
+    a = -0.5
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    inside = (np.arange(source) >= np.floor(start)[:, None]) & (np.arange(source) < np.ceil(start + length)[:, None])
+    weights = weights * inside[:, None]
+    outside = (center < 0) | (center > source)
+    total = weights.sum(2, keepdims=True)
+    return np.where(outside, 0.0, weights / np.where(total == 0, 1.0, total))
+
+
+def normalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> Float[Tensor, "b c h w"]:
+    """Pixels in 0..1 -> zero mean, unit deviation per channel."""
+    mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    return (images - mean_) / std_
+
+
+def denormalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> UInt8[np.ndarray, "b h w c"]:
+    """The inverse, as 8-bit pixels for people."""
+    mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    pixels = ((images * std_ + mean_).clamp(0, 1) * 255).round().byte()
+    return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()

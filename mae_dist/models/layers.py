@@ -1,0 +1,110 @@
+"""Layers that backbones and decoders share: attention, MLP, block, fixed positions, initialisation.
+
+Parameter names are timm's. Tensors in, tensors out: no file, no rank, no configuration, no random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+EPS = 1e-6
+"""Epsilon of every LayerNorm (the papers' value, not torch's)."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1), heads of dim / num_heads."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Dosovitskiy et al. 2021, eq. 2-3)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], scale: Float[Tensor, "two b"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """`scale` weights the two residual branches of each sample (stochastic depth: 0 or 1 / keep probability)."""
+        attn, mlp = (1.0, 1.0) if scale is None else scale[:, :, None, None]
+        x = x + attn * self.attn(self.norm1(x))
+        return x + mlp * self.mlp(self.norm2(x))
+
+
+def depth_scale(keep: Bool[Tensor, "depth two b"], rates: Float[Tensor, " depth"]) -> Float[Tensor, "depth two b"]:
+    """Stochastic depth (Huang et al. 2016), inverted: kept branches are divided by their probability of being kept."""
+    return keep / (1 - rates)[:, None, None]
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
+    """Fixed 2-D sin-cos position embedding of a grid in row order (MAE, section 3; Chen et al. 2021).
+
+    The first half of the channels encodes the column, the second the row; each half is [sin, cos] of dim / 4 frequencies.
+    """
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None) -> None:
+    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02).
+
+    Every parameter is drawn from a generator of its own, seeded by (seed, its name), so that the bits depend on neither
+    the order of construction nor the number of ranks. Positions are left as they are, and so is everything in `skip`.
+    """
+    skipped = set(skip.modules()) if skip is not None else set()
+    for prefix, part in module.named_modules():
+        if part in skipped:
+            continue
+        for name, parameter in part.named_parameters(prefix=prefix, recurse=False):
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            leaf = name.rpartition(".")[2]
+            if leaf in ("pos_embed", "decoder_pos_embed"):
+                continue
+            if isinstance(part, nn.LayerNorm):
+                parameter.fill_(1.0 if leaf == "weight" else 0.0)
+            elif leaf == "bias":
+                parameter.zero_()
+            elif leaf in ("cls_token", "mask_token"):
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:  # a linear layer, or a patch embedding seen as one
+                bound = math.sqrt(6.0 / (parameter.shape[0] + parameter[0].numel()))
+                parameter.uniform_(-bound, bound, generator=generator)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

@@ -1,0 +1,97 @@
+"""Classification on labels: fine-tuning of a backbone with a linear head, and the linear probe of a frozen one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mae_dist import dist, rng
+from mae_dist.batch import Batch
+from mae_dist.models.layers import depth_scale
+from mae_dist.models.vit import ViT
+from mae_dist.objectives import Output
+
+
+class Finetune(nn.Module):
+    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
+
+    def __init__(self, backbone: ViT, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
+        super().__init__()
+        self.backbone, self.label_smoothing, self.seed = backbone, label_smoothing, seed
+        self.head = new_head(backbone.dim, num_classes, 2e-5, seed)
+        self.register_buffer("rates", torch.linspace(0, drop_path, backbone.depth), persistent=False)
+
+    def forward(self, batch: Batch) -> Output:
+        """Cross-entropy of each sample and its logits."""
+        logits = self.head(self.backbone(batch.images, self._scale(batch))).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
+        return Output(loss, logits)
+
+    def _scale(self, batch: Batch) -> Float[Tensor, "depth two b"] | None:
+        if not self.training or not self.rates.any():
+            return None
+        words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
+        draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, len(batch))
+        return depth_scale(draws >= self.rates[:, None, None], self.rates)
+
+
+class Probe(nn.Module):
+    """Linear probe (He et al. 2022, section A.1): frozen backbone, batch norm without affine, linear head.
+
+    Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch, however
+    many ranks share it.
+    """
+
+    def __init__(self, backbone: ViT, num_classes: int, *, chunk: int, seed: int):
+        super().__init__()
+        self.backbone, self.chunk = backbone.requires_grad_(False), chunk
+        self.norm = GlobalBatchNorm(backbone.dim)
+        self.head = new_head(backbone.dim, num_classes, 0.01, seed)
+
+    def forward(self, batch: Batch) -> Output:
+        """Cross-entropy of each sample and its logits."""
+        self.backbone.eval()
+        with torch.no_grad():
+            features = torch.cat([self.backbone(part.images) for part in batch.split(self.chunk)])
+        logits = self.head(self.norm(features.float())).float()
+        return Output(F.cross_entropy(logits, batch.labels, reduction="none"), logits)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm without affine of features that need no gradient: statistics over all ranks, running ones for evaluation.
+
+    The same as torch's BatchNorm1d(dim, affine=False, eps=1e-6, momentum=0.1) on the gathered batch (Ioffe and Szegedy
+    2015, algorithm 1).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, eps: float = 1e-6, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        if self.training:
+            count = dist.sum_(torch.tensor(float(len(x)), device=x.device))
+            mean = dist.sum_(x.sum(0)) / count
+            variance = dist.sum_((x - mean).square().sum(0)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        return (x - mean) / (variance + self.eps).sqrt()
+
+
+def new_head(dim: int, num_classes: int, std: float, seed: int) -> nn.Linear:
+    """A linear head with N(0, std) weights, truncated at 2 in absolute value, and zero bias, drawn from `seed`."""
+    head = nn.Linear(dim, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.trunc_normal_(head.weight, std=std, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head

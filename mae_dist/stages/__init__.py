@@ -1,0 +1,12 @@
+"""The verbs: one file each. VERBS is what `mae-dist --help` lists; it imports nothing."""
+
+VERBS = {
+    "pretrain": "masked autoencoder pretraining on images without labels",
+    "knn": "nearest neighbours on frozen features: a measure without training",
+    "probe": "linear probe: a linear head on a frozen backbone",
+    "finetune": "train backbone and head on labels",
+    "report": "one HTML file from one or more runs: curves, pictures, numbers",
+    "data": "pack archives and folders into tars, index tars of others, look at a data set",
+    "demo": "all of the above on the embedded data set, in minutes",
+}
+"""Verb -> one line. `mae_dist.stages.VERB` has `run(config)` if the verb has a schema, else `main(argv)`."""

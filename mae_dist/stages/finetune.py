@@ -1,0 +1,21 @@
+"""`mae-dist finetune CONFIG.yaml from=RUN data.path=... out=RUN2`: backbone and head trained on labels."""
+
+from __future__ import annotations
+
+from mae_dist.config import Finetune
+from mae_dist.objectives import classify
+from mae_dist.stages.opening import num_classes, open_run
+from mae_dist.stages.supervised import train_and_test
+
+
+def run(config: Finetune) -> None:
+    """Fine-tune until done; running it again goes on."""
+    opening = open_run("finetune", config, labels=True)
+    if opening.finished:
+        return
+    train = config.train
+    objective = classify.Finetune(
+        opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
+        label_smoothing=train.label_smoothing, seed=train.seed,
+    )  # fmt: skip
+    train_and_test("finetune", opening, objective, num_micro=opening.num_micro())

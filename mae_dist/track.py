@@ -1,0 +1,193 @@
+"""Tracking: metrics.jsonl first; wandb as a mirror that may be absent or fail; a progress bar, or lines in a log.
+
+Every step has exactly one line in metrics.jsonl, also over kills and resumes. Losses stay on the device until `flush`, so
+that a step that is only counted costs no synchronisation; all ranks flush together. Knows no model and no data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mae_dist import config as configuration
+from mae_dist import dist
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a log gets a line where there is no terminal for a bar."""
+RECENT = 100
+"""Steps over which the final training loss is averaged."""
+
+
+class Tracker:
+    """The record of a run from `step` on; a context manager. `unit` is images a step."""
+
+    def __init__(self, path: Path, config: configuration.RunConfig, verb: str, step: int, total: int, num_samples: int):
+        self.path, self.settings, self.total, self.num_samples = path / "metrics.jsonl", config.track, total, num_samples
+        self.unit = config.train.global_batch
+        self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.flushed = self.last_line = time.perf_counter()
+        self.num_bad = 0
+        self.progress = self.mirror = self.stream = None
+        dist.on_main(lambda: rewind(self.path, step))
+        if dist.is_main():
+            self.stream = self.path.open("a")
+            self.progress = _bar(verb, step, total)
+            self.mirror = _wandb(path, config, verb)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+        if self.stream:
+            self.stream.close()
+        if self.mirror:
+            self.mirror.finish()
+
+    def step(self, step: int, lr: float, wait: float, tensors: dict[str, Tensor]) -> None:
+        """Note a step: `wait` seconds for data, and on the device loss and bad (this rank's part) and grad_norm (global)."""
+        plain = {"step": step, "epoch": step * self.unit / self.num_samples, "lr": lr, "data_wait": wait}
+        self.waiting.append((plain, tensors))
+
+    def flush(self) -> None:
+        """Write the steps since the last flush. Raises ValueError, on every rank, when a loss is not finite."""
+        if not self.waiting:
+            return
+        plain, tensors = zip(*self.waiting, strict=True)
+        self.waiting = []
+        parts = dist.sum_(torch.stack([torch.stack([t["loss"], t["bad"]]) for t in tensors]).double()).tolist()
+        norms = torch.stack([t["grad_norm"] for t in tensors]).tolist()
+        now = time.perf_counter()
+        rate = len(plain) * self.unit / (now - self.flushed)
+        self.flushed = now
+        records = [
+            {"step": p["step"], "epoch": round(p["epoch"], 4), "loss": loss, "lr": p["lr"], "grad_norm": norm,
+             "images_per_second": round(rate, 1), "data_wait": round(p["data_wait"], 5)}
+            | ({"bad": int(bad)} if bad else {})
+            for p, (loss, bad), norm in zip(plain, parts, norms, strict=True)
+        ]  # fmt: skip
+        self.num_bad += int(sum(bad for _, bad in parts))
+        broken = next((r for r in records if not math.isfinite(r["loss"])), None)
+        self._write([r for r in records if broken is None or r["step"] < broken["step"]])
+        if broken:
+            raise ValueError(
+                f"the loss of step {broken['step']} is {broken['loss']}: lower optim.base_lr, set train.clip=1, or use "
+                f"train.precision=fp32; the same command goes on from the last checkpoint"
+            )
+        self._show(records[-1])
+
+    def numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Write an evaluation."""
+        self._write([{"step": step, "epoch": round(step * self.unit / self.num_samples, 4)} | numbers])
+        text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        self._say(f"step {step}: {text}")
+
+    def picture(self, file: Path) -> None:
+        """Mirror a picture that lies in the run's folder."""
+        if self.mirror:
+            import wandb
+
+            self.mirror.log({file.stem.split("-")[0]: wandb.Image(str(file))})
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        if self.stream:
+            self.stream.write("".join(json.dumps(record) + "\n" for record in records))
+            self.stream.flush()
+        if self.mirror:
+            for record in records:
+                self.mirror.log(record)
+
+    def _show(self, last: dict[str, Any]) -> None:
+        if not self.progress:
+            return
+        share = last["data_wait"] * last["images_per_second"] / self.unit
+        text = f"loss {last['loss']:.4f}  {last['images_per_second']:,.0f} images/s  data {min(share, 1):.0%}"
+        self.progress.update(self.progress.task_ids[0], completed=last["step"], text=text)
+        if self.progress.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.perf_counter()
+            left = (self.total - last["step"]) * self.unit / max(last["images_per_second"], 1e-9)
+            log.info("step %d/%d  %s  %s left", last["step"], self.total, text, time.strftime("%H:%M:%S", time.gmtime(left)))
+
+    def _say(self, text: str) -> None:
+        if self.progress and not self.progress.disable:
+            self.progress.console.print(text)
+        elif self.progress:
+            log.info(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop what was recorded after `step`, because those steps will be made again."""
+    records = read(path)
+    temporary = path.with_suffix(".rewinding")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
+    temporary.replace(path)
+
+
+def summary(path: Path) -> dict[str, float]:
+    """Final numbers of a run: mean training loss of the last steps, bad samples, and the last evaluation."""
+    records = read(path)
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "loss" not in r]
+    recent = steps[-RECENT:]
+    found = {"loss": sum(r["loss"] for r in recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
+    if evaluations:
+        found |= {k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")}
+    return found
+
+
+def _bar(verb: str, step: int, total: int) -> Progress:
+    terminal = sys.stderr.isatty()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+    )  # fmt: skip
+    progress = Progress(*columns, console=Console(stderr=True), disable=not terminal)
+    progress.add_task(verb, total=total, completed=step, text="")
+    progress.start()
+    return progress
+
+
+def _wandb(path: Path, config: configuration.RunConfig, verb: str) -> Any:
+    """The mirror, or None. Its run id lives in the run's folder, so a resumed run is one wandb run."""
+    if config.track.wandb == "off":
+        return None
+    try:
+        import wandb
+
+        file = path / "wandb_id"
+        if not file.is_file():
+            file.write_text(wandb.util.generate_id())
+        mirror = wandb.init(
+            project=config.track.project, id=file.read_text().strip(), resume="allow", dir=str(path), name=path.name,
+            job_type=verb, mode=config.track.wandb, config=configuration.to_dict(config),
+        )  # fmt: skip
+        mirror.define_metric("step")
+        mirror.define_metric("*", step_metric="step")
+        return mirror
+    except Exception as error:  # the mirror must never end a run
+        log.warning("wandb is not available (%s): going on without it; metrics.jsonl has everything", error)
+        return None
