@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -134,7 +135,7 @@ def spawn(argv: list[str], processes: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.2,
+        max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)

@@ -19,7 +19,7 @@ def place(objective: nn.Module, device: torch.device) -> nn.Module:
     if dist.world() == 1:
         return objective
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def accumulate(module: nn.Module, last: bool) -> AbstractContextManager:

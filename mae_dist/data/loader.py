@@ -10,6 +10,7 @@ Knows no order and no model: it is told what to fetch.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -46,7 +47,7 @@ class Resident:
         self.index, self.device = index, device
         images = np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8)
         labels, bad = np.empty(len(index), dtype=np.int64), np.zeros(len(index), dtype=bool)
-        for i in track(range(len(index)), f"reading {index.dataset.name}", disable=quiet, transient=True):
+        for i in track(range(len(index)), f"reading {index.dataset.name}", disable=quiet or not sys.stderr.isatty(), transient=True):
             image, labels[i], bad[i] = read(index, i)
             if (image.height, image.width) != index.dataset.image_size:
                 raise ValueError(f"{index.describe(i)}: {image.height}x{image.width}, but dataset.json says image_size "
