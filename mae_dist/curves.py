@@ -35,10 +35,10 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } p { margin: .3rem 0; max-width: 75ch } .soft { color: var(--soft) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .87em }
-th, td { padding: .45em .9em .45em 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line) }
+th, td { padding: .45em .8em .45em 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line) }
 th { font-weight: 500; color: var(--soft) } .num { text-align: right; font-variant-numeric: tabular-nums }
 td.num, .nowrap { white-space: nowrap } th { vertical-align: bottom } td:first-child { font-weight: 600 }
-td:last-child { min-width: 11em }
+td:last-child { min-width: 8.5em }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 1.4rem }
 .grid .wide { grid-column: 1 / -1 } .grid + p { margin: .6rem 0 1.4rem }
 .pair { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem }

@@ -295,6 +295,7 @@ def _pair(random: Run, run: Run) -> str:
     scores = [(one, *pair) for one in (run, random) if (pair := score(one))]
     (_, after, _), (_, before, _) = scores
     gain = f"{after - before:+.2f}".replace("-", "&minus;")
+    # as of two independent samples; on the same images, where runs often err together, it is rather less
     error = math.sqrt(sum(top1 * (100 - top1) / num_images for _, top1, num_images in scores))
     tested = " and ".join(dict.fromkeys(f"{num_images:,}" for *_, num_images in scores))
     longest = max(after, before) or 1
@@ -306,8 +307,8 @@ def _pair(random: Run, run: Run) -> str:
     return (
         f'<article class="pair"><h3>{escape(f"{run.verb}: {run.name} versus {random.name}")}</h3>'
         f'<p class="gain">{gain} <small>points top-1</small></p>{bars}'
-        f'<p class="soft">On {tested} test images; same settings but for the start. Standard error of the '
-        f"difference about {error:.2f} points, from the choice of test images; a seed may change more.</p></article>"
+        f'<p class="soft">On {tested} test images; same settings but for the start. Standard error of '
+        f"that difference from the choice of test images: {error:.2f} points; a new seed may change more.</p></article>"
     )
 
 
