@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, twice the same bytes, whole or not at all; archives and folders that lie are refused."""
+"""Packing: what goes in comes out, twice the same bytes, whole or not at all; sources that lie are refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -83,11 +84,12 @@ def test_cifar_comes_out_as_it_went_in(tmp_path: Path) -> None:
 
 
 def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
-    import webdataset
+    from webdataset.compat import WebDataset
 
     pack(from_synthetic(12, 4), tmp_path / "out", shard_size=5)
     urls = [str(tar) for tar in sorted((tmp_path / "out").glob("train-*.tar"))]
-    found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
+    dataset: Any = WebDataset(urls, shardshuffle=False)
+    found = list(dataset.decode("rgb8").to_tuple("__key__", "png", "cls"))
     assert [key for key, _, _ in found] == [f"train_{i:06d}" for i in range(12)]
     assert [label for _, _, label in found] == [i % 10 for i in range(12)]
     assert {image.shape for _, image, _ in found} == {(32, 32, 3)}
@@ -235,7 +237,7 @@ def test_download_is_checked_and_offline_says_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def offline(*_: Any, **__: Any) -> Any:
-        raise urllib.request.URLError("no route to host")
+        raise URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(ValueError, match=r"no route to host.*--source"):

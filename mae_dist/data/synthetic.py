@@ -2,9 +2,9 @@
 
 Promises: a picture is a pure function of (seed, split, id), whatever else is drawn with it. The label is the shape
 alone: place, size, rotation, stretch, colours, textures, light, clutter and noise are drawn without looking at it. No
-test picture is a copy of a training one, or nearly: the hues of shape and ground come from sectors of the colour circle with
-gaps between them, and the pairs of sectors are divided between the splits, so that every hue is in both splits but no
-pair of hues is. On another machine a byte may differ by one, because sine and cosine may in their last bit.
+test picture is a copy of a training one, or nearly: the hues of shape and ground come from sectors of the colour circle
+with gaps between them, and the pairs of sectors are divided between the splits, so that every hue is in both splits but
+no pair of hues is. On another machine a byte may differ by one, as sine and cosine may in their last bit.
 
 Knows no files and no tensors; NumPy only.
 """
