@@ -71,22 +71,20 @@ def dispatch(verb: str, words: list[str]) -> int:
     processes = 1 if dist.launched() else dist.processes_here(settings.machine.processes)
     if processes > 1:
         config.check_world(settings, processes)
-        status = dist.spawn([verb, *words], processes)
-    else:
-        importlib.import_module(f"mae_dist.stages.{verb}").run(settings)
-        status = 0
-    if status == 0 and not dist.launched():
+        return dist.spawn([verb, *words], processes)
+    importlib.import_module(f"mae_dist.stages.{verb}").run(settings)
+    if dist.is_main():
         conclude(verb, settings.out)
-    return status
+    return 0
 
 
 def conclude(verb: str, out: str) -> None:
-    """Say where the run lies and what came out."""
+    """Say what came out and where it lies."""
     from mae_dist.checkpoint import RunDir
 
     result = RunDir(out).result() or {}
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
-    print(f"{verb} finished: {numbers}\n{out}  (mae-dist report {out} draws it)")
+    print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
 
 
 if __name__ == "__main__":

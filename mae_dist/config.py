@@ -11,6 +11,7 @@ what a resumed run is held against; `machine`, `checkpoint` and `track` say wher
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -207,25 +208,25 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
         if not Path(file).is_file():
             raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
         try:
-            layers.append((str(file), OmegaConf.load(file)))
+            layers.append((f"{file}: ", OmegaConf.load(file)))
         except YAMLError as error:
             raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
         try:
-            layers.append((override, OmegaConf.from_dotlist([override])))
+            layers.append((f"{override}: ", OmegaConf.from_dotlist([override])))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
     for origin, layer in layers:
         if not OmegaConf.is_dict(layer):
-            raise ValueError(f"config {origin}: expected sections with keys, found {type(layer).__name__}")
+            raise ValueError(f"{origin}expected sections with keys, found a list")
         if "from" in layer:  # `from` is Python's word, so the field is called start
             layer["start"] = layer.pop("from")  # pyright: ignore
         try:
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
-            raise ValueError(f"{origin}: {_explain(error)}") from error
+            raise ValueError(_explain(error, schema, origin)) from error
     missing = sorted(_shown(name) for name in OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{verb} needs {', '.join(f'{name}=...' for name in missing)}; see mae-dist {verb} --help")
@@ -246,7 +247,7 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
         named = {"start" if key == "from" else key: value for key, value in plain.items()}
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), named))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{origin}: {_explain(error)}") from error
+        raise ValueError(_explain(error, SCHEMAS[verb], f"{origin}: ")) from error
 
 
 def check(config: RunConfig) -> None:
@@ -372,9 +373,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(error: Exception) -> str:
-    """OmegaConf's message without its type information, and with the field in front."""
+def _explain(error: Exception, schema: type[RunConfig], origin: str) -> str:
+    """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for one that is not there."""
+    from omegaconf.errors import ConfigKeyError
+
     lines = [line.strip() for line in str(error).splitlines()]
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
-    text = lines[0].replace("'start'", "'from'")
-    return f"{_shown(name)}: {text}" if name else text
+    if name and origin.startswith(f"{_shown(name)}="):
+        origin = ""
+    if not isinstance(error, ConfigKeyError):
+        return origin + (f"{_shown(name)}: {lines[0]}" if name else lines[0])
+    known = [field for field, _, _ in _fields(schema())]
+    sections = sorted({field.partition(".")[0] for field in known})
+    near = difflib.get_close_matches(name, map(_shown, known if "." in name else sections), n=1)
+    return f"{origin}{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
