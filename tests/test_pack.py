@@ -130,7 +130,7 @@ def test_existing_data_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pack", "synthetic", "--out", "x", "--num-test", "0"], "--num-test 0"),
+        (["pack", "synthetic", "--out", "x", "--test", "0"], "--test 0"),
         (["pack", "synthetic", "--out", "x", "--shard-size", "0"], "--shard-size 0"),
         (["pack", "synthetic"], "--out"),
         (["pack", "folder", "--source", "nowhere", "--out", "x"], "nowhere: no such folder"),

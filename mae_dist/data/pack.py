@@ -184,7 +184,7 @@ def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
     counts = {"train": num_train, "test": num_test}
     for split, count in counts.items():
         if count < 1:
-            raise ValueError(f"--num-{split} {count}: must be 1 or more images")
+            raise ValueError(f"--{split} {count}: must be 1 or more images")
 
     def pictures(split: str) -> Iterator[Picture]:
         for first in range(0, counts[split], 250):

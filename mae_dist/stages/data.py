@@ -59,8 +59,8 @@ def _parser() -> Parser:
     folder.add_argument("--test-share", type=float, default=0.0, help="share to hold out as test (without splits)")
     folder.set_defaults(run=_pack_folder)
     synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
-    synthetic.add_argument("--num-train", type=int, default=8000, help="training images (default 8000)")
-    synthetic.add_argument("--num-test", type=int, default=2000, help="test images (default 2000)")
+    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
+    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
     synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
     synthetic.set_defaults(run=_pack_synthetic)
     for kind in (cifar100, folder, synthetic):
@@ -109,7 +109,7 @@ def _pack_folder(arguments: argparse.Namespace) -> None:
 
 def _pack_synthetic(arguments: argparse.Namespace) -> None:
     with _progress() as tick:
-        _pack(from_synthetic(arguments.num_train, arguments.num_test, arguments.seed), arguments, tick)
+        _pack(from_synthetic(arguments.train, arguments.test, arguments.seed), arguments, tick)
 
 
 def _pack(source: Source, arguments: argparse.Namespace, tick: Tick) -> None:
