@@ -140,7 +140,8 @@ def resample(
     columns = np.where(flips[:, None, None], columns[:, ::-1], columns)
     rows, columns = (torch.from_numpy(m.astype(np.float32)).to(images.device) for m in (rows, columns))
     pixels = rearrange(images, "b h w c -> b c h w").float() / 255
-    shown = rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
+    with torch.autocast(images.device.type, enabled=False):  # pixels are fp32 whatever precision surrounds them
+        shown = rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
     return shown.clamp_(0, 1)  # bicubic overshoots
 
 
