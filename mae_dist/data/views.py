@@ -93,7 +93,7 @@ def resized_boxes(
     w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
     h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
     fallback = np.stack([np.floor((height - h) / 2), np.floor((width - w) / 2), h, w], 1)
-    return np.where(fits.any(1)[:, None], chosen, fallback)
+    return np.where(fits.any(1, keepdims=True), chosen, fallback)
 
 
 def decode(extension: str, content: bytes) -> Image.Image:
@@ -102,7 +102,7 @@ def decode(extension: str, content: bytes) -> Image.Image:
     Raises ValueError when the bytes are no whole image of a kind we read.
     """
     if extension == "npy":
-        array = np.load(io.BytesIO(content), allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)  # np.load would also take archives
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
             raise ValueError(f"array of {array.dtype} {array.shape}, expected uint8 (height, width, 3)")
         return Image.fromarray(array)
@@ -135,31 +135,34 @@ def resample(
 ) -> Float[Tensor, "b c size size"]:
     """The same as `crop` for a batch on its device, without rounding to 8 bits: values in 0..1."""
     height, width = images.shape[1:3]
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], height, size)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], width, size)
+    cut = (boxes == np.rint(boxes)).all(1)
+    rows = resize_matrix(boxes[:, 0], boxes[:, 2], cut, height, size)
+    columns = resize_matrix(boxes[:, 1], boxes[:, 3], cut, width, size)
     columns = np.where(flips[:, None, None], columns[:, ::-1], columns)
     rows, columns = (torch.from_numpy(m.astype(np.float32)).to(images.device) for m in (rows, columns))
     pixels = rearrange(images, "b h w c -> b c h w").float() / 255
     with torch.autocast(images.device.type, enabled=False):  # pixels are fp32 whatever precision surrounds them
-        shown = rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
-    return shown.clamp_(0, 1)  # bicubic overshoots
+        wide = (pixels @ columns[:, None].transpose(-1, -2)).clamp_(0, 1)  # bicubic overshoots, and PIL clips twice
+        return (rows[:, None] @ wide).clamp_(0, 1)
 
 
-def resize_matrix(start: np.ndarray, length: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased, as PIL's) of [start, start + length)."""
-    step = (length / target)[:, None, None]
-    support = np.maximum(step, 1.0)
-    center = start[:, None, None] + (np.arange(target)[None, :, None] + 0.5) * step
-    distance = np.abs((np.arange(source)[None, None] + 0.5 - center) / support)
+def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source: int, target: int) -> np.ndarray:
+    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased as PIL's) of [start, start + length).
+
+    Where `cut`, pixels around the box have no weight and what lies outside the image is black; else surroundings count.
+    """
+    start, end, cut = (v[:, None, None] for v in (start, start + length, cut))
+    step = (end - start) / target
+    center = start + (np.arange(target)[:, None] + 0.5) * step
+    first = min(0, math.floor(start.min()))
+    places = np.arange(first, max(source, math.ceil(end.max())))
+    distance = np.abs((places + 0.5 - center) / np.maximum(step, 1.0))
     a = -0.5
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * a - 4 * a
     weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
-    inside = (np.arange(source) >= np.floor(start)[:, None]) & (np.arange(source) < np.ceil(start + length)[:, None])
-    weights = weights * inside[:, None]
-    outside = (center < 0) | (center > source)
-    total = weights.sum(2, keepdims=True)
-    return np.where(outside, 0.0, weights / np.where(total == 0, 1.0, total))
+    weights *= np.where(cut, (places >= start) & (places < end), (places >= 0) & (places < source))
+    return (weights / weights.sum(2, keepdims=True))[:, :, -first : source - first]
 
 
 def normalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> Float[Tensor, "b c h w"]:
