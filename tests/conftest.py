@@ -1,0 +1,60 @@
+"""Shared fixtures: small data sets as real tars in a temporary folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from mae_dist.data import index
+
+torch.set_num_threads(1)
+
+Tars = Callable[..., index.ShardIndex]
+
+
+def encoded(array: np.ndarray, extension: str) -> bytes:
+    """An image file of these pixels."""
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "JPEG" if extension == "jpg" else extension.upper())
+    return stream.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Tars:
+    """`tars([4, 3], size=(32, 32), extension="png", broken={2})`: an index over new shards of that many samples.
+
+    `size` is (height, width); None draws another one for each sample. Samples in `broken` are cut in half.
+    Sample i has key `s000i` and label i % 3.
+    """
+
+    def make(
+        counts: list[int],
+        size: tuple[int, int] | None = (32, 32),
+        extension: str = "png",
+        broken: set[int] = frozenset(),  # pyright: ignore
+    ) -> index.ShardIndex:
+        folder = tmp_path / "tars"
+        folder.mkdir()
+        generator = np.random.default_rng(0)
+        shards, number = [], 0
+        for shard, count in enumerate(counts):
+            tar = folder / f"x-{shard}.tar"
+            with webdataset.TarWriter(str(tar)) as writer:  # pyright: ignore
+                for _ in range(count):
+                    shape = size or generator.integers(20, 50, 2)
+                    content = encoded(generator.integers(0, 256, (*shape, 3), dtype=np.uint8), extension)
+                    content = content[: len(content) // 2] if number in broken else content
+                    writer.write({"__key__": f"s{number:04d}", extension: content, "cls": str(number % 3).encode()})
+                    number += 1
+            shards.append(index.build(tar, tar.with_suffix(".idx"))[0])
+        index.Dataset("tiny", {"train": shards}, num_classes=3, image_size=size).save(folder)
+        return index.open_split(str(folder), "train")
+
+    return make

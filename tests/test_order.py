@@ -1,0 +1,125 @@
+"""Order: permutations with locality, one stream however it is shared out, and any position at once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mae_dist.data.order import KEPT_WINDOWS, Order, num_micro, plan, share
+
+COUNTS = np.array([5, 1, 7, 6, 3, 9, 2])
+NUM = int(COUNTS.sum())
+
+
+def flat(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
+    return [pair for epochs, ids in parts for pair in zip(epochs.tolist(), ids.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_each_epoch_is_a_permutation_and_epochs_differ(window: int) -> None:
+    order = Order(0, COUNTS, window)
+    epochs = [order.at(e * NUM, (e + 1) * NUM) for e in range(4)]
+    for number, (epoch, ids) in enumerate(epochs):
+        assert epoch.tolist() == [number] * NUM
+        assert sorted(ids.tolist()) == list(range(NUM))
+        assert ids.tolist() != list(range(NUM))
+    for (_, a), (_, b) in itertools.combinations(epochs, 2):
+        assert a.tolist() != b.tolist()
+    assert Order(1, COUNTS, window).at(0, NUM)[1].tolist() != epochs[0][1].tolist()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_ids_of_a_window_come_from_its_shards_only(window: int) -> None:
+    shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
+    for epoch in range(3):
+        shards = shard_of[Order(4, COUNTS, window).at(epoch * NUM, (epoch + 1) * NUM)[1]]
+        met: set[int] = set()
+        while len(shards):
+            here: list[int] = []
+            for shard in shards:
+                if shard not in here and len(here) == window:
+                    break
+                here += [shard] if shard not in here else []
+            size = int(COUNTS[here].sum())
+            assert len(here) == min(window, len(COUNTS) - len(met))
+            assert set(shards[:size].tolist()) == set(here)  # a window is whole shards
+            assert not met & set(here)
+            met |= set(here)
+            shards = shards[size:]
+
+
+def test_any_slice_equals_the_slice_of_the_whole() -> None:
+    whole = flat([Order(2, COUNTS, 2).at(0, 4 * NUM)])
+    order = Order(2, COUNTS, 2)
+    for a, b in [(0, 1), (NUM - 1, NUM + 1), (3 * NUM, 4 * NUM), (5, 3 * NUM + 2), (NUM, NUM + 3), (17, 40)]:
+        assert flat([order.at(a, b)]) == whole[a:b]  # backwards and forwards: what is cached does not matter
+
+
+@pytest.mark.parametrize("global_batch", [8, 10, 13])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 100])
+def test_ranks_in_order_make_the_stream(global_batch: int, world: int, micro_batch: int) -> None:
+    """33 samples an epoch, 9 steps: some batches straddle two epochs."""
+    stream = flat([Order(6, COUNTS, 3).at(0, 9 * global_batch)])
+    micro = num_micro(global_batch, world, micro_batch)
+    plans = [list(plan(Order(6, COUNTS, 3), range(9), global_batch, micro, rank, world)) for rank in range(world)]
+    assert {len(p) for p in plans} == {9 * micro}
+    assert all(len(ids) == len(epochs) >= 1 for p in plans for epochs, ids in p)
+    union = [part for step in range(9) for p in plans for part in p[step * micro : (step + 1) * micro]]
+    assert flat(union) == stream
+    assert {epoch for epoch, _ in stream} == set(range(-(-9 * global_batch // NUM)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 8])
+def test_seeking_equals_going_on(step: int) -> None:
+    whole = list(plan(Order(6, COUNTS, 3), range(9), 10, 2, 1, 3))
+    later = list(plan(Order(6, COUNTS, 3), range(step, 9), 10, 2, 1, 3))
+    assert [flat([part]) for part in later] == [flat([part]) for part in whole[2 * step :]]
+
+
+def test_shares_are_neighbours_of_nearly_equal_size() -> None:
+    for total, world in itertools.product(range(40), range(1, 9)):
+        ranges = [share(total, rank, world) for rank in range(world)]
+        assert [i for a, b in ranges for i in range(a, b)] == list(range(total))
+        sizes = [b - a for a, b in ranges]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_micro_batches_are_never_empty_and_small_enough() -> None:
+    for global_batch, world, micro_batch in itertools.product(range(1, 40), range(1, 9), (1, 2, 3, 7, 64)):
+        if world > global_batch:
+            continue
+        micro = num_micro(global_batch, world, micro_batch)
+        for rank in range(world):
+            first, last = share(global_batch, rank, world)
+            sizes = [b - a for a, b in (share(last - first, part, micro) for part in range(micro))]
+            assert min(sizes) >= 1
+            assert max(sizes) <= micro_batch + (micro == global_batch // world)  # where shares are 1 and 2, 2 at once
+
+
+def test_memory_grows_with_shards_and_the_window_at_hand() -> None:
+    """1e5 shards of 1e4 samples: 1e9 ids, of which one window is resident."""
+    order = Order(0, np.full(100_000, 10_000), 4)
+    order.at(123_456_789, 123_456_789 + 64)
+
+    def resident() -> int:
+        shards = sum(a.nbytes for pair in order._epochs.values() for a in pair)
+        return shards + sum(a.nbytes for a in order._windows.values()) + order.counts.nbytes + order.starts.nbytes
+
+    assert len(order._windows) == 1
+    assert resident() < 8 * (4 * 100_000 + 4 * 10_000)
+    for step in range(20):
+        order.at(step * 40_000, step * 40_000 + 1)
+    assert len(order._windows) == KEPT_WINDOWS
+
+
+def test_golden_order() -> None:
+    """If this fails, every earlier run has become irreproducible."""
+    epochs, ids = Order(3, np.array([5, 4, 7, 6]), 2).at(0, 44)
+    assert epochs.tolist() == [0] * 22 + [1] * 22
+    assert ids.tolist() == [
+        7, 17, 16, 20, 21, 5, 18, 8, 19, 6, 13, 3, 1, 11, 15, 12, 9, 2, 4, 10, 0, 14,
+        4, 6, 0, 3, 1, 8, 7, 5, 2, 21, 11, 9, 18, 20, 13, 17, 14, 12, 16, 15, 19, 10,
+    ]  # fmt: skip
