@@ -1,0 +1,261 @@
+"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, and mistakes in words."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mae_dist.__main__ import main
+from mae_dist.data.pack import from_synthetic, pack
+
+SETTINGS = [
+    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
+    "track.every=1", "machine.processes=1",
+]  # fmt: skip
+MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "optim.base_lr=1e-2", "train.clip=1"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 160 training and 40 test images."""
+    folder = tmp_path_factory.mktemp("data") / "set"
+    pack(from_synthetic(160, 40), folder, shard_size=50)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pretraining run of 6 steps."""
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    words = ["pretrain", f"data.path={data}", f"out={out}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    assert main(words) == 0
+    return out
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "mae_dist", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def start(*words: object, check: int | None = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert check is None or done.returncode == check, done.stderr
+    return done
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks that a launcher started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [int(pid) for pid in found if b"mae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    def words(out: str) -> list[str]:
+        return ["pretrain", f"data.path={data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
+                "checkpoint.every=7", "machine.processes=2"]  # fmt: skip
+
+    start(*words("undisturbed"))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((killed / "metrics.jsonl").is_file() and len(losses(killed)) >= 16):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "SIGKILL" in said
+    assert "the same command goes on" in said
+    assert not (killed / "result.json").exists()
+    with (killed / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
+
+    said = start(*words("killed")).stderr
+    assert "resumed at step" in said
+    assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 61))
+    assert losses(killed) == losses(tmp_path / "undisturbed")
+    first, second = weights(tmp_path / "undisturbed"), weights(killed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    starts = [json.loads(line)["step"] for line in (killed / "provenance.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[0] == 0
+    assert starts[1] >= 14
+    assert starts[1] % 7 == 0
+
+
+@pytest.mark.slow
+def test_world_size_and_micro_batch_change_nothing_but_rounding(data: Path, tmp_path: Path) -> None:
+    shared = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=12"]
+    start(*shared, f"out={tmp_path / 'one'}")
+    start(*shared, f"out={tmp_path / 'micro'}", "machine.micro_batch=5")
+    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")  # 16 images do not divide by 3
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae_dist"]
+    done = subprocess.run([*torchrun, *shared, f"out={tmp_path / 'two'}"], env=environment(), timeout=300, check=False)
+    assert done.returncode == 0
+    reference = losses(tmp_path / "one")
+    assert len(set(reference)) == 12
+    for other in ("micro", "two", "three"):
+        assert losses(tmp_path / other) == pytest.approx(reference, abs=1e-5), other
+
+
+@pytest.mark.slow
+def test_a_probe_is_the_same_on_any_world(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = ["probe", f"data.path={data}", f"from={pretrained}", *SETTINGS, "train.steps=6", "optim.base_lr=30"]
+    start(*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3")
+    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
+    for name in ("model.norm.running_mean", "model.norm.running_var", "model.head.weight"):
+        torch.testing.assert_close(three[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = [f"data.path={data}", *SETTINGS]
+    training = ["train.steps=4", "train.precision=bf16"]
+    for verb, settings in {"knn": [], "probe": training, "finetune": [*training, "model.drop_path=0.1"]}.items():
+        for source in (str(pretrained), "random"):
+            out = tmp_path / f"{verb}-{Path(source).name}"
+            assert main([verb, *shared, *settings, "model.pool=avg", f"from={source}", f"out={out}"]) == 0
+            result = json.loads((out / "result.json").read_text())
+            assert result["verb"] == verb
+            assert result["num_test_images"] == 40
+            assert 0 <= result["top1"] <= result["top5"] <= 100
+    moved, fresh = weights(tmp_path / "finetune-pretrained"), weights(pretrained)
+    backbone = "model.backbone.blocks.0.mlp.fc1.weight"
+    probed = weights(tmp_path / "probe-pretrained")
+    assert torch.equal(probed[backbone], fresh[backbone]), "a probe must not move the backbone"
+    assert not torch.equal(moved[backbone], fresh[backbone])
+    assert sorted((pretrained / "pictures").glob("reconstruction-*.png"))
+    assert main(["report", str(pretrained), str(tmp_path / "probe-random")]) == 0
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
+    words = ["pretrain", f"data.path={data}", f"out={pretrained}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    assert main(words) == 0
+    assert "pretrain is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line that a mistake gets; exit status 2."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("mae-dist: ")
+    return said[0]
+
+
+def test_mistakes_end_with_one_line_and_nothing_written(
+    data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shared = [*SETTINGS, f"out={out}", "train.steps=2"]
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    unlabelled = tmp_path / "unlabelled"
+    shutil.copytree(data, unlabelled)
+    description = json.loads((unlabelled / "dataset.json").read_text())
+    for shard in description["splits"]["train"]:
+        shard["num_labelled"] = 0
+    (unlabelled / "dataset.json").write_text(json.dumps(description))
+    here = f"data.path={data}"
+    cases = [
+        (["pretrain", "data.path=/nowhere"], ["data.path=/nowhere", "no such folder"]),
+        (["pretrain", f"data.path={tmp_path}/*.tar"], ["not indexed yet", "mae-dist data index"]),
+        (["pretrain", f"data.path={tmp_path}/none-*.tar"], ["no file matches"]),
+        (["pretrain", here, "data.split=dev"], ["no split 'dev'", "test, train"]),
+        (["pretrain", here, "model.image_size=30"], ["model.image_size=30", "patch size 4", "28 or 32"]),
+        (["pretrain", here, "model.name=vit_tii4"], ["model.name=vit_tii4", "vit_ti4"]),
+        (["pretrain", here, "train.global_batch=1", "machine.processes=2"], ["2 processes", "train.global_batch=1"]),
+        (["probe", f"data.path={unlabelled}", f"from={pretrained}"], ["160 of 160 samples have no label", "probe"]),
+        (["probe", here, "from=/nowhere"], ["from=/nowhere", "no such folder"]),
+        (["knn", here, f"from={data}"], [f"from={data}", "no run"]),
+        (["finetune", here, f"from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
+        (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
+        (["pretrian"], ["no such verb", "pretrain"]),
+    ]
+    for words, expected in cases:
+        line = refused(capsys, *words, *(shared if words[0] in ("pretrain", "probe", "knn", "finetune") else []))
+        for part in expected:
+            assert part in line, (line, part)
+    assert not out.exists()
+
+
+def test_other_settings_are_refused_with_the_fields_named(
+    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (pretrained / "config.yaml").read_bytes()
+    words = ["pretrain", f"data.path={data}", f"out={pretrained}", *SETTINGS, *MAE, "train.steps=7", "train.seed=3"]
+    line = refused(capsys, *words)
+    assert "train.steps: 6 -> 7" in line
+    assert "train.seed: 0 -> 3" in line
+    assert (pretrained / "config.yaml").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    data: Path, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(pretrained, run)
+    (run / "result.json").unlink()
+    (file,) = (run / "checkpoints" / "step-000000006").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    assert main(words) == 0
+    assert "step-000000006 is damaged" in caplog.text
+    assert losses(run) == losses(pretrained)
+    first, second = weights(run), weights(pretrained)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+    (run / "result.json").unlink()
+    for path in (run / "checkpoints").glob("step-*"):
+        (path / "manifest.json").write_text("{")
+    assert "all 2 checkpoints are damaged" in refused(capsys, *words)
+
+
+def test_torchrun_with_too_many_ranks_ends_with_one_line(data: Path, tmp_path: Path) -> None:
+    done = start("pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
+                 "machine.processes=3", check=2)  # fmt: skip
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_pretraining_on_a_gpu_resumes(data: Path, tmp_path: Path, precision: str) -> None:
+    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, f"train.precision={precision}", "checkpoint.every=3"]
+    assert main([*words, f"out={tmp_path / 'run'}", "train.steps=6"]) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
