@@ -33,6 +33,10 @@ FORMAT = "mae_dist dataset 1"
 FILE = "dataset.json"
 
 
+class ChangedError(ValueError):
+    """A shard is not what its index says. Unlike for a bad sample, no neighbour stands in."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar: `tar` is a path relative to dataset.json (or absolute), `num_bytes` the size of the file."""
@@ -146,7 +150,7 @@ class ShardIndex:
         return f"{self._table(shard).names[row]} in {self.tars[shard].name}"
 
     def read(self, sample: int) -> Sample:
-        """The bytes of one sample. Raises ValueError if the tar is shorter than its index or the label is no number."""
+        """The bytes of one sample. Raises ValueError if the label is no number, ChangedError if the tar is cut."""
         shard, row = self.locate(sample)
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
@@ -170,7 +174,7 @@ class _Handle:
     def read(self, offset: int, size: int) -> bytes:
         content = os.pread(self.descriptor, size, offset)
         if len(content) != size:
-            raise ValueError(f"{self.path}: ends inside a sample; it changed since it was indexed")
+            raise ChangedError(f"{self.path}: ends inside a sample; it was changed or cut after it was indexed")
         return content
 
     def __del__(self) -> None:

@@ -10,6 +10,7 @@ Knows no order and no model: it is told what to fetch.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +20,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from mae_dist.batch import Batch, to_device
-from mae_dist.data.index import ShardIndex
+from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.views import View, crop, decode, normalise, resample
 from mae_dist.dist import RankError
@@ -109,13 +110,15 @@ class Decoder(Dataset[Batch]):
 def read(index: ShardIndex, sample: int):
     """(image, label, bad) of a sample; an unreadable one is replaced by the next readable of its shard, and named in the log.
 
-    Raises ValueError when the whole shard is unreadable.
+    Raises ValueError when the whole shard is unreadable, or shorter than its index says.
     """
     wanted = sample
     while True:
         try:
             content = index.read(sample)
             return decode(content.extension, content.image), content.label, sample != wanted
+        except ChangedError:
+            raise
         except ValueError as error:
             log.warning("unreadable: %s (%s); its neighbour stands in", index.describe(sample), error)
             sample = index.neighbour(sample)
@@ -136,8 +139,8 @@ def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from loader
     except ValueError as error:
-        raise RankError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise RankError(re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])) from error
 
 
 def _finish(batch: Batch, view: View) -> Batch:
-    return batch._replace(images=normalise(batch.images.float() / 255, view.mean, view.std))
+    return Batch(normalise(batch.images.float() / 255, view.mean, view.std), *batch[1:])
