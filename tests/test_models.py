@@ -1,0 +1,192 @@
+"""The ViT is timm's, name by name and number by number, and can encode any subset of its patches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from mae_dist import models
+from mae_dist.models.layers import Block, depth_scale, initialise, sincos_positions
+from mae_dist.models.vit import ViT, patchify, take, unpatchify
+
+
+def small(pool: str = "cls", position: str = "sincos") -> ViT:
+    """A ViT of 4 x 4 patches in float64 whose parameters are all random."""
+    vit = ViT(patch=4, dim=24, depth=3, num_heads=3, image_size=16, pool=pool, position=position).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return vit
+
+
+def pixels(num: int, size: int = 16) -> torch.Tensor:
+    return torch.randn(num, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_names_shapes_and_outputs_are_timms(pool: str) -> None:
+    ours = small(pool).eval()
+    timms = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=0,
+        global_pool="token" if pool == "cls" else "avg",
+    ).double().eval()  # fmt: skip
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in timms.state_dict().items()}
+    timms.load_state_dict(ours.state_dict(), strict=True)
+    images = pixels(5)
+    with torch.no_grad():
+        assert (ours(images) - timms(images)).abs().max() < 1e-12
+        assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_every_backbone_can_be_made(name: str) -> None:
+    with torch.device("meta"):
+        backbone = models.BACKBONES[name]()
+    assert backbone.pos_embed.shape == (1, backbone.num_patches + 1, backbone.dim)
+    assert backbone.dim % backbone.blocks[0].attn.num_heads == 0  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [("vit_ti16", 5_524_416), ("vit_s16", 21_665_664), ("vit_b16", 85_798_656), ("vit_l16", 303_301_632),
+     ("vit_h14", 630_764_800)],
+)  # fmt: skip
+def test_sizes_are_the_published_ones(name: str, num: int) -> None:
+    """What timm's models of these names have without their heads."""
+    with torch.device("meta"):
+        assert num_parameters(models.BACKBONES[name]()) == num
+
+
+def test_build_takes_overrides_and_initialises() -> None:
+    backbone = models.build("vit_demo4", seed=1, image_size=16, pool="avg", position="learned")
+    assert (backbone.grid, backbone.pool, backbone.pos_embed.requires_grad) == (4, "avg", True)
+    assert torch.equal(backbone.pos_embed[0, 1:], sincos_positions(128, 4, 4))
+    assert not backbone.pos_embed[0, 0].any()
+    again, other = models.build("vit_demo4", seed=1), models.build("vit_demo4", seed=2)
+    for name, parameter in models.build("vit_demo4", seed=1).named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    assert not torch.equal(again.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)  # pyright: ignore
+
+
+@pytest.mark.parametrize(("name", "message"), [("vit_b_16", "did you mean vit_b16"), ("resnet", "known: vit_ti4, ")])
+def test_unknown_names_get_a_hint(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.build(name)
+
+
+@pytest.mark.parametrize(("size", "hint"), [(34, "try 32 or 36$"), (3, "try 4$")])
+def test_image_sizes_that_do_not_fit(size: int, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"image_size={size}: not divisible by the patch size 4; {hint}"):
+        models.build("vit_demo4", image_size=size)
+
+
+def test_patches_are_in_maes_order() -> None:
+    images = pixels(2, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 9, 48)
+    for row, column, y, x, channel in itertools.product(range(3), range(3), (0, 1, 3), (0, 2, 3), range(3)):
+        flat = (y * 4 + x) * 3 + channel  # row, column, channel
+        assert torch.equal(patches[:, row * 3 + column, flat], images[:, channel, row * 4 + y, column * 4 + x])
+    assert torch.equal(unpatchify(patches, 4, 3), images)
+    wide = pixels(1, 12)[..., :8]
+    assert torch.equal(unpatchify(patchify(wide, 4), 4, 3), wide)
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (2, 5)])
+def test_positions_are_the_papers(height: int, width: int) -> None:
+    """The official get_2d_sincos_pos_embed: first half from the column ("w goes first"), each half [sin, cos]."""
+    dim = 16
+    expected = torch.zeros(height * width, dim, dtype=torch.float64)
+    for row, column, k in itertools.product(range(height), range(width), range(dim // 4)):
+        omega = 1 / 10000 ** (k / (dim / 4))
+        place = row * width + column
+        expected[place, k] = math.sin(column * omega)
+        expected[place, k + dim // 4] = math.cos(column * omega)
+        expected[place, k + dim // 2] = math.sin(row * omega)
+        expected[place, k + dim * 3 // 4] = math.cos(row * omega)
+    assert (sincos_positions(dim, height, width) - expected).abs().max() < 1e-7
+
+
+def test_learned_positions_get_a_gradient_and_fixed_ones_do_not() -> None:
+    for position in ("learned", "sincos"):
+        vit = small(position=position)
+        vit(pixels(2)).square().sum().backward()
+        grad = vit.pos_embed.grad
+        assert (grad is not None and bool((grad != 0).any(-1).all())) == (position == "learned")
+        assert all(p.grad is not None for name, p in vit.named_parameters() if name != "pos_embed")
+
+
+def test_visible_patches_are_encoded_wherever_they_stand_in_the_list() -> None:
+    vit, images = small().eval(), pixels(3)
+    with torch.no_grad():
+        tokens = vit.encode(images)
+        index = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+        permuted = vit.encode(images, index)
+    assert (permuted[:, :1] - tokens[:, :1]).abs().max() < 1e-12
+    assert (permuted[:, 1:] - take(tokens[:, 1:], index)).abs().max() < 1e-12
+
+
+def test_hidden_patches_do_not_matter() -> None:
+    vit, images = small().eval(), pixels(2)
+    visible = torch.tensor([[3, 0, 9], [15, 2, 7]])
+    patches = patchify(images, 4)
+    kept = torch.zeros_like(patches).scatter(1, visible[..., None].expand(-1, -1, 48), take(patches, visible))
+    with torch.no_grad():
+        assert torch.equal(vit.encode(images, visible), vit.encode(unpatchify(kept, 4, 4), visible))
+
+
+def test_initialisation_is_maes_and_a_function_of_seed_and_name() -> None:
+    first, second = nn.Module(), nn.Module()
+    parts = {"fc": lambda: nn.Linear(200, 600), "norm": lambda: nn.LayerNorm(50), "other": lambda: nn.Linear(200, 600)}
+    for name in parts:
+        first.add_module(name, parts[name]())
+    for name in reversed(parts):
+        second.add_module(name, parts[name]())
+    initialise(first, 5)
+    initialise(second, 5)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name))
+    weight = first.get_parameter("fc.weight")
+    assert not torch.equal(weight, first.get_parameter("other.weight"))
+    bound = math.sqrt(6 / 800)
+    assert abs(weight.std().item() - bound / math.sqrt(3)) < 0.01 * bound
+    assert 0.99 * bound < weight.abs().max() <= bound
+    assert not first.get_parameter("fc.bias").any()
+    vit = models.build("vit_ti4")
+    bound = math.sqrt(6 / (192 + 48))  # the patch embedding counts as a linear layer of 48 inputs
+    assert 0.99 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+    assert abs(vit.cls_token.std().item() - 0.02) < 0.004
+    assert (vit.norm.weight == 1).all()  # pyright: ignore
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    holder = nn.Module()
+    holder.add_module("vit", vit)
+    holder.add_module("fc", nn.Linear(3, 3))
+    initialise(holder, 6, skip=vit)
+    assert all(torch.equal(before[k], v) for k, v in vit.state_dict().items())
+
+
+def test_a_dropped_branch_leaves_the_tokens_alone() -> None:
+    block, x = small().blocks[0].eval(), torch.randn(2, 5, 24, dtype=torch.float64)
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        scale = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+        out = block(x, scale)
+        middle = x[1] + block.attn(block.norm1(x[1:]))[0]
+        expected = middle + 2 * block.mlp(block.norm2(middle))
+    assert torch.equal(out[0], x[0])
+    assert (out[1] - expected).abs().max() < 1e-12
+
+
+def test_depth_scale_keeps_the_expectation() -> None:
+    keep, rates = torch.tensor([[[True, False]], [[True, False]]]), torch.tensor([0.0, 0.2])
+    assert depth_scale(keep.expand(2, 2, 2), rates)[:, 0].tolist() == [[1.0, 0.0], [1.25, 0.0]]
