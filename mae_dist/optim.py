@@ -111,3 +111,6 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    for moments in optimizer.state.values():  # that step is not one of training: AdamW's count starts at 0
+        for moment in moments.values():
+            moment.zero_()
