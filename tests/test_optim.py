@@ -1,0 +1,157 @@
+"""Optimizers: rates, decay groups and layer scales are the papers'; LARS by hand; priming moves nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mae_dist import models, optim
+from mae_dist.config import Optim
+from mae_dist.objectives.classify import Finetune, Probe
+from mae_dist.objectives.mae import MAE
+
+PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40)
+
+
+def test_lr_of_vit_b_pretraining() -> None:
+    """He et al. 2022, table 8: base 1.5e-4, batch 4096, 800 epochs, 40 of them warmup; 312 steps an epoch."""
+    peak, steps = optim.peak_lr(PRETRAIN, 4096), 312
+    assert peak == pytest.approx(2.4e-3)
+    total = 800 * steps
+    lr = optim.schedule(PRETRAIN, peak, 800.0)
+    for step in (0, 1, 20 * steps, 40 * steps - 1, 40 * steps, 41 * steps, 400 * steps, 420 * steps, total - 1):
+        epoch = step / steps
+        factor = epoch / 40 if epoch < 40 else 0.5 * (1 + math.cos(math.pi * (epoch - 40) / 760))
+        assert lr(step / total) == pytest.approx(2.4e-3 * factor, rel=1e-6, abs=1e-12)
+    assert lr(0.0) == 0
+    assert lr(420 / 800) == pytest.approx(1.2e-3)
+
+
+def test_lr_ends_at_min_lr_and_starts_at_the_peak_without_warmup() -> None:
+    lr = optim.schedule(Optim(min_lr=1e-6), 1e-3, 100.0)
+    assert lr(0.0) == pytest.approx(1e-3)
+    assert lr(0.5) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert lr(1 - 1e-9) == pytest.approx(1e-6)
+
+
+def test_warmup_longer_than_the_run_is_all_warmup() -> None:
+    lr = optim.schedule(Optim(warmup_epochs=40), 1.0, 10.0)
+    assert [lr(p) for p in (0.0, 0.5, 0.999)] == pytest.approx([0, 0.5, 0.999])
+
+
+def vit_b() -> models.ViT:
+    with torch.device("meta"):
+        return models.BACKBONES["vit_b16"](position="learned", pool="avg")
+
+
+def names_by(objective: nn.Module, groups: list[dict], key: str) -> dict[str, float]:
+    of = {id(parameter): group[key] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(of)
+    return {name: of[id(p)] for name, p in objective.named_parameters() if id(p) in of}
+
+
+def test_layer_decay_of_vit_b() -> None:
+    """0.65 ** (13 - layer): the embedding is layer 0, block i layer i + 1, what follows layer 13."""
+    with torch.device("meta"):
+        objective = Finetune(vit_b(), 10, drop_path=0.0, label_smoothing=0.0, seed=0)
+    groups = optim.param_groups(objective, Optim(layer_decay=0.65), 12, spare_tokens=True)
+    scales = names_by(objective, groups, "lr_scale")
+    assert set(scales) == {name for name, _ in objective.named_parameters()}
+    for name, scale in scales.items():
+        parts = name.split(".")
+        layer = int(parts[2]) + 1 if parts[1] == "blocks" else 13 if parts[0] == "head" or parts[1] == "fc_norm" else 0
+        assert scale == pytest.approx(0.65 ** (13 - layer)), name
+    assert len({round(scale, 9) for scale in scales.values()}) == 14
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    optim.set_lr(optimizer, 2e-3)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx(
+        [2e-3 * 0.65**i for i in range(13, -1, -1)]
+    )
+
+
+def test_weight_decay_of_pretraining_spares_biases_and_norms_only() -> None:
+    """The official code decays class and mask token; its positions are fixed."""
+    with torch.device("meta"):
+        objective = MAE(
+            models.BACKBONES["vit_b16"](), mask_ratio=0.75, norm_pix=True, decoder_dim=512, decoder_depth=8,
+            decoder_heads=16, seed=0,
+        )  # fmt: skip
+    groups = optim.param_groups(objective, Optim(weight_decay=0.05), 12, spare_tokens=False)
+    decay = names_by(objective, groups, "weight_decay")
+    assert "backbone.pos_embed" not in decay
+    assert "decoder_pos_embed" not in decay
+    for name, value in decay.items():
+        assert value == (0.0 if name.endswith("bias") or "norm" in name else 0.05), name
+    assert decay["backbone.cls_token"] == decay["mask_token"] == 0.05
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    assert len(groups) == 2
+
+
+def test_weight_decay_of_finetuning_spares_tokens_and_positions_too() -> None:
+    with torch.device("meta"):
+        objective = Finetune(vit_b(), 10, drop_path=0.0, label_smoothing=0.0, seed=0)
+    groups = optim.param_groups(objective, Optim(weight_decay=0.05, layer_decay=0.65), 12, spare_tokens=True)
+    for name, value in names_by(objective, groups, "weight_decay").items():
+        spared = name.endswith("bias") or "norm" in name or name in ("backbone.cls_token", "backbone.pos_embed")
+        assert value == (0.0 if spared else 0.05), name
+
+
+def test_a_probe_trains_its_head_only() -> None:
+    with torch.device("meta"):
+        objective = Probe(vit_b(), 10, chunk=1, seed=0)
+    groups = optim.param_groups(objective, Optim(weight_decay=0.0), 12, spare_tokens=True)
+    assert set(names_by(objective, groups, "lr_scale")) == {"head.weight", "head.bias"}
+
+
+def test_lars_by_hand() -> None:
+    """Two steps on a 1 x 2 matrix of norm 5 and a vector, trust 0.001, momentum 0.9, weight decay 0.1, lr 2."""
+    matrix, vector = nn.Parameter(torch.tensor([[3.0, 4.0]]).double()), nn.Parameter(torch.tensor([1.0]).double())
+    lars = optim.LARS([{"params": [matrix, vector], "weight_decay": 0.1}], lr=2.0)
+    matrix.grad, vector.grad = torch.tensor([[0.3, -0.4]]).double(), torch.tensor([0.5]).double()
+    lars.step()
+    # g + wd * w = (0.6, 0), of norm 0.6: scaled by 0.001 * 5 / 0.6 it is (0.005, 0)
+    assert matrix[0].tolist() == pytest.approx([3 - 2 * 0.005, 4])
+    assert vector.tolist() == pytest.approx([1 - 2 * 0.5])  # neither scaled nor decayed
+    matrix.grad, vector.grad = torch.tensor([[-0.299, 1.6]]).double(), torch.tensor([1.0]).double()
+    lars.step()
+    # g + wd * w = (0, 2), |w| = |(2.99, 4)|: the scaled update is (0, 0.001 * |w|); momentum adds 0.9 of the first
+    assert matrix[0].tolist() == pytest.approx([2.99 - 2 * 0.9 * 0.005, 4 - 2 * 0.001 * math.hypot(2.99, 4)])
+    assert vector.tolist() == pytest.approx([0 - 2 * (0.9 * 0.5 + 1.0)])
+
+
+def test_lars_of_a_zero_matrix_or_gradient_is_not_scaled() -> None:
+    zero, still = nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.ones(1, 2))
+    lars = optim.LARS([zero, still], lr=1.0)
+    zero.grad, still.grad = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
+    lars.step()
+    assert zero.tolist() == [[-1, -2]]
+    assert still.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
+    """After it, training is what it would have been without it: the step count of AdamW starts at 0."""
+    results = []
+    for primed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        before = [p.clone() for p in layer.parameters()]
+        settings = Optim(name=name, weight_decay=0.1)  # pyright: ignore
+        optimizer = optim.build(settings, optim.param_groups(layer, settings, 0, spare_tokens=False))
+        if primed:
+            optim.prime(optimizer)
+            assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+            assert all(p.grad is None for p in layer.parameters())
+            assert {frozenset(s) for s in optimizer.state.values()} == {
+                frozenset({"step", "exp_avg", "exp_avg_sq"} if name == "adamw" else {"momentum"})
+            }
+        optim.set_lr(optimizer, 0.1)
+        for _ in range(2):
+            layer(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
