@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,7 @@ class Tracker:
             self.progress.stop()
         if self.stream:
             self.stream.close()
-        if self.mirror:
-            self.mirror.finish()
+        self._mirrored(lambda mirror: mirror.finish())
 
     def step(self, step: int, lr: float, wait: float, tensors: dict[str, Tensor]) -> None:
         """Note a step: `wait` seconds for data, and on the device loss and bad (this rank's part) and grad_norm (global)."""
@@ -97,18 +98,29 @@ class Tracker:
 
     def picture(self, file: Path) -> None:
         """Mirror a picture that lies in the run's folder."""
-        if self.mirror:
+
+        def log_picture(mirror: Any) -> None:
             import wandb
 
-            self.mirror.log({file.stem.split("-")[0]: wandb.Image(str(file))})
+            mirror.log({file.stem.split("-")[0]: wandb.Image(str(file))})
+
+        self._mirrored(log_picture)
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self.stream:
             self.stream.write("".join(json.dumps(record) + "\n" for record in records))
             self.stream.flush()
+        for record in records:
+            self._mirrored(lambda mirror, record=record: mirror.log(record))
+
+    def _mirrored(self, action: Callable[[Any], None]) -> None:
+        """Do something with the mirror; when it fails, go on without it."""
         if self.mirror:
-            for record in records:
-                self.mirror.log(record)
+            try:
+                action(self.mirror)
+            except Exception as error:  # the mirror must never end a run
+                log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", error)
+                self.mirror = None
 
     def _show(self, last: dict[str, Any]) -> None:
         if not self.progress:
@@ -180,7 +192,7 @@ def _wandb(path: Path, config: configuration.RunConfig, verb: str) -> Any:
 
         file = path / "wandb_id"
         if not file.is_file():
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         mirror = wandb.init(
             project=config.track.project, id=file.read_text().strip(), resume="allow", dir=str(path), name=path.name,
             job_type=verb, mode=config.track.wandb, config=configuration.to_dict(config),
