@@ -224,6 +224,8 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
         if "from" in layer:  # `from` is Python's word, so the field is called start
             layer["start"] = layer.pop("from")  # pyright: ignore
         try:
+            if OmegaConf.select(layer, "track.wandb") is False:  # YAML reads a bare off as false
+                OmegaConf.update(layer, "track.wandb", "off")
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
             raise ValueError(_explain(error, schema, origin)) from error
