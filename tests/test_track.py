@@ -1,0 +1,158 @@
+"""Tracking: one line a step whatever happens, no line for a loss that is not finite, one wandb run over resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mae_dist import config, track
+
+
+def settings(path: Path, wandb: str = "off") -> config.Pretrain:
+    overrides = [
+        f"out={path}",
+        "data.path=/data",
+        "model.name=vit_demo4",
+        "train.global_batch=10",
+        f"track.wandb={wandb}",
+    ]
+    return config.load("pretrain", None, overrides)
+
+
+def tracker(path: Path, step: int = 0, wandb: str = "off") -> track.Tracker:
+    return track.Tracker(path, settings(path, wandb), "pretrain", step, total=100, num_samples=50)
+
+
+def test_off_is_off_whatever_yaml_makes_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("track: {wandb: off}\n")
+    overrides = ["out=x", "data.path=x", "model.name=x"]
+    assert config.load("pretrain", file, overrides).track.wandb == "off"
+    assert settings(tmp_path, wandb="off").track.wandb == "off"
+
+
+def note(tracked: track.Tracker, step: int, loss: float = 0.5, bad: int = 0) -> None:
+    tensors = {"loss": torch.tensor(loss), "bad": torch.tensor(bad), "grad_norm": torch.tensor(1.0)}
+    tracked.step(step, 1e-3, 0.25, tensors)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_written_once_when_flushed(tmp_path: Path) -> None:
+    with tracker(tmp_path) as tracked:
+        note(tracked, 1, loss=0.75)
+        note(tracked, 2, bad=3)
+        assert lines(tmp_path) == []
+        tracked.flush()
+        tracked.flush()
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        tracked.numbers(2, {"test_top1": 12.5})
+        note(tracked, 3)
+        tracked.flush()
+    first, second, evaluation, third = lines(tmp_path)
+    speed = first.pop("images_per_second")
+    assert speed > 0
+    assert first == {"step": 1, "epoch": 0.2, "loss": 0.75, "lr": 1e-3, "grad_norm": 1.0, "data_wait": 0.25}
+    assert second["bad"] == 3
+    assert evaluation == {"step": 2, "epoch": 0.4, "test_top1": 12.5}
+    assert third["step"] == 3
+    assert tracked.num_bad == 3
+
+
+def test_resume_drops_later_lines_and_a_cut_one_and_goes_on(tmp_path: Path) -> None:
+    with tracker(tmp_path) as tracked:
+        for step in range(1, 8):
+            note(tracked, step, loss=step)
+        tracked.flush()
+        tracked.numbers(4, {"test_top1": 1.0})
+        tracked.numbers(7, {"test_top1": 2.0})
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_text().splitlines()
+    file.write_text(file.read_text() + '{"step": 8, "lo')
+    with tracker(tmp_path, step=4) as tracked:
+        assert file.read_text().splitlines() == [*before[:4], before[7]]
+        for step in range(5, 7):
+            note(tracked, step, loss=-step)
+        tracked.flush()
+    assert [line["loss"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, -5, -6]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rewind_keeps_lines_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": i, "loss": i / 3, "grad_norm": math.inf}) + "\n" for i in range(1, 6))
+    file.write_text(text + '{"step": 6')
+    track.rewind(file, 5)
+    assert file.read_text() == text
+    track.rewind(file, 0)
+    assert file.read_text() == ""
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float) -> None:
+    with tracker(tmp_path) as tracked:
+        note(tracked, 1)
+        note(tracked, 2)
+        note(tracked, 3, loss=loss)
+        note(tracked, 4, loss=math.nan)
+        with pytest.raises(ValueError, match=f"loss of step 3 is {loss}: lower optim.base_lr"):
+            tracked.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_summary(tmp_path: Path) -> None:
+    with tracker(tmp_path) as tracked:
+        for step in range(1, 251):
+            note(tracked, step, loss=step, bad=step % 100 == 0)
+        tracked.flush()
+        tracked.numbers(200, {"test_top1": 1.0})
+        tracked.numbers(250, {"test_top1": 2.0, "test_top5": 3.0})
+    assert track.RECENT == 100
+    mean = sum(range(151, 251)) / 100
+    assert track.summary(tmp_path / "metrics.jsonl") == {"loss": mean, "bad": 2, "test_top1": 2.0, "test_top5": 3.0}
+
+
+def test_summary_without_evaluations(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert track.summary(tmp_path / "metrics.jsonl") == {"loss": 2.0, "bad": 0}
+
+
+def test_wandb_offline_is_one_run_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):
+        with tracker(tmp_path, start, wandb="offline") as tracked:
+            assert tracked.mirror is not None
+            note(tracked, start + 1)
+            note(tracked, start + 2)
+            tracked.flush()
+    name = (tmp_path / "wandb_id").read_text()
+    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(folders) >= 1
+    assert all(folder.endswith(f"-{name}") for folder in folders)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+class Broken:
+    """A mirror whose server has gone."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        raise ConnectionError(f"cannot send {record}")
+
+    finish = log
+
+
+def test_a_mirror_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tracker(tmp_path) as tracked:
+        tracked.mirror = Broken()
+        note(tracked, 1)
+        note(tracked, 2)
+        tracked.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert caplog.text.count("wandb failed") == 1
