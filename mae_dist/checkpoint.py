@@ -102,7 +102,7 @@ class RunDir:
         try:
             plain = yaml.safe_load(path.read_text())
             verb, data_fingerprint = plain.pop("verb"), plain.pop("data_fingerprint")
-        except (yaml.YAMLError, AttributeError, KeyError) as error:
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the config.yaml of a run ({error})") from error
         return verb, data_fingerprint, configuration.from_dict(verb, plain, str(path))
 
@@ -176,8 +176,10 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file is as its manifest says."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST}: {error}"
+    if not files or not isinstance(files, dict):
+        return f"{MANIFEST}: names no files"
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
