@@ -1,0 +1,269 @@
+"""RunDir: what is restored is what was saved, bit for bit; damage is passed over; no folder is taken for another."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mae_dist import checkpoint, config, optim, train
+from mae_dist.checkpoint import RunDir
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+DATA = "0123456789abcdef"
+
+
+def settings(path: Path, *overrides: str) -> config.Pretrain:
+    return config.load("pretrain", None, [f"out={path}", "data.path=/data", "model.name=vit_demo4", *overrides])
+
+
+def opened(path: Path, *overrides: str) -> RunDir:
+    run = RunDir(path)
+    assert run.open("pretrain", settings(path, *overrides), DATA)
+    return run
+
+
+def simple(value: float) -> dict[str, Tensor]:
+    return {"model.weight": torch.full((3, 2), value), "model.count": torch.tensor(value)}
+
+
+def saved(path: Path, *steps: int, keep: int = 10) -> RunDir:
+    run = opened(path)
+    for step in steps:
+        run.save(step, simple(float(step)), keep)
+    return run
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.name != checkpoint.MANIFEST]
+
+
+def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+    groups = optim.param_groups(module, config.Optim(), 0, spare_tokens=False)
+    optimizer = optim.build(config.Optim(), groups)
+    optim.prime(optimizer)
+    optim.set_lr(optimizer, 0.01)
+    for _ in range(steps):
+        module(torch.randn(8, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    state = {name: tensor.clone() for name, tensor in train.tensors(*trained(0, 3)).items()}
+    run.save(3, train.tensors(*trained(0, 3)), keep=2)
+    other = trained(1, 5)
+    filled = train.tensors(*other)
+    assert not all(torch.equal(filled[name], state[name]) for name in state)
+    assert train.restore(run, *other) == 3
+    filled = train.tensors(*other)
+    assert filled.keys() == state.keys()
+    for name, tensor in state.items():
+        assert filled[name].dtype == tensor.dtype, name
+        assert torch.equal(filled[name], tensor), name
+    assert filled["optimizer.0.weight.step"].shape == ()
+    assert filled["optimizer.0.weight.step"] == 3
+    assert filled["optimizer.0.weight.exp_avg"].any()
+    assert filled["model.1.num_batches_tracked"] == 3
+    pairs = zip(other[0].parameters(), trained(0, 3)[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # restored in place
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    run = opened(tmp_path)
+    state = {
+        "scalar": torch.tensor(3).to(dtype),
+        "many": (100 * torch.randn(4, 3)).to(dtype),
+        "one": torch.ones(1, dtype=dtype),
+    }
+    run.save(1, state, keep=1)
+    filled = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    assert run.restore(filled) == 1
+    assert all(torch.equal(filled[name], state[name]) for name in state)
+
+
+def test_a_new_run_starts_at_zero(tmp_path: Path) -> None:
+    assert opened(tmp_path).restore(simple(0.0)) == 0
+
+
+def test_files_are_safetensors_and_named_in_the_manifest(tmp_path: Path) -> None:
+    (folder,) = saved(tmp_path, 5).checkpoints()
+    files = tensor_files(folder)
+    assert files
+    assert all(file.suffix == ".safetensors" for file in files)
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as stream:
+            found |= {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    assert found.keys() == simple(5.0).keys()
+    assert all(torch.equal(found[name].reshape(tensor.shape), tensor) for name, tensor in simple(5.0).items())
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert manifest["step"] == 5
+    assert set(manifest["files"]) == {file.name for file in files}
+    assert checkpoint.names_in(folder) == {"model.weight": torch.Size([3, 2]), "model.count": torch.Size([])}
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1, 2, 30, 4, keep=2)  # a step that is saved again, later, is not the newest
+    assert [path.name for path in run.checkpoints()] == ["step-000000004", "step-000000030"]
+    run.save(31, simple(31.0), keep=1)
+    assert [path.name for path in run.checkpoints()] == ["step-000000031"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1, 2)
+    run.save(2, simple(7.0), keep=10)
+    state = simple(0.0)
+    assert run.restore(state) == 2
+    assert state["model.count"] == 7
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("what", ["tensors", "manifest"])
+def test_damage_falls_back_to_the_one_before(
+    tmp_path: Path, damage: Any, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = saved(tmp_path, 1, 2, 3)
+    newest = run.checkpoints()[-1]
+    file = tensor_files(newest)[0] if what == "tensors" else newest / checkpoint.MANIFEST
+    if (damage, what) == (cut, "manifest"):
+        file.write_text(file.read_text()[:-10])
+    elif (damage, what) == (flip, "manifest"):
+        file.write_text(file.read_text().replace('"sha256": "', '"sha256": "f'))
+    else:
+        damage(file)
+    state = simple(0.0)
+    with caplog.at_level(logging.WARNING):
+        assert run.restore(state) == 2
+    assert all(torch.equal(state[name], tensor) for name, tensor in simple(2.0).items())
+    assert "step-000000003 is damaged" in caplog.text
+    assert newest.exists()  # nobody removes what a person may want to look at
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": null}', '{"files": {}}', "\xff"])
+def test_a_manifest_that_is_none_counts_as_damage(tmp_path: Path, text: str) -> None:
+    run = saved(tmp_path, 1)
+    (run.checkpoints()[0] / checkpoint.MANIFEST).write_bytes(text.encode("latin-1"))
+    assert checkpoint.verify(run.checkpoints()[0]) is not None
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1, 2)
+    for path in run.checkpoints():
+        flip(tensor_files(path)[0])
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
+        run.restore(simple(0.0))
+
+
+def test_an_unfinished_save_is_ignored_and_removed(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1)
+    leftover = tmp_path / "checkpoints" / ".saving-000000002"
+    leftover.mkdir()
+    (leftover / "half.safetensors").write_bytes(b"...")
+    assert [path.name for path in run.checkpoints()] == ["step-000000001"]
+    assert run.restore(simple(0.0)) == 1
+    opened(tmp_path)
+    assert not leftover.exists()
+
+
+def test_what_does_not_fit_the_model_is_refused_by_name(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"has no tensor model\.other"):
+        run.restore(simple(0.0) | {"model.other": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"model\.weight is \(3, 2\), the model's is \(2, 3\)"):
+        run.restore({"model.weight": torch.zeros(2, 3)})
+    state = {"model.weight": torch.zeros(3, 2)}
+    assert run.restore(state) == 1  # a part may be asked for
+    assert (state["model.weight"] == 1).all()
+
+
+def test_other_settings_are_refused_by_field(tmp_path: Path) -> None:
+    opened(tmp_path)
+    other = settings(tmp_path, "train.seed=1", "mae.mask_ratio=0.5")
+    with pytest.raises(ValueError, match=r"train\.seed: 0 -> 1; mae\.mask_ratio: 0\.75 -> 0\.5") as error:
+        RunDir(tmp_path).open("pretrain", other, DATA)
+    assert "machine" not in str(error.value)
+    with pytest.raises(ValueError, match=f"content of data.path: {DATA} -> fedcba"):
+        RunDir(tmp_path).open("pretrain", settings(tmp_path), "fedcba")
+    knn = config.load("knn", None, [f"out={tmp_path}", "data.path=/data", "model.name=vit_demo4", "from=random"])
+    with pytest.raises(ValueError, match="verb: pretrain -> knn"):
+        RunDir(tmp_path).open("knn", knn, DATA)
+
+
+def test_where_and_how_may_change(tmp_path: Path) -> None:
+    opened(tmp_path, "data.mean=[0.1,0.2,0.3]")
+    overrides = [
+        "machine.micro_batch=7",
+        "machine.workers=0",
+        "checkpoint.every=3",
+        "track.every=1",
+        "data.path=/moved",
+    ]
+    run = opened(tmp_path, "data.mean=[0.1,0.2,0.3]", *overrides)
+    verb, data, found = run.settings()
+    assert (verb, data) == ("pretrain", DATA)
+    assert found == settings(tmp_path, "data.mean=[0.1,0.2,0.3]", *overrides)
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "empty").mkdir()
+    opened(tmp_path / "empty")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(ValueError, match="exists and is no run of mae-dist"):
+            RunDir(path).open("pretrain", settings(path), DATA)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ValueError, match=r"from=\S+: holds no config\.yaml"):
+        RunDir.existing(tmp_path, "from")
+    with pytest.raises(ValueError, match=r"from=\S+: no such folder"):
+        RunDir.existing(tmp_path / "nowhere", "from")
+    assert RunDir.existing(tmp_path / "empty", "from").path == tmp_path / "empty"
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "verb: pretrain", "verb: bake\ndata_fingerprint: x\n"])
+def test_a_broken_config_yaml_is_named(tmp_path: Path, text: str) -> None:
+    run = opened(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        run.settings()
+
+
+def test_a_finished_run_is_not_opened_again(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    assert run.result() is None
+    run.finish({"top1": 12.5})
+    assert run.result() == {"top1": 12.5}
+    assert not RunDir(tmp_path).open("pretrain", settings(tmp_path), DATA)
+
+
+def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    for step in (0, 40):
+        run.note_start(step, torch.device("cpu"))
+    notes = [json.loads(line) for line in (tmp_path / "provenance.jsonl").read_text().splitlines()]
+    assert [note["step"] for note in notes] == [0, 40]
+    assert notes[0]["world"] == 1
+    assert notes[0]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
