@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from jaxtyping import install_import_hook
 from PIL import Image
 
-from mae_dist.data import index
+# Shape annotations are checked wherever tensors are computed. Before the first import of these modules.
+install_import_hook(
+    [f"mae_dist.{name}" for name in ("batch", "data.views", "evaluate", "models", "objectives")], "beartype.beartype"
+)
+
+from mae_dist.data import index  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from mae_dist.config import Optim
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 
-PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40)
+PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
 
 
 def test_lr_of_vit_b_pretraining() -> None:
@@ -38,7 +38,7 @@ def test_lr_ends_at_min_lr_and_starts_at_the_peak_without_warmup() -> None:
 
 
 def test_warmup_longer_than_the_run_is_all_warmup() -> None:
-    lr = optim.schedule(Optim(warmup_epochs=40), 1.0, 10.0)
+    lr = optim.schedule(Optim(warmup_epochs=40.0), 1.0, 10.0)
     assert [lr(p) for p in (0.0, 0.5, 0.999)] == pytest.approx([0, 0.5, 0.999])
 
 
