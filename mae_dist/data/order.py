@@ -59,7 +59,7 @@ class Order:
 
         def draw() -> np.ndarray:
             shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
-            ids = np.concatenate([np.arange(self.counts[s], dtype=np.int64) + self.starts[s] for s in shards])
+            ids = np.concatenate([np.arange(int(self.counts[s]), dtype=np.int64) + self.starts[s] for s in shards])
             return permutation(self.seed, rng.Purpose.SAMPLES, epoch, ids)
 
         return _remember(self._windows, (epoch, number), draw)

@@ -17,9 +17,12 @@ from mae_dist.objectives import Output
 class Finetune(nn.Module):
     """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
 
+    backbone: ViT
+    rates: Tensor
+
     def __init__(self, backbone: ViT, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
         super().__init__()
-        self.backbone, self.label_smoothing, self.seed = backbone, label_smoothing, seed
+        self.backbone, self.drop_path, self.label_smoothing, self.seed = backbone, drop_path, label_smoothing, seed
         self.head = new_head(backbone.dim, num_classes, 2e-5, seed)
         self.register_buffer("rates", torch.linspace(0, drop_path, backbone.depth), persistent=False)
 
@@ -30,7 +33,7 @@ class Finetune(nn.Module):
         return Output(loss, logits)
 
     def _scale(self, batch: Batch) -> Float[Tensor, "depth two b"] | None:
-        if not self.training or not self.rates.any():
+        if not self.training or not self.drop_path:
             return None
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
         draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, len(batch))
