@@ -91,7 +91,9 @@ class Tracker:
         self._show(records[-1])
 
     def numbers(self, step: int, numbers: dict[str, float]) -> None:
-        """Write an evaluation."""
+        """Write an evaluation (nothing, when it has no numbers)."""
+        if not numbers:
+            return
         self._write([{"step": step, "epoch": round(step * self.unit / self.num_samples, 4)} | numbers])
         text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         self._say(f"step {step}: {text}")

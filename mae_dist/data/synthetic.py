@@ -22,7 +22,7 @@ CLASSES = ("disc", "triangle", "star", "heart", "crescent", "arrow", "cross", "h
 SPLITS = ("train", "test")
 HUES = 12
 """Sectors of the colour circle."""
-NUM_BEHIND, NUM_FRONT = 5, 2
+NUM_BEHIND, NUM_FRONT = 3, 1
 """Small discs and bars of clutter behind and before the shape."""
 NUM_DRAWS = 128
 """Words of a picture's stream that decide its geometry and colours; the noise takes those after them."""
@@ -48,7 +48,7 @@ def draw(seed: int, split: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray
         picture = _clutter(picture, dice)
     picture = picture * _light(dice)[..., None]
     noise = words[:, NUM_DRAWS:].astype("<u4").view(np.uint8).reshape(picture.shape)
-    picture += (noise / 255 - 0.5) * dice(0.05, 0.2)[..., None]
+    picture += (noise / 255 - 0.5) * dice(0.02, 0.1)[..., None]
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8), labels
 
 
@@ -95,7 +95,7 @@ def _surface(hue: np.ndarray, dice: _Dice) -> np.ndarray:
     angle, length, phase = dice(0, np.pi), dice(4, 10), dice(0, 2 * np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / length) + phase
     across = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / length) + phase
-    kind = dice(0, 3)
+    kind = dice(0, 4)
     wave = np.tanh(3 * np.sin(along)) * np.where(kind < 1, np.tanh(3 * np.sin(across)), 1)
     depth = np.where(kind < 2, dice(0.2, 0.6), 0)
     return colour * (1 - depth * (0.5 + 0.5 * wave))[..., None]
@@ -136,10 +136,10 @@ def _shape_distance(labels: np.ndarray, dice: _Dice) -> np.ndarray:
 
     Closed shapes are filled or, as often, outlined; open ones are strokes.
     """
-    size, turn, stretch, shear = dice(8, 13), dice(0, 2 * np.pi), dice(0.8, 1.25), dice(-0.25, 0.25)
+    size, turn, stretch, shear = dice(9, 14), dice(-np.pi / 8, np.pi / 8), dice(0.8, 1.25), dice(-0.25, 0.25)
     mirror, width, outlined = np.sign(dice(-1, 1)), dice(1.1, 2.2), dice(0, 1) < 0.5
     place_x, place_y = dice(-1, 1), dice(-1, 1)
-    room = SIDE / 2 - 0.75 * size
+    room = SIDE / 2 - 0.85 * size
     result = np.empty((len(labels), SIDE, SIDE), dtype=np.float32)
     for label in np.unique(labels):
         mine = labels == label

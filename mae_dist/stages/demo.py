@@ -20,18 +20,19 @@ from mae_dist.checkpoint import RunDir
 from mae_dist.config import RANDOM
 
 NUM_TRAIN, NUM_TEST = 8000, 2000
+TITLE = "mae_dist: a masked autoencoder on the embedded data set"
 MODEL = ["model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.precision=fp32"]
 PRETRAIN = [
-    "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=16", "train.global_batch=128",
-    "optim.base_lr=3e-3", "optim.warmup_epochs=1", "track.evaluate_every=4", "checkpoint.every=200", "view.crop=pad",
+    "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=12",
+    "train.global_batch=64", "optim.base_lr=6e-3", "optim.warmup_epochs=1", "track.evaluate_every=3", "checkpoint.every=500",
 ]  # fmt: skip
 KNN = ["model.pool=avg"]
 PROBE = [
-    "model.pool=avg", "view.crop=pad", "train.epochs=6", "train.global_batch=128", "optim.name=adamw", "optim.base_lr=1e-2",
-    "track.evaluate_every=2",
+    "model.pool=avg", "view.crop=center", "train.epochs=3", "train.global_batch=128", "optim.name=adamw",
+    "optim.base_lr=4e-2", "track.evaluate_every=1",
 ]  # fmt: skip
 FINETUNE = [
-    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=4", "train.global_batch=64",
+    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=3", "train.global_batch=64",
     "train.label_smoothing=0.1", "optim.base_lr=4e-3", "optim.warmup_epochs=0.5", "optim.layer_decay=0.75",
     "track.evaluate_every=1",
 ]  # fmt: skip
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
             if status := step(verb, *common, *settings, f"from={start}", f"out={runs[-1]}"):
                 return status
     report = out / "report.html"
-    if status := step("report", *map(str, runs), "--out", str(report)):
+    if status := step("report", *map(str, runs), "--out", str(report), "--title", TITLE):
         return status
     Console().print(table(out))
     print(f"{time.perf_counter() - began:.0f} s; the report with pictures and curves: {report.resolve()}")

@@ -1,0 +1,53 @@
+"""The embedded data set: a pure function of its numbers, balanced, with splits that share no colours of shape and ground."""
+
+import colorsys
+
+import numpy as np
+
+from mae_dist.data import synthetic
+
+
+def test_a_picture_depends_on_its_numbers_alone() -> None:
+    pictures, labels = synthetic.draw(0, "train", np.arange(40))
+    assert pictures.shape == (40, 32, 32, 3)
+    assert pictures.dtype == np.uint8
+    some, same = synthetic.draw(0, "train", np.array([33, 7]))
+    assert np.array_equal(some, pictures[[33, 7]])
+    assert np.array_equal(same, labels[[33, 7]])
+    for other in (synthetic.draw(1, "train", np.arange(40)), synthetic.draw(0, "test", np.arange(40))):
+        assert not np.array_equal(other[0], pictures)
+
+
+def test_classes_are_balanced_and_named() -> None:
+    _, labels = synthetic.draw(0, "test", np.arange(100))
+    assert np.bincount(labels).tolist() == [10] * len(synthetic.CLASSES)
+
+
+def test_no_pair_of_hues_is_in_both_splits() -> None:
+    train, test = (set(synthetic.hue_pairs(split)) for split in ("train", "test"))
+    assert train
+    assert test
+    assert not train & test
+    for side in (0, 1):  # but every hue is seen in training, as a shape and as a ground
+        assert {pair[side] for pair in test} <= {pair[side] for pair in train}
+
+
+def test_no_test_picture_is_nearly_a_training_one() -> None:
+    train, _ = synthetic.draw(0, "train", np.arange(1000))
+    test, _ = synthetic.draw(0, "test", np.arange(200))
+    a, b = (p.reshape(len(p), -1).astype(np.float32) / 255 for p in (train, test))
+    across = np.sqrt(np.maximum((b**2).sum(1)[:, None] + (a**2).sum(1) - 2 * b @ a.T, 0) / a.shape[1])
+    assert across.min() > 0.05  # root mean square per channel, of 1
+
+
+def test_pictures_are_coloured_as_their_split_says() -> None:
+    """The commonest hue of a plain, lightly lit ground lies in a sector, not in a gap between two."""
+    hue, ground = synthetic.hue_pairs("train")[0]
+    assert 0 <= hue < synthetic.HUES
+    assert 0 <= ground < synthetic.HUES
+    pictures, _ = synthetic.draw(0, "train", np.arange(300))
+    corners = pictures[:, 0, 0] / 255
+    saturated = [colorsys.rgb_to_hsv(*corner)[0] * synthetic.HUES % 1 for corner in corners if np.ptp(corner) > 0.4]
+    inside = np.mean([0.05 < place < 0.95 for place in saturated])
+    assert len(saturated) > 50
+    assert inside > 0.85
