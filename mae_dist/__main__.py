@@ -1,7 +1,8 @@
 """`mae-dist VERB ...`, also `python -m mae_dist VERB ...`: finds the verb, reads its config, says errors in one line.
 
-A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun or SLURM
-started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's error.
+A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun or
+SLURM started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's
+error.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(argv[0], argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
         if rank == 0 or type(error).__name__ == "RankError":
@@ -56,7 +57,9 @@ def dispatch(verb: str, words: list[str]) -> int:
         import difflib
 
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise ValueError(f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"))
+        raise ValueError(
+            f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
+        )
     if verb not in config.SCHEMAS:
         return importlib.import_module(f"mae_dist.stages.{verb}").main(words)
     if "-h" in words or "--help" in words:

@@ -12,8 +12,8 @@ from torch import Tensor
 class Batch(NamedTuple):
     """Samples of one micro-batch, on one device.
 
-    ``ids`` and ``epochs`` say which draws belong to a sample (see `rng`), whichever rank it is on. ``labels`` is -1 where
-    a sample has none. ``bad`` marks samples that could not be read and were replaced by their neighbour.
+    ``ids`` and ``epochs`` say which draws belong to a sample (see `rng`), whichever rank it is on. ``labels`` is -1
+    where a sample has none. ``bad`` marks samples that could not be read and were replaced by their neighbour.
     """
 
     images: Float[Tensor, "b c h w"]  # normalised
@@ -22,7 +22,9 @@ class Batch(NamedTuple):
     epochs: Int[Tensor, " b"]
     bad: Bool[Tensor, " b"]
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Number of samples. (`len` stays the number of fields, which torch relies on when it moves named tuples.)"""
         return self.ids.shape[0]
 
     def split(self, size: int) -> list[Batch]:

@@ -67,15 +67,18 @@ class RunDir:
         dist.on_main(lambda: self._refuse_others(verb, config, data_fingerprint))
         if dist.on_main(self.result):
             return False
-        if dist.is_main():
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.path / "pictures").mkdir(exist_ok=True)
-            for leftover in (self.path / "checkpoints").glob(".saving-*"):
-                shutil.rmtree(leftover)
-            head = yaml.safe_dump({"verb": verb, "data_fingerprint": data_fingerprint}, sort_keys=False)
-            write_text(self.path / "config.yaml", head + configuration.dump(config))
-        dist.barrier()
+        dist.on_main(lambda: self._prepare(verb, config, data_fingerprint))
         return True
+
+    def _prepare(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> None:
+        """Make the folder, config.yaml before all else, and clear what an unfinished save left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        head = yaml.safe_dump({"verb": verb, "data_fingerprint": data_fingerprint}, sort_keys=False)
+        write_text(self.path / "config.yaml", head + configuration.dump(config))
+        for name in ("checkpoints", "pictures"):
+            (self.path / name).mkdir(exist_ok=True)
+        for leftover in (self.path / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover)
 
     def _refuse_others(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> None:
         """Raise ValueError if this folder holds anything but the same run."""
@@ -139,9 +142,12 @@ class RunDir:
             files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
             manifest = {"step": step, "world": dist.world(), "num_tensors": len(state), "files": files}
             write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
+            replaced = final.with_name(f".replaced-{step:09d}")
+            if final.exists():
+                final.rename(replaced)
+            temporary.rename(final)
             _sync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
         dist.barrier()
@@ -155,7 +161,7 @@ class RunDir:
         return int(found.name.removeprefix("step-"))
 
     def newest(self) -> Path | None:
-        """The newest undamaged checkpoint, with a warning for each damaged one that is passed over; None: there is none.
+        """The newest undamaged checkpoint, warning of each damaged one that is passed over; None: there is none.
 
         Raises ValueError when there are checkpoints and all are damaged.
         """
@@ -167,7 +173,7 @@ class RunDir:
             log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, damage)
         if paths:
             raise ValueError(
-                f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder to start anew"
+                f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder"
             )
         return None
 
@@ -249,7 +255,9 @@ def _git() -> str | None:
     here = Path(__file__).parent
 
     def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")

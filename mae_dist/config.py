@@ -4,8 +4,9 @@ Promises: a key that does not exist, a value of the wrong type and values that c
 in one sentence, before anything else happens. Imports no torch, so that a mistake is answered in a fraction of a second
 and a login node can check a run. Nothing outside this file knows OmegaConf.
 
-The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim` and `knn` change the result and are
-what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at every start.
+The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim` and `knn` change the result and
+are what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at every
+start.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ class Data:
     test_split: str = knob("test", "split to evaluate on (of a folder)")
     shuffle_window: int = knob(64, "shards whose samples are shuffled together")
     max_bad: float = knob(0.001, "share of unreadable samples at which the run ends (0 to 1)")
-    mean: tuple[float, float, float] | None = knob(None, "channel means in 0..1; none: from the start, else dataset.json")
+    mean: tuple[float, float, float] | None = knob(
+        None, "channel means in 0..1; none: from the start, else dataset.json"
+    )
     std: tuple[float, float, float] | None = knob(None, "channel deviations in 0..1; none: likewise")
 
 
 @dataclass(frozen=True)
 class View:
     crop: Literal["resized", "resized_clamped", "pad", "center"] = knob(
-        "resized", "training crop: torchvision's RandomResizedCrop; the same clamped to the image (MAE's probe); shift; none"
+        "resized",
+        "training crop: torchvision's RandomResizedCrop; the same clamped to the image (MAE's probe); shift; none",
     )
     scale: tuple[float, float] = knob((0.2, 1.0), "area of a resized crop, as a share of the image")
     ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
@@ -108,8 +112,10 @@ class Knn:
 
 @dataclass(frozen=True)
 class Machine:
-    processes: int | None = knob(None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules")
-    micro_batch: int = knob(256, "most images a rank computes at once")
+    processes: int | None = knob(
+        None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules"
+    )
+    micro_batch: int = knob(256, "images that a rank computes at once, about")
     workers: int = knob(4, "decoding processes a rank (not used for data that stays in memory)")
 
 
@@ -252,51 +258,52 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
         raise ValueError(_explain(error, SCHEMAS[verb], f"{origin}: ")) from error
 
 
+POSITIVE = {
+    "train.epochs", "train.steps", "train.global_batch", "train.clip", "machine.processes", "machine.micro_batch",
+    "model.image_size", "checkpoint.every", "checkpoint.keep", "track.every", "track.evaluate_every", "view.test_crop",
+    "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
+    "mae.decoder_depth", "mae.decoder_heads",
+}  # fmt: skip
+NOT_NEGATIVE = {
+    "machine.workers", "view.pad", "optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "train.seed",
+}  # fmt: skip
+AT_MOST_ONE = {"data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
+
+
 def check(config: RunConfig) -> None:
-    """Refuse values that contradict each other (ValueError)."""
-    train, machine = config.train, config.machine
-    positive = {
-        "train.epochs": train.epochs, "train.steps": train.steps, "train.global_batch": train.global_batch,
-        "train.clip": train.clip, "machine.processes": machine.processes, "machine.micro_batch": machine.micro_batch,
-        "checkpoint.every": config.checkpoint.every, "checkpoint.keep": config.checkpoint.keep,
-        "track.every": config.track.every, "track.evaluate_every": config.track.evaluate_every,
-        "model.image_size": config.model.image_size, "data.shuffle_window": config.data.shuffle_window,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value is not None and not value > 0:
+    """Refuse values that are impossible or contradict each other (ValueError)."""
+    values: dict[str, Any] = {name: value for name, value, _ in _fields(config) if value is not None}
+    for name, value in values.items():
+        least, most = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
+        if name in POSITIVE and not least > 0:
             raise ValueError(f"{name}={value}: must be greater than 0")
-    shares = {"data.max_bad": config.data.max_bad, "model.drop_path": config.model.drop_path}
-    if isinstance(config, Pretrain):
-        shares["mae.mask_ratio"] = config.mae.mask_ratio
-        if not 0 < config.mae.mask_ratio < 1:
-            raise ValueError(f"mae.mask_ratio={config.mae.mask_ratio}: must lie between 0 and 1, for example 0.75")
-        if config.mae.decoder_dim % config.mae.decoder_heads or config.mae.decoder_dim % 4:
-            raise ValueError(
-                f"mae.decoder_dim={config.mae.decoder_dim}: must be divisible by mae.decoder_heads="
-                f"{config.mae.decoder_heads} and by 4"
-            )
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
+        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
+            raise ValueError(f"{name}={value}: must be 0 or more")
+        if name in AT_MOST_ONE and not most <= 1:
             raise ValueError(f"{name}={value}: must lie between 0 and 1")
-    if not 0 <= train.seed < 2**32:
-        raise ValueError(f"train.seed={train.seed}: must be a whole number from 0 to 4294967295")
-    if machine.workers < 0:
-        raise ValueError(f"machine.workers={machine.workers}: must be 0 or more")
-    optim = getattr(config, "optim", None)
-    if optim is not None and train.steps is None and optim.warmup_epochs >= train.epochs:
+        if name in LESS_THAN_ONE and not most < 1:
+            raise ValueError(f"{name}={value}: must be less than 1")
+    train = config.train
+    if train.seed >= 2**32:
+        raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")
+    for name in ("view.scale", "view.ratio"):
+        low, high = values.get(name, (1.0, 1.0))
+        if not 0 < low <= high or (name == "view.scale" and high > 1):
+            raise ValueError(f"{name}=[{low}, {high}]: must be two positive numbers, small then large, scale up to 1")
+    if values.get("mae.decoder_dim", 0) % math.lcm(values.get("mae.decoder_heads", 1), 4):
         raise ValueError(
-            f"optim.warmup_epochs={optim.warmup_epochs:g}: longer than the run (train.epochs={train.epochs:g}); "
+            f"mae.decoder_dim={values['mae.decoder_dim']}: must be divisible by mae.decoder_heads="
+            f"{values['mae.decoder_heads']} and by 4"
+        )
+    warmup = values.get("optim.warmup_epochs", 0)
+    if train.steps is None and warmup and warmup >= train.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs={warmup:g}: longer than the run (train.epochs={train.epochs:g}); "
             f"try optim.warmup_epochs={train.epochs * 0.05:g}"
         )
-    view = getattr(config, "view", None)
-    if view is not None:
-        low, high = view.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"view.scale={list(view.scale)}: must be two shares of the area, small then large, up to 1")
-        if not 0 < view.ratio[0] <= view.ratio[1]:
-            raise ValueError(f"view.ratio={list(view.ratio)}: must be two aspect ratios, small then large")
-    if machine.processes is not None:
-        check_world(config, machine.processes)
+    if config.machine.processes is not None:
+        check_world(config, config.machine.processes)
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -376,7 +383,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _explain(error: Exception, schema: type[RunConfig], origin: str) -> str:
-    """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for one that is not there."""
+    """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for an unknown one."""
     from omegaconf.errors import ConfigKeyError
 
     lines = [line.strip() for line in str(error).splitlines()]

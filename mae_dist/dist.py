@@ -97,14 +97,14 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Do something on rank 0 and give its result (a plain Python object), or its ValueError, to every rank."""
+    """Do something on rank 0 and give its result (a plain object), or its error as a ValueError, to every rank."""
     if world() == 1:
         return action()
     box: list[Any] = [None, None]
     if is_main():
         try:
             box[0] = action()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

@@ -24,7 +24,9 @@ def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.devi
     objective.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        total += torch.stack([objective(batch).loss.double().sum(), torch.tensor(len(batch), device=device).double()])
+        total += torch.stack(
+            [objective(batch).loss.double().sum(), torch.tensor(float(batch.size), device=device).double()]
+        )
     objective.train()
     loss, count = dist.sum_(total).tolist()
     return loss / count
@@ -41,32 +43,36 @@ def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.devic
     return percentages(dist.sum_(counts))
 
 
-def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, "3"]:
+def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, 3]:
     """Counts of [label is first, label is among the first five, samples]; NaN scores hit nothing."""
     first = scores.nan_to_num(-torch.inf).topk(min(5, scores.shape[1]), 1).indices == labels[:, None]
     first &= scores.isfinite().all(1, keepdim=True)
     return torch.stack([first[:, 0].sum(), first.any(1).sum(), first.new_tensor(len(labels), dtype=torch.int64)])
 
 
-def percentages(counts: Int[Tensor, "3"]) -> dict[str, float]:
+def percentages(counts: Int[Tensor, 3]) -> dict[str, float]:
     """Counts as `hits` gives them -> percent."""
     top1, top5, total = counts.tolist()
     return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_test_images": total}
 
 
 @torch.no_grad()
-def features(backbone: nn.Module, batches: Iterable[Batch]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-    """This rank's features and labels, on the batches' device."""
+def features(
+    backbone: nn.Module, dim: int, batches: Iterable[Batch], device: torch.device
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
+    """This rank's features (`dim` numbers each) and labels; none, where its part of the split is empty."""
     backbone.eval()
-    pairs = [(backbone(batch.images).float(), batch.labels) for batch in batches]
-    values, labels = zip(*pairs, strict=True)
+    values, labels = [torch.zeros(0, dim, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
+    for batch in batches:
+        values.append(backbone(batch.images).float())
+        labels.append(batch.labels)
     return torch.cat(values), torch.cat(labels)
 
 
 def knn(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, k: int, temperature: float
-) -> Int[Tensor, "3"]:
-    """`hits` of weighted nearest neighbours: cosine similarity, votes exp(similarity / temperature) (Wu et al. 2018, eq. 5)."""
+) -> Int[Tensor, 3]:
+    """`hits` of nearest neighbours by cosine, votes exp(similarity / temperature) (Wu et al. 2018, section 3.4)."""
     bank, bank_labels = nn.functional.normalize(train[0], dim=1), train[1]
     counts = torch.zeros(3, dtype=torch.int64, device=bank.device)
     for queries, labels in zip(test[0].split(CHUNK), test[1].split(CHUNK), strict=True):

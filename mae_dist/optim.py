@@ -30,7 +30,7 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
 
 
 def schedule(optim: Optim, peak: float, epochs: float) -> ParamScheduler:
-    """lr over progress in [0, 1): linear warmup from 0, then half a cosine down to min_lr (Loshchilov and Hutter 2017)."""
+    """lr over progress in [0, 1): linear warmup from 0, half a cosine down to min_lr (Loshchilov and Hutter 2017)."""
     warmup = min(optim.warmup_epochs / epochs, 1.0)
     cosine = CosineParamScheduler(peak, optim.min_lr)
     if warmup == 0:
@@ -46,7 +46,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for the embedding, i + 1 for block i, depth + 1 for what follows (Clark et al. 2020, as MAE's fine-tuning uses it)."""
+    """0 for the embedding, i + 1 for block i, depth + 1 for what follows (as MAE's fine-tuning; Clark et al. 2020)."""
     if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed")):
         return 0
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
@@ -77,15 +77,16 @@ def build(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
-    The update of a matrix, gradient plus weight decay, is scaled by trust * |w| / |update|; one-dimensional parameters take
-    plain momentum SGD. timm's Lars is not used because it skips the scaling where weight decay is 0, which is the probe's case.
+    The update of a matrix, gradient plus weight decay, is scaled by trust * |w| / |update|; one-dimensional
+    parameters take plain momentum SGD. timm's Lars is not used because it skips the scaling where weight decay is 0,
+    which is the probe's case.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "lr_scale": 1.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for parameter in group["params"]:
                 update = parameter.grad
@@ -94,7 +95,9 @@ class LARS(torch.optim.Optimizer):
                 if parameter.ndim > 1:
                     update = update + group["weight_decay"] * parameter
                     size, length = parameter.norm(), update.norm()
-                    ratio = torch.where((size > 0) & (length > 0), group["trust"] * size / length, torch.ones_like(size))
+                    ratio = torch.where(
+                        (size > 0) & (length > 0), group["trust"] * size / length, torch.ones_like(size)
+                    )
                     update = update * ratio
                 state = self.state[parameter]
                 if "momentum" not in state:

@@ -14,7 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def place(objective: nn.Module, device: torch.device) -> nn.Module:
-    """Move the objective to the device and, with several ranks, wrap it in DDP. The given module keeps the parameters."""
+    """Move the objective to the device and, with several ranks, wrap it in DDP. It keeps the parameters."""
     objective.to(device)
     if dist.world() == 1:
         return objective

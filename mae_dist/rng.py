@@ -29,7 +29,6 @@ class Purpose(IntEnum):
     MASK = 5
     DROP_PATH = 6
     SYNTHETIC = 7
-    INIT = 8
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -49,7 +48,8 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
     """Random words, shape (len(ids), num), int64 holding 32 bits, NumPy or torch like `ids`.
 
-    Word j of sample i depends on (seed, purpose, epochs[i], ids[i], j) alone. `epochs` is an array like `ids`, or one int.
+    Word j of sample i depends on (seed, purpose, epochs[i], ids[i], j) alone. `epochs` is an array like `ids`, or one
+    int.
     """
     blocks = -(-num // 4)
     if isinstance(ids, np.ndarray):

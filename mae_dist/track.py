@@ -1,7 +1,8 @@
 """Tracking: metrics.jsonl first; wandb as a mirror that may be absent or fail; a progress bar, or lines in a log.
 
-Every step has exactly one line in metrics.jsonl, also over kills and resumes. Losses stay on the device until `flush`, so
-that a step that is only counted costs no synchronisation; all ranks flush together. Knows no model and no data.
+Every step has exactly one line with a loss in metrics.jsonl, also over kills and resumes; an evaluation adds one
+without. Losses stay on the device until `flush`, so that a step that is only counted costs no synchronisation; all
+ranks flush together. Knows no model and no data.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ class Tracker:
     """The record of a run from `step` on; a context manager. `unit` is images a step."""
 
     def __init__(self, path: Path, config: configuration.RunConfig, verb: str, step: int, total: int, num_samples: int):
-        self.path, self.settings, self.total, self.num_samples = path / "metrics.jsonl", config.track, total, num_samples
-        self.unit = config.train.global_batch
+        self.path, self.total, self.num_samples = path / "metrics.jsonl", total, num_samples
+        self.unit, self.precision = config.train.global_batch, config.train.precision
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.flushed = self.last_line = time.perf_counter()
-        self.num_bad = 0
         self.progress = self.mirror = self.stream = None
-        dist.on_main(lambda: rewind(self.path, step))
+        self.num_bad = dist.on_main(lambda: rewind(self.path, step))
         if dist.is_main():
             self.stream = self.path.open("a")
             self.progress = _bar(verb, step, total)
@@ -59,12 +59,16 @@ class Tracker:
         self._mirrored(lambda mirror: mirror.finish())
 
     def step(self, step: int, lr: float, wait: float, tensors: dict[str, Tensor]) -> None:
-        """Note a step: `wait` seconds for data, and on the device loss and bad (this rank's part) and grad_norm (global)."""
+        """Note a step: seconds of `wait` for data; on the device `loss`, `bad` (this rank's), `grad_norm` (global)."""
         plain = {"step": step, "epoch": step * self.unit / self.num_samples, "lr": lr, "data_wait": wait}
         self.waiting.append((plain, tensors))
 
     def flush(self) -> None:
-        """Write the steps since the last flush. Raises ValueError, on every rank, when a loss is not finite."""
+        """Write the steps since the last flush.
+
+        Raises ValueError, on every rank, when a loss is not finite, or a gradient that no loss scale explains (fp16
+        skips the step of an overflow): weights are not worth saving then.
+        """
         if not self.waiting:
             return
         plain, tensors = zip(*self.waiting, strict=True)
@@ -75,20 +79,29 @@ class Tracker:
         rate = len(plain) * self.unit / (now - self.flushed)
         self.flushed = now
         records = [
-            {"step": p["step"], "epoch": round(p["epoch"], 4), "loss": loss, "lr": p["lr"], "grad_norm": norm,
+            {"step": p["step"], "epoch": round(p["epoch"], 4), "loss": loss, "lr": p["lr"],
+             "grad_norm": norm if math.isfinite(norm) else None,
              "images_per_second": round(rate, 1), "data_wait": round(p["data_wait"], 5)}
             | ({"bad": int(bad)} if bad else {})
             for p, (loss, bad), norm in zip(plain, parts, norms, strict=True)
         ]  # fmt: skip
         self.num_bad += int(sum(bad for _, bad in parts))
-        broken = next((r for r in records if not math.isfinite(r["loss"])), None)
+        fragile = self.precision != "fp16"
+        broken = next(
+            (r for r in records if not math.isfinite(r["loss"]) or (fragile and r["grad_norm"] is None)), None
+        )
         self._write([r for r in records if broken is None or r["step"] < broken["step"]])
         if broken:
+            what = "gradient" if math.isfinite(broken["loss"]) else "loss"
             raise ValueError(
-                f"the loss of step {broken['step']} is {broken['loss']}: lower optim.base_lr, set train.clip=1, or use "
+                f"the {what} of step {broken['step']} is not finite: lower optim.base_lr, set train.clip=1, or use "
                 f"train.precision=fp32; the same command goes on from the last checkpoint"
             )
         self._show(records[-1])
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last flush (an evaluation, a save) out of images_per_second."""
+        self.flushed = time.perf_counter()
 
     def numbers(self, step: int, numbers: dict[str, float]) -> None:
         """Write an evaluation (nothing, when it has no numbers)."""
@@ -133,7 +146,9 @@ class Tracker:
         if self.progress.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
             left = (self.total - last["step"]) * self.unit / max(last["images_per_second"], 1e-9)
-            log.info("step %d/%d  %s  %s left", last["step"], self.total, text, time.strftime("%H:%M:%S", time.gmtime(left)))
+            log.info(
+                "step %d/%d  %s  %s left", last["step"], self.total, text, time.strftime("%H:%M:%S", time.gmtime(left))
+            )
 
     def _say(self, text: str) -> None:
         if self.progress and not self.progress.disable:
@@ -143,7 +158,7 @@ class Tracker:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl up to the first line that is not whole, as a kill leaves it."""
     records = []
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -154,12 +169,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop what was recorded after `step`, because those steps will be made again."""
-    records = read(path)
+def rewind(path: Path, step: int) -> int:
+    """Drop what was recorded after `step`, as those steps will be made again; count the bad samples that remain."""
+    records = [record for record in read(path) if record["step"] <= step]
     temporary = path.with_suffix(".rewinding")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.replace(path)
+    return sum(record.get("bad", 0) for record in records)
 
 
 def summary(path: Path) -> dict[str, float]:
@@ -177,7 +193,8 @@ def summary(path: Path) -> dict[str, float]:
 def _bar(verb: str, step: int, total: int) -> Progress:
     terminal = sys.stderr.isatty()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
     )  # fmt: skip
     progress = Progress(*columns, console=Console(stderr=True), disable=not terminal)
     progress.add_task(verb, total=total, completed=step, text="")

@@ -1,8 +1,8 @@
 """The one loop. A stage brings an objective, a source of batches and an evaluation; it never writes a loop of its own.
 
-The position of a run is one integer, `step`; learning rate, sample order, crops and masks follow from it. A checkpoint is
-the objective, the optimizer's moments and, for fp16, the loss scale. The global batch, not the number of ranks, enters the
-mathematics: each rank's loss counts by its number of samples.
+The position of a run is one integer, `step`; learning rate, sample order, crops and masks follow from it. A
+checkpoint is the objective, the optimizer's moments and, for fp16, the loss scale. The global batch, not the number
+of ranks, enters the mathematics: each rank's loss counts by its number of samples.
 """
 
 from __future__ import annotations
@@ -83,32 +83,35 @@ def fit(
             optimizer.zero_grad()
             step += 1
             tracker.step(step, lr, wait, {"loss": loss, "bad": bad, "grad_norm": norm})
-            if due(step, config.track.every, total) or due(step, config.checkpoint.every, total):
+            look, save = due(step, evaluate_every, total), due(step, config.checkpoint.every, total)
+            if due(step, config.track.every, total) or look or save:
                 tracker.flush()
                 refuse_bad_data(tracker.num_bad, step, config)
-            if due(step, evaluate_every, total):
+            if look:
                 with parallel.precision(train.precision, device):
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
                     tracker.picture(file)
-            if due(step, config.checkpoint.every, total):
+            if save:
                 run.save(step, tensors(objective, optimizer, scaler), config.checkpoint.keep)
+            if look or save:
+                tracker.restart_clock()
     return dist.on_main(lambda: track.summary(run.path / "metrics.jsonl"))
 
 
 def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
     """The state of a run by name: `model.*`, `optimizer.*` (moments per parameter) and, for fp16, `scaler.*`."""
-    names = {parameter: name for name, parameter in objective.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
     state = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
     for parameter, moments in optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in moments.items()}
     numbers = scaler.state_dict()
-    return state | {f"scaler.{k}": torch.tensor(float(numbers[k])) for k in ("scale", "_growth_tracker") if k in numbers}
+    return state | {
+        f"scaler.{k}": torch.tensor(float(numbers[k])) for k in ("scale", "_growth_tracker") if k in numbers
+    }
 
 
-def restore(
-    run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> int:
+def restore(run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Fill the state from the newest undamaged checkpoint; the step it was saved at, or 0."""
     state = tensors(objective, optimizer, scaler)
     step = run.restore(state)
@@ -123,8 +126,8 @@ def announce(run: RunDir, verb: str, config: Any, step: int, total: int, num_mic
     if not dist.is_main():
         return
     batch, world = config.train.global_batch, dist.world()
-    log.info("%s: %s steps of %d images = %d ranks x %d micro-batches, lr %.3g, %s", verb, f"{total:,}", batch, world, num_micro,
-             peak, config.train.precision)  # fmt: skip
+    shape = f"{batch} images = {world} ranks x {num_micro} micro-batches"
+    log.info("%s: %s steps of %s, lr %.3g, %s", verb, f"{total:,}", shape, peak, config.train.precision)
     log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
 
 

@@ -44,7 +44,7 @@ def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
         (["view.scale=[1,2,3]"], ["view.scale", "3"]),
         (["view.scale=[0.9,0.1]"], ["view.scale", "small then large"]),
         (["train.epochs=0"], ["train.epochs=0", "greater than 0"]),
-        (["mae.mask_ratio=1"], ["mae.mask_ratio", "between"]),
+        (["mae.mask_ratio=1"], ["mae.mask_ratio", "less than 1"]),
         (["mae.decoder_dim=100"], ["mae.decoder_dim", "mae.decoder_heads"]),
         (["optim.warmup_epochs=200"], ["optim.warmup_epochs", "longer than the run", "try"]),
         (["train.global_batch=2", "machine.processes=3"], ["train.global_batch=2", "3 processes"]),

@@ -115,8 +115,15 @@ def test_knn_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_features_are_in_the_order_of_the_batches() -> None:
-    backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5)).train()
-    values, labels = evaluate.features(backbone, batches(5))
     (whole,) = batches(23)
-    assert torch.equal(values, whole.images.flatten(1))  # and nothing was dropped out
+    pixels = whole.images.flatten(1)
+    backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5)).train()
+    values, labels = evaluate.features(backbone, pixels.shape[1], batches(5), torch.device("cpu"))
+    assert torch.equal(values, pixels)  # and nothing was dropped out
     assert torch.equal(labels, whole.labels)
+
+
+def test_a_rank_without_samples_has_no_features() -> None:
+    values, labels = evaluate.features(nn.Identity(), 12, [], torch.device("cpu"))
+    assert values.shape == (0, 12)
+    assert labels.shape == (0,)

@@ -1,4 +1,4 @@
-"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, and mistakes in words."""
+"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, mistakes in words."""
 
 import json
 import os
@@ -69,7 +69,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Process ids of the ranks that a launcher started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
     return [int(pid) for pid in found if b"mae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
@@ -116,7 +118,16 @@ def test_world_size_and_micro_batch_change_nothing_but_rounding(data: Path, tmp_
     start(*shared, f"out={tmp_path / 'one'}")
     start(*shared, f"out={tmp_path / 'micro'}", "machine.micro_batch=5")
     start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")  # 16 images do not divide by 3
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae_dist"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mae_dist",
+    ]
     done = subprocess.run([*torchrun, *shared, f"out={tmp_path / 'two'}"], env=environment(), timeout=300, check=False)
     assert done.returncode == 0
     reference = losses(tmp_path / "one")
@@ -160,7 +171,15 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
-    words = ["pretrain", f"data.path={data}", f"out={pretrained}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    words = [
+        "pretrain",
+        f"data.path={data}",
+        f"out={pretrained}",
+        *SETTINGS,
+        *MAE,
+        "train.steps=6",
+        "checkpoint.every=3",
+    ]
     assert main(words) == 0
     assert "pretrain is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before

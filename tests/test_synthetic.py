@@ -1,4 +1,4 @@
-"""The embedded data set: a pure function of its numbers, balanced, with splits that share no colours of shape and ground."""
+"""The embedded data set: a pure function of its numbers, balanced, with splits that share no pair of colours."""
 
 import colorsys
 

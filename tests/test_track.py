@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float) -> 
         note(tracked, 2)
         note(tracked, 3, loss=loss)
         note(tracked, 4, loss=math.nan)
-        with pytest.raises(ValueError, match=f"loss of step 3 is {loss}: lower optim.base_lr"):
+        with pytest.raises(ValueError, match="loss of step 3 is not finite: lower optim.base_lr"):
             tracked.flush()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 

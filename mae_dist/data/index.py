@@ -1,9 +1,9 @@
 """ShardIndex: where every sample of a split lies, as byte offsets into ordinary webdataset tars.
 
-Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: a line a sample, `ext offset size name` a member),
-and one `dataset.json` for the folder, drawn at `Dataset` below. An index is built in one pass over the headers of a tar;
-nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer and a seek costs
-nothing. Offsets load shard by shard when first needed: memory grows with shards, not with samples.
+Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: a line a sample, `ext offset size name` a
+member), and one `dataset.json` for the folder, drawn at `Dataset` below. An index is built in one pass over the
+headers of a tar; nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer
+and a seek costs nothing. Offsets load shard by shard when first needed: memory grows with shards, not with samples.
 
 Knows no model, no view and no order. Never unpickles anything.
 """
@@ -88,7 +88,9 @@ class Dataset:
                 plain[name] = None if plain[name] is None else tuple(plain[name])
             return Dataset(**plain)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a {FORMAT!r} file ({error}); make it anew with `mae-dist data index`") from error
+            raise ValueError(
+                f"{path}: not a {FORMAT!r} file ({error}); make it anew with `mae-dist data index`"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ class _Table:
 class ShardIndex:
     """All samples of one split. A sample's id is its place in the concatenation of the shards."""
 
-    def __init__(self, tars: list[Path], counts: list[int], indexes: list[Path], dataset: Dataset, num_labelled: int):
-        self.tars, self.indexes, self.dataset, self.num_labelled = tars, indexes, dataset, num_labelled
-        self.counts = np.asarray(counts, dtype=np.int64)
+    def __init__(self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset):
+        self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
+        self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
         self.ends = np.cumsum(self.counts)
         self._table = functools.lru_cache(maxsize=256)(lambda shard: _read_table(self.indexes[shard]))
         self._open = functools.lru_cache(maxsize=128)(_Handle)
@@ -123,15 +125,20 @@ class ShardIndex:
         return int(self.ends[-1])
 
     def __getstate__(self) -> tuple:
-        return (self.tars, self.counts.tolist(), self.indexes, self.dataset, self.num_labelled)
+        return (self.tars, self.indexes, self.shards, self.dataset)
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)  # file handles and tables are opened anew in each worker
 
     @property
+    def num_labelled(self) -> int:
+        """Samples that have a label."""
+        return sum(shard.num_labelled for shard in self.shards)
+
+    @property
     def fingerprint(self) -> str:
-        """A short hash of what the data is (names, counts and sizes of the shards), not of where it lies."""
-        rows = [f"{tar.name} {count} {tar.stat().st_size}" for tar, count in zip(self.tars, self.counts, strict=True)]
+        """A short hash of what the data is, not of where it lies: names, counts, sizes and known sha256 of shards."""
+        rows = [f"{Path(s.tar).name} {s.num_samples} {s.num_bytes} {s.sha256}" for s in self.shards]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -199,18 +206,9 @@ def open_split(path: str, split: str) -> ShardIndex:
         dataset = Dataset.load(folder)
         if split not in dataset.splits:
             raise ValueError(f"{path}/{FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
-        shards = dataset.splits[split]
-        tars = [folder / shard.tar for shard in shards]
-        counts, labelled = [shard.num_samples for shard in shards], sum(shard.num_labelled for shard in shards)
+        shards: list[Shard | None] = [*dataset.splits[split]]
+        tars = [folder / shard.tar for shard in dataset.splits[split]]
         indexes = [folder / (tar.stem + ".idx") for tar in tars]
-        for tar, shard in zip(tars, shards, strict=True):
-            if not tar.is_file():
-                raise ValueError(f"{tar}: named in {FILE} but not there")
-            if tar.stat().st_size != shard.num_bytes:
-                raise ValueError(
-                    f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut; "
-                    f"restore it or index it again with `mae-dist data index`"
-                )
     else:
         tars = [Path(name) for name in sorted(glob.glob(path))]
         if not tars:
@@ -218,18 +216,29 @@ def open_split(path: str, split: str) -> ShardIndex:
         indexes = [tar.with_suffix(".idx") for tar in tars]
         folder = tars[0].parent
         dataset = Dataset.load(folder) if (folder / FILE).is_file() else Dataset(name=path)
-        for tar, index in zip(tars, indexes, strict=True):
-            if not index.is_file():
-                raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
-        known = {shard.tar: shard for shards in dataset.splits.values() for shard in shards}
-        counts = [_count(index) for index in indexes]
-        if all(tar.name in known for tar in tars):
-            labelled = sum(known[tar.name].num_labelled for tar in tars)
-        else:
-            labelled = sum(int((_read_table(index).spans[:, 2] >= 0).sum()) for index in indexes)
-    if not sum(counts):
+        known = {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
+        shards = [known.get(tar) for tar in tars]
+    for tar, index, shard in zip(tars, indexes, shards, strict=True):
+        if not tar.is_file():
+            raise ValueError(f"{tar}: named in {FILE} but not there")
+        if not index.is_file():
+            raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
+        if shard is not None and tar.stat().st_size != shard.num_bytes:
+            raise ValueError(
+                f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut; "
+                f"restore it or index it again with `mae-dist data index`"
+            )
+    known_or_not = zip(tars, indexes, shards, strict=True)
+    index = ShardIndex(tars, indexes, [s or _describe(tar, index) for tar, index, s in known_or_not], dataset)
+    if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
-    return ShardIndex(tars, counts, indexes, dataset, labelled)
+    return index
+
+
+def _describe(tar: Path, index: Path) -> Shard:
+    """A shard that no dataset.json knows, as its index says; its sha256 is left empty."""
+    labelled = int((_read_table(index).spans[:, 2] >= 0).sum())
+    return Shard(tar.name, _count(index), labelled, tar.stat().st_size, "")
 
 
 def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
@@ -247,7 +256,9 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
                 if not member.isreg() or not key or key.endswith("/") or Path(member.name).name.startswith("."):
                     continue
                 if any(space in member.name for space in " \t\n\r"):
-                    raise ValueError(f"{tar}: member {member.name!r} has a space in its name, which the index cannot hold")
+                    raise ValueError(
+                        f"{tar}: member {member.name!r} has a space in its name, which the index cannot hold"
+                    )
                 members = samples.setdefault(key, {})
                 if extension.lower() in members:
                     raise ValueError(f"{tar}: member {member.name} is there twice")
@@ -320,7 +331,9 @@ def _read_table(index: Path) -> _Table:
     for members in _rows(index):
         image = _image_of(members)
         if image is None:
-            raise ValueError(f"{index}: sample {next(iter(members.values()))[2]} has no image; run `mae-dist data index` again")
+            raise ValueError(
+                f"{index}: sample {next(iter(members.values()))[2]} has no image; run `mae-dist data index` again"
+            )
         offset, size, name = members[image]
         names.append(name)
         spans.append((offset, size, *members.get(LABEL, (-1, 0))[:2]))

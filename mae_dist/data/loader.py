@@ -1,8 +1,8 @@
 """From a plan of (epochs, ids) to batches on the device.
 
-Two sources with one face. `Resident` holds a split of small, equally large images in memory as uint8 and makes views of
-whole batches on the device. `Streamed` reads and decodes by byte offset in worker processes. Either way what a batch holds
-depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never what.
+Two sources with one face. `Resident` holds a split of small, equally large images in memory as uint8 and makes views
+of whole batches on the device. `Streamed` reads and decodes by byte offset in worker processes. Either way what a
+batch holds depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never what.
 
 Knows no order and no model: it is told what to fetch.
 """
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
@@ -48,7 +49,9 @@ class Resident:
         self.index, self.device = index, device
         images = np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8)
         labels, bad = np.empty(len(index), dtype=np.int64), np.zeros(len(index), dtype=bool)
-        for i in track(range(len(index)), f"reading {index.dataset.name}", disable=quiet or not sys.stderr.isatty(), transient=True):
+        for i in track(
+            range(len(index)), f"reading {index.dataset.name}", disable=quiet or not sys.stderr.isatty(), transient=True
+        ):
             image, labels[i], bad[i] = read(index, i)
             if (image.height, image.width) != index.dataset.image_size:
                 raise ValueError(f"{index.describe(i)}: {image.height}x{image.width}, but dataset.json says image_size "
@@ -73,7 +76,7 @@ class Streamed:
         self.index, self.device, self.workers = index, device, workers
 
     def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
-        """The batches of a plan, in its order; the copy of the next one to the device overlaps with the use of this one."""
+        """The batches of a plan, in its order; the next one is copied to the device while this one is used."""
         loader = DataLoader(
             Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
             pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
@@ -107,8 +110,8 @@ class Decoder(Dataset[Batch]):
         return Batch(pixels, *(torch.from_numpy(a) for a in (labels, ids, epochs, bad)))
 
 
-def read(index: ShardIndex, sample: int):
-    """(image, label, bad) of a sample; an unreadable one is replaced by the next readable of its shard, and named in the log.
+def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
+    """(image, label, bad) of a sample; for an unreadable one, of the next readable of its shard, with a warning.
 
     Raises ValueError when the whole shard is unreadable, or shorter than its index says.
     """
@@ -143,4 +146,4 @@ def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _finish(batch: Batch, view: View) -> Batch:
-    return Batch(normalise(batch.images.float() / 255, view.mean, view.std), *batch[1:])
+    return batch._replace(images=normalise(batch.images.float() / 255, view.mean, view.std))

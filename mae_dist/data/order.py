@@ -1,9 +1,9 @@
 """Order: which sample comes when, as a pure function of (seed, shard sizes, window, position).
 
-Each epoch permutes the shards, then the samples within each run of `window` shards, so that reads stay near each other.
-Epochs follow each other without a gap: position p of the stream is sample p mod N of epoch p // N, and step k of a run
-takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches only share that range
-out. NumPy only; memory grows with shards, and with the samples of the window at hand.
+Each epoch permutes the shards, then the samples within each run of `window` shards, so that reads stay near each
+other. Epochs follow each other without a gap: position p of the stream is sample p mod N of epoch p // N, and step k
+of a run takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches only
+share that range out. NumPy only; memory grows with shards, and with the samples of the window at hand.
 """
 
 from __future__ import annotations

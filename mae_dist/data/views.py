@@ -1,8 +1,8 @@
 """Views: from stored bytes to the pixels that a model sees. Every view is one box, perhaps mirrored, resized.
 
-Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two roads lead from
-a box to pixels: `crop` for one image of any size (PIL, as the papers' code), and `resample` for a batch of equally small
-images on any device, where cropping, flipping and resizing are two small matrix products per image.
+Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two roads lead
+from a box to pixels: `crop` for one image of any size (PIL, as the papers' code), and `resample` for a batch of
+equally small images on any device, where cropping, flipping and resizing are two small matrix products per image.
 
 Knows no model, no file layout and no rank.
 """
@@ -28,7 +28,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class View:
-    """How samples are shown: the settings of `config.View`, the size in pixels, the seed, and whether it is training."""
+    """How samples are shown: `settings`, size in pixels, channel statistics, seed, and whether it is training."""
 
     settings: config.View
     image_size: int
@@ -38,7 +38,7 @@ class View:
     training: bool
 
     def boxes(self, epochs: np.ndarray, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(boxes, flips) for images of `sizes` (n, 2) = (height, width): float64 (n, 4) = top, left, height, width; bool (n,)."""
+        """Boxes (n, 4) = top, left, height, width, float64, and flips (n,), bool; `sizes` (n, 2) = height, width."""
         kind = self.settings.crop
         if not self.training:
             return center_boxes(sizes, self.settings.test_crop), np.zeros(len(ids), dtype=bool)
@@ -74,7 +74,8 @@ def resized_boxes(
     """Random resized crops as torchvision draws them: area uniform, log aspect uniform, place uniform, whole pixels.
 
     `draws` (n, attempts, 4) uniform in [0, 1). The first attempt that fits counts, else a centre crop of the nearest
-    allowed aspect. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, and one attempt is enough.
+    allowed aspect. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, and one attempt
+    is enough.
     """
     height, width = (sizes[:, None, i].astype(np.float64) for i in (0, 1))
     area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
@@ -117,8 +118,8 @@ def decode(extension: str, content: bytes) -> Image.Image:
 def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np.ndarray, "h w 3"]:
     """Box, bicubic resize with antialiasing, flip: (size, size, 3).
 
-    A box of whole pixels is cut out first, black where it leaves the image, as torchvision does; a fractional one (a centre
-    crop) is resized out of its surroundings, as resizing the whole image first would.
+    A box of whole pixels is cut out first, black where it leaves the image, as torchvision does; a fractional one (a
+    centre crop) is resized out of its surroundings, as resizing the whole image first would.
     """
     if np.array_equal(box, np.rint(box)):
         top, left, height, width = (int(v) for v in box)
@@ -147,7 +148,7 @@ def resample(
 
 
 def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased as PIL's) of [start, start + length).
+    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased as PIL's) of `length` from `start`.
 
     Where `cut`, pixels around the box have no weight and what lies outside the image is black; else surroundings count.
     """

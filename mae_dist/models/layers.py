@@ -54,9 +54,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], scale: Float[Tensor, "two b"] | None = None
-    ) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "b n d"], scale: Float[Tensor, "two b"] | None = None) -> Float[Tensor, "b n d"]:
         """`scale` weights the two residual branches of each sample (stochastic depth: 0 or 1 / keep probability)."""
         attn, mlp = (1.0, 1.0) if scale is None else scale[:, :, None, None]
         x = x + attn * self.attn(self.norm1(x))
@@ -71,7 +69,8 @@ def depth_scale(keep: Bool[Tensor, "depth two b"], rates: Float[Tensor, " depth"
 def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
     """Fixed 2-D sin-cos position embedding of a grid in row order (MAE, section 3; Chen et al. 2021).
 
-    The first half of the channels encodes the column, the second the row; each half is [sin, cos] of dim / 4 frequencies.
+    The first half of the channels encodes the column, the second the row; each half is [sin, cos] of dim / 4
+    frequencies.
     """
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

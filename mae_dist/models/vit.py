@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """The backbone.
 
-    With ``pool="cls"`` the final norm is `norm` and the feature is the class token; with ``pool="avg"`` patch tokens are
+    With ``pool="cls"`` the final norm is `norm` and the feature is the class token; ``pool="avg"``: patch tokens are
     averaged and then normed by `fc_norm` (MAE's fine-tuning, section A.1). ``position="sincos"`` keeps positions fixed,
     ``"learned"`` trains them from there. Raises ValueError when the image size is no multiple of the patch.
     """
@@ -78,7 +78,7 @@ class ViT(nn.Module):
         visible: Int[Tensor, "b k"] | None = None,
         scale: Float[Tensor, "depth two b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Class token and patch tokens after the last norm; with `visible`, only those patches are embedded and encoded."""
+        """Class and patch tokens after the last norm; with `visible`, only those are embedded and encoded."""
         patches = patchify(images, self.patch)
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
         if visible is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Output(NamedTuple):
-    """What an objective says of a micro-batch: the loss of each sample, and its prediction (logits, or masked pixels)."""
+    """What an objective says of a micro-batch: each sample's loss, and its prediction (logits, or masked pixels)."""
 
     loss: Float[Tensor, " b"]
     prediction: Float[Tensor, "b ..."]

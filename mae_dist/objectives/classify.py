@@ -36,15 +36,15 @@ class Finetune(nn.Module):
         if not self.training or not self.drop_path:
             return None
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
-        draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, len(batch))
+        draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, batch.size)
         return depth_scale(draws >= self.rates[:, None, None], self.rates)
 
 
 class Probe(nn.Module):
     """Linear probe (He et al. 2022, section A.1): frozen backbone, batch norm without affine, linear head.
 
-    Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch, however
-    many ranks share it.
+    Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch,
+    however many ranks share it.
     """
 
     def __init__(self, backbone: ViT, num_classes: int, *, chunk: int, seed: int):
@@ -63,7 +63,7 @@ class Probe(nn.Module):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm without affine of features that need no gradient: statistics over all ranks, running ones for evaluation.
+    """Batch norm without affine, for features that need no gradient: statistics of all ranks; running ones to evaluate.
 
     The same as torch's BatchNorm1d(dim, affine=False, eps=1e-6, momentum=0.1) on the gathered batch (Ioffe and Szegedy
     2015, algorithm 1).

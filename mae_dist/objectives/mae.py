@@ -1,7 +1,7 @@
 """Masked autoencoding of a ViT (He et al. 2022, section 3): hide patches, encode the rest, predict the hidden pixels.
 
-Masks are drawn per sample on the device from (seed, epoch, id), as two index lists; a boolean mask, whose meaning must be
-remembered, exists nowhere. Decoder names in the state dict are the official code's.
+Masks are drawn per sample on the device from (seed, epoch, id), as two index lists; a boolean mask, whose meaning
+must be remembered, exists nowhere. Decoder names in the state dict are the official code's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]
 
 
 class MAE(nn.Module):
-    """Backbone, light decoder and pixel loss. ``mask_ratio`` is the share of hidden patches, ``seed`` that of the masks."""
+    """Backbone, light decoder, pixel loss. ``mask_ratio``: share of hidden patches; ``seed``: of the masks."""
 
     def __init__(
         self, backbone: ViT, *, mask_ratio: float, norm_pix: bool, decoder_dim: int, decoder_depth: int,
@@ -61,7 +61,9 @@ class MAE(nn.Module):
             )
         self.decoder_embed = nn.Linear(backbone.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        positions = torch.cat([torch.zeros(1, decoder_dim), sincos_positions(decoder_dim, backbone.grid, backbone.grid)])
+        positions = torch.cat(
+            [torch.zeros(1, decoder_dim), sincos_positions(decoder_dim, backbone.grid, backbone.grid)]
+        )
         self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=EPS)
@@ -107,4 +109,3 @@ class MAE(nn.Module):
         hidden = patches.scatter(1, where, torch.zeros_like(prediction))
         filled = patches.scatter(1, where, prediction.to(patches.dtype))
         return [batch.images] + [unpatchify(p, self.backbone.patch, self.backbone.grid) for p in (hidden, filled)]
-

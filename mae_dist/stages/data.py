@@ -194,8 +194,7 @@ def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, ti
 
 def _common_size(shards: list[index.Shard], tars: list[Path], folder: Path, tick: Tick) -> tuple[int, int] | None:
     """(height, width) if all images share it. Only headers are read, and those only until two differ."""
-    counts = [shard.num_samples for shard in shards]
-    data = index.ShardIndex(tars, counts, [folder / f"{tar.stem}.idx" for tar in tars], index.Dataset(""), 0)
+    data = index.ShardIndex(tars, [folder / f"{tar.stem}.idx" for tar in tars], shards, index.Dataset(""))
     first = _size(data.read(0))
     for sample in range(1, len(data)):
         if first is None or _size(data.read(sample)) != first:

@@ -1,7 +1,8 @@
 """`mae-dist demo`: the whole walk on the embedded data set: pack, pretrain, kNN, probe, fine-tune, report.
 
-Each measure is taken twice with the same settings, from the pretrained backbone and from random initialisation. Every step
-is the command that a user would type, in a process of its own; running the demo again goes on where it was stopped.
+Each measure is taken twice with the same settings, from the pretrained backbone and from random initialisation. Every
+step is the command that a user would type, in a process of its own; running the demo again goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ TITLE = "mae_dist: a masked autoencoder on the embedded data set"
 MODEL = ["model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.precision=fp32"]
 PRETRAIN = [
     "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=12",
-    "train.global_batch=64", "optim.base_lr=6e-3", "optim.warmup_epochs=1", "track.evaluate_every=3", "checkpoint.every=500",
+    "train.global_batch=64", "optim.base_lr=6e-3", "optim.warmup_epochs=1", "track.evaluate_every=3",
+    "checkpoint.every=500",
 ]  # fmt: skip
 KNN = ["model.pool=avg"]
 PROBE = [
@@ -41,7 +43,7 @@ MEASURES = {"knn": ("nearest neighbours", KNN), "probe": ("linear probe", PROBE)
 
 def main(argv: list[str]) -> int:
     """Walk through everything; give the exit status of the first step that failed, or 0."""
-    parser = argparse.ArgumentParser(prog="mae-dist demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="mae-dist demo", description="The whole walk on the embedded data set.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for data, runs and report")
     parser.add_argument("--processes", type=int, help="ranks (default: one a GPU, or two on CPUs)")
     options = parser.parse_args(argv)

@@ -19,8 +19,8 @@ def run(config: KnnRun) -> None:
     backbone = opening.backbone.to(opening.device)
     train, test = opening.source(opening.train), opening.source(opening.test)
     with torch.no_grad(), parallel.precision(config.train.precision, opening.device):
-        bank = evaluate.features(backbone, opening.evaluation_batches(train))
-        queries = evaluate.features(backbone, opening.evaluation_batches(test))
+        bank = evaluate.features(backbone, backbone.dim, opening.evaluation_batches(train), opening.device)
+        queries = evaluate.features(backbone, backbone.dim, opening.evaluation_batches(test), opening.device)
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
     counts = evaluate.knn(bank, queries, num_classes(opening.train), config.knn.k, config.knn.temperature)
     opening.run.finish({"verb": "knn"} | evaluate.percentages(dist.sum_(counts)))

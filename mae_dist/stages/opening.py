@@ -1,4 +1,4 @@
-"""What the verbs that make a run do before their work: join the ranks, find the data, load the start, open the folder."""
+"""What the verbs that make a run do first: join the ranks, find the data, load the start, open the folder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def open_run(verb: str, config: Any, labels: bool) -> Opening:
         seed=config.train.seed,
     )  # fmt: skip
     run = RunDir(config.out)
-    finished = not run.open(verb, config, train.fingerprint)
+    content = f"{train.fingerprint}-{test.fingerprint}" if labels and test is not None else train.fingerprint
+    finished = not run.open(verb, config, content)
     if start is not None and not finished:
         fill(backbone, start)
     return Opening(config, run, finished, device, train, test, backbone)
@@ -133,7 +134,7 @@ def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:
                 log.info("the data set has no mean and std of its own: using ImageNet's (data.mean, data.std)")
             mean, std = mean or views.IMAGENET_MEAN, std or views.IMAGENET_STD
         mean, std = mean or origin.mean, std or origin.std
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=tuple(mean), std=tuple(std)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
 
 
 def find_test(config: Any, required: bool) -> ShardIndex | None:
@@ -157,7 +158,7 @@ def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
     missing = len(index) - index.num_labelled
     if missing:
         raise ValueError(
-            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label (a KEY.cls member), and {verb} needs them"
+            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label (KEY.cls), which {verb} needs"
         )
 
 
@@ -165,5 +166,7 @@ def num_classes(*indexes: ShardIndex) -> int:
     """Classes of the labels: as dataset.json says."""
     known = [index.dataset.num_classes for index in indexes if index.dataset.num_classes is not None]
     if not known:
-        raise ValueError(f"{indexes[0].tars[0].parent}: no dataset.json says how many classes there are; run `mae-dist data index`")
+        raise ValueError(
+            f"{indexes[0].tars[0].parent}: no dataset.json says how many classes there are; run `mae-dist data index`"
+        )
     return max(known)
