@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"mae-dist: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mae-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            print("mae-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 

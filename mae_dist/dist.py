@@ -128,6 +128,7 @@ def spawn(argv: list[str], processes: int) -> int:
 
     The status is that of the first rank that failed; a rank that was killed makes the others stop.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -146,4 +147,7 @@ def spawn(argv: list[str], processes: int) -> int:
             log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
             return 128 - failure.exitcode
         return failure.exitcode
+    except SignalException as stop:
+        log.error("stopped by %s; the same command goes on from the last checkpoint", signal.Signals(stop.sigval).name)
+        return 128 + stop.sigval
     return 0

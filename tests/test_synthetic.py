@@ -51,3 +51,14 @@ def test_pictures_are_coloured_as_their_split_says() -> None:
     inside = np.mean([0.05 < place < 0.95 for place in saturated])
     assert len(saturated) > 50
     assert inside > 0.85
+
+
+def test_raw_pixels_say_little() -> None:
+    """Nearest neighbours of pixels stay near chance (10 %), so a demo that does well has learned something."""
+    train, labels = synthetic.draw(0, "train", np.arange(3000))
+    test, truth = synthetic.draw(0, "test", np.arange(500))
+    a, b = (p.reshape(len(p), -1).astype(np.float32) / 255 for p in (train, test))
+    nearest = (2 * b @ a.T - (a**2).sum(1)).argmax(1)
+    top1 = 100 * (labels[nearest] == truth).mean()
+    print(f"1-nearest neighbour on raw pixels: {top1:.1f} %")
+    assert 8 < top1 < 30

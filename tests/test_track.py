@@ -36,8 +36,8 @@ def test_off_is_off_whatever_yaml_makes_of_it(tmp_path: Path) -> None:
     assert settings(tmp_path, wandb="off").track.wandb == "off"
 
 
-def note(tracked: track.Tracker, step: int, loss: float = 0.5, bad: int = 0) -> None:
-    tensors = {"loss": torch.tensor(loss), "bad": torch.tensor(bad), "grad_norm": torch.tensor(1.0)}
+def note(tracked: track.Tracker, step: int, loss: float = 0.5, bad: int = 0, norm: float = 1.0) -> None:
+    tensors = {"loss": torch.tensor(loss), "bad": torch.tensor(bad), "grad_norm": torch.tensor(norm)}
     tracked.step(step, 1e-3, 0.25, tensors)
 
 
@@ -105,6 +105,33 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float) -> 
         with pytest.raises(ValueError, match="loss of step 3 is not finite: lower optim.base_lr"):
             tracked.flush()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gradient_that_is_not_finite_ends_the_run_unless_the_loss_scale_skips_it(
+    tmp_path: Path, precision: str
+) -> None:
+    with tracker(tmp_path) as tracked:
+        tracked.precision = precision
+        note(tracked, 1)
+        note(tracked, 2, norm=math.inf)
+        if precision == "fp16":
+            tracked.flush()
+        else:
+            with pytest.raises(ValueError, match="gradient of step 2 is not finite"):
+                tracked.flush()
+    norms = [line["grad_norm"] for line in lines(tmp_path)]
+    assert norms[1:] == ([None] if precision == "fp16" else [])
+
+
+def test_bad_samples_are_counted_over_resumes(tmp_path: Path) -> None:
+    with tracker(tmp_path) as tracked:
+        for step in range(1, 5):
+            note(tracked, step, bad=2)
+        tracked.flush()
+        assert tracked.num_bad == 8
+    with tracker(tmp_path, 3) as tracked:
+        assert tracked.num_bad == 6
 
 
 def test_summary(tmp_path: Path) -> None:

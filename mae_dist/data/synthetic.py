@@ -6,6 +6,10 @@ test picture is a copy of a training one, or nearly: the hues of shape and groun
 with gaps between them, and the pairs of sectors are divided between the splits, so that every hue is in both splits but
 no pair of hues is. On another machine a byte may differ by one, as sine and cosine may in their last bit.
 
+Hard for pixels: with 8,000 training and 2,000 test pictures, the nearest neighbour in raw pixels is right for 19.8 % of
+the test pictures, ridge regression on 256 whitened principal components for 11.6 % (chance 10 %; 2026-11-23, NumPy on
+a CPU). What `mae-dist demo` makes of it is in the README.
+
 Knows no files and no tensors; NumPy only.
 """
 
