@@ -62,3 +62,15 @@ def test_raw_pixels_say_little() -> None:
     top1 = 100 * (labels[nearest] == truth).mean()
     print(f"1-nearest neighbour on raw pixels: {top1:.1f} %")
     assert 8 < top1 < 30
+
+
+def test_pictures_never_change_by_accident() -> None:
+    """Golden pixels: what the README and old data sets show stays what it is (sine may differ by one step elsewhere)."""
+    golden = {
+        ("train", 0): [[12, 143, 35], [2, 87, 13], [36, 115, 56], [12, 163, 40]],
+        ("train", 1234): [[61, 61, 160], [10, 125, 85], [8, 86, 54], [16, 148, 100]],
+        ("test", 8): [[90, 47, 33], [81, 59, 187], [95, 63, 230], [101, 71, 255]],
+    }
+    for (split, sample), expected in golden.items():
+        pictures, _ = synthetic.draw(0, split, np.array([sample]))
+        assert np.abs(pictures[0, 16, [4, 12, 20, 28]].astype(int) - expected).max() <= 1
