@@ -65,7 +65,7 @@ def test_raw_pixels_say_little() -> None:
 
 
 def test_pictures_never_change_by_accident() -> None:
-    """Golden pixels: what the README and old data sets show stays what it is (sine may differ by one step elsewhere)."""
+    """Golden pixels, so that the README's numbers keep their meaning; elsewhere sine may differ by one step."""
     golden = {
         ("train", 0): [[12, 143, 35], [2, 87, 13], [36, 115, 56], [12, 163, 40]],
         ("train", 1234): [[61, 61, 160], [10, 125, 85], [8, 86, 54], [16, 148, 100]],
