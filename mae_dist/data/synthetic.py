@@ -6,11 +6,11 @@ test picture is a copy of a training one, or nearly: the hues of shape and groun
 with gaps between them, and the pairs of sectors are divided between the splits, so that every hue is in both splits but
 no pair of hues is. On another machine a byte may differ by one, as sine and cosine may in their last bit.
 
-Hard for pixels, learnable for a network: with 8,000 training and 2,000 test pictures of seed 0, the nearest neighbour in
-raw pixels is right for 19.8 % of the test pictures, ridge regression on 256 whitened principal components for 11.6 %,
-logistic regression on raw pixels for 12.3 %, ridge on pooled features of a random CNN for 18.3 % (chance 10 %). A CNN of
-1.17 M parameters, trained for 8 epochs with flips and shifts (179 s on one thread), reaches 99.3 %. Measured 2026-11-23,
-one run each, with scripts outside the repository. What `mae-dist demo` makes of it is in the README.
+Hard for pixels, learnable for a network: with 8,000 training and 2,000 test pictures of seed 0, the nearest neighbour
+in raw pixels is right for 19.8 % of the test pictures, ridge regression on 256 whitened principal components for 11.6 %,
+logistic regression on raw pixels for 12.3 %, ridge on pooled features of a random CNN for 18.3 % (chance 10 %). A CNN
+of 1.17 M parameters, trained for 8 epochs with flips and shifts (179 s on one thread), reaches 99.3 %. Measured
+2026-11-23 on a CPU, one run each. What `mae-dist demo` makes of it is in the README.
 
 Knows no files and no tensors; NumPy only.
 """
