@@ -14,6 +14,7 @@ import sys
 
 from mae_dist import __version__, config
 from mae_dist.stages import VERBS
+from mae_dist.stop import REQUEUE, Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist report RUN [RUN ...]
@@ -40,12 +41,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(argv[0], argv[1:])
+    except BrokenPipeError:  # whoever reads our answer, `| head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if debug:
             raise
         if rank == 0 or type(error).__name__ == "RankError":
             print(f"mae-dist: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"mae-dist: {stopped}", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
             print("mae-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

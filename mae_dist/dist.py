@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mae_dist import stop
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -82,6 +84,11 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_of(flag: bool) -> bool:
+    """Whether any rank says so. Travels between CPUs, so that no rank waits for its device."""
+    return bool(sum_(torch.tensor(int(flag))))
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate over ranks along dim 0, in rank order; every rank may bring another length."""
     if world() == 1:
@@ -138,6 +145,8 @@ def spawn(argv: list[str], processes: int) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
     )  # fmt: skip
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
+        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
     except ChildFailedError as error:
@@ -147,7 +156,7 @@ def spawn(argv: list[str], processes: int) -> int:
             log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
             return 128 - failure.exitcode
         return failure.exitcode
-    except SignalException as stop:
-        log.error("stopped by %s; the same command goes on from the last checkpoint", signal.Signals(stop.sigval).name)
-        return 128 + stop.sigval
+    except SignalException as error:  # the ranks were told, and waited for
+        log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
+        return stop.REQUEUE
     return 0

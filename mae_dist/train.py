@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dist import config as configuration
-from mae_dist import dist, optim, parallel, track
+from mae_dist import dist, optim, parallel, stop, track
 from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir
 
@@ -44,7 +44,7 @@ def fit(
     """Train from the newest checkpoint of `run`, or from the start, to the end; give the final numbers.
 
     ``batches(steps)`` yields `num_micro` micro-batches a step; ``num_samples`` make an epoch; ``evaluate(step)`` gives
-    numbers, called by all ranks together.
+    numbers, called by all ranks together. Raises Stopped, having saved, when any rank was told to stop.
     """
     train, total = config.train, configuration.total_steps(config.train, num_samples)
     module = parallel.place(objective, device)
@@ -60,7 +60,7 @@ def fit(
     announce(run, verb, config, step, total, num_micro, peak)
     stream = batches(range(step, total))
     objective.train()
-    with track.Tracker(run.path, config, verb, step, total, num_samples) as tracker:
+    with stop.Flag() as flag, track.Tracker(run.path, config, verb, step, total, num_samples) as tracker:
         while step < total:
             lr = schedule(step / total)
             optim.set_lr(optimizer, lr)
@@ -96,6 +96,13 @@ def fit(
                 run.save(step, tensors(objective, optimizer, scaler), config.checkpoint.keep)
             if look or save:
                 tracker.restart_clock()
+            if step < total and dist.any_of(flag.requested):
+                tracker.flush()
+                if not save:
+                    run.save(step, tensors(objective, optimizer, scaler), config.checkpoint.keep)
+                raise stop.Stopped(
+                    f"{verb} was stopped and saved at step {step:,} of {total:,}; the same command goes on"
+                )
     return dist.on_main(lambda: track.summary(run.path / "metrics.jsonl"))
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"config", "rng", "batch", "dist", "models", "pictures", "curves"},
+    {"config", "rng", "batch", "dist", "models", "pictures", "curves", "stop"},
     {"data", "objectives", "optim", "parallel", "checkpoint", "track", "evaluate"},
     {"train"},
     {"stages"},

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
+from mae_dist.config import SCHEMAS
 from mae_dist.data.pack import from_synthetic, pack
 
 SETTINGS = [
@@ -110,6 +111,28 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, t
     assert starts[0] == 0
     assert starts[1] >= 14
     assert starts[1] % 7 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
+    data: Path, tmp_path: Path, number: signal.Signals, whom: str
+) -> None:
+    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=400", "machine.processes=2"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(*words, f"out={run}"), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").is_file() and len(losses(run)) >= 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid if whom == "launcher" else ranks_of(process)[-1], number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    step = len(losses(run))
+    assert f"stopped and saved at step {step}" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:09d}"]
+    assert not (run / "result.json").exists()
 
 
 @pytest.mark.slow
@@ -224,7 +247,8 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["pretrian"], ["no such verb", "pretrain"]),
     ]
     for words, expected in cases:
-        line = refused(capsys, *words, *(shared if words[0] in ("pretrain", "probe", "knn", "finetune") else []))
+        verb, *rest = words
+        line = refused(capsys, verb, *(shared if verb in SCHEMAS else []), *rest)
         for part in expected:
             assert part in line, (line, part)
     assert not out.exists()

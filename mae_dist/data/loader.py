@@ -20,6 +20,7 @@ from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from mae_dist import stop
 from mae_dist.batch import Batch, to_device
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
@@ -80,6 +81,7 @@ class Streamed:
         loader = DataLoader(
             Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
             pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
+            worker_init_fn=lambda _: stop.ignore(),
         )  # fmt: skip
         waiting = None
         for cpu in _in_words(loader):

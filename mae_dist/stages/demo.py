@@ -24,18 +24,18 @@ NUM_TRAIN, NUM_TEST = 8000, 2000
 TITLE = "mae_dist: a masked autoencoder on the embedded data set"
 MODEL = ["model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.precision=fp32"]
 PRETRAIN = [
-    "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=12",
+    "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=9",
     "train.global_batch=64", "optim.base_lr=6e-3", "optim.warmup_epochs=1", "track.evaluate_every=3",
     "checkpoint.every=500",
 ]  # fmt: skip
 KNN = ["model.pool=avg"]
 PROBE = [
-    "model.pool=avg", "view.crop=center", "train.epochs=3", "train.global_batch=128", "optim.name=adamw",
+    "model.pool=avg", "view.crop=center", "train.epochs=2", "train.global_batch=128", "optim.name=adamw",
     "optim.base_lr=4e-2", "track.evaluate_every=1",
 ]  # fmt: skip
 FINETUNE = [
-    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=3", "train.global_batch=64",
-    "train.label_smoothing=0.1", "optim.base_lr=4e-3", "optim.warmup_epochs=0.5", "optim.layer_decay=0.75",
+    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=2", "train.global_batch=64",
+    "train.label_smoothing=0.1", "optim.base_lr=4e-3", "optim.warmup_epochs=0.25", "optim.layer_decay=0.75",
     "track.evaluate_every=1",
 ]  # fmt: skip
 MEASURES = {"knn": ("nearest neighbours", KNN), "probe": ("linear probe", PROBE), "finetune": ("fine-tuning", FINETUNE)}
