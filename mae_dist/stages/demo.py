@@ -20,11 +20,11 @@ from rich.table import Table
 from mae_dist.checkpoint import RunDir
 from mae_dist.config import RANDOM
 
-NUM_TRAIN, NUM_TEST = 8000, 1500
+NUM_TRAIN, NUM_TEST = 6000, 1500
 TITLE = "mae_dist: a masked autoencoder on the embedded data set"
 MODEL = ["model.name=vit_demo4", "model.image_size=32", "view.test_crop=1"]
 PRETRAIN = [
-    "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=10",
+    "view.crop=pad", "mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4", "train.epochs=11",
     "train.global_batch=64", "optim.base_lr=6e-3", "optim.warmup_epochs=1", "track.evaluate_every=3",
     "checkpoint.every=500",
 ]  # fmt: skip
@@ -34,7 +34,7 @@ PROBE = [
     "optim.base_lr=4e-2", "track.evaluate_every=1",
 ]  # fmt: skip
 FINETUNE = [
-    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=2", "train.global_batch=64",
+    "model.pool=avg", "model.position=learned", "view.crop=pad", "train.epochs=2.5", "train.global_batch=64",
     "train.label_smoothing=0.1", "optim.base_lr=4e-3", "optim.warmup_epochs=0.25", "optim.layer_decay=0.75",
     "track.evaluate_every=1",
 ]  # fmt: skip
