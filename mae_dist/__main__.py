@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return REQUEUE
     except KeyboardInterrupt:
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            print("mae-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("mae-dist: interrupted; the same command starts again, or goes on from a checkpoint", file=sys.stderr)
         return 130
 
 

@@ -1,7 +1,7 @@
 """Being told to stop. A signal sets a flag; the loop asks for it at a step boundary, where all ranks can save together.
 
 Nothing happens inside a handler but the noting: saving there would need the other ranks, which are somewhere else. A
-second signal of the same kind ends the process at once, as it would have without us.
+second Ctrl-C ends the process at once; other signals may come twice, from a scheduler and from a launcher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 class Flag:
-    """A context manager: while it is open, the first signal of each kind is noted instead of obeyed."""
+    """A context manager: while it is open, signals are noted instead of obeyed."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -37,10 +37,14 @@ class Flag:
     def note(self, number: int, _: FrameType | None) -> None:
         """The handler."""
         self.requested = True
-        signal.signal(number, self.before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[signal.SIGINT])
 
 
-def ignore() -> None:
-    """For helpers such as loader workers, which share the terminal and the job of their rank: the rank decides."""
+def ignore_once() -> None:
+    """For helpers such as loader workers, which share the terminal and the job of their rank: the rank decides.
+
+    The second signal of a kind is obeyed, so that a rank that ends can end its helpers.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

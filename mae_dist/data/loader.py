@@ -81,7 +81,7 @@ class Streamed:
         loader = DataLoader(
             Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
             pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
-            worker_init_fn=lambda _: stop.ignore(),
+            worker_init_fn=lambda _: stop.ignore_once(),
         )  # fmt: skip
         waiting = None
         for cpu in _in_words(loader):

@@ -102,7 +102,7 @@ def load_start(path: str) -> Start:
     run = RunDir.existing(path, "from")
     newest = dist.on_main(run.newest)
     if newest is None:
-        raise ValueError(f"from={path}: the run has no checkpoint yet")
+        raise ValueError(f"from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
     if dist.is_main() and run.result() is None:
         log.warning("from=%s: this run is not finished; starting from its checkpoint %s", path, newest.name)
     return Start(run.settings()[2], newest)
