@@ -74,6 +74,8 @@ def dispatch(verb: str, words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]\n\n{VERBS[verb]}\n\n{config.describe(verb)}")
         return 0
+    if dashed := [word for word in words if word.startswith("-")]:
+        raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ValueError(f"{verb}: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")

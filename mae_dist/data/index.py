@@ -75,6 +75,8 @@ class Dataset:
     def load(folder: Path) -> Dataset:
         """Read FILE from `folder` (ValueError in one sentence when it is missing or not ours)."""
         path = folder / FILE
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
         if not path.is_file():
             tars = len(list(folder.glob("*.tar")))
             hint = f"found {tars} tars: run `mae-dist data index '{folder}/*.tar'`" if tars else "no tars there either"
