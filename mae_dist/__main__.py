@@ -1,8 +1,8 @@
 """`mae-dist VERB ...`, also `python -m mae_dist VERB ...`: finds the verb, reads its config, says errors in one line.
 
-A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun or
-SLURM started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's
-error.
+A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun
+started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's error,
+75 stopped by a signal and saved, 130 interrupted before there was anything to save.
 """
 
 from __future__ import annotations
