@@ -7,6 +7,7 @@ VERBS = {
     "finetune": "train backbone and head on labels",
     "report": "one HTML file from one or more runs: curves, pictures, numbers",
     "data": "pack archives and folders into tars, index tars of others, look at a data set",
+    "chaos": "harm a run on purpose, and compare it with an undisturbed one",
     "demo": "all of the above on the embedded data set, in minutes",
 }
 """Verb -> one line. `mae_dist.stages.VERB` has `run(config)` if the verb has a schema, else `main(argv)`."""
