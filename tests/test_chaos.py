@@ -101,12 +101,16 @@ def test_losses_differ_where_a_step_is_missing_skipped_or_there_twice(tmp_path: 
 
 
 def test_states_differ_in_a_bit_a_name_or_a_nan() -> None:
-    wanted = {"w": torch.tensor([1.0, 2.0])}
-    assert audit.state_difference({"w": torch.tensor([1.0, 2.0])}, wanted) == 0
-    assert audit.state_difference({"w": torch.tensor([1.0, 2.0000002])}, wanted) > 0
-    for other in ({}, wanted | {"v": wanted["w"]}, {"w": torch.tensor([1.0, math.nan])}):
-        assert audit.state_difference(other, wanted) == math.inf
-    assert audit.state_difference({}, {}) == math.inf
+    wanted = {"w": torch.tensor([1.0, 2.0]), "attn.qkv.bias": torch.arange(6.0)}
+    assert audit.state_difference(dict(wanted), wanted, False) == 0
+    assert audit.state_difference(wanted | {"w": torch.tensor([1.0, 2.0000002])}, wanted, True) > 0
+    for other in ({}, wanted | {"v": wanted["w"]}, wanted | {"w": torch.tensor([1.0, math.nan])}):
+        assert audit.state_difference(other, wanted, True) == math.inf
+    assert audit.state_difference({}, {}, False) == math.inf
+    for place, counts in enumerate([True, True, False, False, True, True]):  # two queries, two keys, two values
+        other = wanted | {"attn.qkv.bias": wanted["attn.qkv.bias"].index_fill(0, torch.tensor(place), -1)}
+        assert audit.state_difference(other, wanted, False) > 0
+        assert (audit.state_difference(other, wanted, True) > 0) == counts
 
 
 ROW = audit.Row(

@@ -25,6 +25,7 @@ from mae_dist.data.order import Order
 
 TOLERANCE = 1e-4
 """Largest difference of losses and weights where the number of ranks changed: sums are taken in another order."""
+KEY_BIAS = "attn.qkv.bias"
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,22 @@ def final_state(run: RunDir) -> dict[str, Tensor]:
     return state
 
 
-def state_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest absolute difference of two states; infinite if they hold other tensors or something not finite."""
+def state_difference(found: dict[str, Tensor], wanted: dict[str, Tensor], elastic: bool) -> float:
+    """The largest absolute difference of two states; infinite if they hold other tensors or something not finite.
+
+    Where the number of ranks has changed (`elastic`), the key part of attention biases is left out: softmax does not
+    depend on it, so its gradient is nothing but rounding, which AdamW makes into steps as long as any.
+    """
     if not wanted or found.keys() != wanted.keys():
         return math.inf
-    largest = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
-    return largest if math.isfinite(largest) else math.inf
+    largest = 0.0
+    for name in wanted:
+        difference = (found[name] - wanted[name]).abs()
+        if elastic and name.endswith(KEY_BIAS):
+            query, _, value = difference.chunk(3)
+            difference = torch.cat([query, value])
+        largest = max(largest, float(difference.nan_to_num(nan=math.inf).max()))
+    return largest
 
 
 @dataclass(frozen=True)

@@ -229,11 +229,12 @@ def conclude(
         )  # fmt: skip
         rows.append(row)
         first = last + 1
-    state = audit.state_difference(audit.final_state(patient.job.run), audit.final_state(undisturbed.run))
+    elastic = any(row.elastic for row in rows)
+    states = audit.final_state(patient.job.run), audit.final_state(undisturbed.run)
     totals = audit.Totals(
         faults=len(rows), planned=len(faults), recovered=sum(row.recovered for row in rows), steps=steps,
-        redone=sum(row.redone or 0 for row in rows), state_difference=state, seconds=seconds,
-        elastic=any(row.elastic for row in rows), **compared(1, steps),
+        redone=sum(row.redone or 0 for row in rows), state_difference=audit.state_difference(*states, elastic),
+        elastic=elastic, seconds=seconds, **compared(1, steps),
     )  # fmt: skip
     (out / "chaos.json").write_text(json.dumps(audit.plain(rows, totals), indent=1) + "\n")
     (out / "chaos.md").write_text(audit.markdown(rows, totals))
