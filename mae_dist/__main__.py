@@ -20,6 +20,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist report RUN [RUN ...]
        mae-dist data {pack,index,show} ...
        mae-dist demo
+       mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
 
 verbs:
 """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist import checkpoint
-from mae_dist.config import Pretrain
+from mae_dist.schema import Pretrain
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order, share
 from mae_dist.stages import poison
@@ -213,7 +213,7 @@ def damaged_checkpoint(patient: Patient, fault: Fault) -> Recovery:
         stream.write(bytes([byte ^ 1]))
     patient.job.start()
     recovery = patient.job.resumed(damaged.name)
-    if recovery.resumed != step_of(before):
+    if recovery.resumed != checkpoint.step_of(before):
         raise NotRecovered(f"resumed at step {recovery.resumed}, not from {before.name}, the one before the damaged")
     return recovery
 
@@ -234,11 +234,6 @@ def newest(patient: Patient) -> Path:
     if not paths:
         raise NotRecovered("there is no checkpoint yet")
     return paths[-1]
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
 
 
 KINDS: dict[str, Callable[[Patient, Fault], Recovery]] = {
