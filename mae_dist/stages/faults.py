@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist import checkpoint
-from mae_dist.schema import Pretrain
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order, share
+from mae_dist.schema import Pretrain
 from mae_dist.stages import poison
 from mae_dist.stages.job import Job, NotRecovered, Recovery
 
