@@ -80,7 +80,7 @@ def stop_rank(patient: Patient, fault: Fault) -> Recovery:
 def hang(patient: Patient, fault: Fault) -> Recovery:
     """SIGSTOP one rank: after machine.timeout the others name it and leave, torchrun ends it and starts all again."""
     patient.job.signal(patient.job.ranks()[patient.rank(fault)], signal.SIGSTOP)
-    return patient.job.resumed(f"rank {patient.rank(fault)}")
+    return patient.job.resumed(f"rank {patient.rank(fault)} did not answer")
 
 
 def kill_worker(patient: Patient, fault: Fault) -> Recovery:
@@ -89,7 +89,7 @@ def kill_worker(patient: Patient, fault: Fault) -> Recovery:
     if not workers:
         raise NotRecovered(f"rank {patient.rank(fault)} has no loader worker to kill: is machine.workers 0?")
     patient.job.signal(workers[int(fault.where * len(workers))], signal.SIGKILL)
-    return patient.job.resumed()
+    return patient.job.resumed("a loader process of this rank was killed")
 
 
 def truncated_tar(patient: Patient, fault: Fault) -> Recovery:
