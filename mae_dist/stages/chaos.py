@@ -51,11 +51,12 @@ def main(argv: list[str]) -> int:
     began, out = time.perf_counter(), Path(os.path.abspath(options.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {options.out}: exists and is not an empty folder; choose another or remove it")
-    faults = plan(options.seed, options.faults, kinds_of(options))
+    kinds = kinds_of(options)
+    faults = plan(options.seed, options.faults, kinds)
     words = [*settings(options), f"train.steps={(len(faults) + 1) * SLOT}", f"data.path={out / 'data'}"]
     files = [options.config] if options.config else []
     config = configuration.load("pretrain", options.config, [*words, f"out={out / 'run'}"])
-    configuration.check_world(config, options.processes + 1)
+    configuration.check_world(config, options.processes + (ELASTIC in kinds))
 
     make_data(out / "data")
     order = Order(config.train.seed, open_split(config.data.path, config.data.split).counts, config.data.shuffle_window)
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         return Job(out / name, module, command, options.processes, out / f"{name}.log", environment)
 
     undisturbed, harmed = job("undisturbed", "mae_dist"), job("run", "mae_dist.stages.poison")
-    patient = Patient(harmed, config, order, out / "poison.json")
+    patient = Patient(harmed, config, options.processes, order, out / "poison.json")
     struck: list[Struck] = []
     for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: nothing is left behind
         signal.signal(number, signal.default_int_handler)

@@ -38,10 +38,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Patient:
-    """The run that is harmed: its job and settings, and the planned order of its samples."""
+    """The run that is harmed: its job and settings, the ranks it began with, and the planned order of its samples."""
 
     job: Job
     config: Pretrain
+    processes: int
     order: Order
     poison: Path
 
@@ -219,9 +220,9 @@ def damaged_checkpoint(patient: Patient, fault: Fault) -> Recovery:
 
 
 def resize(patient: Patient, fault: Fault) -> Recovery:
-    """SIGTERM to torchrun, then the command with another number of ranks (2 or more); no step is done again."""
-    job = patient.job
-    others = [count for count in range(2, job.processes + 2) if count != job.processes]
+    """SIGTERM to torchrun, then the command with a rank more or less than at first; no step is done again."""
+    job, first = patient.job, patient.processes
+    others = [count for count in (first - 1, first, first + 1) if count >= 2 and count != job.processes]
     job.stop()
     job.processes = others[fault.victim % len(others)]
     job.start()
