@@ -117,7 +117,7 @@ def fit(
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
                     tracker.picture(file)
-            if save or told:
+            if told or step == total or (save and step not in tracker.skipped):  # a rewind must find what was before
                 saver.save(step, tensors(objective, optimizer, scale))
             if look or save:
                 tracker.restart_clock()
