@@ -18,6 +18,8 @@ from mae_dist.stop import REQUEUE, Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist report RUN [RUN ...]
+       mae-dist ckpt {list,inspect,verify} RUN
+       mae-dist replay RUN --step N [--rank R]
        mae-dist data {pack,index,show} ...
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...

@@ -76,7 +76,7 @@ class Tracker:
 
     def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
         """Note a step: `seconds` by what they were spent on; whether a checkpoint was being written; on the device
-        `loss`, `bad`, `ids`, `epochs` (this rank's), and `grad_norm`, `loss_scale` (all ranks').
+        `bad`, `ids`, `epochs` (this rank's), and `loss`, `grad_norm`, `loss_scale` (all ranks').
         """
         plain = {"step": step, "epoch": round(step * self.unit / self.num_samples, 4), "lr": lr}
         plain |= {name: round(value, 5) for name, value in seconds.items()} | ({"saving": True} if saving else {})
@@ -88,13 +88,13 @@ class Tracker:
             return
         plain, tensors = zip(*self.waiting, strict=True)
         self.waiting = []
-        sums = dist.sum_(torch.stack([torch.stack([t["loss"], t["bad"]]) for t in tensors]).double()).tolist()
-        shared = torch.stack([torch.stack([t["grad_norm"], t["loss_scale"]]) for t in tensors]).tolist()
+        bads = dist.sum_(torch.stack([t["bad"] for t in tensors])).tolist()
+        shared = torch.stack([torch.stack([t[k] for k in ("loss", "grad_norm", "loss_scale")]) for t in tensors])
         now = time.perf_counter()
         rate = len(plain) * self.unit / (now - self.flushed)
         self.flushed = now
         records = []
-        for known, (loss, bad), (norm, scale) in zip(plain, sums, shared, strict=True):
+        for known, bad, (loss, norm, scale) in zip(plain, bads, shared.tolist(), strict=True):
             record = known | {"images_per_second": round(rate, 1)}
             record |= {k: v for k, v in (("loss", loss), ("grad_norm", norm)) if math.isfinite(v)}
             record |= {"loss_scale": scale} if self.scaled else {}

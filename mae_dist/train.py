@@ -86,11 +86,13 @@ def fit(
                     with parallel.precision(train.precision, device):
                         output = module(batch)
                     weighted = output.loss.sum() / train.global_batch
-                    backward(weighted, scale.scale * dist.world())  # gradients are averaged over ranks
+                    (weighted * (scale.scale * dist.world())).backward()  # gradients are averaged over ranks
                 loss += weighted.detach()
                 parts.append((batch.bad, batch.ids, batch.epochs))
             used = scale.scale.clone()
-            norm = optim.step(optimizer, parameters, parallel.gradient_norm(parameters), train.clip, scale)
+            norm = parallel.gradient_norm(parameters)
+            norm = torch.where(dist.sum_(loss).isfinite(), norm, torch.nan)  # what one rank has, all must know
+            norm = optim.step(optimizer, parameters, norm, train.clip, scale)
             step += 1
             bad, ids, epochs = (torch.cat(part) for part in zip(*parts, strict=True))
             seconds |= {"stall": saver.take_stall()} if saver.stall else {}
@@ -128,12 +130,6 @@ def fit(
                 )
         saver.wait()
     return dist.on_main(lambda: track.summary(run.path / "metrics.jsonl"))
-
-
-def backward(loss: Tensor, factor: Tensor) -> None:
-    """Gradients of loss * factor; all NaN when the loss is not finite, so that their norm tells every rank."""
-    certain = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    (loss * (factor * certain)).backward()
 
 
 def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ VERBS = {
     "probe": "linear probe: a linear head on a frozen backbone",
     "finetune": "train backbone and head on labels",
     "report": "one HTML file from one or more runs: curves, pictures, numbers",
+    "ckpt": "list, look into and verify the checkpoints of a run",
+    "replay": "compute a past step again and show its samples, crops, masks and losses",
     "data": "pack archives and folders into tars, index tars of others, look at a data set",
     "chaos": "harm a run on purpose, and compare it with an undisturbed one",
     "demo": "all of the above on the embedded data set, in minutes",

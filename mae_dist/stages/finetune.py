@@ -5,7 +5,7 @@ from __future__ import annotations
 from mae_dist import parallel
 from mae_dist.objectives import classify
 from mae_dist.schema import Finetune
-from mae_dist.stages.opening import num_classes, open_run
+from mae_dist.stages.opening import Opening, num_classes, open_run
 from mae_dist.stages.supervised import train_and_test
 
 
@@ -14,11 +14,16 @@ def run(config: Finetune) -> None:
     opening = open_run("finetune", config, labels=True)
     if opening.finished:
         return
-    train = config.train
-    with parallel.skeleton(config.machine):
-        objective = classify.Finetune(
-            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
-            label_smoothing=train.label_smoothing, seed=train.seed,
-        )  # fmt: skip
+    objective = build(opening)
     opening = opening.settled(objective)
     train_and_test("finetune", opening, objective, num_micro=opening.num_micro)
+
+
+def build(opening: Opening) -> classify.Finetune:
+    """The objective that the settings describe."""
+    config = opening.config
+    with parallel.skeleton(config.machine):
+        return classify.Finetune(
+            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
+            label_smoothing=config.train.label_smoothing, seed=config.train.seed,
+        )  # fmt: skip

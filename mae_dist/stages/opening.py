@@ -33,6 +33,7 @@ class Opening:
     device: torch.device
     train: ShardIndex
     test: ShardIndex | None
+    labels: bool
     backbone: ViT
     start: Start | None
     micro_batch: int
@@ -68,12 +69,20 @@ class Opening:
         """Micro-batches a step."""
         return num_micro(self.config.train.global_batch, dist.world(), self.micro_batch)
 
-    def training_batches(self, source: loader.Resident | loader.Streamed, micro: int, steps: range) -> Iterator[Batch]:
-        """This rank's micro-batches of these steps."""
-        settings = self.config
+    @property
+    def data_fingerprint(self) -> str:
+        """What the data are that decide the result."""
+        decisive = (self.train, self.test) if self.labels and self.test is not None else (self.train,)
+        return "-".join(index.fingerprint for index in decisive)
+
+    def training_batches(
+        self, source: loader.Resident | loader.Streamed, micro: int, steps: range, share: tuple[int, int] | None = None
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
+        settings, (rank, world) = self.config, share or (dist.rank(), dist.world())
         out = dist.on_main(lambda: heal.left_out(self.run.path, settings.train.global_batch))
         order = Order(settings.train.seed, self.train.counts, settings.data.shuffle_window, out)
-        places = plan(order, steps, settings.train.global_batch, micro, dist.rank(), dist.world())
+        places = plan(order, steps, settings.train.global_batch, micro, rank, world)
         return source.batches(places, self.view(training=True))
 
     def evaluation_batches(self, source: loader.Resident | loader.Streamed) -> Iterator[Batch]:
@@ -94,7 +103,14 @@ class Opening:
 
 
 def open_run(verb: str, config: Any, labels: bool) -> Opening:
-    """Do all that can go wrong before work starts; ValueError in one sentence, the same on every rank.
+    """Do all that can go wrong before work starts, and open the folder; ValueError in one sentence on every rank."""
+    opening = survey(verb, config, labels)
+    finished = not opening.run.open(verb, opening.config, opening.data_fingerprint)
+    return dataclasses.replace(opening, finished=finished)
+
+
+def survey(verb: str, config: Any, labels: bool) -> Opening:
+    """The same without writing anything.
 
     `labels` says that the verb needs a label on every sample and a test split.
     """
@@ -114,12 +130,9 @@ def open_run(verb: str, config: Any, labels: bool) -> Opening:
             config.model.name, image_size=config.model.image_size, pool=config.model.pool,
             position=config.model.position, seed=config.train.seed,
         )  # fmt: skip
-    run = RunDir(config.out)
-    content = f"{train.fingerprint}-{test.fingerprint}" if labels and test is not None else train.fingerprint
-    finished = not run.open(verb, config, content)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
-    return Opening(config, run, finished, device, train, test, backbone, start, micro)
+    return Opening(config, RunDir(config.out), False, device, train, test, labels, backbone, start, micro)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mae_dist import parallel
 from mae_dist.objectives import classify
 from mae_dist.schema import Probe
-from mae_dist.stages.opening import num_classes, open_run
+from mae_dist.stages.opening import Opening, num_classes, open_run
 from mae_dist.stages.supervised import train_and_test
 
 
@@ -14,9 +14,13 @@ def run(config: Probe) -> None:
     opening = open_run("probe", config, labels=True)
     if opening.finished:
         return
-    with parallel.skeleton(config.machine):
-        objective = classify.Probe(
-            opening.backbone, num_classes(opening.train), chunk=opening.micro_batch, seed=config.train.seed
-        )
     # the objective itself cuts the batch for the backbone, so that its batch norm sees all of it
-    train_and_test("probe", opening, objective, num_micro=1)
+    train_and_test("probe", opening, build(opening), num_micro=1)
+
+
+def build(opening: Opening) -> classify.Probe:
+    """The objective that the settings describe."""
+    with parallel.skeleton(opening.config.machine):
+        return classify.Probe(
+            opening.backbone, num_classes(opening.train), chunk=opening.micro_batch, seed=opening.config.train.seed
+        )

@@ -1,0 +1,122 @@
+"""Placing: recomputation, compilation and precision change nothing but rounding; a micro-batch is found by trying."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mae_dist import models, parallel
+from mae_dist.batch import Batch
+from mae_dist.objectives.classify import Finetune, Probe
+from mae_dist.objectives.mae import MAE
+from mae_dist.schema import Machine, Train
+
+CPU = torch.device("cpu")
+
+
+def mae(seed: int = 0) -> MAE:
+    backbone = models.build("vit_demo4", image_size=32, seed=seed)
+    return MAE(
+        backbone, mask_ratio=0.75, norm_pix=True, decoder_dim=32, decoder_depth=2, decoder_heads=4, seed=seed
+    )  # fmt: skip
+
+
+def batch(size: int = 6) -> Batch:
+    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(size)
+    return Batch(images, ids % 3, ids, torch.zeros_like(ids), torch.zeros(size, dtype=torch.bool))
+
+
+def gradients(objective: torch.nn.Module) -> dict[str, torch.Tensor]:
+    objective(batch()).loss.sum().backward()
+    return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def test_recomputing_blocks_gives_the_same_gradients() -> None:
+    plain = gradients(mae())
+    for every in (1, 2, 3):
+        objective = mae()
+        parallel.recompute(objective, every)
+        changed = [i for i, block in enumerate(parallel.blocks_of(objective)) if "forward" in vars(block)]
+        assert changed == list(range(0, 6, every))
+        found = gradients(objective)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients_and_names() -> None:
+    plain, objective = gradients(mae()), mae()
+    parallel.place(objective, Machine(compile=True, recompute=2), Train(precision="fp32"), CPU)
+    found = gradients(objective)
+    assert found.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_built_without_storage_gets_the_same_bits() -> None:
+    def built() -> list[torch.nn.Module]:
+        size = {"image_size": 32, "seed": 3}
+        return [
+            mae(3),
+            Finetune(models.build("vit_demo4", pool="avg", **size), 5, drop_path=0.1, label_smoothing=0.1, seed=3),
+            Probe(models.build("vit_demo4", **size), 5, chunk=4, seed=3),
+        ]
+
+    with torch.device("meta"):
+        empty = built()
+    for objective, expected in zip(empty, built(), strict=True):
+        assert all(tensor.is_meta for tensor in objective.state_dict().values())
+        objective.to_empty(device=CPU)
+        for tensor in objective.state_dict().values():
+            tensor.fill_(7)
+        objective.initialise(parallel.fill)  # pyright: ignore
+        state = expected.state_dict()
+        assert objective.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in objective.state_dict().items())
+
+
+@pytest.mark.parametrize(("limit", "found"), [(1000, 100), (100, 100), (99, 50), (13, 13), (12, 7), (1, 1)])
+def test_the_micro_batch_is_halved_until_it_fits(limit: int, found: int) -> None:
+    tried = []
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert parallel.most_that_fits(100, attempt) == found
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_not_even_one_image_fits() -> None:
+    def attempt(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ValueError, match="machine.micro_batch=auto: not even one image fits"):
+        parallel.most_that_fits(8, attempt)
+
+
+def test_auto_on_a_cpu_is_a_number() -> None:
+    def example(_: int) -> Batch:
+        raise AssertionError("nothing to try on a CPU")
+
+    for wanted, share, expected in (("auto", 1000, 256), ("auto", 10, 10), (7, 1000, 7)):
+        assert parallel.micro_batch(mae(), Machine(micro_batch=wanted), share, example, CPU) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_on_a_gpu_finds_a_size_that_works() -> None:
+    device = torch.device("cuda")
+    objective = mae()
+
+    def example(size: int) -> Batch:
+        one = Batch(*(part[:1].to(device) for part in batch()))
+        return Batch(*(part.expand(size, *part.shape[1:]) for part in one))
+
+    found = parallel.micro_batch(copy.deepcopy(objective), Machine(micro_batch="auto"), 2**20, example, device)
+    objective.to(device)(example(found)).loss.sum().backward()
+    assert 1 <= found <= 2**20
