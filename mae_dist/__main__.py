@@ -54,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         if str(error) and (rank == 0 or kind.startswith("Rank")):
             print(f"mae-dist: {error}", file=sys.stderr)
         return 1 if kind == "RankLostError" else 2
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        advice = "try machine.micro_batch=auto, machine.recompute=1 or machine.parallel=fsdp"
+        print(f"mae-dist: rank {rank} ran out of GPU memory; {advice}; the same command goes on", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         if rank == 0:
             print(f"mae-dist: {stopped}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import checkpoint, config, optim, schema, train
+from mae_dist import checkpoint, config, optim, saver, schema, train
+from mae_dist.__main__ import main
 from mae_dist.checkpoint import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -123,6 +125,75 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in run.checkpoints()] == ["step-000000031"]
 
 
+def test_some_are_never_removed(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    for step in range(1, 9):
+        run.save(step, simple(float(step)), keep=2, keep_every=3)
+    assert [checkpoint.step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
+
+
+def test_what_cannot_be_written_leaves_the_last_good_one(tmp_path: Path) -> None:
+    run = saved(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"checkpoint of step 2 could not be written .*File too large"):
+            run.save(2, {"model.weight": torch.zeros(100_000)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
+    assert run.restore(simple(0.0)) == 1
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    run, state = opened(tmp_path), simple(1.0) | {"model.large": torch.ones(1_000_000)}
+    with saver.Saver(run, schema.Checkpoint(keep=5), pinned=False) as saving:
+        for step in (1, 2, 3):
+            saving.save(step, state)
+            for tensor in state.values():
+                tensor += 1
+        saving.wait()
+        assert not saving.busy
+    for step in (1, 2, 3):
+        found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        checkpoint.load(tmp_path / "checkpoints" / f"step-{step:09d}", found)
+        assert all((tensor == step).all() for tensor in found.values())
+
+
+def test_a_failed_save_in_the_background_is_told_and_only_the_last_ends_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = saved(tmp_path, 1)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").write_text("in the way")
+    with saver.Saver(run, schema.Checkpoint(), pinned=False) as saving:
+        saving.save(2, simple(2.0))
+        saving.wait(last=False)
+        assert "checkpoint of step 2 could not be written" in caplog.text
+        assert "the run goes on" in caplog.text
+        saving.save(3, simple(3.0))
+        with pytest.raises(ValueError, match="checkpoint of step 3 could not be written"):
+            saving.wait()
+
+
+def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = saved(tmp_path, 4, 7)
+    assert main(["ckpt", "list", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[1] for line in listed.splitlines() if line.startswith("│")] == ["4", "7"]
+    assert main(["ckpt", "inspect", str(tmp_path), "--step", "4"]) == 0
+    assert "3 x 2" in capsys.readouterr().out
+    assert main(["ckpt", "verify", str(tmp_path)]) == 0
+    flip(tensor_files(run.checkpoints()[1])[0])
+    assert main(["ckpt", "verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert "step-000000007: DAMAGED" in said
+    assert "would go on from step-000000004" in said
+    for words in (["inspect", str(tmp_path), "--step", "5"], ["list", str(tmp_path / "none")], ["list"]):
+        assert main(["ckpt", *words]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
     run.save(2, simple(7.0), keep=10)
@@ -208,6 +279,9 @@ def test_other_settings_are_refused_by_field(tmp_path: Path) -> None:
     assert "machine" not in str(error.value)
     with pytest.raises(ValueError, match=f"content of data.path: {DATA} -> fedcba"):
         RunDir(tmp_path).open("pretrain", settings(tmp_path), "fedcba")
+    accepting = settings(tmp_path, "data.accept_change=true")
+    assert RunDir(tmp_path).open("pretrain", accepting, "fedcba")
+    assert RunDir(tmp_path).settings()[1] == "fedcba"
     knn = config.load("knn", None, [f"out={tmp_path}", "data.path=/data", "model.name=vit_demo4", "from=random"])
     with pytest.raises(ValueError, match="verb: pretrain -> knn"):
         RunDir(tmp_path).open("knn", knn, DATA)

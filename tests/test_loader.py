@@ -49,6 +49,30 @@ def test_streamed_batches_depend_on_neither_workers_nor_start(tars: Tars, worker
         assert not batch.bad.any()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_the_same_on_any_number_of_ranks_from_any_step(tars: Tars, workers: int) -> None:
+    """Every pixel, box, id and epoch of the global batch; 7 images a step, which none of the worlds divides."""
+    data = tars([4, 5, 3], size=None, extension="jpg")
+    order = Order(1, data.counts, 2)
+
+    def stream(first: int, world: int, workers: int, micro: int) -> list[Batch]:
+        ranks = [
+            list(loader.Streamed(data, CPU, workers).batches(plan(order, range(first, 5), 7, micro, r, world), view()))
+            for r in range(world)
+        ]
+        whole = []
+        for step in range(5 - first):
+            parts = [batch for batches in ranks for batch in batches[step * micro : (step + 1) * micro]]
+            whole.append(Batch(*(torch.cat(part) for part in zip(*parts, strict=True))))
+        return whole
+
+    reference = stream(0, world=1, workers=0, micro=1)
+    for world, first, micro in ((1, 0, 3), (2, 0, 1), (2, 3, 2), (3, 1, 1), (4, 0, 1), (4, 4, 1)):
+        found = stream(first, world, workers, micro)
+        assert all(same(a, b) for a, b in zip(found, reference[first:], strict=True)), (world, first, micro)
+
+
 def test_a_sample_looks_the_same_in_any_company(tars: Tars) -> None:
     data = tars([4, 4])
     epochs, ids = np.array([0, 0, 2, 0]), np.array([5, 1, 5, 7])

@@ -155,3 +155,52 @@ def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
             optimizer.zero_grad()
         results.append([p.detach() for p in layer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    groups = [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.1}]
+    optimizer = optim.build(Optim(name=name), groups)  # pyright: ignore
+    optim.prime(optimizer)
+    optim.set_lr(optimizer, 0.1)
+    scale = optim.LossScale(torch.device("cpu"), enabled=False)
+
+    def state() -> list[torch.Tensor]:
+        return [weight.detach().clone(), *(moment.clone() for moment in optimizer.state[weight].values())]
+
+    def step(gradient: float) -> float:
+        weight.grad = torch.full_like(weight, gradient)
+        return float(optim.step(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 1.0, scale))
+
+    assert step(2.0) == pytest.approx(2.0 * 12**0.5)
+    before = state()
+    assert not math.isfinite(step(math.nan))
+    assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
+    step(2.0)
+    assert not any(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
+
+
+def test_the_loss_scale_halves_and_doubles_and_does_not_enter_the_update() -> None:
+    scale = optim.LossScale(torch.device("cpu"), enabled=True)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    for _ in range(1999):
+        scale.update(good)
+    assert scale.scale == 2.0**16
+    scale.update(good)
+    assert scale.scale == 2.0**17
+    scale.update(bad)
+    assert scale.scale == 2.0**16
+    assert scale.good == 0
+    moved = []
+    for enabled in (False, True):
+        weight = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = optim.build(Optim(), [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0}])
+        optim.prime(optimizer)
+        optim.set_lr(optimizer, 0.1)
+        own = optim.LossScale(torch.device("cpu"), enabled)
+        weight.grad = torch.arange(6.0).reshape(3, 2) * own.scale
+        norm = optim.step(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 0.5, own)
+        moved.append((weight.detach().clone(), float(norm)))
+    assert torch.equal(moved[0][0], moved[1][0])
+    assert moved[0][1] == moved[1][1] == pytest.approx(55**0.5)

@@ -136,6 +136,43 @@ def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
 
 
 @pytest.mark.slow
+def test_a_hung_rank_is_named_with_its_step(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
+             "machine.processes=3", "machine.timeout=3"]  # fmt: skip
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "run/metrics.jsonl").is_file() and len(losses(tmp_path / "run")) >= 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    victim = ranks_of(process)[1]
+    hung = Path(f"/proc/{victim}/environ").read_text().split("\0RANK=")[1].split("\0")[0]
+    os.kill(victim, signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
+    assert process.returncode == 1, said
+    step = len(losses(tmp_path / "run")) + 1
+    assert f"rank {hung} did not answer at step {step}: hung or gone" in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3", "train.steps=12",
+             "machine.processes=2"]  # fmt: skip
+    start(*words, f"out={tmp_path / 'undisturbed'}")
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command(*words)]  # KiB a file
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert done.returncode == 2
+    assert "the checkpoint of step 3 could not be written" in done.stderr
+    assert "the run goes on" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("mae-dist: the checkpoint of step 12 could not be written")
+    assert len(losses(run)) == 12
+    assert not list((run / "checkpoints").iterdir())
+    start(*words)
+    assert losses(run) == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
 def test_world_size_and_micro_batch_change_nothing_but_rounding(data: Path, tmp_path: Path) -> None:
     shared = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=12"]
     start(*shared, f"out={tmp_path / 'one'}")
