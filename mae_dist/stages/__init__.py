@@ -8,5 +8,7 @@ VERBS = {
     "report": "one HTML file from one or more runs: curves, pictures, numbers",
     "data": "pack archives and folders into tars, index tars of others, look at a data set",
     "demo": "all of the above on the embedded data set, in minutes",
+    "certify": "the same short run on 1, 2, 3, 4 ranks, DDP, FSDP2, resumed, ...: how far apart they are",
+    "bench": "measure a promised cost: resuming, ordering, saving, scaling",
 }
 """Verb -> one line. `mae_dist.stages.VERB` has `run(config)` if the verb has a schema, else `main(argv)`."""
