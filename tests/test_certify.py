@@ -114,7 +114,7 @@ def test_the_shapes_of_four_ranks() -> None:
     found, left_out = shapes([1, 2, 3, 4])
     assert [shape.folder for shape in found] == [
         "reference", "ddp-2", "ddp-3", "ddp-4", "fsdp-2", "fsdp-3", "fsdp-4", "hsdp-2x2", "accumulation",
-        "accumulation-fsdp-2", "resume", "resume-fsdp-2", "chain",
+        "accumulation-fsdp-2", "resume", "resume-fsdp-2", "chain-4-3-1",
     ]  # fmt: skip
     assert not left_out
     chain = found[-1]
@@ -182,12 +182,12 @@ def test_a_certificate_of_real_runs(tmp_path: Path) -> None:
     assert found["passed"] is True
     rows = {row["folder"]: row for row in found["rows"]}
     assert rows.keys() == {
-        "reference", "ddp-2", "fsdp-2", "accumulation", "accumulation-fsdp-2", "resume", "resume-fsdp-2", "chain"
+        "reference", "ddp-2", "fsdp-2", "accumulation", "accumulation-fsdp-2", "resume", "resume-fsdp-2", "chain-2-1"
     }  # fmt: skip
     assert rows["resume"]["verdict"] == rows["resume-fsdp-2"]["verdict"] == IDENTICAL
     assert not rows["ddp-2"]["gaps"]["identical"], "sums in another order cannot be equal in every bit"
-    assert [ranks for _, ranks in rows["chain"]["starts"]] == [2, 1]
-    assert 0 < rows["chain"]["starts"][1][0] < 6
+    assert [ranks for _, ranks in rows["chain-2-1"]["starts"]] == [2, 1]
+    assert 0 < rows["chain-2-1"]["starts"][1][0] < 6
     assert "Every row passes" in (out / "certificate.md").read_text()
 
     ids = out / "ddp-2" / "ids.jsonl"  # a run that saw other samples

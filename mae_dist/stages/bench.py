@@ -65,8 +65,7 @@ def main(argv: list[str]) -> int:
 
 def conclude(report: Report, file: Path, words: list[str], seconds: float) -> None:
     """Print the table and write the file."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    where = checkpoint.provenance(device) | {"cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
+    where = checkpoint.provenance(dist.setup()) | {"cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
     content = asdict(report) | {"settings": words, "seconds": round(seconds, 1), "provenance": where}
     checkpoint.write_text(file, json.dumps(content, indent=1) + "\n")
     table = Table("measured", "value", "target", title=report.title)

@@ -9,6 +9,7 @@ its own. Running certify again goes on.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from rich.table import Table
 
 from mae_dist import checkpoint, config, dist, stop
 from mae_dist.stages import certificate, child
-from mae_dist.stages.certificate import FAILED, IDENTICAL, Certificate, Row
+from mae_dist.stages.certificate import FAILED, HEADINGS, IDENTICAL, Certificate, Row
 from mae_dist.stages.data import Parser
 
 NUM_TRAIN = 160
 LEAST_STEPS = 6
+WIDTH = 120
+"""Characters of a line where there is no terminal."""
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=22", "train.precision=fp32", "train.clip=1", "optim.base_lr=1e-2",
@@ -69,6 +72,7 @@ def main(argv: list[str]) -> int:
     settings = config.load("pretrain", options.config, [*words, f"out={out}"])
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     shapes, left_out = plan(options.ranks, settings, num_gpus)
+    device = dist.setup()  # a group of one, in which checkpoints can be read
     out.mkdir(parents=True, exist_ok=True)
     if defaults and settings.data.path == str(data):
         child.embedded_data(data, NUM_TRAIN)
@@ -79,11 +83,13 @@ def main(argv: list[str]) -> int:
     rows = []
     for number, shape in enumerate(shapes, 1):
         print(f"[{number}/{len(shapes)}] {shape.title} ...", flush=True)
+        began = time.perf_counter()
         rows.append(perform(shape, command, out, options.steps))
-        print(f"    {'  '.join(text for text in rows[-1].cells()[1:] if text)}  {rows[-1].seconds:.0f} s", flush=True)
-    found = conclude(out, rows, left_out)
+        said = [f"{name} {cell}" for name, cell in zip(HEADINGS[1:-1], rows[-1].cells()[1:-1], strict=True) if cell]
+        print(f"    {'  '.join([*said, rows[-1].cells()[-1]])}  {time.perf_counter() - began:.0f} s", flush=True)
+    found = conclude(out, rows, left_out, device)
     found.write(out)
-    Console().print(table(found))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
     print(f"{'every row passes' if found.passed else 'NOT every row passes'}; {out}/certificate.md and .json say all")
     return 0 if found.passed else 1
 
@@ -124,24 +130,26 @@ def plan(ranks: list[int], settings: Any, num_gpus: int | None) -> tuple[list[Sh
     several = [n for n in ranks if 1 < n <= most]
     left_out = {f"{n} ranks": f"this machine has {num_gpus} GPUs" for n in ranks if n > most}
     one, ddp, fsdp = Leg(1), ("machine.parallel=ddp",), ("machine.parallel=fsdp",)
-    shapes = [Shape("1 rank (reference)", "reference", (one,))]
-    shapes += [Shape(f"{n} ranks DDP", f"ddp-{n}", (Leg(n, ddp),)) for n in several]
-    shapes += [Shape(f"{n} ranks FSDP2", f"fsdp-{n}", (Leg(n, fsdp),)) for n in several]
+    shapes = [Shape("1 rank", "reference", (one,))]
+    shapes += [Shape(f"{n} ranks, DDP", f"ddp-{n}", (Leg(n, ddp),)) for n in several]
+    shapes += [Shape(f"{n} ranks, FSDP2", f"fsdp-{n}", (Leg(n, fsdp),)) for n in several]
     if 4 in several:
         hsdp = Leg(4, ("machine.parallel=hsdp", "machine.shards=2"))
-        shapes.append(Shape("4 ranks HSDP, 2 copies of 2 shards", "hsdp-2x2", (hsdp,)))
+        shapes.append(Shape("4 ranks, HSDP of 2 x 2", "hsdp-2x2", (hsdp,)))
     else:
         left_out["HSDP"] = "needs 4 ranks" + ("" if 4 in ranks else " (--ranks)")
     shapes += list(accumulating(several[:1], settings))
-    shapes.append(Shape("1 rank, stopped and resumed", "resume", (one, one), exact=True))
+    shapes.append(Shape("1 rank, resumed", "resume", (one, one), exact=True))
     if several:
         few = Leg(several[0], fsdp)
-        shapes.append(Shape(f"{several[0]} ranks FSDP2, stopped and resumed", f"resume-fsdp-{several[0]}", (few, few),
+        shapes.append(Shape(f"{several[0]} ranks, FSDP2, resumed", f"resume-fsdp-{several[0]}", (few, few),
                             against=f"fsdp-{several[0]}", exact=True))  # fmt: skip
         legs = [(Leg(n, fsdp), f"{n} ranks FSDP2") if n == several[-1] else (Leg(n, ddp), f"{n} ranks DDP")
                 for n in several[-2:][::-1]]  # fmt: skip
         title = " -> ".join([*(text for _, text in legs), "1 rank"])
-        shapes.append(Shape(title, "chain", (*(leg for leg, _ in legs), one)))
+        shapes.append(
+            Shape(title, f"chain-{'-'.join(str(leg.ranks) for leg, _ in legs)}-1", (*(leg for leg, _ in legs), one))
+        )
     return shapes, left_out
 
 
@@ -152,7 +160,9 @@ def accumulating(several: list[int], settings: Any) -> Iterator[Shape]:
         share = -(-batch // ranks)
         size = -(-(min(micro, share) if isinstance(micro, int) else share) // 4)
         if size < share:
-            where = ("1 rank", "accumulation") if ranks == 1 else (f"{ranks} ranks FSDP2", f"accumulation-fsdp-{ranks}")
+            where = (
+                ("1 rank", "accumulation") if ranks == 1 else (f"{ranks} ranks, FSDP2", f"accumulation-fsdp-{ranks}")
+            )
             parallel = () if ranks == 1 else ("machine.parallel=fsdp",)
             leg = Leg(ranks, (*parallel, f"machine.micro_batch={size}"))
             yield Shape(f"{where[0]}, micro-batches of {size}", where[1], (leg,))
@@ -160,7 +170,7 @@ def accumulating(several: list[int], settings: Any) -> Iterator[Shape]:
 
 def perform(shape: Shape, words: list[str], out: Path, steps: int) -> Row:
     """Run a shape and compare what it leaves. The reference must succeed (ValueError)."""
-    began, folder, is_reference = time.perf_counter(), out / shape.folder, shape.folder == shape.against
+    folder, is_reference = out / shape.folder, shape.folder == shape.against
     gaps, verdict = None, FAILED
     why = follow(shape, words, folder, steps)
     if why is None:
@@ -175,9 +185,7 @@ def perform(shape: Shape, words: list[str], out: Path, steps: int) -> Row:
         raise ValueError(f"the reference did not run: {why}")
     if is_reference and verdict == IDENTICAL:
         verdict = "the reference"
-    return Row(
-        shape.title, shape.folder, shape.against, starts(folder), time.perf_counter() - began, gaps, verdict, why
-    )
+    return Row(shape.title, shape.folder, shape.against, starts(folder), gaps, verdict, why)
 
 
 def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | None:
@@ -213,12 +221,11 @@ def effective(run: checkpoint.RunDir) -> list[int]:
     return [ranks for step, ranks in dict(starts(run.path)).items() if step < newest]
 
 
-def conclude(out: Path, rows: list[Row], left_out: dict[str, str]) -> Certificate:
+def conclude(out: Path, rows: list[Row], left_out: dict[str, str], device: torch.device) -> Certificate:
     """The certificate of these rows."""
     reference = checkpoint.RunDir(out / "reference")
     _, fingerprint, settings = reference.settings()
     shapes = checkpoint.names_in(reference.checkpoints()[-1])
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     histories = (out / row.folder / "provenance.jsonl" for row in rows)
     code = {str(json.loads(line)["git"]) for p in histories if p.is_file() for line in p.read_text().splitlines()}
     return Certificate(
@@ -236,7 +243,9 @@ def conclude(out: Path, rows: list[Row], left_out: dict[str, str]) -> Certificat
 
 def table(found: Certificate) -> Table:
     """The rows for a terminal."""
-    table = Table(*certificate.HEADINGS, title=f"the same run in {len(found.rows)} shapes")
+    table = Table(title=f"the same run in {len(found.rows)} shapes; gaps to 1 rank")
+    for heading in HEADINGS:
+        table.add_column(heading, no_wrap=heading in HEADINGS[1:-1])
     for row in found.rows:
         table.add_row(*row.cells())
     return table
