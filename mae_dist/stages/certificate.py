@@ -169,9 +169,10 @@ class Certificate:
             f"{'Every row passes' if self.passed else 'NOT every row passes'}. {train['steps']} steps of "
             f"{train['global_batch']} images in {train['precision']}, {self.settings['model']['name']} with a decoder, "
             f"{self.num_parameters:,} weights. Losses may differ by {allowed.loss:g}{strict}, gradient norms by "
-            f"{allowed.grad_norm:g} of their size; the order of samples not at all; runs that were stopped and resumed "
-            "in the same shape not by one bit. Gaps are the largest over all steps, and over all weights at the end "
-            "(mostly those of keys' biases: their gradient is zero but for rounding, which AdamW scales up).",
+            f"{allowed.grad_norm:g} of their size, the order of samples not at all. A run that was stopped and resumed "
+            "in the same shape is held against the undisturbed one, and may not differ by one bit; all others are held "
+            "against 1 rank. Gaps are the largest over all steps, and over all weights at the end (mostly those of "
+            "keys' biases: their gradient is zero but for rounding, which AdamW scales up).",
             "",
             f"| {' | '.join(HEADINGS)} |",
             "|" + "---|" * len(HEADINGS),
