@@ -2,7 +2,7 @@
 
 A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun
 started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's error,
-75 stopped by a signal and saved, 130 interrupted before there was anything to save.
+75 stopped by a signal and saved, 1 a rank hung or is gone, 130 interrupted before there was anything to save.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 
-from mae_dist import __version__, config
+from mae_dist import __version__, config, schema
 from mae_dist.stages import VERBS
 from mae_dist.stop import REQUEUE, Stopped
 
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        if rank == 0 or type(error).__name__ == "RankError":
+        kind = type(error).__name__  # RankError and its kind tell what this rank alone knows
+        if str(error) and (rank == 0 or kind.startswith("Rank")):
             print(f"mae-dist: {error}", file=sys.stderr)
-        return 2
+        return 1 if kind == "RankLostError" else 2
     except Stopped as stopped:
         if rank == 0:
             print(f"mae-dist: {stopped}", file=sys.stderr)
@@ -69,7 +70,7 @@ def dispatch(verb: str, words: list[str]) -> int:
         raise ValueError(
             f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
         )
-    if verb not in config.SCHEMAS:
+    if verb not in schema.SCHEMAS:
         return importlib.import_module(f"mae_dist.stages.{verb}").main(words)
     if "-h" in words or "--help" in words:
         print(f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]\n\n{VERBS[verb]}\n\n{config.describe(verb)}")
@@ -80,12 +81,12 @@ def dispatch(verb: str, words: list[str]) -> int:
     if len(files) > 1:
         raise ValueError(f"{verb}: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
     settings = config.load(verb, files[0] if files else None, [word for word in words if "=" in word])
-    from mae_dist import dist
+    from mae_dist import dist, launcher
 
-    processes = 1 if dist.launched() else dist.processes_here(settings.machine.processes)
+    processes = 1 if dist.launched() else launcher.processes_here(settings.machine.processes)
     if processes > 1:
         config.check_world(settings, processes)
-        return dist.spawn([verb, *words], processes)
+        return launcher.spawn([verb, *words], processes, settings.machine.restarts)
     importlib.import_module(f"mae_dist.stages.{verb}").run(settings)
     if dist.is_main():
         conclude(verb, settings.out)

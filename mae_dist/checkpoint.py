@@ -11,8 +11,9 @@
       result.json        final numbers; only a finished run has it
 
 Promises: a checkpoint is complete or not there (torch.distributed.checkpoint writes into a temporary folder, which is
-renamed last); a damaged one is skipped, loudly, in favour of the one before; it loads on any number of ranks. State is
-tensors only, in safetensors, so that reading one never executes anything. Knows no model and no loop.
+renamed last; when that fails, the disk being full say, it is removed and the others stay); a damaged one is skipped,
+loudly, in favour of the one before; it loads on any number of ranks, whatever shared the tensors when it was written.
+State is tensors only, in safetensors, so that reading one never executes anything. Knows no model and no loop.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist
+from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class RunDir:
             raise ValueError(f"{field}={path}: {what}; give the out= folder of an earlier run")
         return run
 
-    def open(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> bool:
+    def open(self, verb: str, config: RunConfig, data_fingerprint: str) -> bool:
         """Start, or go on in, this folder with these settings; False when the run is finished already.
 
         Raises ValueError, on every rank alike, when the folder holds another run or something else.
@@ -70,7 +72,7 @@ class RunDir:
         dist.on_main(lambda: self._prepare(verb, config, data_fingerprint))
         return True
 
-    def _prepare(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> None:
+    def _prepare(self, verb: str, config: RunConfig, data_fingerprint: str) -> None:
         """Make the folder, config.yaml before all else, and clear what an unfinished save left."""
         self.path.mkdir(parents=True, exist_ok=True)
         head = yaml.safe_dump({"verb": verb, "data_fingerprint": data_fingerprint}, sort_keys=False)
@@ -80,7 +82,7 @@ class RunDir:
         for leftover in (self.path / "checkpoints").glob(".*"):
             shutil.rmtree(leftover)
 
-    def _refuse_others(self, verb: str, config: configuration.RunConfig, data_fingerprint: str) -> None:
+    def _refuse_others(self, verb: str, config: RunConfig, data_fingerprint: str) -> None:
         """Raise ValueError if this folder holds anything but the same run."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
@@ -91,8 +93,12 @@ class RunDir:
             changes = [f"verb: {old_verb} -> {verb}"]
         else:
             changes = configuration.differences(old, config)
-            if old_data != data_fingerprint:
-                changes.append(f"content of data.path: {old_data} -> {data_fingerprint}")
+            if old_data != data_fingerprint and config.data.accept_change:
+                log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
+            elif old_data != data_fingerprint:
+                changes.append(
+                    f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
+                )
         if changes:
             raise ValueError(
                 f"out={self.path}: holds a run with other settings ({'; '.join(changes)}); "
@@ -129,17 +135,24 @@ class RunDir:
         """Complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def save(self, step: int, state: dict[str, Tensor], keep: int) -> None:
-        """Save `state` (tensors or DTensors by name) as step `step`, all ranks together, and remove all but `keep`."""
+    def save(
+        self, step: int, state: dict[str, Tensor], keep: int, keep_every: int | None = None,
+        group: Any = None,
+    ) -> None:  # fmt: skip
+        """Save `state` (tensors or DTensors by name) as step `step`, all ranks together (of `group`, if given).
+
+        Removes all but the newest `keep` and those whose step is a multiple of `keep_every`. Raises ValueError, on
+        every rank, when it cannot be written; nothing of it is left then.
+        """
         final = self.path / "checkpoints" / f"step-{step:09d}"
         temporary = final.with_name(f".saving-{step:09d}")
-        if dist.is_main():
+
+        def prepare() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-        if dist.is_main():
-            files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
+
+        def publish() -> None:
+            files = {file.name: _measure(file, sync=True) for file in sorted(temporary.iterdir())}
             manifest = {"step": step, "world": dist.world(), "num_tensors": len(state), "files": files}
             write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             replaced = final.with_name(f".replaced-{step:09d}")
@@ -149,8 +162,20 @@ class RunDir:
             _sync(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
             for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+                if keep_every is None or step_of(old) % keep_every:
+                    shutil.rmtree(old)
+
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        try:
+            dist.on_main(prepare, group)
+            dcp.save(state, storage_writer=writer, process_group=group)
+            dist.on_main(publish, group)
+        except (ValueError, OSError, dcp.CheckpointException) as error:
+            if dist.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, dcp.CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            raise ValueError(f"the checkpoint of step {step} could not be written to {final.parent}: {error}") from None
 
     def restore(self, state: dict[str, Tensor]) -> int:
         """Fill `state` in place from the newest undamaged checkpoint; its step, or 0 when there is none."""
@@ -158,7 +183,7 @@ class RunDir:
         if found is None:
             return 0
         load(found, state)
-        return int(found.name.removeprefix("step-"))
+        return step_of(found)
 
     def newest(self) -> Path | None:
         """The newest undamaged checkpoint, warning of each damaged one that is passed over; None: there is none.
@@ -176,6 +201,11 @@ class RunDir:
                 f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder"
             )
         return None
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> str | None:
@@ -237,8 +267,10 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _measure(path: Path) -> dict[str, Any]:
+def _measure(path: Path, sync: bool = False) -> dict[str, Any]:
     with path.open("rb") as stream:
+        if sync:
+            os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 

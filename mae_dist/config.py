@@ -1,12 +1,8 @@
-"""Every knob of mae_dist: frozen dataclasses with units, how they are read, checked, compared and written.
+"""Settings: how they are read, checked, compared and written. The knobs themselves are in `schema`.
 
 Promises: a key that does not exist, a value of the wrong type and values that contradict each other are refused here,
 in one sentence, before anything else happens. Imports no torch, so that a mistake is answered in a fraction of a second
 and a login node can check a run. Nothing outside this file knows OmegaConf.
-
-The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim` and `knn` change the result and
-are what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at every
-start.
 """
 
 from __future__ import annotations
@@ -15,187 +11,10 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-
-RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "knn")
-"""Sections whose values decide the result of a run."""
-
-WHERE_DATA_LIES = ("path", "test_path")
-"""Fields of `data` that say where, not what: the content itself is compared by the index's fingerprint."""
-
-RANDOM = "random"
-"""What `from=` says for a backbone that starts from random initialisation."""
-
-
-def knob(default: T, text: str) -> T:
-    """A field with its default and the sentence that `--help` shows for it."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Data:
-    path: str = knob("???", "folder with a dataset.json, or a glob of indexed tars")
-    split: str = knob("train", "split to train on (of a folder)")
-    test_path: str | None = knob(None, "where the test split lies, if not in path (needed with a glob)")
-    test_split: str = knob("test", "split to evaluate on (of a folder)")
-    shuffle_window: int = knob(64, "shards whose samples are shuffled together")
-    max_bad: float = knob(0.001, "share of unreadable samples at which the run ends (0 to 1)")
-    mean: tuple[float, float, float] | None = knob(
-        None, "channel means in 0..1; none: from the start, else dataset.json"
-    )
-    std: tuple[float, float, float] | None = knob(None, "channel deviations in 0..1; none: likewise")
-
-
-@dataclass(frozen=True)
-class View:
-    crop: Literal["resized", "resized_clamped", "pad", "center"] = knob(
-        "resized",
-        "training crop: torchvision's RandomResizedCrop; the same clamped to the image (MAE's probe); shift; none",
-    )
-    scale: tuple[float, float] = knob((0.2, 1.0), "area of a resized crop, as a share of the image")
-    ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
-    pad: int = knob(4, "pixels by which crop=pad shifts the image")
-    flip: float = knob(0.5, "probability of a horizontal flip")
-    test_crop: float = knob(0.875, "side of the centre crop at test time, as a share of the shorter side")
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str = knob("???", "a name of mae_dist.models.BACKBONES")
-    image_size: int = knob(224, "pixels a side")
-    pool: Literal["cls", "avg"] = knob("cls", "what the head reads: class token, or mean of the patch tokens")
-    position: Literal["sincos", "learned"] = knob("sincos", "fixed sin-cos positions, or trained ones that start there")
-    drop_path: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0")
-
-
-@dataclass(frozen=True)
-class Mae:
-    mask_ratio: float = knob(0.75, "share of patches hidden")
-    norm_pix: bool = knob(True, "predict pixels normalised per patch")
-    decoder_dim: int = knob(512, "width of the decoder")
-    decoder_depth: int = knob(8, "blocks of the decoder")
-    decoder_heads: int = knob(16, "attention heads of the decoder")
-
-
-@dataclass(frozen=True)
-class Train:
-    epochs: float = knob(100.0, "passes over the training split")
-    steps: int | None = knob(None, "optimizer steps; replaces epochs when given")
-    global_batch: int = knob(1024, "images a step, over all ranks and micro-batches")
-    seed: int = knob(0, "the seed of everything random")
-    precision: Literal["fp32", "bf16", "fp16"] = knob("bf16", "arithmetic of the forward pass; weights stay fp32")
-    clip: float | None = knob(None, "largest gradient norm; none: no clipping")
-    label_smoothing: float = knob(0.0, "share of the target spread over all classes")
-
-
-@dataclass(frozen=True)
-class Optim:
-    name: Literal["adamw", "lars"] = knob("adamw", "optimizer")
-    base_lr: float = knob(1.5e-4, "lr for 256 images; lr = base_lr * global_batch / 256")
-    min_lr: float = knob(0.0, "lr at the end of the cosine (absolute)")
-    warmup_epochs: float = knob(0.0, "epochs of linear warmup from 0")
-    weight_decay: float = knob(0.05, "decoupled weight decay; biases and norms are spared")
-    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's moments")
-    momentum: float = knob(0.9, "LARS's momentum")
-    layer_decay: float = knob(1.0, "lr factor from one block to the one below it")
-
-
-@dataclass(frozen=True)
-class Knn:
-    k: int = knob(20, "neighbours that vote")
-    temperature: float = knob(0.07, "of the votes' weights exp(cosine / temperature)")
-
-
-@dataclass(frozen=True)
-class Machine:
-    processes: int | None = knob(
-        None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules"
-    )
-    micro_batch: int = knob(256, "images that a rank computes at once, about")
-    workers: int = knob(4, "decoding processes a rank (not used for data that stays in memory)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: int = knob(1000, "steps between checkpoints")
-    keep: int = knob(2, "checkpoints kept")
-
-
-@dataclass(frozen=True)
-class Track:
-    every: int = knob(20, "steps between looks at the losses (the only host-device synchronisation)")
-    evaluate_every: float | None = knob(None, "epochs between evaluations; none: only at the end")
-    wandb: Literal["off", "online", "offline"] = knob("off", "mirror of metrics.jsonl")
-    project: str = knob("mae_dist", "wandb project")
-
-
-def section(kind: type[T], **changes: Any) -> T:
-    """A section whose defaults differ for one verb."""
-    return field(default_factory=lambda: kind(**changes))
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What every verb that makes a run has."""
-
-    out: str = knob("???", "folder of the run (the same command again goes on there)")
-    data: Data = section(Data)
-    model: Model = section(Model)
-    train: Train = section(Train)
-    machine: Machine = section(Machine)
-    checkpoint: Checkpoint = section(Checkpoint)
-    track: Track = section(Track)
-
-
-@dataclass(frozen=True)
-class Pretrain(RunConfig):
-    """Masked autoencoding (He et al. 2022)."""
-
-    view: View = section(View)
-    mae: Mae = section(Mae)
-    optim: Optim = section(Optim)
-
-
-@dataclass(frozen=True)
-class Supervised(RunConfig):
-    """What probe and fine-tune share."""
-
-    start: str = knob("???", "run whose backbone is the start, or 'random'")
-    view: View = section(View)
-    optim: Optim = section(Optim)
-
-
-@dataclass(frozen=True)
-class Probe(Supervised):
-    """Linear probe of a frozen backbone."""
-
-    view: View = section(View, scale=(0.08, 1.0), crop="resized_clamped")
-    optim: Optim = section(Optim, name="lars", base_lr=0.1, weight_decay=0.0)
-
-
-@dataclass(frozen=True)
-class Finetune(Supervised):
-    """Training of backbone and head on labels."""
-
-    view: View = section(View, scale=(0.08, 1.0))
-    optim: Optim = section(Optim, base_lr=5e-4, betas=(0.9, 0.999), layer_decay=0.65, min_lr=1e-6)
-
-
-@dataclass(frozen=True)
-class KnnRun(RunConfig):
-    """Weighted nearest neighbours on frozen features."""
-
-    start: str = knob("???", "run whose backbone is measured, or 'random'")
-    view: View = section(View)
-    knn: Knn = section(Knn)
-
-
-SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": Pretrain, "probe": Probe, "finetune": Finetune, "knn": KnnRun}
-"""The schema of each verb that takes a CONFIG.yaml."""
+from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, RunConfig, Train
 
 
 def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
@@ -260,12 +79,14 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
 
 POSITIVE = {
     "train.epochs", "train.steps", "train.global_batch", "train.clip", "machine.processes", "machine.micro_batch",
-    "model.image_size", "checkpoint.every", "checkpoint.keep", "track.every", "track.evaluate_every", "view.test_crop",
+    "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
     "mae.decoder_depth", "mae.decoder_heads",
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "machine.workers", "view.pad", "optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "train.seed",
+    "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
+    "optim.warmup_epochs", "optim.weight_decay", "train.seed",
 }  # fmt: skip
 AT_MOST_ONE = {"data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing"}
 LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
@@ -274,6 +95,8 @@ LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
 def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
     values: dict[str, Any] = {name: value for name, value, _ in _fields(config) if value is not None}
+    if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
+        raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
     for name, value in values.items():
         least, most = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
         if name in POSITIVE and not least > 0:
@@ -313,6 +136,9 @@ def check_world(config: RunConfig, world: int) -> None:
             f"train.global_batch={config.train.global_batch}: {world} processes are more than the images of one step; "
             f"start at most {config.train.global_batch} processes or raise train.global_batch"
         )
+    shards = config.machine.shards
+    if config.machine.parallel == "hsdp" and shards is not None and world % shards:
+        raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
 
 
 def total_steps(train: Train, num_samples: int) -> int:

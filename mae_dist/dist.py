@@ -1,7 +1,7 @@
-"""Processes: the group from the environment, rank and world, a few collectives by name, and starting several ranks.
+"""Processes: the group from the environment, rank and world, a few collectives by name, ranks that are lost.
 
-A single process is a group of one, so nobody else asks whether there is a group. Apart from `parallel` and `checkpoint`
-this is the only file that knows torch.distributed.
+A single process is a group of one, so nobody else asks whether there is a group. Apart from `parallel`, `checkpoint`
+and `launcher` this is the only file that knows torch.distributed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
-import sys
-import uuid
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,18 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dist import stop
-
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+ROLL_CALL = 3.0
+"""Seconds that the survivors of a failed collective give each other to say that they are there."""
 
 
 class RankError(ValueError):
     """A user's error that this rank alone has met, so that this rank must tell it."""
 
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for a rank before it fails."""
+class RankLostError(RankError):
+    """A rank, or a helper of one, hangs or is gone. Nothing is wrong with the settings: starting again goes on."""
+
+
+_store: dist.Store | None = None
+_timeout = timedelta(minutes=10)
 
 
 def launched() -> bool:
@@ -39,8 +43,12 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def setup() -> torch.device:
-    """Join the process group that the environment describes; give this rank's device."""
+def setup(timeout: float = 600.0) -> torch.device:
+    """Join the process group that the environment describes; give this rank's device.
+
+    ``timeout``: seconds that a collective waits for a rank before it fails.
+    """
+    global _store, _timeout
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
@@ -48,10 +56,13 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        _timeout = timedelta(seconds=timeout)
         if launched():
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, number, count = next(dist.rendezvous("env://"))
+            _store = dist.PrefixStore("mae_dist", store)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store, number, count = dist.HashStore(), 0, 1
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_timeout)
         atexit.register(shutdown)
     return device
 
@@ -72,6 +83,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that writes."""
     return rank() == 0
@@ -84,9 +100,17 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: int) -> int:
+    """The largest that any rank has. Travels between CPUs, so that no rank waits for its device."""
+    box = torch.tensor(value)
+    if world() > 1:
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
+
+
 def any_of(flag: bool) -> bool:
-    """Whether any rank says so. Travels between CPUs, so that no rank waits for its device."""
-    return bool(sum_(torch.tensor(int(flag))))
+    """Whether any rank says so."""
+    return bool(largest(int(flag)))
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -103,7 +127,7 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
-def on_main(action: Callable[[], T]) -> T:
+def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do something on rank 0 and give its result (a plain object), or its error as a ValueError, to every rank."""
     if world() == 1:
         return action()
@@ -113,7 +137,7 @@ def on_main(action: Callable[[], T]) -> T:
             box[0] = action()
         except (ValueError, OSError) as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise ValueError(box[1])
     return box[0]
@@ -125,38 +149,45 @@ def barrier() -> None:
         dist.barrier()
 
 
-def processes_here(wanted: int | None) -> int:
-    """How many ranks to start on this machine: as wanted, else one a GPU, else one."""
-    return wanted or max(1, torch.cuda.device_count())
+def second_group() -> dist.ProcessGroup | None:
+    """A group of all ranks' CPUs, for work in the background: its messages never mix with the loop's."""
+    if world() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=_timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
-def spawn(argv: list[str], processes: int) -> int:
-    """Run `python -m mae_dist ARGV` on several ranks of this machine through torchrun's agent; give the exit status.
-
-    The status is that of the first rank that failed; a rank that was killed makes the others stop.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
-    )  # fmt: skip
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
-        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+@contextmanager
+def naming_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
+    """Turn a collective that failed into RankLostError: who did not answer, and at ``what()`` the others were."""
     try:
-        elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
-    except ChildFailedError as error:
-        first_rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    except SignalException as error:  # the ranks were told, and waited for
-        log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
-        return stop.REQUEUE
-    return 0
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        log.debug("a collective failed", exc_info=error)
+        raise RankLostError(_roll_call(what())) from error
+
+
+def _roll_call(what: str) -> str:
+    """Ask who is still there; one sentence from the first of the survivors, nothing from the others."""
+    here, everyone = rank(), world()
+    answered = {here}
+    with suppress(RuntimeError):
+        shutdown()  # closes connections, so that a rank that waits for this one notices now
+    try:
+        assert _store is not None
+        _store.set(f"here/{here}", what)
+        deadline = time.monotonic() + ROLL_CALL
+        while time.monotonic() < deadline and len(answered) < everyone:
+            answered |= {number for number in range(everyone) if _store.check([f"here/{number}"])}
+            time.sleep(0.05)
+    except RuntimeError:
+        return f"rank {here} lost touch with the others at {what}; the same command goes on from the last checkpoint"
+    if here > min(answered):
+        return ""
+    silent = sorted(set(range(everyone)) - answered)
+    names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    blame = f"{names} did not answer" if silent else "the ranks lost touch with each other"
+    return f"{blame} at {what}: hung or gone; the same command goes on from the last checkpoint"

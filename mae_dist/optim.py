@@ -1,6 +1,7 @@
 """Optimizers: parameter groups, AdamW and LARS, and the learning rate as a pure function of progress.
 
-Nothing here has state but the optimizer's moments: the rate of a step follows from the step.
+Nothing here has state but the optimizer's moments and, for fp16, the loss scale: the rate of a step follows from it.
+A step whose gradient is not finite is skipped on the device; the host does not wait to find out.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fvcore.common.param_scheduler import (
     LinearParamScheduler,
     ParamScheduler,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from mae_dist.config import Optim
+from mae_dist.schema import Optim
 
 TOKENS = ("cls_token", "pos_embed")
 """Spared from weight decay in fine-tuning (timm's rule); in pretraining the official code decays the tokens."""
@@ -74,6 +75,52 @@ def build(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
 
 
+class LossScale:
+    """fp16's loss scale (Micikevicius et al. 2018, section 3.2): halved by a step that overflows, doubled by 2000 that
+    do not. Otherwise 1, for ever. It stays on the device and is the same on all ranks, since the gradient's norm is.
+    """
+
+    START, PATIENCE = 2.0**16, 2000
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.enabled = enabled
+        self.scale = torch.tensor(self.START if enabled else 1.0, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def update(self, finite: Tensor) -> None:
+        """Learn whether the last step was finite."""
+        if self.enabled:
+            self.good.copy_(torch.where(finite, self.good + 1, torch.zeros_like(self.good)))
+            grow = self.good == self.PATIENCE
+            self.good.masked_fill_(grow, 0.0)
+            self.scale.mul_(torch.where(finite, 1.0 + grow.float(), torch.full_like(self.scale, 0.5)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state; nothing when there is no scale to keep."""
+        return {"scale": self.scale, "good": self.good} if self.enabled else {}
+
+
+def step(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, clip: float | None, scale: LossScale
+) -> Tensor:
+    """One update from gradients that were multiplied by the loss scale; `norm` is theirs. Gives the norm without it.
+
+    Clips as torch does (clip / (norm + 1e-6)). A norm that is not finite leaves weights and moments as they are.
+    """
+    norm = norm / scale.scale
+    finite = norm.isfinite()
+    factor = 1 / scale.scale
+    if clip is not None:
+        factor = factor * (clip / (norm + 1e-6)).clamp(max=1.0)
+    if clip is not None or scale.enabled:
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
+    optimizer.found_inf = (~finite).float()  # pyright: ignore  (what torch's fused optimizers ask, and LARS below)
+    optimizer.step()
+    optimizer.zero_grad()
+    scale.update(finite)
+    return norm
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
@@ -87,6 +134,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 update = parameter.grad
@@ -102,8 +150,13 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(group["momentum"]).add_(update)
-                parameter.add_(state["momentum"], alpha=-group["lr"])
+                momentum = group["momentum"] * state["momentum"] + update
+                moved = parameter - group["lr"] * momentum
+                if skip is not None:
+                    momentum = torch.where(skip > 0, state["momentum"], momentum)
+                    moved = torch.where(skip > 0, parameter, moved)
+                state["momentum"].copy_(momentum)
+                parameter.copy_(moved)
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:

@@ -1,29 +1,125 @@
-"""Placing an objective on the machine: precision and data parallelism, applied from outside the model."""
+"""Placing an objective on the machine, from outside the model: precision, recomputation, compilation, DDP, FSDP2, HSDP.
+
+The order is written once, in `place`: recompute inside, compile around it, then shard or replicate. Weights, moments
+and the sums of gradients are fp32 (`train.reduce` says otherwise for the sums). Under autocast the matrices of a block
+are used in 16 bits, so FSDP2 gathers them in 16 bits, while norms, tokens and positions stay fp32 as they do under DDP:
+every strategy computes the same numbers but for the order of float sums.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from mae_dist import dist
+from mae_dist.batch import Batch
+from mae_dist.models.layers import Block
+from mae_dist.objectives import Objective
+from mae_dist.schema import Machine, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_MICRO_BATCH = 256
+"""What `machine.micro_batch=auto` means on CPUs, where there is no memory limit to try."""
 
 
-def place(objective: nn.Module, device: torch.device) -> nn.Module:
-    """Move the objective to the device and, with several ranks, wrap it in DDP. It keeps the parameters."""
+def sharded(machine: Machine) -> bool:
+    """Whether ranks share one copy of the model."""
+    return machine.parallel != "ddp" and dist.world() > 1
+
+
+def skeleton(machine: Machine) -> AbstractContextManager:
+    """Build an objective in here: without storage where ranks will share it, so that none ever holds all of it."""
+    return torch.device("meta") if sharded(machine) else nullcontext()
+
+
+def place(objective: Objective, machine: Machine, train: Train, device: torch.device) -> nn.Module:
+    """Put the objective on the device as `machine` says; give the module to call. The objective keeps the parameters.
+
+    An objective without storage is filled with the same bits that it would have had with storage.
+    """
+    recompute(objective, machine.recompute)
+    if machine.compile:
+        for block in blocks_of(objective):
+            block.compile()
+    if sharded(machine):
+        shard(objective, mesh(machine, device), train)
+        objective.to_empty(device=device)
+        objective.initialise(fill)
+        return objective
     objective.to(device)
     if dist.world() == 1:
         return objective
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+    if train.reduce == "bf16":
+        replica.register_comm_hook(None, bf16_compress_hook)
+    return replica
+
+
+def blocks_of(objective: nn.Module) -> list[Block]:
+    """Blocks of backbone and decoder, in order."""
+    return [module for module in objective.modules() if isinstance(module, Block)]
+
+
+def recompute(objective: nn.Module, every: int) -> None:
+    """Activation checkpointing (Chen et al. 2016) of every `every`-th block; 0: of none."""
+    for number, block in enumerate(blocks_of(objective)):
+        if every and number % every == 0:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def mesh(machine: Machine, device: torch.device) -> DeviceMesh:
+    """All ranks in a row, or, for HSDP, copies x ranks that share a copy."""
+    if machine.parallel == "fsdp":
+        return init_device_mesh(device.type, (dist.world(),))
+    shards = machine.shards or dist.local_world()
+    if dist.world() % shards:
+        raise ValueError(f"machine.shards={shards}: {dist.world()} processes do not divide into groups of {shards}")
+    return init_device_mesh(device.type, (dist.world() // shards, shards), mesh_dim_names=("copies", "shards"))
+
+
+def shard(objective: nn.Module, where: DeviceMesh, train: Train) -> None:
+    """FSDP2 (Zhao et al. 2023, per parameter): one group for what is a matrix in each block, one for all the rest."""
+    # of outputs that are views: nobody changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    reduce = torch.bfloat16 if train.reduce == "bf16" else torch.float32
+    rest = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    matrices = MixedPrecisionPolicy(DTYPES.get(train.precision), reduce, cast_forward_inputs=False)
+    for block in blocks_of(objective):
+        parts = [part for part in block.children() if not isinstance(part, nn.LayerNorm)]
+        fully_shard(parts, mesh=where, mp_policy=matrices)  # pyright: ignore
+    fully_shard(objective, mesh=where, mp_policy=rest, reshard_after_forward=True)  # also after an evaluation
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy this rank's part of `value`, which every rank has computed, into a parameter."""
+    if isinstance(parameter, DTensor):
+        spread = distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(spread.to_local())
+    else:
+        parameter.copy_(value)
 
 
 def accumulate(module: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients meet on the last micro-batch of a step only."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return nullcontext()
@@ -33,4 +129,55 @@ def precision(name: str, device: torch.device) -> AbstractContextManager:
     """The arithmetic of forward passes; weights and gradients stay fp32."""
     if name == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[name])
+    # no cache: each weight is used once, and under FSDP2 a cached copy would outlive what it is a copy of
+    return torch.autocast(device.type, DTYPES[name], cache_enabled=False)
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients over all ranks, on the device; not finite where any rank's is not."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def micro_batch(
+    objective: nn.Module, machine: Machine, share: int, example: Callable[[int], Batch], device: torch.device
+) -> int:
+    """Images that a rank computes at once: as set, or, for `auto`, the most of its `share` that fits on every GPU.
+
+    Tried on a copy of the whole objective, beside as many bytes as its moments and gradients will take, so what fits
+    here also fits when ranks share the model. Only the number of micro-batches follows from it.
+    """
+    if isinstance(machine.micro_batch, int):
+        return machine.micro_batch
+    if device.type == "cpu":
+        return min(share, CPU_MICRO_BATCH)
+    trial = copy.deepcopy(objective).to_empty(device=device)
+    recompute(trial, machine.recompute)
+    trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+    size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    moments = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def attempt(size: int) -> None:
+        trial(example(size)).loss.sum().backward()
+        trial.zero_grad()
+
+    found = most_that_fits(share, attempt)
+    del trial, trained, moments
+    torch.cuda.empty_cache()
+    return -dist.largest(-found)
+
+
+def most_that_fits(share: int, attempt: Callable[[int], None]) -> int:
+    """The share, halved until `attempt` does not run out of memory (ValueError when even one image does)."""
+    size = share
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError(
+                    "machine.micro_batch=auto: not even one image fits into the memory of this GPU; "
+                    "try machine.recompute=1, or machine.parallel=fsdp with machine.micro_batch=1"
+                ) from None
+            size = math.ceil(size / 2)

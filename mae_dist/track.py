@@ -1,8 +1,9 @@
 """Tracking: metrics.jsonl first; wandb as a mirror that may be absent or fail; a progress bar, or lines in a log.
 
-Every step has exactly one line with a loss in metrics.jsonl, also over kills and resumes; an evaluation adds one
-without. Losses stay on the device until `flush`, so that a step that is only counted costs no synchronisation; all
-ranks flush together. Knows no model and no data.
+Every step has exactly one line with a learning rate in metrics.jsonl, also over kills and resumes; an evaluation adds
+one without. With `track.ids`, ids.jsonl says in the same way which samples a step was trained on. Losses stay on the
+device until `flush`, so that a step that is only counted costs no synchronisation; all ranks flush together. Knows no
+model and no data.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist
+from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +38,15 @@ RECENT = 100
 class Tracker:
     """The record of a run from `step` on; a context manager. `unit` is images a step."""
 
-    def __init__(self, path: Path, config: configuration.RunConfig, verb: str, step: int, total: int, num_samples: int):
+    def __init__(self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int):
         self.path, self.total, self.num_samples = path / "metrics.jsonl", total, num_samples
-        self.unit, self.precision = config.train.global_batch, config.train.precision
+        self.ids = path / "ids.jsonl" if config.track.ids else None
+        self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.flushed = self.last_line = time.perf_counter()
-        self.progress = self.mirror = self.stream = None
-        self.num_bad = dist.on_main(lambda: rewind(self.path, step))
+        self.progress = self.mirror = None
+        self.go_back(step)
         if dist.is_main():
-            self.stream = self.path.open("a")
             self.progress = _bar(verb, step, total)
             self.mirror = _wandb(path, config, verb)
 
@@ -54,50 +56,67 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         if self.progress:
             self.progress.stop()
-        if self.stream:
-            self.stream.close()
         self._mirrored(lambda mirror: mirror.finish())
 
-    def step(self, step: int, lr: float, wait: float, tensors: dict[str, Tensor]) -> None:
-        """Note a step: seconds of `wait` for data; on the device `loss`, `bad` (this rank's), `grad_norm` (global)."""
-        plain = {"step": step, "epoch": step * self.unit / self.num_samples, "lr": lr, "data_wait": wait}
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after `step`, as those steps will be made again. Sets ``num_bad``, the unreadable
+        samples of the steps that remain, and ``skipped``, those of them whose gradient was not finite.
+        """
+        self.waiting = []
+
+        def cut() -> list[dict[str, Any]]:
+            if self.ids:
+                rewind(self.ids, step)
+            return rewind(self.path, step)
+
+        records = dist.on_main(cut)
+        self.num_bad = sum(record.get("bad", 0) for record in records)
+        self.skipped = [record["step"] for record in records if self._is_fault(record)]
+        self.restart_clock()
+
+    def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
+        """Note a step: `seconds` by what they were spent on; whether a checkpoint was being written; on the device
+        `loss`, `bad`, `ids`, `epochs` (this rank's), and `grad_norm`, `loss_scale` (all ranks').
+        """
+        plain = {"step": step, "epoch": round(step * self.unit / self.num_samples, 4), "lr": lr}
+        plain |= {name: round(value, 5) for name, value in seconds.items()} | ({"saving": True} if saving else {})
         self.waiting.append((plain, tensors))
 
     def flush(self) -> None:
-        """Write the steps since the last flush.
-
-        Raises ValueError, on every rank, when a loss is not finite, or a gradient that no loss scale explains (fp16
-        skips the step of an overflow): weights are not worth saving then.
-        """
+        """Write the steps since the last flush."""
         if not self.waiting:
             return
         plain, tensors = zip(*self.waiting, strict=True)
         self.waiting = []
-        parts = dist.sum_(torch.stack([torch.stack([t["loss"], t["bad"]]) for t in tensors]).double()).tolist()
-        norms = torch.stack([t["grad_norm"] for t in tensors]).tolist()
+        sums = dist.sum_(torch.stack([torch.stack([t["loss"], t["bad"]]) for t in tensors]).double()).tolist()
+        shared = torch.stack([torch.stack([t["grad_norm"], t["loss_scale"]]) for t in tensors]).tolist()
         now = time.perf_counter()
         rate = len(plain) * self.unit / (now - self.flushed)
         self.flushed = now
-        records = [
-            {"step": p["step"], "epoch": round(p["epoch"], 4), "loss": loss, "lr": p["lr"],
-             "grad_norm": norm if math.isfinite(norm) else None,
-             "images_per_second": round(rate, 1), "data_wait": round(p["data_wait"], 5)}
-            | ({"bad": int(bad)} if bad else {})
-            for p, (loss, bad), norm in zip(plain, parts, norms, strict=True)
-        ]  # fmt: skip
-        self.num_bad += int(sum(bad for _, bad in parts))
-        fragile = self.precision != "fp16"
-        broken = next(
-            (r for r in records if not math.isfinite(r["loss"]) or (fragile and r["grad_norm"] is None)), None
-        )
-        self._write([r for r in records if broken is None or r["step"] < broken["step"]])
-        if broken:
-            what = "gradient" if math.isfinite(broken["loss"]) else "loss"
-            raise ValueError(
-                f"the {what} of step {broken['step']} is not finite: lower optim.base_lr, set train.clip=1, or use "
-                f"train.precision=fp32; the same command goes on from the last checkpoint"
-            )
+        records = []
+        for known, (loss, bad), (norm, scale) in zip(plain, sums, shared, strict=True):
+            record = known | {"images_per_second": round(rate, 1)}
+            record |= {k: v for k, v in (("loss", loss), ("grad_norm", norm)) if math.isfinite(v)}
+            record |= {"loss_scale": scale} if self.scaled else {}
+            record |= {} if math.isfinite(norm) else {"skipped": True}
+            records.append(record | ({"bad": int(bad)} if bad else {}))
+        self.num_bad += sum(record.get("bad", 0) for record in records)
+        self.skipped += [record["step"] for record in records if self._is_fault(record)]
+        self._write(self.path, records)
+        for record in records:
+            self._mirrored(lambda mirror, record=record: mirror.log(record))
+        if self.ids:
+            self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
         self._show(records[-1])
+
+    def _ids(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Epochs and ids of a step over all ranks, in the order of the global batch."""
+        return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
+
+    @staticmethod
+    def _is_fault(record: dict[str, Any]) -> bool:
+        """Whether the step was not finite for no good reason: a loss scale above 1 is one, since it will be halved."""
+        return record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
 
     def restart_clock(self) -> None:
         """Leave what happened since the last flush (an evaluation, a save) out of images_per_second."""
@@ -107,7 +126,9 @@ class Tracker:
         """Write an evaluation (nothing, when it has no numbers)."""
         if not numbers:
             return
-        self._write([{"step": step, "epoch": round(step * self.unit / self.num_samples, 4)} | numbers])
+        record = {"step": step, "epoch": round(step * self.unit / self.num_samples, 4)} | numbers
+        self._write(self.path, [record])
+        self._mirrored(lambda mirror: mirror.log(record))
         text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         self._say(f"step {step}: {text}")
 
@@ -121,12 +142,10 @@ class Tracker:
 
         self._mirrored(log_picture)
 
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        if self.stream:
-            self.stream.write("".join(json.dumps(record) + "\n" for record in records))
-            self.stream.flush()
-        for record in records:
-            self._mirrored(lambda mirror, record=record: mirror.log(record))
+    def _write(self, path: Path, records: list[dict[str, Any]]) -> None:
+        if dist.is_main():
+            with path.open("a") as stream:
+                stream.write("".join(json.dumps(record) + "\n" for record in records))
 
     def _mirrored(self, action: Callable[[Any], None]) -> None:
         """Do something with the mirror; when it fails, go on without it."""
@@ -141,7 +160,8 @@ class Tracker:
         if not self.progress:
             return
         share = last["data_wait"] * last["images_per_second"] / self.unit
-        text = f"loss {last['loss']:.4f}  {last['images_per_second']:,.0f} images/s  data {min(share, 1):.0%}"
+        loss, rate = last.get("loss", math.nan), last["images_per_second"]
+        text = f"loss {loss:.4f}  {rate:,.0f} images/s  data {min(share, 1):.0%}"
         self.progress.update(self.progress.task_ids[0], completed=last["step"], text=text)
         if self.progress.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
@@ -169,22 +189,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind(path: Path, step: int) -> int:
-    """Drop what was recorded after `step`, as those steps will be made again; count the bad samples that remain."""
+def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the records after `step`; give those that remain."""
     records = [record for record in read(path) if record["step"] <= step]
     temporary = path.with_suffix(".rewinding")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.replace(path)
-    return sum(record.get("bad", 0) for record in records)
+    return records
 
 
 def summary(path: Path) -> dict[str, float]:
     """Final numbers of a run: mean training loss of the last steps, bad samples, and the last evaluation."""
     records = read(path)
-    steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "loss" not in r]
-    recent = steps[-RECENT:]
-    found = {"loss": sum(r["loss"] for r in recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
+    steps = [r for r in records if "lr" in r]
+    evaluations = [r for r in records if "lr" not in r]
+    recent = [r["loss"] for r in steps if "loss" in r][-RECENT:]
+    found = {"loss": sum(recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
+    if skipped := sum(r.get("skipped", False) for r in steps):
+        found["skipped"] = skipped
     if evaluations:
         found |= {k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")}
     return found
@@ -202,7 +224,7 @@ def _bar(verb: str, step: int, total: int) -> Progress:
     return progress
 
 
-def _wandb(path: Path, config: configuration.RunConfig, verb: str) -> Any:
+def _wandb(path: Path, config: RunConfig, verb: str) -> Any:
     """The mirror, or None. Its run id lives in the run's folder, so a resumed run is one wandb run."""
     if config.track.wandb == "off":
         return None

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mae_dist import config as configuration
-from mae_dist import dist, optim, parallel, stop, track
+from mae_dist import dist, heal, optim, parallel, stop, track
 from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir
+from mae_dist.objectives import Objective
+from mae_dist.saver import Saver
 
 log = logging.getLogger(__name__)
 
@@ -33,109 +35,136 @@ def fit(
     run: RunDir,
     verb: str,
     config: Any,
-    objective: nn.Module,
-    groups: list[dict[str, Any]],
+    objective: Objective,
+    spare_tokens: bool,
+    begin: Callable[[], None],
     batches: Callable[[range], Iterator[Batch]],
     num_micro: int,
     num_samples: int,
+    describe: Callable[[int], str],
     evaluate: Callable[[int], dict[str, float]],
     device: torch.device,
 ) -> dict[str, float]:
-    """Train from the newest checkpoint of `run`, or from the start, to the end; give the final numbers.
+    """Train from the newest checkpoint of `run`, or from what `begin()` sets, to the end; give the final numbers.
 
-    ``batches(steps)`` yields `num_micro` micro-batches a step; ``num_samples`` make an epoch; ``evaluate(step)`` gives
-    numbers, called by all ranks together. Raises Stopped, having saved, when any rank was told to stop.
+    ``batches(steps)`` yields `num_micro` micro-batches a step; ``num_samples`` make an epoch; ``describe(id)`` names a
+    sample; ``evaluate(step)`` gives numbers, called by all ranks together; ``spare_tokens``: see `optim.param_groups`.
+    Raises Stopped, having saved, when any rank was told to stop, and RankLostError when one does not answer.
     """
     train, total = config.train, configuration.total_steps(config.train, num_samples)
-    module = parallel.place(objective, device)
+    module = parallel.place(objective, config.machine, train, device)
+    groups = optim.param_groups(objective, config.optim, objective.backbone.depth, spare_tokens)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = optim.build(config.optim, groups)
-    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    scale = optim.LossScale(device, enabled=train.precision == "fp16")
     optim.prime(optimizer)
-    step = restore(run, objective, optimizer, scaler)
+    step = restore(run, objective, optimizer, scale)
+    if step == 0:
+        begin()
     run.note_start(step, device)
     peak = optim.peak_lr(config.optim, train.global_batch)
     schedule = optim.schedule(config.optim, peak, total * train.global_batch / num_samples)
     evaluate_every = config.track.evaluate_every and config.track.evaluate_every * num_samples / train.global_batch
-    parameters = [parameter for group in groups for parameter in group["params"]]
     announce(run, verb, config, step, total, num_micro, peak)
     stream = batches(range(step, total))
     objective.train()
-    with stop.Flag() as flag, track.Tracker(run.path, config, verb, step, total, num_samples) as tracker:
+    with (
+        dist.naming_lost_ranks(lambda: f"step {step + 1}"),
+        stop.Flag() as flag,
+        track.Tracker(run.path, config, verb, step, total, num_samples) as tracker,
+        Saver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
+    ):
         while step < total:
             lr = schedule(step / total)
             optim.set_lr(optimizer, lr)
-            loss, bad, wait = torch.zeros((), device=device), torch.zeros((), device=device), 0.0
+            loss, seconds, parts = torch.zeros((), device=device), {"data_wait": 0.0}, []
             for part in range(num_micro):
                 began = time.perf_counter()
                 batch = next(stream)
-                wait += time.perf_counter() - began
+                seconds["data_wait"] += time.perf_counter() - began
                 with parallel.accumulate(module, last=part == num_micro - 1):
                     with parallel.precision(train.precision, device):
                         output = module(batch)
                     weighted = output.loss.sum() / train.global_batch
-                    scaler.scale(weighted * dist.world()).backward()  # DDP averages gradients over ranks
+                    backward(weighted, scale.scale * dist.world())  # gradients are averaged over ranks
                 loss += weighted.detach()
-                bad += batch.bad.sum()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, train.clip or torch.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+                parts.append((batch.bad, batch.ids, batch.epochs))
+            used = scale.scale.clone()
+            norm = optim.step(optimizer, parameters, parallel.gradient_norm(parameters), train.clip, scale)
             step += 1
-            tracker.step(step, lr, wait, {"loss": loss, "bad": bad, "grad_norm": norm})
+            bad, ids, epochs = (torch.cat(part) for part in zip(*parts, strict=True))
+            seconds |= {"stall": saver.take_stall()} if saver.stall else {}
+            tensors_ = {"loss": loss, "bad": bad.sum().to(loss), "ids": ids, "epochs": epochs}
+            tracker.step(step, lr, seconds, saver.busy, tensors_ | {"grad_norm": norm, "loss_scale": used})
             look, save = due(step, evaluate_every, total), due(step, config.checkpoint.every, total)
-            if due(step, config.track.every, total) or look or save:
+            told = step < total and dist.any_of(flag.requested)
+            if due(step, config.track.every, total) or look or save or told:
                 tracker.flush()
                 refuse_bad_data(tracker.num_bad, step, config)
+                refuse_skipping(run, tracker.skipped, config)
+                if nonfinite := heal.in_a_row(tracker.skipped, config.checkpoint.rewind_after):
+                    saver.wait(last=False)
+                    heal.go_back(
+                        run=run, config=config, objective=objective, nonfinite=nonfinite, step=step, batches=batches,
+                        describe=describe, device=device,
+                    )  # fmt: skip
+                    step = restore(run, objective, optimizer, scale)
+                    tracker.go_back(step)
+                    stream = batches(range(step, total))
+                    continue
             if look:
                 with parallel.precision(train.precision, device):
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
                     tracker.picture(file)
-            if save:
-                run.save(step, tensors(objective, optimizer, scaler), config.checkpoint.keep)
+            if save or told:
+                saver.save(step, tensors(objective, optimizer, scale))
             if look or save:
                 tracker.restart_clock()
-            if step < total and dist.any_of(flag.requested):
-                tracker.flush()
-                if not save:
-                    run.save(step, tensors(objective, optimizer, scaler), config.checkpoint.keep)
+            if told:
+                saver.wait()
                 raise stop.Stopped(
                     f"{verb} was stopped and saved at step {step:,} of {total:,}; the same command goes on"
                 )
+        saver.wait()
     return dist.on_main(lambda: track.summary(run.path / "metrics.jsonl"))
 
 
-def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+def backward(loss: Tensor, factor: Tensor) -> None:
+    """Gradients of loss * factor; all NaN when the loss is not finite, so that their norm tells every rank."""
+    certain = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    (loss * (factor * certain)).backward()
+
+
+def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale) -> dict[str, Tensor]:
     """The state of a run by name: `model.*`, `optimizer.*` (moments per parameter) and, for fp16, `scaler.*`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
     state = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
     for parameter, moments in optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in moments.items()}
-    numbers = scaler.state_dict()
-    return state | {
-        f"scaler.{k}": torch.tensor(float(numbers[k])) for k in ("scale", "_growth_tracker") if k in numbers
-    }
+    return state | {f"scaler.{name}": tensor for name, tensor in scale.tensors().items()}
 
 
-def restore(run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+def restore(run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale) -> int:
     """Fill the state from the newest undamaged checkpoint; the step it was saved at, or 0."""
-    state = tensors(objective, optimizer, scaler)
-    step = run.restore(state)
-    if step and scaler.is_enabled():
-        growth = {"_growth_tracker": int(state["scaler._growth_tracker"]), "scale": float(state["scaler.scale"])}
-        scaler.load_state_dict(scaler.state_dict() | growth)
-    return step
+    return run.restore(tensors(objective, optimizer, scale))
 
 
 def announce(run: RunDir, verb: str, config: Any, step: int, total: int, num_micro: int, peak: float) -> None:
     """Say what is going to happen, once."""
     if not dist.is_main():
         return
-    batch, world = config.train.global_batch, dist.world()
-    shape = f"{batch} images = {world} ranks x {num_micro} micro-batches"
+    batch, world, machine = config.train.global_batch, dist.world(), config.machine
+    how = "" if world == 1 else f" ({machine.parallel})"
+    shape = f"{batch} images = {world} ranks{how} x {num_micro} micro-batches"
     log.info("%s: %s steps of %s, lr %.3g, %s", verb, f"{total:,}", shape, peak, config.train.precision)
     log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
+
+
+def refuse_skipping(run: RunDir, skipped: list[int], config: Any) -> None:
+    """End the run when more steps were not finite than checkpoint.max_skipped allows (ValueError)."""
+    if skipped:
+        dist.on_main(lambda: heal.refuse_too_many(run.path, len(skipped), config.checkpoint.max_skipped))
 
 
 def refuse_bad_data(num_bad: int, step: int, config: Any) -> None:

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import checkpoint, config, optim, train
+from mae_dist import checkpoint, config, optim, schema, train
 from mae_dist.checkpoint import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 DATA = "0123456789abcdef"
 
 
-def settings(path: Path, *overrides: str) -> config.Pretrain:
+def settings(path: Path, *overrides: str) -> schema.Pretrain:
     return config.load("pretrain", None, [f"out={path}", "data.path=/data", "model.name=vit_demo4", *overrides])
 
 
@@ -44,18 +44,18 @@ def tensor_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.name != checkpoint.MANIFEST]
 
 
-def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, optim.LossScale]:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
-    groups = optim.param_groups(module, config.Optim(), 0, spare_tokens=False)
-    optimizer = optim.build(config.Optim(), groups)
+    groups = optim.param_groups(module, schema.Optim(), 0, spare_tokens=False)
+    optimizer = optim.build(schema.Optim(), groups)
     optim.prime(optimizer)
     optim.set_lr(optimizer, 0.01)
     for _ in range(steps):
         module(torch.randn(8, 5)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return module, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+    return module, optimizer, optim.LossScale(torch.device("cpu"), enabled=False)
 
 
 def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:

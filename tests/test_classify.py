@@ -9,7 +9,7 @@ from torch import nn
 from mae_dist.batch import Batch
 from mae_dist.models.layers import initialise
 from mae_dist.models.vit import ViT
-from mae_dist.objectives.classify import Finetune, GlobalBatchNorm, Probe, new_head
+from mae_dist.objectives.classify import Finetune, GlobalBatchNorm, Probe
 
 
 def vit(depth: int = 2, pool: str = "avg") -> ViT:
@@ -120,8 +120,8 @@ def test_probe_does_not_depend_on_the_chunk() -> None:
 
 
 def test_head_is_drawn_from_the_seed() -> None:
-    head = new_head(300, 200, 0.01, 5)
-    assert torch.equal(head.weight, new_head(300, 200, 0.01, 5).weight)
-    assert not torch.equal(head.weight, new_head(300, 200, 0.01, 6).weight)
+    head, same, other = (Probe(vit(), 900, chunk=4, seed=seed).head for seed in (5, 5, 6))
+    assert torch.equal(head.weight, same.weight)
+    assert not torch.equal(head.weight, other.weight)
     assert abs(head.weight.std().item() - 0.01) < 2e-4
     assert not head.bias.any()

@@ -11,13 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"config", "rng", "batch", "dist", "models", "pictures", "curves", "stop"},
-    {"data", "objectives", "optim", "parallel", "checkpoint", "track", "evaluate"},
+    {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop"},
+    {"data", "objectives", "optim", "checkpoint", "track", "evaluate"},
+    {"parallel", "saver"},
+    {"heal"},
     {"train"},
     {"stages"},
     {"__main__"},
 ]
 TORCH_FREE = [
+    "schema",
     "config",
     "rng",
     "pictures",
@@ -65,7 +68,7 @@ def test_effects_stay_at_the_rim() -> None:
     homes = {
         "omegaconf": {"config.py"},
         "wandb": {"track.py"},
-        "torch.distributed": {"dist.py", "checkpoint.py"},
+        "torch.distributed": {"dist.py", "launcher.py", "parallel.py", "checkpoint.py", "saver.py"},
         "torch.nn.parallel": {"parallel.py"},
         "pickle": {"cifar.py"},
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Tars
 
-from mae_dist import config
+from mae_dist import schema
 from mae_dist.batch import Batch
 from mae_dist.data import index, loader
 from mae_dist.data.order import Order, plan
@@ -21,7 +21,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
 
 
 def view(crop: str = "resized", size: int = 24, training: bool = True) -> View:
-    return View(config.View(crop=crop), size, MEAN, STD, seed=3, training=training)  # pyright: ignore
+    return View(schema.View(crop=crop), size, MEAN, STD, seed=3, training=training)  # pyright: ignore
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -137,6 +137,16 @@ def test_a_shard_cut_after_indexing_is_an_error_that_names_it(
 @pytest.mark.parametrize("num", [1, 5, 16, 23])
 def test_evaluation_takes_each_sample_once(num: int) -> None:
     for world in (1, 2, 3, 7):
-        parts = [part for rank in range(world) for part in loader.evaluation_plan(num, 4, rank, world)]
+        shares = [list(loader.evaluation_plan(num, 4, rank, world)) for rank in range(world)]
+        parts = [part for share in shares for part in share]
         assert [i for _, ids in parts for i in ids.tolist()] == list(range(num))
-        assert all(0 < len(ids) <= 4 and not epochs.any() for epochs, ids in parts)
+        assert all(len(ids) <= 4 and not epochs.any() for epochs, ids in parts)
+        assert len({len(share) for share in shares}) == 1, "ranks that share a model compute together"
+
+
+def test_a_batch_of_nothing_is_a_batch(tars: Tars) -> None:
+    data, nothing = tars([4]), np.array([], dtype=np.int64)
+    for source in (loader.Streamed(data, CPU, 0), loader.Resident(data, CPU)):
+        (batch,) = source.batches([(nothing, nothing)], view(training=False))
+        assert batch.images.shape == (0, 3, 24, 24)
+        assert batch.size == 0

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mae_dist import models, optim
-from mae_dist.config import Optim
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
+from mae_dist.schema import Optim
 
 PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
-from mae_dist.config import SCHEMAS
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.schema import SCHEMAS
 
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
-    "track.every=1", "machine.processes=1",
+    "track.every=1", "machine.processes=1", "machine.restarts=0",
 ]  # fmt: skip
 MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "optim.base_lr=1e-2", "train.clip=1"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mae_dist import config, track
+from mae_dist import config, schema, track
 
 
-def settings(path: Path, wandb: str = "off") -> config.Pretrain:
+def settings(path: Path, wandb: str = "off") -> schema.Pretrain:
     overrides = [
         f"out={path}",
         "data.path=/data",
@@ -36,9 +36,14 @@ def test_off_is_off_whatever_yaml_makes_of_it(tmp_path: Path) -> None:
     assert settings(tmp_path, wandb="off").track.wandb == "off"
 
 
-def note(tracked: track.Tracker, step: int, loss: float = 0.5, bad: int = 0, norm: float = 1.0) -> None:
-    tensors = {"loss": torch.tensor(loss), "bad": torch.tensor(bad), "grad_norm": torch.tensor(norm)}
-    tracked.step(step, 1e-3, 0.25, tensors)
+def note(
+    tracked: track.Tracker, step: int, loss: float = 0.5, bad: int = 0, norm: float = 1.0, scale: float = 1.0
+) -> None:
+    tensors = {
+        "loss": torch.tensor(loss), "bad": torch.tensor(bad), "grad_norm": torch.tensor(norm),
+        "loss_scale": torch.tensor(scale), "ids": torch.tensor([step, 7]), "epochs": torch.tensor([0, 1]),
+    }  # fmt: skip
+    tracked.step(step, 1e-3, {"data_wait": 0.25}, saving=False, tensors=tensors)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -95,33 +100,46 @@ def test_rewind_keeps_lines_as_they_are(tmp_path: Path) -> None:
     assert file.read_text() == ""
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float) -> None:
-    with tracker(tmp_path) as tracked:
-        note(tracked, 1)
-        note(tracked, 2)
-        note(tracked, 3, loss=loss)
-        note(tracked, 4, loss=math.nan)
-        with pytest.raises(ValueError, match="loss of step 3 is not finite: lower optim.base_lr"):
-            tracked.flush()
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_gradient_that_is_not_finite_ends_the_run_unless_the_loss_scale_skips_it(
-    tmp_path: Path, precision: str
+@pytest.mark.parametrize("broken", [{"loss": math.nan, "norm": math.nan}, {"norm": math.inf}])
+def test_a_step_that_is_not_finite_is_counted_as_skipped_also_over_resumes(
+    tmp_path: Path, broken: dict[str, Any]
 ) -> None:
     with tracker(tmp_path) as tracked:
-        tracked.precision = precision
         note(tracked, 1)
-        note(tracked, 2, norm=math.inf)
-        if precision == "fp16":
+        note(tracked, 2, **broken)
+        note(tracked, 3)
+        note(tracked, 4, **broken)
+        tracked.flush()
+        assert tracked.skipped == [2, 4]
+    assert [line.get("skipped", False) for line in lines(tmp_path)] == [False, True, False, True]
+    assert "grad_norm" not in lines(tmp_path)[1]
+    with tracker(tmp_path, 3) as tracked:
+        assert tracked.skipped == [2]
+    assert track.summary(tmp_path / "metrics.jsonl")["skipped"] == 1
+
+
+def test_an_overflow_that_the_loss_scale_will_mend_is_no_fault(tmp_path: Path) -> None:
+    with tracker(tmp_path) as tracked:
+        tracked.scaled = True
+        note(tracked, 1, norm=math.inf, scale=2.0)
+        note(tracked, 2, norm=math.inf, scale=1.0)
+        tracked.flush()
+        assert tracked.skipped == [2]
+    assert [line["loss_scale"] for line in lines(tmp_path)] == [2.0, 1.0]
+    assert all(line["skipped"] for line in lines(tmp_path))
+
+
+def test_ids_are_written_and_cut_back(tmp_path: Path) -> None:
+    config_ = config.load(
+        "pretrain", None, [f"out={tmp_path}", "data.path=x", "model.name=vit_demo4", "track.ids=true"]
+    )
+    for start in (0, 2):
+        with track.Tracker(tmp_path, config_, "pretrain", start, total=100, num_samples=50) as tracked:
+            for step in range(start + 1, 5):
+                note(tracked, step)
             tracked.flush()
-        else:
-            with pytest.raises(ValueError, match="gradient of step 2 is not finite"):
-                tracked.flush()
-    norms = [line["grad_norm"] for line in lines(tmp_path)]
-    assert norms[1:] == ([None] if precision == "fp16" else [])
+    written = [json.loads(line) for line in (tmp_path / "ids.jsonl").read_text().splitlines()]
+    assert written == [{"step": step, "epochs": [0, 1], "ids": [step, 7]} for step in range(1, 5)]
 
 
 def test_bad_samples_are_counted_over_resumes(tmp_path: Path) -> None:
@@ -147,7 +165,7 @@ def test_summary(tmp_path: Path) -> None:
 
 
 def test_summary_without_evaluations(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1, "loss": 2.0}\n')
     assert track.summary(tmp_path / "metrics.jsonl") == {"loss": 2.0, "bad": 0}
 
 

@@ -12,7 +12,7 @@ from conftest import encoded
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from mae_dist import config
+from mae_dist import schema
 from mae_dist.data import views
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -89,7 +89,7 @@ def test_center_boxes() -> None:
 
 
 def view(crop: str, training: bool = True, **changes: float) -> views.View:
-    settings = config.View(crop=crop, **changes)  # pyright: ignore
+    settings = schema.View(crop=crop, **changes)  # pyright: ignore
     return views.View(settings, 16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), 9, training)
 
 

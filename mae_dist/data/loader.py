@@ -25,7 +25,7 @@ from mae_dist.batch import Batch, to_device
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.views import View, crop, decode, normalise, resample
-from mae_dist.dist import RankError
+from mae_dist.dist import RankError, RankLostError
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +132,16 @@ def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
 
 
 def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every sample once over all ranks, in order, in batches of at most `batch`; epoch 0."""
+    """Every sample once over all ranks, in order, in batches of at most `batch`; epoch 0.
+
+    Every rank gets the same number of batches, since ranks that share a model compute together; with fewer samples
+    than ranks some are empty.
+    """
     start, stop = share(num_samples, rank, world)
-    for first in range(start, stop, batch):
-        ids = np.arange(first, min(first + batch, stop), dtype=np.int64)
+    number = -(-num_samples // (world * batch))
+    for part in range(number):
+        first, last = share(stop - start, part, number)
+        ids = np.arange(start + first, start + last, dtype=np.int64)
         yield np.zeros_like(ids), ids
 
 
@@ -145,6 +151,13 @@ def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield from loader
     except ValueError as error:
         raise RankError(re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RankLostError(
+            "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
+            "the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _finish(batch: Batch, view: View) -> Batch:

@@ -19,10 +19,13 @@ KEPT_WINDOWS = 4
 
 
 class Order:
-    """The infinite stream of (epoch, sample id) over shards of the given sizes."""
+    """The infinite stream of (epoch, sample id) over shards of the given sizes.
 
-    def __init__(self, seed: int, counts: np.ndarray, window: int):
-        self.seed, self.window = seed, window
+    ``left_out``: sample id -> position from which on the next sample of its shard takes its place.
+    """
+
+    def __init__(self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None):
+        self.seed, self.window, self.left_out = seed, window, left_out or {}
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.cumsum(self.counts) - self.counts
         self.num_samples = int(self.counts.sum())
@@ -39,10 +42,27 @@ class Order:
             samples = self._samples(epoch, number)
             first = place - (int(ends[number - 1]) if number else 0)
             piece = samples[first : first + stop - start]
-            ids.append(piece)
+            ids.append(self._replaced(start, piece))
             epochs.append(np.full(len(piece), epoch, dtype=np.int64))
             start += len(piece)
         return np.concatenate(epochs), np.concatenate(ids)
+
+    def _replaced(self, start: int, ids: np.ndarray) -> np.ndarray:
+        """The ids at positions from `start` on, without those that are left out there."""
+        if not self.left_out:
+            return ids
+        return np.array([self._next(int(id_), start + i) for i, id_ in enumerate(ids)], dtype=np.int64)
+
+    def _next(self, id_: int, position: int) -> int:
+        if position < self.left_out.get(id_, position + 1):
+            return id_
+        shard = int(np.searchsorted(self.starts, id_, side="right")) - 1
+        first, count = int(self.starts[shard]), int(self.counts[shard])
+        for offset in range(1, count):
+            other = first + (id_ - first + offset) % count
+            if position < self.left_out.get(other, position + 1):
+                return other
+        raise ValueError(f"all {count} samples of shard {shard} are left out; see rewinds.jsonl in the run's folder")
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The permuted shards of an epoch, and the position at which each window ends."""

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mae_dist import config, rng
+from mae_dist import rng, schema
 
 ATTEMPTS = 10
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,7 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class View:
     """How samples are shown: `settings`, size in pixels, channel statistics, seed, and whether it is training."""
 
-    settings: config.View
+    settings: schema.View
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -135,6 +135,8 @@ def resample(
     images: UInt8[Tensor, "b h w c"], boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> Float[Tensor, "b c size size"]:
     """The same as `crop` for a batch on its device, without rounding to 8 bits: values in 0..1."""
+    if not len(images):
+        return images.new_zeros((0, images.shape[3], size, size), dtype=torch.float32)
     height, width = images.shape[1:3]
     cut = (boxes == np.rint(boxes)).all(1)
     rows = resize_matrix(boxes[:, 0], boxes[:, 2], cut, height, size)

@@ -25,7 +25,7 @@ BACKBONES = {
 def build(name: str, *, seed: int = 0, **overrides: Any) -> ViT:
     """A backbone by name, initialised from `seed` as MAE does; overrides are its constructor's arguments.
 
-    Raises ValueError for an unknown name (with the nearest one) or impossible sizes.
+    On the meta device it stays empty. Raises ValueError for an unknown name (with the nearest one) or impossible sizes.
     """
     if name not in BACKBONES:
         near = difflib.get_close_matches(name, BACKBONES, n=1)

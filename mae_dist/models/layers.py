@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,31 +79,41 @@ def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "n dim"
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
 
 
+Fill = Callable[[Tensor, Tensor], object]
+"""Puts a value into a parameter; `Tensor.copy_` where the parameter is an ordinary tensor."""
+
+
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None) -> None:
+def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None, fill: Fill = Tensor.copy_) -> None:
     """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02).
 
-    Every parameter is drawn from a generator of its own, seeded by (seed, its name), so that the bits depend on neither
-    the order of construction nor the number of ranks. Positions are left as they are, and so is everything in `skip`.
+    Every parameter is drawn on the CPU from a generator of its own, seeded by (seed, its name), so that the bits depend
+    on neither the order of construction nor device nor ranks. Parameters that a module's `fixed()` names take the value
+    given there. What has no storage yet stays so, and everything in `skip` is left alone.
     """
     skipped = set(skip.modules()) if skip is not None else set()
     for prefix, part in module.named_modules():
         if part in skipped:
             continue
-        for name, parameter in part.named_parameters(prefix=prefix, recurse=False):
-            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+        parameters = [(name, p) for name, p in part.named_parameters(prefix=prefix, recurse=False) if not p.is_meta]
+        fixed_of = getattr(part, "fixed", None)
+        fixed: dict[str, Tensor] = fixed_of() if parameters and callable(fixed_of) else {}  # pyright: ignore
+        for name, parameter in parameters:
             leaf = name.rpartition(".")[2]
-            if leaf in ("pos_embed", "decoder_pos_embed"):
-                continue
-            if isinstance(part, nn.LayerNorm):
-                parameter.fill_(1.0 if leaf == "weight" else 0.0)
-            elif leaf == "bias":
-                parameter.zero_()
-            elif leaf in ("cls_token", "mask_token"):
-                parameter.normal_(0.0, 0.02, generator=generator)
-            else:  # a linear layer, or a patch embedding seen as one
-                bound = math.sqrt(6.0 / (parameter.shape[0] + parameter[0].numel()))
-                parameter.uniform_(-bound, bound, generator=generator)
+            fill(parameter, fixed[leaf] if leaf in fixed else _draw(part, leaf, parameter.shape, _seed_of(seed, name)))
+
+
+def _draw(part: nn.Module, leaf: str, shape: torch.Size, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.zeros(shape)
+    if isinstance(part, nn.LayerNorm):
+        return value.fill_(1.0 if leaf == "weight" else 0.0)
+    if leaf == "bias":
+        return value
+    if leaf in ("cls_token", "mask_token"):
+        return value.normal_(0.0, 0.02, generator=generator)
+    bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))  # a linear layer, or a patch embedding seen as one
+    return value.uniform_(-bound, bound, generator=generator)
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -30,6 +30,11 @@ def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Ten
     return tokens.gather(1, repeat(index, "b k -> b k d", d=tokens.shape[2]))
 
 
+def class_and_grid(dim: int, grid: int) -> Float[Tensor, "1 n d"]:
+    """Fixed positions of a class token, 0, and of a square grid."""
+    return torch.cat([torch.zeros(1, dim), sincos_positions(dim, grid, grid)])[None]
+
+
 class PatchEmbed(nn.Module):
     """A linear map of each patch, kept as the convolution that timm names."""
 
@@ -62,8 +67,7 @@ class ViT(nn.Module):
         self.pool, self.image_size = pool, image_size
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid, self.grid)])
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=position == "learned")
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, dim), requires_grad=position == "learned")
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=EPS) if pool == "avg" else nn.Identity()
@@ -71,6 +75,10 @@ class ViT(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.grid**2
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Positions at the start: 0 for the class token, then the grid."""
+        return {"pos_embed": class_and_grid(self.dim, self.grid)}
 
     def encode(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from mae_dist.models.layers import Fill, initialise
+from mae_dist.models.vit import ViT
 
 
 class Output(NamedTuple):
@@ -13,3 +16,20 @@ class Output(NamedTuple):
 
     loss: Float[Tensor, " b"]
     prediction: Float[Tensor, "b ..."]
+
+
+class Objective(nn.Module):
+    """A backbone and what it is trained with. ``seed`` decides initialisation and everything drawn per sample."""
+
+    def __init__(self, backbone: ViT, seed: int):
+        super().__init__()
+        self.backbone, self.seed = backbone, seed
+
+    def initialise(self, fill: Fill = Tensor.copy_) -> None:
+        """Give every parameter the value it starts with; `fill` knows how to put it there."""
+        initialise(self.backbone, self.seed, fill=fill)
+        self.initialise_rest(fill)
+
+    def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
+        """The same for everything but the backbone."""
+        initialise(self, self.seed, skip=self.backbone, fill=fill)

@@ -9,22 +9,35 @@ from torch import Tensor, nn
 
 from mae_dist import dist, rng
 from mae_dist.batch import Batch
-from mae_dist.models.layers import depth_scale
+from mae_dist.models.layers import Fill, depth_scale
 from mae_dist.models.vit import ViT
-from mae_dist.objectives import Output
+from mae_dist.objectives import Objective, Output
 
 
-class Finetune(nn.Module):
+class Classifier(Objective):
+    """A backbone with a linear head, whose weights are N(0, std), truncated at 2 in absolute value; its bias is 0."""
+
+    def __init__(self, backbone: ViT, num_classes: int, std: float, seed: int):
+        super().__init__(backbone, seed)
+        self.std, self.head = std, nn.Linear(backbone.dim, num_classes)
+        self.initialise_rest()
+
+    def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
+        if self.head.weight.is_meta:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        weight = nn.init.trunc_normal_(torch.empty(self.head.weight.shape), std=self.std, generator=generator)
+        with torch.no_grad():
+            fill(self.head.weight, weight)
+            fill(self.head.bias, torch.zeros(self.head.bias.shape))
+
+
+class Finetune(Classifier):
     """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
 
-    backbone: ViT
-    rates: Tensor
-
     def __init__(self, backbone: ViT, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
-        super().__init__()
-        self.backbone, self.drop_path, self.label_smoothing, self.seed = backbone, drop_path, label_smoothing, seed
-        self.head = new_head(backbone.dim, num_classes, 2e-5, seed)
-        self.register_buffer("rates", torch.linspace(0, drop_path, backbone.depth), persistent=False)
+        super().__init__(backbone, num_classes, 2e-5, seed)
+        self.drop_path, self.label_smoothing = drop_path, label_smoothing
 
     def forward(self, batch: Batch) -> Output:
         """Cross-entropy of each sample and its logits."""
@@ -37,10 +50,11 @@ class Finetune(nn.Module):
             return None
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
         draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, batch.size)
-        return depth_scale(draws >= self.rates[:, None, None], self.rates)
+        rates = torch.linspace(0, self.drop_path, self.backbone.depth, device=words.device)
+        return depth_scale(draws >= rates[:, None, None], rates)
 
 
-class Probe(nn.Module):
+class Probe(Classifier):
     """Linear probe (He et al. 2022, section A.1): frozen backbone, batch norm without affine, linear head.
 
     Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch,
@@ -48,10 +62,12 @@ class Probe(nn.Module):
     """
 
     def __init__(self, backbone: ViT, num_classes: int, *, chunk: int, seed: int):
-        super().__init__()
-        self.backbone, self.chunk = backbone.requires_grad_(False), chunk
-        self.norm = GlobalBatchNorm(backbone.dim)
-        self.head = new_head(backbone.dim, num_classes, 0.01, seed)
+        super().__init__(backbone.requires_grad_(False), num_classes, 0.01, seed)
+        self.chunk, self.norm = chunk, GlobalBatchNorm(backbone.dim)
+
+    def initialise(self, fill: Fill = Tensor.copy_) -> None:
+        super().initialise(fill)
+        self.norm.reset()
 
     def forward(self, batch: Batch) -> Output:
         """Cross-entropy of each sample and its logits."""
@@ -78,6 +94,11 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
 
+    def reset(self) -> None:
+        """Forget the running statistics."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1.0)
+
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         if self.training:
             count = dist.sum_(torch.tensor(float(len(x)), device=x.device))
@@ -89,12 +110,3 @@ class GlobalBatchNorm(nn.Module):
         else:
             mean, variance = self.running_mean, self.running_var
         return (x - mean) / (variance + self.eps).sqrt()
-
-
-def new_head(dim: int, num_classes: int, std: float, seed: int) -> nn.Linear:
-    """A linear head with N(0, std) weights, truncated at 2 in absolute value, and zero bias, drawn from `seed`."""
-    head = nn.Linear(dim, num_classes)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.trunc_normal_(head.weight, std=std, generator=generator)
-    nn.init.zeros_(head.bias)
-    return head

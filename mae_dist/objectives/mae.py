@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mae_dist import rng
 from mae_dist.batch import Batch
-from mae_dist.models.layers import EPS, Block, initialise, sincos_positions
-from mae_dist.models.vit import ViT, patchify, take, unpatchify
-from mae_dist.objectives import Output
+from mae_dist.models.layers import EPS, Block
+from mae_dist.models.vit import ViT, class_and_grid, patchify, take, unpatchify
+from mae_dist.objectives import Objective, Output
 
 
 class Mask(NamedTuple):
@@ -45,15 +45,15 @@ def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-class MAE(nn.Module):
+class MAE(Objective):
     """Backbone, light decoder, pixel loss. ``mask_ratio``: share of hidden patches; ``seed``: of the masks."""
 
     def __init__(
         self, backbone: ViT, *, mask_ratio: float, norm_pix: bool, decoder_dim: int, decoder_depth: int,
         decoder_heads: int, seed: int,
     ):  # fmt: skip
-        super().__init__()
-        self.backbone, self.norm_pix, self.seed = backbone, norm_pix, seed
+        super().__init__(backbone, seed)
+        self.norm_pix, self.decoder_dim = norm_pix, decoder_dim
         self.num_visible = int(backbone.num_patches * (1 - mask_ratio))
         if not 0 < self.num_visible < backbone.num_patches:
             raise ValueError(
@@ -61,14 +61,15 @@ class MAE(nn.Module):
             )
         self.decoder_embed = nn.Linear(backbone.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        positions = torch.cat(
-            [torch.zeros(1, decoder_dim), sincos_positions(decoder_dim, backbone.grid, backbone.grid)]
-        )
-        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + backbone.num_patches, decoder_dim), False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=EPS)
         self.decoder_pred = nn.Linear(decoder_dim, backbone.patch**2 * backbone.channels)
-        initialise(self, seed, skip=backbone)
+        self.initialise_rest()
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The decoder's positions, which are not trained."""
+        return {"decoder_pos_embed": class_and_grid(self.decoder_dim, self.backbone.grid)}
 
     def mask(self, batch: Batch) -> Mask:
         """The masks of a batch, a function of its epochs and ids."""

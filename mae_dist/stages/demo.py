@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mae_dist.checkpoint import RunDir
-from mae_dist.config import RANDOM
+from mae_dist.schema import RANDOM
 
 NUM_TRAIN, NUM_TEST = 6000, 1500
 TITLE = "mae_dist: a masked autoencoder on the embedded data set"

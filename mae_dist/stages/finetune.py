@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mae_dist.config import Finetune
+from mae_dist import parallel
 from mae_dist.objectives import classify
+from mae_dist.schema import Finetune
 from mae_dist.stages.opening import num_classes, open_run
 from mae_dist.stages.supervised import train_and_test
 
@@ -14,8 +15,10 @@ def run(config: Finetune) -> None:
     if opening.finished:
         return
     train = config.train
-    objective = classify.Finetune(
-        opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
-        label_smoothing=train.label_smoothing, seed=train.seed,
-    )  # fmt: skip
-    train_and_test("finetune", opening, objective, num_micro=opening.num_micro())
+    with parallel.skeleton(config.machine):
+        objective = classify.Finetune(
+            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
+            label_smoothing=train.label_smoothing, seed=train.seed,
+        )  # fmt: skip
+    opening = opening.settled(objective)
+    train_and_test("finetune", opening, objective, num_micro=opening.num_micro)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from mae_dist import dist, evaluate, parallel
-from mae_dist.config import KnnRun
+from mae_dist.schema import KnnRun
 from mae_dist.stages.opening import num_classes, open_run
 
 
 def run(config: KnnRun) -> None:
     """Compute features of both splits, let the training ones vote, write result.json."""
-    opening = open_run("knn", config, labels=True)
+    machine = dataclasses.replace(config.machine, parallel="ddp")  # nothing is trained, so nothing need be shared
+    opening = open_run("knn", dataclasses.replace(config, machine=machine), labels=True)
     if opening.finished:
         return
     assert opening.test is not None
     opening.run.note_start(0, opening.device)
+    opening.begin(opening.backbone)
     backbone = opening.backbone.to(opening.device)
     train, test = opening.source(opening.train), opening.source(opening.test)
     with torch.no_grad(), parallel.precision(config.train.precision, opening.device):

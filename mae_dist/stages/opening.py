@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mae_dist import checkpoint, dist, models
+from mae_dist import checkpoint, dist, heal, models, parallel, schema
 from mae_dist import config as configuration
 from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir
@@ -18,6 +18,7 @@ from mae_dist.data import loader, views
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order, num_micro, plan
 from mae_dist.models.vit import ViT
+from mae_dist.objectives import Objective
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Opening:
     train: ShardIndex
     test: ShardIndex | None
     backbone: ViT
+    start: Start | None
+    micro_batch: int
 
     def view(self, training: bool) -> views.View:
         """How samples of this run are shown."""
@@ -44,21 +47,50 @@ class Opening:
         """The images of a split."""
         return loader.open_source(index, self.device, self.config.machine.workers, quiet=not dist.is_main())
 
+    def settled(self, objective: Objective) -> Opening:
+        """The same with a micro-batch that fits, where the settings leave it open; the step's mathematics stay."""
+        batch, channels, size = self.config.train.global_batch, self.backbone.channels, self.config.model.image_size
+        share, machine = -(-batch // dist.world()), self.config.machine
+
+        def example(count: int) -> Batch:
+            images = torch.zeros(count, channels, size, size, device=self.device)
+            zero = torch.zeros(count, dtype=torch.int64, device=self.device)
+            return Batch(images, zero, torch.arange(count, device=self.device), zero, zero.bool())
+
+        with parallel.precision(self.config.train.precision, self.device):
+            found = parallel.micro_batch(objective, machine, share, example, self.device)
+        if machine.micro_batch == "auto" and dist.is_main():
+            log.info("machine.micro_batch=auto: %d images at once", found)
+        return dataclasses.replace(self, micro_batch=found)
+
+    @property
     def num_micro(self) -> int:
         """Micro-batches a step."""
-        return num_micro(self.config.train.global_batch, dist.world(), self.config.machine.micro_batch)
+        return num_micro(self.config.train.global_batch, dist.world(), self.micro_batch)
 
     def training_batches(self, source: loader.Resident | loader.Streamed, micro: int, steps: range) -> Iterator[Batch]:
         """This rank's micro-batches of these steps."""
-        order = Order(self.config.train.seed, self.train.counts, self.config.data.shuffle_window)
-        places = plan(order, steps, self.config.train.global_batch, micro, dist.rank(), dist.world())
+        settings = self.config
+        out = dist.on_main(lambda: heal.left_out(self.run.path, settings.train.global_batch))
+        order = Order(settings.train.seed, self.train.counts, settings.data.shuffle_window, out)
+        places = plan(order, steps, settings.train.global_batch, micro, dist.rank(), dist.world())
         return source.batches(places, self.view(training=True))
 
     def evaluation_batches(self, source: loader.Resident | loader.Streamed) -> Iterator[Batch]:
         """This rank's part of a split, each sample once, not augmented."""
-        size = self.config.machine.micro_batch
-        places = loader.evaluation_plan(len(source.index), size, dist.rank(), dist.world())
+        places = loader.evaluation_plan(len(source.index), self.micro_batch, dist.rank(), dist.world())
         return source.batches(places, self.view(training=False))
+
+    def begin(self, backbone: ViT) -> None:
+        """Load the start into the backbone, wherever its parts lie. Only the norm that its pooling does not have stays
+        as initialised. Nothing, when the run begins at random.
+        """
+        if self.start is None:
+            return
+        there = checkpoint.names_in(self.start.path)
+        state = {f"model.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+        other_pool = {name for name in state if ".fc_norm." in name or name.startswith("model.backbone.norm.")}
+        checkpoint.load(self.start.path, {k: v for k, v in state.items() if k in there or k not in other_pool})
 
 
 def open_run(verb: str, config: Any, labels: bool) -> Opening:
@@ -66,27 +98,28 @@ def open_run(verb: str, config: Any, labels: bool) -> Opening:
 
     `labels` says that the verb needs a label on every sample and a test split.
     """
-    device = dist.setup()
+    device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
     train = open_split(config.data.path, config.data.split)
     test = find_test(config, required=labels)
-    start = None if getattr(config, "start", configuration.RANDOM) == configuration.RANDOM else load_start(config.start)
+    start = None if getattr(config, "start", schema.RANDOM) == schema.RANDOM else load_start(config.start)
     if labels:
         for index in (train, test):
             refuse_unlabelled(index, verb)
     if start is not None:
         refuse_other_model(start.config, config)
     config = with_statistics(config, start.config if start else None, train)
-    backbone = models.build(
-        config.model.name, image_size=config.model.image_size, pool=config.model.pool, position=config.model.position,
-        seed=config.train.seed,
-    )  # fmt: skip
+    with parallel.skeleton(config.machine):
+        backbone = models.build(
+            config.model.name, image_size=config.model.image_size, pool=config.model.pool,
+            position=config.model.position, seed=config.train.seed,
+        )  # fmt: skip
     run = RunDir(config.out)
     content = f"{train.fingerprint}-{test.fingerprint}" if labels and test is not None else train.fingerprint
     finished = not run.open(verb, config, content)
-    if start is not None and not finished:
-        fill(backbone, start)
-    return Opening(config, run, finished, device, train, test, backbone)
+    micro = config.machine.micro_batch
+    micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
+    return Opening(config, run, finished, device, train, test, backbone, start, micro)
 
 
 @dataclass(frozen=True)
@@ -114,14 +147,6 @@ def refuse_other_model(old: Any, config: Any) -> None:
         was, wanted = getattr(old.model, name), getattr(config.model, name)
         if was != wanted:
             raise ValueError(f"model.{name}={wanted}: the run from={config.start} has {was}; set model.{name}={was}")
-
-
-def fill(backbone: ViT, start: Start) -> None:
-    """Load the start's backbone. Only the norm that its pooling does not have stays as initialised."""
-    there = checkpoint.names_in(start.path)
-    state = {f"model.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    other_pool = {name for name in state if ".fc_norm." in name or name.startswith("model.backbone.norm.")}
-    checkpoint.load(start.path, {k: v for k, v in state.items() if k in there or k not in other_pool})
 
 
 def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:

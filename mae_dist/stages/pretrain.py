@@ -6,11 +6,10 @@ import numpy as np
 import torch
 
 from mae_dist import dist, evaluate, parallel, pictures
-from mae_dist.config import Pretrain
 from mae_dist.data.loader import Resident, Streamed
 from mae_dist.data.views import denormalise
 from mae_dist.objectives.mae import MAE
-from mae_dist.optim import param_groups
+from mae_dist.schema import Pretrain
 from mae_dist.stages.opening import Opening, open_run
 from mae_dist.train import fit
 
@@ -24,12 +23,9 @@ def run(config: Pretrain) -> None:
     if opening.finished:
         return
     config = opening.config
-    mae = config.mae
-    objective = MAE(
-        opening.backbone, mask_ratio=mae.mask_ratio, norm_pix=mae.norm_pix, decoder_dim=mae.decoder_dim,
-        decoder_depth=mae.decoder_depth, decoder_heads=mae.decoder_heads, seed=config.train.seed,
-    )  # fmt: skip
-    train, micro = opening.source(opening.train), opening.num_micro()
+    objective = build(opening)
+    opening = opening.settled(objective)
+    train, micro = opening.source(opening.train), opening.num_micro
     test = opening.source(opening.test) if opening.test else None
 
     def look(step: int) -> dict[str, float]:
@@ -40,11 +36,21 @@ def run(config: Pretrain) -> None:
 
     numbers = fit(
         run=opening.run, verb="pretrain", config=config, objective=objective,
-        groups=param_groups(objective, config.optim, opening.backbone.depth, spare_tokens=False),
+        spare_tokens=False, begin=lambda: None,
         batches=lambda steps: opening.training_batches(train, micro, steps), num_micro=micro,
-        num_samples=len(opening.train), evaluate=look, device=opening.device,
+        num_samples=len(opening.train), describe=opening.train.describe, evaluate=look, device=opening.device,
     )  # fmt: skip
     opening.run.finish({"verb": "pretrain"} | numbers)
+
+
+def build(opening: Opening) -> MAE:
+    """The objective that the settings describe."""
+    mae = opening.config.mae
+    with parallel.skeleton(opening.config.machine):
+        return MAE(
+            opening.backbone, mask_ratio=mae.mask_ratio, norm_pix=mae.norm_pix, decoder_dim=mae.decoder_dim,
+            decoder_depth=mae.decoder_depth, decoder_heads=mae.decoder_heads, seed=opening.config.train.seed,
+        )  # fmt: skip
 
 
 @torch.no_grad()

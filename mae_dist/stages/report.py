@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from mae_dist.config import RANDOM, RESULT_SECTIONS, WHERE_DATA_LIES
 from mae_dist.curves import STYLE, Series, colour, number, plot, swatch
+from mae_dist.schema import RANDOM, RESULT_SECTIONS, WHERE_DATA_LIES
 
 EARLIER_PICTURES = 6
 SHOWN_INCIDENTS = 50

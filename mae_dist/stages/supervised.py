@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from mae_dist import evaluate
-from mae_dist.optim import param_groups
+from mae_dist.objectives.classify import Classifier
 from mae_dist.stages.opening import Opening
 from mae_dist.train import fit
 
 
-def train_and_test(verb: str, opening: Opening, objective: nn.Module, num_micro: int) -> None:
+def train_and_test(verb: str, opening: Opening, objective: Classifier, num_micro: int) -> None:
     """Fit the objective and write the test accuracy."""
     assert opening.test is not None
     config = opening.config
@@ -22,9 +20,9 @@ def train_and_test(verb: str, opening: Opening, objective: nn.Module, num_micro:
 
     numbers = fit(
         run=opening.run, verb=verb, config=config, objective=objective,
-        groups=param_groups(objective, config.optim, opening.backbone.depth, spare_tokens=True),
+        spare_tokens=True, begin=lambda: opening.begin(objective.backbone),
         batches=lambda steps: opening.training_batches(train, num_micro, steps), num_micro=num_micro,
-        num_samples=len(opening.train), evaluate=look, device=opening.device,
+        num_samples=len(opening.train), describe=opening.train.describe, evaluate=look, device=opening.device,
     )  # fmt: skip
     renamed = {name.removeprefix("test_"): value for name, value in numbers.items()}
     opening.run.finish({"verb": verb} | renamed)

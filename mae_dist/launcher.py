@@ -1,0 +1,68 @@
+"""Starting several ranks on this machine through torchrun's agent, and starting them again when one was lost.
+
+Knows no run: a rank that ends with a user's error or because it was told to stop has spoken for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+
+import torch
+
+from mae_dist import stop
+
+log = logging.getLogger(__name__)
+
+DELIBERATE = (2, stop.REQUEUE, 130)
+"""Exit statuses after which starting again would only repeat them: a user's error, stopped and saved, interrupted."""
+
+
+def processes_here(wanted: int | None) -> int:
+    """How many ranks to start on this machine: as wanted, else one a GPU, else one."""
+    return wanted or max(1, torch.cuda.device_count())
+
+
+def spawn(argv: list[str], processes: int, restarts: int) -> int:
+    """Run `python -m mae_dist ARGV` on several ranks of this machine; give the exit status.
+
+    When a rank crashed, hung or was killed, the others stop and all are started again, `restarts` times at most. The
+    status is that of the first rank that failed, 128 + n for one that signal n ended.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
+        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    while True:
+        status = _run(argv, processes)
+        if status == 0 or status in DELIBERATE or not restarts:
+            return status
+        restarts -= 1
+        log.error("starting the ranks again; they go on from the last checkpoint (%d restarts left)", restarts)
+
+
+def _run(argv: list[str], processes: int) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
+    except ChildFailedError as error:
+        first_rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
+            return 128 - failure.exitcode
+        return failure.exitcode
+    except SignalException as error:  # the ranks were told, and waited for
+        log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
+        return stop.REQUEUE
+    return 0
