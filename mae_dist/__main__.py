@@ -20,6 +20,8 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist report RUN [RUN ...]
        mae-dist data {pack,index,show} ...
        mae-dist demo
+       mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
+       mae-dist bench {resume,order,save,scaling} [section.key=value ...]
 
 verbs:
 """

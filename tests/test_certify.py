@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mae_dist import config
+from mae_dist import schema
 from mae_dist.__main__ import main
 from mae_dist.stages import certificate, certify, child
 from mae_dist.stages.certificate import FAILED, IDENTICAL, Evidence, Gaps, tolerance, verdict
@@ -106,7 +106,7 @@ def test_verdicts() -> None:
 def shapes(
     ranks: list[int], num_gpus: int | None = None, batch: int = 22
 ) -> tuple[list[certify.Shape], dict[str, str]]:
-    settings = SimpleNamespace(train=config.Train(global_batch=batch), machine=config.Machine())
+    settings = SimpleNamespace(train=schema.Train(global_batch=batch), machine=schema.Machine())
     return certify.plan(ranks, settings, num_gpus)
 
 

@@ -75,7 +75,7 @@ class Task:
 
     def records(self, run: Path) -> list[dict[str, Any]]:
         """The lines of a run's steps after WARM_UP."""
-        return [record for record in track.read(run / "metrics.jsonl") if "loss" in record][WARM_UP:]
+        return [record for record in track.read(run / "metrics.jsonl") if "lr" in record][WARM_UP:]
 
 
 def resume(task: Task) -> Report:

@@ -68,8 +68,8 @@ def read_evidence(path: Path) -> Evidence:
         raise ValueError(f"{path}: the run is not finished")
     state = {name: torch.empty(size) for name, size in checkpoint.names_in(newest).items()}
     checkpoint.load(newest, state)
-    steps = [record for record in track.read(path / "metrics.jsonl") if "loss" in record]
-    losses, norms = ({r["step"]: r[key] for r in steps if r[key] is not None} for key in ("loss", "grad_norm"))
+    steps = [record for record in track.read(path / "metrics.jsonl") if "lr" in record]
+    losses, norms = ({r["step"]: r[key] for r in steps if key in r} for key in ("loss", "grad_norm"))
     ids = {line["step"]: (line["epochs"], line["ids"]) for line in track.read(path / "ids.jsonl")}
     return Evidence(losses, norms, ids, state)
 
