@@ -186,8 +186,9 @@ def test_a_certificate_of_real_runs(tmp_path: Path) -> None:
     }  # fmt: skip
     assert rows["resume"]["verdict"] == rows["resume-fsdp-2"]["verdict"] == IDENTICAL
     assert not rows["ddp-2"]["gaps"]["identical"], "sums in another order cannot be equal in every bit"
-    assert [ranks for _, ranks in rows["chain-2-1"]["starts"]] == [2, 1]
-    assert 0 < rows["chain-2-1"]["starts"][1][0] < 6
+    assert [start["ranks"] for start in rows["chain-2-1"]["starts"]] == [2, 1]
+    assert "machine.parallel=fsdp" in rows["chain-2-1"]["starts"][0]["command"]
+    assert 0 < rows["chain-2-1"]["starts"][1]["step"] < 6
     assert "Every row passes" in (out / "certificate.md").read_text()
 
     ids = out / "ddp-2" / "ids.jsonl"  # a run that saw other samples

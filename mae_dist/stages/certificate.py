@@ -115,13 +115,28 @@ def verdict(gaps: Gaps, allowed: Tolerance, exact: bool) -> str:
 
 
 @dataclass(frozen=True)
+class Start:
+    """One start of a run's processes: where it began, on how many ranks, with what code and command."""
+
+    step: int
+    ranks: int
+    git: str | None
+    command: str
+
+
+def read_starts(path: Path) -> list[Start]:
+    """The starts of a run, as its provenance has them."""
+    return [Start(r["step"], r["world"], r["git"], r["command"]) for r in track.read(path / "provenance.jsonl")]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One line of the certificate. `starts` are (step, ranks) of each process start; `why` says what went wrong."""
+    """One line of the certificate: what was run, how far it is from the folder `against`, and why, when it failed."""
 
     shape: str
     folder: str
     against: str
-    starts: list[tuple[int, int]]
+    starts: list[Start]
     gaps: Gaps | None
     verdict: str
     why: str | None = None

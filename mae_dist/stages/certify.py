@@ -8,7 +8,6 @@ its own. Running certify again goes on.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -185,7 +184,7 @@ def perform(shape: Shape, words: list[str], out: Path, steps: int) -> Row:
         raise ValueError(f"the reference did not run: {why}")
     if is_reference and verdict == IDENTICAL:
         verdict = "the reference"
-    return Row(shape.title, shape.folder, shape.against, starts(folder), gaps, verdict, why)
+    return Row(shape.title, shape.folder, shape.against, certificate.read_starts(folder), gaps, verdict, why)
 
 
 def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | None:
@@ -208,17 +207,11 @@ def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | No
     return None
 
 
-def starts(folder: Path) -> list[tuple[int, int]]:
-    """(step, ranks) of each start of a run."""
-    path = folder / "provenance.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [(line["step"], line["world"]) for line in lines]
-
-
 def effective(run: checkpoint.RunDir) -> list[int]:
     """Ranks of those starts that led to a checkpoint further on."""
-    newest = max((int(path.name.removeprefix("step-")) for path in run.checkpoints()), default=0)
-    return [ranks for step, ranks in dict(starts(run.path)).items() if step < newest]
+    newest = max(map(checkpoint.step_of, run.checkpoints()), default=0)
+    ranks = {start.step: start.ranks for start in certificate.read_starts(run.path)}
+    return [number for step, number in ranks.items() if step < newest]
 
 
 def conclude(out: Path, rows: list[Row], left_out: dict[str, str], device: torch.device) -> Certificate:
@@ -226,12 +219,10 @@ def conclude(out: Path, rows: list[Row], left_out: dict[str, str], device: torch
     reference = checkpoint.RunDir(out / "reference")
     _, fingerprint, settings = reference.settings()
     shapes = checkpoint.names_in(reference.checkpoints()[-1])
-    histories = (out / row.folder / "provenance.jsonl" for row in rows)
-    code = {str(json.loads(line)["git"]) for p in histories if p.is_file() for line in p.read_text().splitlines()}
     return Certificate(
         passed=all(row.verdict != FAILED for row in rows),
         provenance=checkpoint.provenance(device),
-        code=sorted(code),
+        code=sorted({str(start.git) for row in rows for start in row.starts}),
         settings=config.to_dict(settings),
         data_fingerprint=fingerprint,
         num_parameters=sum(shape.numel() for name, shape in shapes.items() if name.startswith("model.")),
