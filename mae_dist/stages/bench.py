@@ -7,6 +7,7 @@ machine, date, command and versions. What is measured, and how, is in `benches`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from mae_dist.stages import child
 from mae_dist.stages.benches import BENCHES, Report, Task
 from mae_dist.stages.data import Parser
 
+log = logging.getLogger(__name__)
+
 NUM_TRAIN = 2000
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=64", "mae.decoder_depth=1",
@@ -28,6 +31,8 @@ SETTINGS = [
 ]  # fmt: skip
 """Of all benches. A bench's own come after them, then the user's, then what must be so to measure at all."""
 TRACKED = ["track.every=1", "track.wandb=off"]
+BUSY = 0.5
+"""Load per core, of others, from which on a measurement is worth little."""
 
 
 def main(argv: list[str]) -> int:
@@ -53,19 +58,22 @@ def main(argv: list[str]) -> int:
         raise ValueError("bench starts its ranks itself; start it without torchrun")
     folder, words = options.out / name, [*SETTINGS, *bench.settings, *options.words, *TRACKED]
     settings = config.load("pretrain", None, [f"data.path={options.out / 'data'}", *words, f"out={folder}"])
-    began = time.perf_counter()
+    began, load = time.perf_counter(), os.getloadavg()[0]
     print(f"bench {name}: {bench.text}; in {folder}", flush=True)
+    if load > BUSY * (os.cpu_count() or 1):
+        log.warning("this machine is busy (load %.1f on %d cores): what is measured now is noise", load, os.cpu_count())
     folder.mkdir(parents=True, exist_ok=True)
     if bench.trains and settings.data.path == str(options.out / "data"):
         child.embedded_data(options.out / "data", NUM_TRAIN)
     report = bench.measure(Task(folder, [f"data.path={settings.data.path}", *words], settings, sizes))
-    conclude(report, options.out / f"bench-{name}.json", words, time.perf_counter() - began)
+    machine = {"cores": os.cpu_count(), "gpus": torch.cuda.device_count(), "load_before": load}
+    conclude(report, options.out / f"bench-{name}.json", words, machine, time.perf_counter() - began)
     return 0
 
 
-def conclude(report: Report, file: Path, words: list[str], seconds: float) -> None:
+def conclude(report: Report, file: Path, words: list[str], machine: dict[str, float | None], seconds: float) -> None:
     """Print the table and write the file."""
-    where = checkpoint.provenance(dist.setup()) | {"cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
+    where = checkpoint.provenance(dist.setup()) | machine
     content = asdict(report) | {"settings": words, "seconds": round(seconds, 1), "provenance": where}
     checkpoint.write_text(file, json.dumps(content, indent=1) + "\n")
     table = Table("measured", "value", "target", title=report.title)

@@ -171,10 +171,10 @@ def save(task: Task) -> Report:
     with task.start(run, **threads) as process:
         task.finish(process, 0)
     records, batch = task.records(run), task.settings.train.global_batch
-    writing, quiet = (
-        [batch / r["images_per_second"] for r in records if r.get("saving", False) is saving]
-        for saving in (True, False)
-    )
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for record in records:  # a line with a stall is the first after a save began, which may have ended within it
+        seconds["saving" in record or "stall" in record].append(batch / record["images_per_second"])
+    writing, quiet = seconds[True], seconds[False]
     if not writing or not quiet:
         raise ValueError(
             f"{len(writing)} steps were made during a save and {len(quiet)} were not, but both are needed: give more "
