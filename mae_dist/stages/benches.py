@@ -213,13 +213,13 @@ def scaling(task: Task) -> Report:
                 task.finish(process, 0)
             rates[name].append(median(record["images_per_second"] for record in task.records(run)))
             print(f"round {number + 1}, {name}: {rates[name][-1]:.0f} images/s", flush=True)
-    one = "1 process"
+    alone = rates["1 process"]
     measures = [Measure(name, median(values), "images/s") for name, values in rates.items()]
-    for name, values in rates.items():
-        if name != one:
-            ratio = median(many / single for many, single in zip(values, rates[one], strict=True))
-            what = f"{name}: efficiency of a GPU" if gpus else f"{name}: ratio on the same {ranks} cores"
-            measures.append(Measure(what, ratio / ranks if gpus else ratio))
+    share, what = (ranks, "efficiency of a GPU") if gpus else (1, "ratio on the same cores")
+    for name, values in list(rates.items())[1:]:
+        by_round = [many / single / share for many, single in zip(values, alone, strict=True)]
+        measures.append(Measure(f"{name}: {what}, median of {len(by_round)} rounds", median(by_round)))
+        measures.append(Measure(f"{name}: {what}, best round of each", max(values) / max(alone) / share))
     return Report("several ranks against one process", measures, {"images_per_second": rates})
 
 
