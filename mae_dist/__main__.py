@@ -23,6 +23,8 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist data {pack,index,show} ...
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
+       mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
+       mae-dist bench {resume,order,save,scaling} [section.key=value ...]
 
 verbs:
 """

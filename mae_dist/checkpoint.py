@@ -185,12 +185,19 @@ class RunDir:
         load(found, state)
         return step_of(found)
 
-    def newest(self) -> Path | None:
-        """The newest undamaged checkpoint, warning of each damaged one that is passed over; None: there is none.
+    def forget(self, step: int) -> None:
+        """Remove the checkpoints of `step` and later, which a run that goes back to before it will make again."""
+        for path in self.checkpoints():
+            if step_of(path) >= step:
+                shutil.rmtree(path)
+
+    def newest(self, before: int | None = None) -> Path | None:
+        """The newest undamaged checkpoint (of those before a step), warning of each damaged one that is passed over.
+        None: there is none.
 
         Raises ValueError when there are checkpoints and all are damaged.
         """
-        paths = self.checkpoints()
+        paths = [path for path in self.checkpoints() if before is None or step_of(path) < before]
         for path in reversed(paths):
             damage = verify(path)
             if damage is None:

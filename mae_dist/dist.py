@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -34,6 +35,10 @@ class RankLostError(RankError):
     """A rank, or a helper of one, hangs or is gone. Nothing is wrong with the settings: starting again goes on."""
 
 
+LOST_WORKER = (
+    "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
+    "the same command goes on from the last checkpoint"
+)
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=10)
 
@@ -59,12 +64,36 @@ def setup(timeout: float = 600.0) -> torch.device:
         _timeout = timedelta(seconds=timeout)
         if launched():
             store, number, count = next(dist.rendezvous("env://"))
+            store = _of_this_attempt(store, number, count)
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_timeout)
         atexit.register(shutdown)
     return device
+
+
+def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
+    """The part of `store` that no earlier attempt of these ranks has written to; rank 0 draws its name.
+
+    torchrun keeps one store when it starts ranks again, with the addresses of the dead in it (pytorch#135712). Rank 0
+    answers a rank only under the word that this rank has just drawn, so nobody takes the name of an earlier attempt.
+    """
+    own = uuid.uuid4().hex
+    if number == 0:
+        store.set("attempt", own)
+        for other in range(1, count):
+            word = store.get(f"{own}/{other}").decode()  # waits for it
+            store.set(f"{own}/{word}", "welcome")
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + max(_timeout.total_seconds(), 60)
+    while time.monotonic() < deadline:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{number}", own)
+        if store.check([f"{name}/{own}"]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.05)
+    raise RankLostError(f"rank 0 does not answer rank {number} at the start; start again")
 
 
 def shutdown() -> None:
@@ -164,6 +193,8 @@ def naming_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # raised by a signal handler, wherever this rank is
+            raise RankLostError(LOST_WORKER) from error
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         log.debug("a collective failed", exc_info=error)

@@ -102,7 +102,7 @@ def go_back(
 
     Raises ValueError when there is no checkpoint to go back to.
     """
-    newest = dist.on_main(run.newest)
+    newest = dist.on_main(lambda: run.newest(before=nonfinite[0]))
     if newest is None:
         raise ValueError(
             f"steps {nonfinite[0]} to {nonfinite[-1]} were not finite and there is no checkpoint yet to go back to: "
@@ -113,6 +113,7 @@ def go_back(
     offenders = ids[~losses.isfinite()].unique().tolist()
 
     def write() -> None:
+        run.forget(nonfinite[0])  # a stop within these steps may have saved
         again = any(set(rewind["nonfinite"]) & set(nonfinite) for rewind in read(run.path))
         blamed = offenders or (ids.unique().tolist() if again else [])
         bundle = run.path / "forensics" / f"step-{nonfinite[0]:09d}"

@@ -9,8 +9,11 @@ Knows no order and no model: it is told what to fetch.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +28,7 @@ from mae_dist.batch import Batch, to_device
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.views import View, crop, decode, normalise, resample
-from mae_dist.dist import RankError, RankLostError
+from mae_dist.dist import LOST_WORKER, RankError, RankLostError
 
 log = logging.getLogger(__name__)
 
@@ -151,13 +154,23 @@ def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield from loader
     except ValueError as error:
         raise RankError(re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise RankLostError(
-            "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
-            "the same command goes on from the last checkpoint"
-        ) from error
+        raise RankLostError(LOST_WORKER) from error
+
+
+@atexit.register
+def end_workers() -> None:
+    """A rank that ends must not wait for its workers, which ignore the first signal; nothing they do is worth saving.
+
+    Without this `multiprocessing`, which signals once and joins at exit, waits for ever for workers whose iterator an
+    exception has kept alive.
+    """
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for worker in workers:
+            worker.kill()
 
 
 def _finish(batch: Batch, view: View) -> Batch:

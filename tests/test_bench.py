@@ -1,0 +1,63 @@
+"""Benches: the order's for real, with smaller numbers; the file is whole; mistakes end with one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mae_dist.__main__ import main
+from mae_dist.stages import benches
+
+
+def test_the_order_bench_gives_numbers_and_a_whole_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--samples", "100000", "--shards", "100", "--rounds", "1", "data.shuffle_window=8", "--out", str(tmp_path)]
+    assert main(["bench", "order", *words]) == 0
+    assert "100,000 samples in 100 shards" in capsys.readouterr().out
+    found = json.loads((tmp_path / "bench-order.json").read_text())
+    assert found["provenance"]["versions"]["torch"]
+    assert found["provenance"]["command"]
+    assert found["provenance"]["time"]
+    assert found["provenance"]["cores"] >= 1
+    assert "data.shuffle_window=8" in found["settings"]
+    assert all(measure["value"] > 0 for measure in found["measures"])
+    assert {measure["at_most"] for measure in found["measures"]} == {None, 1.0, 300.0}
+    for position in ("0", str(benches.FAR_POSITION)):
+        (costs,) = found["samples"]["by_position"][position]
+        assert 0 < costs["increase_mb"] < costs["resident_mb"] < 150, "the memory of another process was measured"
+
+
+def test_a_run_is_made_to_look_as_at_a_far_step(tmp_path: Path) -> None:
+    origin, far = tmp_path / "origin", tmp_path / "far"
+    saved = origin / "checkpoints" / "step-000000002"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text(json.dumps({"step": 2, "files": {}}))
+    (origin / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    benches.pretend(origin, far)
+    benches.fill_metrics(far / "metrics.jsonl")
+    moved = far / "checkpoints" / f"step-{benches.FAR_STEP:09d}"
+    assert json.loads((moved / "manifest.json").read_text()) == {"step": benches.FAR_STEP, "files": {}}
+    lines = (far / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == benches.FAR_STEP
+    assert json.loads(lines[-1]) == {"step": benches.FAR_STEP, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["speed"], ["bench speed", "resume, order, save, scaling"]),
+        (["order", "--shards", "0"], ["--shards 0", "1 or more"]),
+        (["order", "--shards", "many"], ["--shards", "many"]),
+        (["save", "--shards", "5"], ["--shards"]),
+        (["save", "checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
+        (["save", "config.yaml"], ["config.yaml", "section.key=value"]),
+        (["resume", "data.path=/nowhere"], ["data.path=/nowhere", "no such folder"]),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    words: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    for part in parts:
+        assert part in said[0]
