@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import mmap
 import secrets
 import sys
 import time
@@ -64,14 +65,14 @@ class Tracker:
         """
         self.waiting = []
 
-        def cut() -> list[dict[str, Any]]:
+        def cut() -> tuple[int, list[int]]:
             if self.ids:
                 rewind(self.ids, step)
-            return rewind(self.path, step)
+            rewind(self.path, step)
+            bad = sum(record["bad"] for record in records_with(self.path, "bad"))
+            return bad, [r["step"] for r in records_with(self.path, "skipped") if self._is_fault(r)]
 
-        records = dist.on_main(cut)
-        self.num_bad = sum(record.get("bad", 0) for record in records)
-        self.skipped = [record["step"] for record in records if self._is_fault(record)]
+        self.num_bad, self.skipped = dist.on_main(cut)
         self.restart_clock()
 
     def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
@@ -189,13 +190,49 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the records after `step`; give those that remain."""
-    records = [record for record in read(path) if record["step"] <= step]
-    temporary = path.with_suffix(".rewinding")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
-    return records
+def rewind(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a line that a kill has cut. Reads back from the end, as far as needed."""
+    path.touch()
+    if not path.stat().st_size:
+        return
+    evaluations, cut = [], 0
+    with path.open("r+b") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = len(content)
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            line, end_of_line, end = content[start:end], end, start
+            record = _parsed(line)
+            if record is None or record["step"] > step:
+                continue
+            if "lr" in record or "ids" in record:  # a step: what lies before it is older
+                cut = end_of_line
+                break
+            evaluations.append(line)
+    with path.open("r+b") as stream:
+        stream.truncate(cut)
+        stream.seek(cut)
+        stream.writelines(reversed(evaluations))
+
+
+def records_with(path: Path, key: str) -> list[dict[str, Any]]:
+    """The records that have this key; only those are parsed."""
+    if not path.stat().st_size:
+        return []
+    found, word, place = [], f'"{key}": '.encode(), 0
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while (place := content.find(word, place)) >= 0:
+            start, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+            found.append(json.loads(content[start:end]))
+            place = end
+    return found
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None for one that is not whole."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def summary(path: Path) -> dict[str, float]:
