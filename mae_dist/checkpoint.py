@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
 MANIFEST = "manifest.json"
+PIECE = 2**25
+"""Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""
 
 
 class RunDir:
@@ -165,7 +167,7 @@ class RunDir:
                 if keep_every is None or step_of(old) % keep_every:
                     shutil.rmtree(old)
 
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), pieces(state), save_distributed=True)
         try:
             dist.on_main(prepare, group)
             dcp.save(state, storage_writer=writer, process_group=group)
@@ -208,6 +210,17 @@ class RunDir:
                 f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder"
             )
         return None
+
+
+def pieces(state: dict[str, Tensor]) -> dict[str, int]:
+    """Tensor -> number of its file, from 1: files of at most PIECE bytes, or of one tensor."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in state.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if size and size + num_bytes > PIECE:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + num_bytes
+    return numbers
 
 
 def step_of(path: Path) -> int:
