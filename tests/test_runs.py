@@ -173,30 +173,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_world_size_and_micro_batch_change_nothing_but_rounding(data: Path, tmp_path: Path) -> None:
-    shared = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=12"]
-    start(*shared, f"out={tmp_path / 'one'}")
-    start(*shared, f"out={tmp_path / 'micro'}", "machine.micro_batch=5")
-    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")  # 16 images do not divide by 3
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mae_dist",
-    ]
-    done = subprocess.run([*torchrun, *shared, f"out={tmp_path / 'two'}"], env=environment(), timeout=300, check=False)
-    assert done.returncode == 0
-    reference = losses(tmp_path / "one")
-    assert len(set(reference)) == 12
-    for other in ("micro", "two", "three"):
-        assert losses(tmp_path / other) == pytest.approx(reference, abs=1e-5), other
-
-
-@pytest.mark.slow
 def test_a_probe_is_the_same_on_any_world(data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = ["probe", f"data.path={data}", f"from={pretrained}", *SETTINGS, "train.steps=6", "optim.base_lr=30"]
     start(*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3")
