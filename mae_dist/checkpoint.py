@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
 MANIFEST = "manifest.json"
+PIECE = 2**25
+"""Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""
 
 
 class RunDir:
@@ -93,9 +95,7 @@ class RunDir:
             changes = [f"verb: {old_verb} -> {verb}"]
         else:
             changes = configuration.differences(old, config)
-            if old_data != data_fingerprint and config.data.accept_change:
-                log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
-            elif old_data != data_fingerprint:
+            if old_data != data_fingerprint and not config.data.accept_change:
                 changes.append(
                     f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
                 )
@@ -104,6 +104,8 @@ class RunDir:
                 f"out={self.path}: holds a run with other settings ({'; '.join(changes)}); "
                 f"choose another out= or give the old values"
             )
+        if old_data != data_fingerprint:
+            log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
 
     def settings(self) -> tuple[str, str, Any]:
         """(verb, fingerprint of the data, config) as config.yaml has them."""
@@ -118,8 +120,15 @@ class RunDir:
     def note_start(self, step: int, device: torch.device) -> None:
         """Append a line of provenance."""
         if dist.is_main():
+            line = {"step": step, "data_fingerprint": self.settings()[1]} | provenance(device)
             with (self.path / "provenance.jsonl").open("a") as stream:
-                stream.write(json.dumps({"step": step} | provenance(device)) + "\n")
+                stream.write(json.dumps(line) + "\n")
+
+    def started(self, before: int) -> dict[str, Any]:
+        """The line of provenance of the start that made the step `before`; {} when there is none."""
+        path = self.path / "provenance.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return next((line for line in reversed(lines) if line["step"] < before), {})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, which ends the run."""
@@ -165,7 +174,7 @@ class RunDir:
                 if keep_every is None or step_of(old) % keep_every:
                     shutil.rmtree(old)
 
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), pieces(state), save_distributed=True)
         try:
             dist.on_main(prepare, group)
             dcp.save(state, storage_writer=writer, process_group=group)
@@ -175,7 +184,9 @@ class RunDir:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, dcp.CheckpointException):
                 error = next(iter(error.failures.values()))[0]
-            raise ValueError(f"the checkpoint of step {step} could not be written to {final.parent}: {error}") from None
+            raise ValueError(
+                f"the checkpoint of step {step} could not be written to {final.parent}: {error}; is the disk full?"
+            ) from None
 
     def restore(self, state: dict[str, Tensor]) -> int:
         """Fill `state` in place from the newest undamaged checkpoint; its step, or 0 when there is none."""
@@ -208,6 +219,17 @@ class RunDir:
                 f"{self.path}: all {len(paths)} checkpoints are damaged; put one back, or remove the folder"
             )
         return None
+
+
+def pieces(state: dict[str, Tensor]) -> dict[str, int]:
+    """Tensor -> number of its file, from 1: files of at most PIECE bytes, or of one tensor."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in state.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if size and size + num_bytes > PIECE:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + num_bytes
+    return numbers
 
 
 def step_of(path: Path) -> int:

@@ -137,6 +137,8 @@ def check_world(config: RunConfig, world: int) -> None:
             f"start at most {config.train.global_batch} processes or raise train.global_batch"
         )
     shards = config.machine.shards
+    if shards is not None and config.machine.parallel != "hsdp":
+        raise ValueError(f"machine.shards={shards}: is for machine.parallel=hsdp, not {config.machine.parallel}")
     if config.machine.parallel == "hsdp" and shards is not None and world % shards:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
 

@@ -41,7 +41,7 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
         if status == 0 or status in DELIBERATE or not restarts:
             return status
         restarts -= 1
-        log.error("starting the ranks again; they go on from the last checkpoint (%d restarts left)", restarts)
+        log.error("starting the ranks again (%d restarts left)", restarts)
 
 
 def _run(argv: list[str], processes: int) -> int:
@@ -49,6 +49,7 @@ def _run(argv: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,

@@ -69,7 +69,7 @@ class Saver:
         error, self.error = self.error, None
         if isinstance(error, ValueError) and not last:
             if dist.is_main():
-                log.warning("%s; the run goes on, and the checkpoints before are there", error)
+                log.warning("%s the run goes on", error)
         elif error is not None:
             raise error
 

@@ -108,7 +108,7 @@ class Machine:
     processes: int | None = knob(
         None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules"
     )
-    micro_batch: int | str = knob(256, "images that a rank computes at once, at most; auto: what fits on the GPU")
+    micro_batch: int | str = knob(256, "images that a rank computes at once, at most; auto: what fits (CPU: 256)")
     workers: int = knob(4, "decoding processes a rank (not used for data that stays in memory)")
     parallel: Literal["ddp", "fsdp", "hsdp"] = knob(
         "ddp", "each rank holds the model; ranks share it (FSDP2); groups of ranks share it, and there are copies"

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist
+from mae_dist.dist import RankError
 from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
@@ -144,9 +145,15 @@ class Tracker:
         self._mirrored(log_picture)
 
     def _write(self, path: Path, records: list[dict[str, Any]]) -> None:
-        if dist.is_main():
+        if not dist.is_main():
+            return
+        try:
             with path.open("a") as stream:
                 stream.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            raise RankError(
+                f"{path}: cannot be written ({error.strerror}); make room, the same command goes on"
+            ) from None
 
     def _mirrored(self, action: Callable[[Any], None]) -> None:
         """Do something with the mirror; when it fails, go on without it."""

@@ -7,6 +7,7 @@ of ranks, enters the mathematics: each rank's loss counts by its number of sampl
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,8 @@ def fit(
     announce(run, verb, config, step, total, num_micro, peak)
     stream = batches(range(step, total))
     objective.train()
+    gc.collect()
+    gc.freeze()  # a full collection would stop all threads for as long as it takes to look at what is there by now
     with (
         dist.naming_lost_ranks(lambda: f"step {step + 1}"),
         stop.Flag() as flag,

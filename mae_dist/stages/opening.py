@@ -124,7 +124,9 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
             refuse_unlabelled(index, verb)
     if start is not None:
         refuse_other_model(start.config, config)
-    config = with_statistics(config, start.config if start else None, train)
+    run = RunDir(config.out)
+    before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
+    config = with_statistics(config, before or (start.config if start else None), train)
     with parallel.skeleton(config.machine):
         backbone = models.build(
             config.model.name, image_size=config.model.image_size, pool=config.model.pool,
@@ -132,7 +134,7 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
         )  # fmt: skip
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
-    return Opening(config, RunDir(config.out), False, device, train, test, labels, backbone, start, micro)
+    return Opening(config, run, False, device, train, test, labels, backbone, start, micro)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """`mae-dist replay RUN --step N [--rank R]`: a past step again: its samples, crops and masks, losses and gradient.
 
 Everything but the weights follows from the settings, so only those are loaded: of the newest checkpoint before the
-step. When that is the very step before, loss and gradient are those of the run; else the table says how much older the
-weights are. Writes a picture and a table into the run's folder, and nothing else there.
+step. When that is the very step before, loss and gradient are those of the run; else they are approximate, and it says
+how much older the weights are (checkpoint.keep_every keeps some). Writes a picture and a table into the run's folder.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     run = RunDir.existing(arguments.folder, "RUN")
     verb, data_fingerprint, settings = run.settings()
+    data_fingerprint = run.started(arguments.step).get("data_fingerprint", data_fingerprint)
     opening = reopen(run, verb, settings, data_fingerprint, arguments.data)
     last = config.total_steps(settings.train, len(opening.train))
     if not 1 <= arguments.step <= last:
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
     objective = importlib.import_module(f"mae_dist.stages.{verb}").build(opening)
     weights = load_weights(run, opening, objective, arguments.step)
     found = again(opening, objective, arguments.step, part)
-    out = arguments.out or run.path / "replay" / f"step-{arguments.step:09d}"
+    whose = "" if arguments.rank is None else f"-rank-{arguments.rank}"
+    out = arguments.out or run.path / "replay" / f"step-{arguments.step:09d}{whose}"
     show(run, opening, objective, arguments, weights, part, found, out)
     return 0
 
@@ -63,11 +65,16 @@ def reopen(run: RunDir, verb: str, settings: Any, data_fingerprint: str, path: s
         raise ValueError(f"RUN={run.path}: a knn run has no steps")
     machine = dataclasses.replace(settings.machine, processes=1, parallel="ddp", workers=0)
     data = dataclasses.replace(settings.data, path=path or settings.data.path)
+    if not data.path.endswith(".tar") and not Path(data.path).is_dir():
+        raise ValueError(f"data.path={data.path}: no such folder; say with --data where the data of the run lie now")
     opening = survey(
         verb, dataclasses.replace(settings, machine=machine, data=data, out=str(run.path)), verb != "pretrain"
     )
     if opening.data_fingerprint != data_fingerprint:
-        raise ValueError(f"data.path={data.path}: these are not the data of the run {run.path}; try --data")
+        raise ValueError(
+            f"data.path={data.path}: these are not the data that this step of {run.path} was trained on "
+            f"(fingerprint {opening.data_fingerprint}, not {data_fingerprint}); say with --data where those lie"
+        )
     return opening
 
 
@@ -75,8 +82,7 @@ def share_of(run: RunDir, step: int, rank: int | None) -> tuple[int, int]:
     """(rank, world) of what is to be computed: a rank as the run had it at that step, or everything as (0, 1)."""
     if rank is None:
         return 0, 1
-    lines = [json.loads(line) for line in (run.path / "provenance.jsonl").read_text().splitlines()]
-    world = next((line["world"] for line in reversed(lines) if line["step"] < step), 1)
+    world = run.started(step).get("world", 1)
     if not 0 <= rank < world:
         raise ValueError(f"--rank {rank}: step {step} was computed by ranks 0 to {world - 1}")
     return rank, world
@@ -152,12 +158,19 @@ def show(
         row = rows[i]
         table.add_row(row["key"], str(row["id"]), str(row["epoch"]), str(row["label"]), f"{row['loss']:.6f}")
     Console().print(table)
-    whose = "all ranks" if arguments.rank is None else f"rank {part[0]} of {part[1]}"
     age = step - 1 - weights
-    with_ = "the weights it had" if age == 0 else f"the weights of step {weights}, {age} steps older than those it had"
-    print(f"step {step}, {whose}, with {with_}: loss {found.loss:.8f}  gradient norm {found.grad_norm:.6f}")
-    if arguments.rank is None and "loss" in recorded:
-        print(f"recorded by the run: loss {recorded['loss']:.8f}  gradient norm {recorded.get('grad_norm', '?')}")
+    with_ = (
+        "the weights it had"
+        if age == 0
+        else (
+            f"the weights of step {weights}, {age} older (APPROXIMATE: no checkpoint nearer; see checkpoint.keep_every)"
+        )
+    )
+    print(f"step {step} with {with_}")
+    whose = "" if part[1] == 1 else f" of the {len(rows)} samples of rank {part[0]}, of {part[1]}"
+    print(f"computed now{whose}: mean loss {found.loss:.8f}  gradient norm {found.grad_norm:.6f}")
+    if part[1] == 1 and "loss" in recorded:
+        print(f"recorded by the run: mean loss {recorded['loss']:.8f}  gradient norm {recorded.get('grad_norm', '?')}")
     print(f"{out} holds replay.json (ids, keys, losses, masks) and replay.png")
 
 
