@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     began, load = time.perf_counter(), os.getloadavg()[0]
     print(f"bench {name}: {bench.text}; in {folder}", flush=True)
     if load > BUSY * (os.cpu_count() or 1):
-        log.warning("this machine is busy (load %.1f on %d cores): what is measured now is noise", load, os.cpu_count())
+        log.warning("load %.1f in the last minute: if others work here too, what is measured now is noise", load)
     folder.mkdir(parents=True, exist_ok=True)
     if bench.trains and settings.data.path == str(options.out / "data"):
         child.embedded_data(options.out / "data", NUM_TRAIN)

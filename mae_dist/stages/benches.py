@@ -79,31 +79,27 @@ class Task:
 
 
 def resume(task: Task) -> Report:
-    """Time from the start of the process to the line of its first step: of a new run, and of one at FAR_STEP.
-
-    The latter is a real run, stopped after a step or two, whose checkpoint is then called so and whose metrics.jsonl is
-    filled up as so many steps would have; to tell what that file costs, also without it.
+    """Time from the start of the process to the line of its first step: of a new run, of one that was stopped at once,
+    and of that one at FAR_STEP, which its checkpoint is then called, with a metrics.jsonl as so many steps make it.
     """
-    origin, far, bare = (task.fresh(name) for name in ("origin", "far", "bare"))
+    origin, far = task.fresh("origin"), task.fresh("far")
     first_line(task, origin)
-    pretend(origin, bare)
-    shutil.copytree(bare, far)
+    pretend(origin, far)
     fill_metrics(far / "metrics.jsonl")
-    (bare / "metrics.jsonl").unlink()
-    new, there, without = "step 0", f"step {FAR_STEP:,}", f"step {FAR_STEP:,}, its metrics.jsonl removed"
-    seconds: dict[str, list[float]] = {new: [], there: [], without: []}
+    new, near, there = "step 0 (a new run)", f"step {child.reached(origin)} (resumed)", f"step {FAR_STEP:,} (resumed)"
+    seconds: dict[str, list[float]] = {new: [], near: [], there: []}
     for number in range(task.sizes["rounds"]):
-        for name, template in ((new, None), (there, far), (without, bare)):
+        for name, template in ((new, None), (near, origin), (there, far)):
             run = task.fresh("run")
             if template is not None:
                 shutil.copytree(template, run)
             seconds[name].append(first_line(task, run))
             print(f"round {number + 1}, {name}: {seconds[name][-1]:.2f} s", flush=True)
     middle = {name: median(values) for name, values in seconds.items()}
-    measures = [Measure(f"first step's line, at {name}", value, "s") for name, value in middle.items()]
+    measures = [Measure(f"first step's line, from {name}", value, "s") for name, value in middle.items()]
     measures += [
-        Measure("ratio", middle[there] / middle[new], at_most=1.1),
-        Measure("ratio without metrics.jsonl", middle[without] / middle[new]),
+        Measure("ratio to a new run", middle[there] / middle[new], at_most=1.1),
+        Measure("ratio to a resume near the start", middle[there] / middle[near]),
     ]
     return Report("how long a run takes to be at work again", measures, {"seconds": seconds})
 
