@@ -26,6 +26,9 @@ T = TypeVar("T")
 ROLL_CALL = 3.0
 """Seconds that the survivors of a failed collective give each other to say that they are there."""
 
+SYMPTOMS = ("gloo", "pair closure", "connection", "timed out", "timeout", "broken pipe")
+"""What torch says in a plain RuntimeError when a collective fails, depending on which thread notices first."""
+
 
 class RankError(ValueError):
     """A user's error that this rank alone has met, so that this rank must tell it."""
@@ -195,7 +198,8 @@ def naming_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # raised by a signal handler, wherever this rank is
             raise RankLostError(LOST_WORKER) from error
-        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        symptom = any(word in str(error).lower() for word in SYMPTOMS)
+        if world() == 1 or not (isinstance(error, dist.DistError) or symptom):
             raise
         log.debug("a collective failed", exc_info=error)
         raise RankLostError(_roll_call(what())) from error
