@@ -88,10 +88,7 @@ def dispatch(verb: str, words: list[str]) -> int:
         return 0
     if dashed := [word for word in words if word.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ValueError(f"{verb}: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
-    settings = config.load(verb, files[0] if files else None, [word for word in words if "=" in word])
+    settings = config.load(verb, *config.split_words(verb, words))
     from mae_dist import dist, launcher
 
     processes = 1 if dist.launched() else launcher.processes_here(settings.machine.processes)

@@ -17,6 +17,14 @@ from typing import Any
 from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, RunConfig, Train
 
 
+def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(CONFIG.yaml or None, the section.key=value) of a command line; ValueError for a second file."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ValueError(f"{verb}: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
+    return (files[0] if files else None), [word for word in words if "=" in word]
+
+
 def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
     """Read `file` and `section.key=value` overrides into the verb's frozen dataclass and check it.
 

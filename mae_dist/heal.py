@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mae_dist import dist, parallel, pictures
+from mae_dist import dist, parallel, pictures, track
 from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir, step_of, write_text
 from mae_dist.objectives import Objective
@@ -57,8 +57,7 @@ def in_a_row(steps: list[int], count: int) -> list[int]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rewinds of a run, oldest first."""
-    file = path / FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return track.read(path / FILE)
 
 
 def left_out(path: Path, global_batch: int) -> dict[int, int]:

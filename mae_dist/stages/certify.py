@@ -101,11 +101,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--steps", type=int, default=20, help="steps of each run (default 20)")
     parser.add_argument("--out", type=Path, default=Path("runs/certify"), help="folder of runs and certificate")
     options = parser.parse_intermixed_args(argv)
-    files = [word for word in options.words if "=" not in word]
-    if len(files) > 1:
-        raise ValueError(f"certify: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
-    options.config = files[0] if files else None
-    options.words = [word for word in options.words if "=" in word]
+    options.config, options.words = config.split_words("certify", options.words)
     try:
         options.ranks = sorted({1, *map(int, options.ranks.split(","))})
     except ValueError:

@@ -115,11 +115,7 @@ small images in DIR/data: its tars are damaged on purpose, so yours are never to
     )
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="a new folder (default runs/chaos)")
     options = parser.parse_intermixed_args(argv)
-    files = [word for word in options.words if "=" not in word]
-    if len(files) > 1:
-        raise ValueError(f"chaos: one CONFIG.yaml, not {len(files)} ({', '.join(files)}); settings are key=value")
-    options.config = files[0] if files else None
-    options.settings = [word for word in options.words if "=" in word]
+    options.config, options.settings = configuration.split_words("chaos", options.words)
     if options.faults < 1:
         raise ValueError(f"--faults {options.faults}: must be 1 or more")
     if options.processes < 2:

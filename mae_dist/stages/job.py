@@ -6,7 +6,6 @@ workers are found in whatever session and under whatever parent a launcher or a 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 from mae_dist import track
 from mae_dist.checkpoint import RunDir
+from mae_dist.stages import child
 
 T = TypeVar("T")
 
@@ -31,8 +31,6 @@ POLL = 0.01
 MARK = "MAE_DIST_CHAOS"
 RESTARTS = 1000
 """What torchrun may restart: more than any plan needs."""
-TAIL = 4096
-"""Bytes at the end of metrics.jsonl that hold its last line."""
 
 
 class NotRecovered(Exception):
@@ -132,15 +130,7 @@ class Job:
 
     def step(self) -> int:
         """The last step in metrics.jsonl."""
-        try:
-            with (self.run.path / "metrics.jsonl").open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, size - TAIL))
-                lines = stream.read().splitlines(keepends=True)
-        except FileNotFoundError:
-            return 0
-        whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
-        return int(json.loads(whole[-1])["step"]) if whole else 0
+        return child.reached(self.run.path)
 
     def starts(self) -> list[int]:
         """The step of each start so far."""
