@@ -48,7 +48,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def layer_of(name: str, depth: int) -> int:
     """0 for the embedding, i + 1 for block i, depth + 1 for what follows (as MAE's fine-tuning; Clark et al. 2020)."""
-    if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed")):
+    if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed", "backbone.stem")):
         return 0
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     MASK = 5
     DROP_PATH = 6
     SYNTHETIC = 7
+    BLOCKS = 8
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:

@@ -59,18 +59,32 @@ class View:
 class Model:
     name: str = knob("???", "a name of mae_dist.models.BACKBONES")
     image_size: int = knob(224, "pixels a side")
-    pool: Literal["cls", "avg"] = knob("cls", "what the head reads: class token, or mean of the patch tokens")
-    position: Literal["sincos", "learned"] = knob("sincos", "fixed sin-cos positions, or trained ones that start there")
+    pool: Literal["cls", "avg"] | None = knob(
+        None, "what the head reads: class token, or mean of the patch tokens; none: a ViT's cls, a Mixer's avg"
+    )
+    position: Literal["sincos", "learned"] | None = knob(
+        None, "fixed sin-cos positions, or trained ones that start there; none: sincos (a Mixer has neither)"
+    )
     drop_path: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0")
 
 
 @dataclass(frozen=True)
 class Mae:
     mask_ratio: float = knob(0.75, "share of patches hidden")
+    masking: Literal["random", "block", "grid"] = knob(
+        "random", "which patches: any; rectangles (BEiT's); all but one of every 2 x 2"
+    )
+    hidden: Literal["drop", "token"] = knob(
+        "drop", "hidden patches are absent from the encoder, or a learned token is in their places (SimMIM)"
+    )
     norm_pix: bool = knob(True, "predict pixels normalised per patch")
+    decoder: Literal["full", "cross"] = knob(
+        "full", "blocks as the backbone's over visible and predicted patches; or predicted ones look at visible only"
+    )
+    predict: float = knob(1.0, "share of the hidden patches that is decoded, drawn anew each time")
     decoder_dim: int = knob(512, "width of the decoder")
     decoder_depth: int = knob(8, "blocks of the decoder")
-    decoder_heads: int = knob(16, "attention heads of the decoder")
+    decoder_heads: int = knob(16, "attention heads of the decoder (of a ViT)")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from mae_dist.batch import Batch
-from mae_dist.models.vit import ViT, patchify, take
-from mae_dist.objectives.mae import MAE, random_mask
+from mae_dist.models.backbone import patchify, take
+from mae_dist.models.vit import ViT
+from mae_dist.objectives import masks
+from mae_dist.objectives.mae import MAE
+from mae_dist.objectives.masks import Mask
+from mae_dist.schema import Mae
 
 
 def tiny(norm_pix: bool = True, mask_ratio: float = 0.75) -> MAE:
     """MAE of 4 x 4 patches in float64 whose trainable parameters are all random."""
     backbone = ViT(patch=4, dim=24, depth=2, num_heads=3, image_size=16)
-    objective = MAE(
-        backbone, mask_ratio=mask_ratio, norm_pix=norm_pix, decoder_dim=16, decoder_depth=2, decoder_heads=2, seed=4
-    ).double()
+    settings = Mae(mask_ratio=mask_ratio, norm_pix=norm_pix, decoder_dim=16, decoder_depth=2, decoder_heads=2)
+    objective = MAE(backbone, settings, seed=4).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -31,12 +34,16 @@ def batch_of(num: int, epoch: int = 0, first: int = 0) -> Batch:
     return Batch(images, torch.full((num,), -1), ids, torch.full((num,), epoch), torch.zeros(num, dtype=torch.bool))
 
 
+def random_mask(seed: int, epochs: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int], num_visible: int) -> Mask:
+    return masks.draw("random", seed, epochs, ids, grid, num_visible)
+
+
 def ids_of(num: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((num,), epoch), torch.arange(num)
 
 
 def test_visible_and_masked_are_all_patches() -> None:
-    mask = random_mask(0, *ids_of(50, 0), 196, 49)
+    mask = random_mask(0, *ids_of(50, 0), (14, 14), 49)
     assert mask.visible.shape == (50, 49)
     assert mask.masked.shape == (50, 147)
     both = torch.cat([mask.visible, mask.masked], 1).sort(1).values
@@ -44,16 +51,16 @@ def test_visible_and_masked_are_all_patches() -> None:
 
 
 def test_masks_differ_between_samples_epochs_and_seeds_and_repeat_when_replayed() -> None:
-    masks = [random_mask(seed, *ids_of(30, epoch), 64, 16).visible for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    masks = [random_mask(seed, *ids_of(30, epoch), (8, 8), 16).visible for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     rows = {tuple(row) for mask in masks for row in mask.tolist()}
     assert len(rows) == 90
     epochs, ids = ids_of(30, 1)
-    again = random_mask(0, epochs[7:9], ids[7:9], 64, 16).visible
+    again = random_mask(0, epochs[7:9], ids[7:9], (8, 8), 16).visible
     assert torch.equal(again, masks[1][7:9])
 
 
 def test_every_patch_is_equally_often_visible() -> None:
-    visible = random_mask(0, *ids_of(4000, 0), 16, 4).visible
+    visible = random_mask(0, *ids_of(4000, 0), (4, 4), 4).visible
     counts = visible.flatten().bincount(minlength=16)
     assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
 
@@ -62,7 +69,7 @@ def test_every_patch_is_equally_often_visible() -> None:
 def test_number_of_visible_patches(size: int, patch: int, ratio: float, num: int) -> None:
     with torch.device("meta"):
         backbone = ViT(patch=patch, dim=8, depth=1, num_heads=1, image_size=size)
-    objective = MAE(backbone, mask_ratio=ratio, norm_pix=True, decoder_dim=8, decoder_depth=1, decoder_heads=1, seed=0)
+    objective = MAE(backbone, Mae(mask_ratio=ratio, decoder_dim=8, decoder_depth=1, decoder_heads=1), seed=0)
     assert objective.num_visible == num
     assert objective.mask(batch_of(2)).visible.shape == (2, num)
 
@@ -109,6 +116,7 @@ def through(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
 def papers_loss(objective: MAE, image: torch.Tensor, visible: list[int]) -> torch.Tensor:
     """He et al. 2022, section 3, for one image (3, 16, 16): decode the full grid, then average over masked patches."""
     vit = objective.backbone
+    assert isinstance(vit, ViT)
     tokens = vit.patch_embed.proj(image[None])[0].flatten(1).T + vit.pos_embed[0, 1:]
     encoded = vit.norm(through(vit.blocks, torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], tokens[visible]])))
     latent = objective.decoder_embed(encoded)
@@ -122,7 +130,7 @@ def papers_loss(objective: MAE, image: torch.Tensor, visible: list[int]) -> torc
     for patch in range(16):
         row, column = patch // 4 * 4, patch % 4 * 4
         target = image[:, row : row + 4, column : column + 4].permute(1, 2, 0).flatten()
-        if objective.norm_pix:
+        if objective.settings.norm_pix:
             target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
         losses.append((prediction[patch] - target).square().mean())
     hidden = torch.tensor([patch not in visible for patch in range(16)]).double()

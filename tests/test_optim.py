@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from mae_dist import models, optim
+from mae_dist.models.backbone import Backbone
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
-from mae_dist.schema import Optim
+from mae_dist.schema import Mae, Optim
 
 PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
 
@@ -42,7 +43,7 @@ def test_warmup_longer_than_the_run_is_all_warmup() -> None:
     assert [lr(p) for p in (0.0, 0.5, 0.999)] == pytest.approx([0, 0.5, 0.999])
 
 
-def vit_b() -> models.ViT:
+def vit_b() -> Backbone:
     with torch.device("meta"):
         return models.BACKBONES["vit_b16"](position="learned", pool="avg")
 
@@ -75,10 +76,7 @@ def test_layer_decay_of_vit_b() -> None:
 def test_weight_decay_of_pretraining_spares_biases_and_norms_only() -> None:
     """The official code decays class and mask token; its positions are fixed."""
     with torch.device("meta"):
-        objective = MAE(
-            models.BACKBONES["vit_b16"](), mask_ratio=0.75, norm_pix=True, decoder_dim=512, decoder_depth=8,
-            decoder_heads=16, seed=0,
-        )  # fmt: skip
+        objective = MAE(models.BACKBONES["vit_b16"](), Mae(), seed=0)
     groups = optim.param_groups(objective, Optim(weight_decay=0.05), 12, spare_tokens=False)
     decay = names_by(objective, groups, "weight_decay")
     assert "backbone.pos_embed" not in decay

@@ -11,16 +11,14 @@ from mae_dist import models, parallel
 from mae_dist.batch import Batch
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
-from mae_dist.schema import Machine, Train
+from mae_dist.schema import Machine, Mae, Train
 
 CPU = torch.device("cpu")
 
 
 def mae(seed: int = 0) -> MAE:
     backbone = models.build("vit_demo4", image_size=32, seed=seed)
-    return MAE(
-        backbone, mask_ratio=0.75, norm_pix=True, decoder_dim=32, decoder_depth=2, decoder_heads=4, seed=seed
-    )  # fmt: skip
+    return MAE(backbone, Mae(decoder_dim=32, decoder_depth=2, decoder_heads=4), seed=seed)
 
 
 def batch(size: int = 6) -> Batch:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import Fill, initialise
-from mae_dist.models.vit import ViT
 
 
 class Output(NamedTuple):
@@ -21,7 +21,7 @@ class Output(NamedTuple):
 class Objective(nn.Module):
     """A backbone and what it is trained with. ``seed`` decides initialisation and everything drawn per sample."""
 
-    def __init__(self, backbone: ViT, seed: int):
+    def __init__(self, backbone: Backbone, seed: int):
         super().__init__()
         self.backbone, self.seed = backbone, seed
 

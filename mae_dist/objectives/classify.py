@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from mae_dist import dist, rng
 from mae_dist.batch import Batch
-from mae_dist.models.layers import Fill, depth_scale
-from mae_dist.models.vit import ViT
+from mae_dist.models.backbone import Backbone
+from mae_dist.models.layers import Fill, depth_scale, single
 from mae_dist.objectives import Objective, Output
 
 
 class Classifier(Objective):
     """A backbone with a linear head, whose weights are N(0, std), truncated at 2 in absolute value; its bias is 0."""
 
-    def __init__(self, backbone: ViT, num_classes: int, std: float, seed: int):
+    def __init__(self, backbone: Backbone, num_classes: int, std: float, seed: int):
         super().__init__(backbone, seed)
         self.std, self.head = std, nn.Linear(backbone.dim, num_classes)
         self.initialise_rest()
@@ -35,13 +35,13 @@ class Classifier(Objective):
 class Finetune(Classifier):
     """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
 
-    def __init__(self, backbone: ViT, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
+    def __init__(self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
         super().__init__(backbone, num_classes, 2e-5, seed)
         self.drop_path, self.label_smoothing = drop_path, label_smoothing
 
     def forward(self, batch: Batch) -> Output:
         """Cross-entropy of each sample and its logits."""
-        logits = self.head(self.backbone(batch.images, self._scale(batch))).float()
+        logits = single(self.head(self.backbone(batch.images, self._scale(batch))))
         loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
         return Output(loss, logits)
 
@@ -61,7 +61,7 @@ class Probe(Classifier):
     however many ranks share it.
     """
 
-    def __init__(self, backbone: ViT, num_classes: int, *, chunk: int, seed: int):
+    def __init__(self, backbone: Backbone, num_classes: int, *, chunk: int, seed: int):
         super().__init__(backbone.requires_grad_(False), num_classes, 0.01, seed)
         self.chunk, self.norm = chunk, GlobalBatchNorm(backbone.dim)
 
@@ -74,7 +74,7 @@ class Probe(Classifier):
         self.backbone.eval()
         with torch.no_grad():
             features = torch.cat([self.backbone(part.images) for part in batch.split(self.chunk)])
-        logits = self.head(self.norm(features.float())).float()
+        logits = single(self.head(self.norm(single(features))))
         return Output(F.cross_entropy(logits, batch.labels, reduction="none"), logits)
 
 

@@ -17,7 +17,7 @@ from mae_dist.checkpoint import RunDir
 from mae_dist.data import loader, views
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order, num_micro, plan
-from mae_dist.models.vit import ViT
+from mae_dist.models.backbone import Backbone
 from mae_dist.objectives import Objective
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Opening:
     train: ShardIndex
     test: ShardIndex | None
     labels: bool
-    backbone: ViT
+    backbone: Backbone
     start: Start | None
     micro_batch: int
 
@@ -90,7 +90,7 @@ class Opening:
         places = loader.evaluation_plan(len(source.index), self.micro_batch, dist.rank(), dist.world())
         return source.batches(places, self.view(training=False))
 
-    def begin(self, backbone: ViT) -> None:
+    def begin(self, backbone: Backbone) -> None:
         """Load the start into the backbone, wherever its parts lie. Only the norm that its pooling does not have stays
         as initialised. Nothing, when the run begins at random.
         """
@@ -128,10 +128,9 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     config = with_statistics(config, before or (start.config if start else None), train)
     with parallel.skeleton(config.machine):
-        backbone = models.build(
-            config.model.name, image_size=config.model.image_size, pool=config.model.pool,
-            position=config.model.position, seed=config.train.seed,
-        )  # fmt: skip
+        chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     return Opening(config, run, False, device, train, test, labels, backbone, start, micro)

@@ -45,12 +45,8 @@ def run(config: Pretrain) -> None:
 
 def build(opening: Opening) -> MAE:
     """The objective that the settings describe."""
-    mae = opening.config.mae
     with parallel.skeleton(opening.config.machine):
-        return MAE(
-            opening.backbone, mask_ratio=mae.mask_ratio, norm_pix=mae.norm_pix, decoder_dim=mae.decoder_dim,
-            decoder_depth=mae.decoder_depth, decoder_heads=mae.decoder_heads, seed=opening.config.train.seed,
-        )  # fmt: skip
+        return MAE(opening.backbone, opening.config.mae, opening.config.train.seed)
 
 
 @torch.no_grad()

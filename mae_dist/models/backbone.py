@@ -1,0 +1,118 @@
+"""Backbone: what every model shares. It gives tokens (`encode`) and one feature vector per image (`forward`).
+
+A backbone can encode a subset of an image's patches, which is all that masked autoencoding asks of it. It has no head.
+Names and shapes in its state dict are timm's.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mae_dist.models.layers import Block
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n ppc"]:
+    """Non-overlapping patches in row order, each flattened as (row, column, channel), MAE's order."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches: Float[Tensor, "b n ppc"], patch: int, height: int) -> Float[Tensor, "b c hp wp"]:
+    """The inverse; `height` is the number of patch rows."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=patch, q=patch, h=height)
+
+
+def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Each sample's tokens at its own positions."""
+    return tokens.gather(1, repeat(index, "b k -> b k d", d=tokens.shape[2]))
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch, kept as the convolution that timm names."""
+
+    def __init__(self, patch: int, channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n d"]:
+        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+
+
+class Backbone(nn.Module):
+    """Patches of `patch` x `patch` pixels in a `grid` of rows and columns, `depth` blocks of width `dim`.
+
+    ``num_prefix`` tokens (a class token) stand before those of patches. Raises ValueError when a side of the image,
+    `image_size` pixels or (height, width), is no multiple of the patch.
+    """
+
+    num_prefix: int
+    blocks: nn.ModuleList
+    norm: nn.Module
+    fc_norm: nn.Module
+
+    def __init__(self, patch: int, dim: int, depth: int, image_size: int | tuple[int, int], channels: int, pool: str):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for side in (height, width):
+            if side % patch or side < patch:
+                below, above = side // patch * patch, -(-side // patch) * patch
+                near = f"{below} or {above}" if below > 0 else f"{max(above, patch)}"
+                raise ValueError(f"model.image_size={side}: not divisible by the patch size {patch}; try {near}")
+        self.patch, self.dim, self.depth, self.channels, self.pool = patch, dim, depth, channels, pool
+        self.image_size, self.grid = (height, width), (height // patch, width // patch)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def embed(
+        self,
+        images: Float[Tensor, "b c h w"],
+        visible: Int[Tensor, "b k"] | None = None,
+        stand_in: Float[Tensor, "1 1 d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Tokens as the first block takes them: prefix, then patches. ``visible``, ``stand_in``: see `encode`."""
+        raise NotImplementedError
+
+    def decoder_block(self, dim: int, num_heads: int) -> Block:
+        """A block of the kind that this backbone is made of, `dim` wide, for a decoder over the same grid."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        images: Float[Tensor, "b c h w"],
+        visible: Int[Tensor, "b k"] | None = None,
+        scale: Float[Tensor, "depth two b"] | None = None,
+        stand_in: Float[Tensor, "1 1 d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Prefix and patch tokens after the last norm.
+
+        With `visible` nothing else of the image is looked at: the other patches are absent or, with a `stand_in`, that
+        token is in their places. ``scale``: see `layers.Block`.
+        """
+        x = self.embed(images, visible, stand_in)
+        present = visible if stand_in is None else None
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if scale is None else scale[number], present)
+        return self.norm(x)
+
+    def forward(
+        self, images: Float[Tensor, "b c h w"], scale: Float[Tensor, "depth two b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """One feature vector per image: the class token, or the mean of the patch tokens."""
+        tokens = self.encode(images, scale=scale)
+        return self.fc_norm(tokens[:, self.num_prefix :].mean(1) if self.pool == "avg" else tokens[:, 0])
+
+    def _patches(
+        self, images: Tensor, visible: Tensor | None, stand_in: Tensor | None, embed: nn.Module
+    ) -> Float[Tensor, "b n d"]:
+        patches = patchify(images, self.patch)
+        if visible is None:
+            return embed(patches)
+        tokens = embed(take(patches, visible))
+        if stand_in is None:
+            return tokens
+        grid = stand_in.to(tokens.dtype).expand(len(images), self.num_patches, -1)
+        return grid.scatter(1, repeat(visible, "b k -> b k d", d=self.dim), tokens)

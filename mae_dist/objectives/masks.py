@@ -1,0 +1,107 @@
+"""Masks: which patches of each sample are hidden, as pure functions of (seed, epoch, id).
+
+A mask is index lists; a boolean one, whose meaning must be remembered, exists nowhere. All three kinds are one stable
+sort of integers per sample, so every device gives the same lists: a mask says which patches come first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mae_dist import rng
+
+NUM_BLOCKS = 32
+"""Rectangles drawn for a block mask: enough to cover what is to be hidden."""
+SMALLEST_BLOCK = 16 / 196
+"""Area of the smallest rectangle, as a share of the grid (BEiT: 16 patches of 14 x 14)."""
+LONGEST_BLOCK = 0.3
+"""Smallest aspect ratio of a rectangle (BEiT)."""
+
+
+class Mask(NamedTuple):
+    """Each sample's patches in two lists of positions that together hold every patch once; `masked` is in random order,
+    so that its beginning is a random subset.
+    """
+
+    visible: Int[Tensor, "b v"]
+    masked: Int[Tensor, "b m"]
+
+
+def num_visible(kind: str, grid: tuple[int, int], mask_ratio: float) -> int:
+    """Patches that stay visible: the same number in every image.
+
+    Raises ValueError when all or none would, or when the grid or the ratio is not made for a grid mask.
+    """
+    num = grid[0] * grid[1]
+    visible = int(num * (1 - mask_ratio))
+    if not 0 < visible < num:
+        raise ValueError(f"mae.mask_ratio={mask_ratio}: of {num} patches some must be hidden and some visible")
+    if kind == "grid" and (mask_ratio != 0.75 or grid[0] % 2 or grid[1] % 2):
+        raise ValueError(
+            f"mae.masking=grid: shows one patch of every 2 x 2, so mae.mask_ratio must be 0.75 (not {mask_ratio}) and "
+            f"the grid even (not {grid[0]} x {grid[1]})"
+        )
+    return visible
+
+
+def draw(
+    kind: str, seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int], num_visible: int
+) -> Mask:
+    """The masks of samples. ``kind`` is "random", "block" or "grid" (He et al. 2022, figure 6)."""
+    num = grid[0] * grid[1]
+    words = rng.bits(seed, rng.Purpose.MASK, epochs, ids, num)
+    if kind == "random":
+        order = torch.argsort(words, dim=1, stable=True)
+        return Mask(order[:, :num_visible], order[:, num_visible:])
+    if kind == "block":
+        late = block_ranks(seed, epochs, ids, grid, num - num_visible)
+    else:
+        late = in_phase(seed, epochs, ids, grid).logical_not().long()
+    order = torch.argsort(words + (late << 32), dim=1, stable=True)
+    visible, masked = order[:, :num_visible], order[:, num_visible:]
+    return Mask(visible, masked.gather(1, torch.argsort(words.gather(1, masked), dim=1, stable=True)))
+
+
+def block_ranks(
+    seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int], num_hidden: int
+) -> Int[Tensor, "b n"]:
+    """NUM_BLOCKS - i for patches that the i-th rectangle is the first to cover, 0 for those that none covers.
+
+    Hiding the `num_hidden` largest is block-wise masking (BEiT, Bao et al. 2022, algorithm 1) with an exact count:
+    whole rectangles one after another, and of the last as many patches as are left to hide. All rectangles are drawn at
+    once, so that no sample waits for another.
+    """
+    rows, columns = grid
+    draws = rng.bits(seed, rng.Purpose.BLOCKS, epochs, ids, 4 * NUM_BLOCKS).double() / 2.0**32
+    area, aspect, top, left = draws.view(len(ids), 4, NUM_BLOCKS).unbind(1)
+    smallest = min(max(1.0, SMALLEST_BLOCK * rows * columns), num_hidden)
+    area = smallest + area * (num_hidden - smallest)
+    aspect = (math.log(LONGEST_BLOCK) * (2 * aspect - 1)).exp()
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top, left = (top * (rows - height + 1)).floor(), (left * (columns - width + 1)).floor()
+    y = _within(torch.arange(rows, device=ids.device), top, height)
+    x = _within(torch.arange(columns, device=ids.device), left, width)
+    covered = (y[:, :, :, None] & x[:, :, None, :]).flatten(2)
+    rank = NUM_BLOCKS - torch.arange(NUM_BLOCKS, device=ids.device)
+    return (covered * rank[:, None]).amax(1)
+
+
+def _within(
+    places: Int[Tensor, " n"], start: Float[Tensor, "b blocks"], length: Float[Tensor, "b blocks"]
+) -> Bool[Tensor, "b blocks n"]:
+    return (places >= start[..., None]) & (places < (start + length)[..., None])
+
+
+def in_phase(
+    seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int]
+) -> Bool[Tensor, "b n"]:
+    """One patch of every 2 x 2: the same of the four all over an image, another in the next image."""
+    phase = rng.bits(seed, rng.Purpose.BLOCKS, epochs, ids, 1) & 3
+    y, x = torch.meshgrid(*(torch.arange(side, device=ids.device) for side in grid), indexing="ij")
+    return (2 * (y % 2) + x % 2).flatten() == phase
