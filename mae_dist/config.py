@@ -96,7 +96,10 @@ NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
     "optim.warmup_epochs", "optim.weight_decay", "train.seed", "mae.decoder_depth",
 }  # fmt: skip
-AT_MOST_ONE = {"data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict"}
+AT_MOST_ONE = {
+    "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
+    "mix.cutmix", "mix.prob", "mix.switch",
+}  # fmt: skip
 LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
 
 
@@ -133,16 +136,28 @@ def check(config: RunConfig) -> None:
             f"optim.warmup_epochs={warmup:g}: longer than the run (train.epochs={train.epochs:g}); "
             f"try optim.warmup_epochs={train.epochs * 0.05:g}"
         )
+    if group(config) == 2:
+        for name in ("train.global_batch", "machine.micro_batch"):
+            value = values.get(name)
+            if value is not None and (value < 2 or (value % 2 and name == "train.global_batch")):
+                raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
 
 
+def group(config: RunConfig) -> int:
+    """Neighbours in the order that must not be parted: 2 where images are mixed in pairs."""
+    mix = getattr(config, "mix", None)
+    return 2 if mix is not None and mix.enabled else 1
+
+
 def check_world(config: RunConfig, world: int) -> None:
-    """Refuse more ranks than there are images in a step (ValueError)."""
-    if world > config.train.global_batch:
+    """Refuse more ranks than there are images, or pairs of them, in a step (ValueError)."""
+    batch, most = config.train.global_batch, config.train.global_batch // group(config)
+    if world > most:
         raise ValueError(
-            f"train.global_batch={config.train.global_batch}: {world} processes are more than the images of one step; "
-            f"start at most {config.train.global_batch} processes or raise train.global_batch"
+            f"train.global_batch={batch}: {world} processes are more than the {'images' if most == batch else 'pairs'} "
+            f"of one step; start at most {most} processes or raise train.global_batch"
         )
     shards = config.machine.shards
     if shards is not None and config.machine.parallel != "hsdp":

@@ -30,6 +30,10 @@ class Purpose(IntEnum):
     DROP_PATH = 6
     SYNTHETIC = 7
     BLOCKS = 8
+    AUGMENT = 9
+    ERASE = 10
+    MIX = 11
+    ERASE_PIXELS = 14
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:

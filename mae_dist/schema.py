@@ -1,8 +1,8 @@
 """Every knob of mae_dist: frozen dataclasses with their units, and which verb has which sections.
 
-The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim` and `knn` change the result and
-are what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at every
-start. How settings are read, checked and compared is `config`'s business. Imports no torch.
+The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim`, `mix` and `knn` change the result
+and are what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at
+every start. How settings are read, checked and compared is `config`'s business. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "knn")
+RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn")
 """Sections whose values decide the result of a run."""
 
 WHERE_DATA_LIES = ("path", "test_path", "accept_change")
@@ -52,6 +52,8 @@ class View:
     ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
     pad: int = knob(4, "pixels by which crop=pad shifts the image")
     flip: float = knob(0.5, "probability of a horizontal flip")
+    randaugment: str | None = knob(None, "RandAugment by timm's string, rand-m9-mstd0.5-inc1 for example; none: none")
+    erase: float = knob(0.0, "probability of a box of noise (random erasing)")
     test_crop: float = knob(0.875, "side of the centre crop at test time, as a share of the shorter side")
 
 
@@ -97,6 +99,7 @@ class Train:
     reduce: Literal["fp32", "bf16"] = knob("fp32", "arithmetic in which gradients are summed over ranks")
     clip: float | None = knob(None, "largest gradient norm; none: no clipping")
     label_smoothing: float = knob(0.0, "share of the target spread over all classes")
+    loss: Literal["softmax", "sigmoid"] = knob("softmax", "cross-entropy over classes, or of each class by itself")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,19 @@ class Optim:
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's moments")
     momentum: float = knob(0.9, "LARS's momentum")
     layer_decay: float = knob(1.0, "lr factor from one block to the one below it")
+
+
+@dataclass(frozen=True)
+class Mix:
+    mixup: float = knob(0.0, "alpha of mixup, 0 to 1; 0: none")
+    cutmix: float = knob(0.0, "alpha of CutMix, 0 to 1; 0: none")
+    prob: float = knob(1.0, "share of pairs that are mixed")
+    switch: float = knob(0.5, "share of CutMix where both are on")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is mixed."""
+        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 @dataclass(frozen=True)
@@ -202,6 +218,7 @@ class Finetune(Supervised):
 
     view: View = section(View, scale=(0.08, 1.0))
     optim: Optim = section(Optim, base_lr=5e-4, betas=(0.9, 0.999), layer_decay=0.65, min_lr=1e-6)
+    mix: Mix = section(Mix)
 
 
 @dataclass(frozen=True)

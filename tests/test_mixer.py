@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from timm.models.mlp_mixer import MlpMixer
@@ -61,7 +63,7 @@ def test_names_shapes_and_outputs_are_timms() -> None:
 
 
 def test_absent_tokens_are_zeros_before_each_mixing() -> None:
-    """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled by n / k."""
+    """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled by sqrt(n / k)."""
     mixer, images = small(), pixels(3)
     visible = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(3)])
     seen = torch.zeros(3, 16, 1, dtype=torch.float64).scatter(1, visible[..., None], 1.0)
@@ -69,11 +71,27 @@ def test_absent_tokens_are_zeros_before_each_mixing() -> None:
         x = mixer.stem(patchify(images, 4)) * seen
         for block in mixer.blocks:
             zeros = block.norm1(x) * seen  # pyright: ignore
-            hidden = zeros.transpose(1, 2) @ block.mlp_tokens.fc1.weight.T * (16 / 5) + block.mlp_tokens.fc1.bias  # pyright: ignore
+            hidden = (
+                zeros.transpose(1, 2) @ block.mlp_tokens.fc1.weight.T * math.sqrt(16 / 5) + block.mlp_tokens.fc1.bias
+            )  # pyright: ignore
             x = x + block.mlp_tokens.fc2(nn.functional.gelu(hidden)).transpose(1, 2)  # pyright: ignore
             x = (x + block.mlp_channels(block.norm2(x))) * seen  # pyright: ignore
         expected = take(mixer.norm(x), visible)
         assert (mixer.encode(images, visible) - expected).abs().max() < 1e-12
+
+
+def test_branches_are_as_large_with_a_quarter_of_the_patches_as_with_all() -> None:
+    mixer = models.build("mixer_ti4", seed=1)
+    sizes = []
+    for block in mixer.blocks:
+        block.mlp_tokens.register_forward_hook(lambda *hook: sizes.append(hook[2].std().item()))  # pyright: ignore
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    visible = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:16] for i in range(16)])
+    with torch.no_grad():
+        mixer.encode(images)
+        mixer.encode(images, visible)
+    whole, part = sizes[:12], sizes[12:]
+    assert all(0.8 < a / b < 1.25 for a, b in zip(part, whole, strict=True))
 
 
 def test_all_present_in_any_order_is_the_whole_grid() -> None:

@@ -27,7 +27,7 @@ from mae_dist import stop
 from mae_dist.batch import Batch, to_device
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
-from mae_dist.data.views import View, crop, decode, normalise, resample
+from mae_dist.data.views import View, crop, decode, resample
 from mae_dist.dist import LOST_WORKER, RankError, RankLostError
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,12 @@ RESIDENT_BYTES = 2**31
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
-def open_source(index: ShardIndex, device: torch.device, workers: int, quiet: bool = False) -> Resident | Streamed:
-    """The source that suits the split: resident when its images are equally large and fit, else streamed."""
+def open_source(
+    index: ShardIndex, device: torch.device, workers: int, one_by_one: bool = False, quiet: bool = False
+) -> Resident | Streamed:
+    """The source that suits the split: resident when its images are equally large, fit, and are shown in batches."""
     size = index.dataset.image_size
-    if size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
+    if not one_by_one and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
         return Resident(index, device, quiet)
     return Streamed(index, device, workers)
 
@@ -69,7 +71,7 @@ class Resident:
         for epochs, ids in plan:
             boxes, flips = view.boxes(epochs, ids, np.full((len(ids), 2), (height, width)))
             where = torch.from_numpy(ids).to(self.device)
-            images = normalise(resample(self.images[where], boxes, flips, view.image_size), view.mean, view.std)
+            images = view.finish(resample(self.images[where], boxes, flips, view.image_size), epochs, ids)
             yield Batch(images, self.labels[where], where, torch.from_numpy(epochs).to(self.device), self.bad[where])
 
 
@@ -90,17 +92,17 @@ class Streamed:
         for cpu in _in_words(loader):
             batch = to_device(cpu, self.device)
             if waiting is not None:
-                yield _finish(waiting, view)
-            waiting = batch
+                yield _finish(*waiting, view)
+            waiting = batch, cpu
         if waiting is not None:
-            yield _finish(waiting, view)
+            yield _finish(*waiting, view)
 
 
 class Decoder(Dataset[Batch]):
     """Micro-batches as items: (epochs, ids) -> Batch of uint8 images on the CPU."""
 
     def __init__(self, index: ShardIndex, view: View):
-        self.index, self.view = index, view
+        self.index, self.view, self.augment = index, view, view.augment()
 
     def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> Batch:
         epochs, ids = item
@@ -110,7 +112,8 @@ class Decoder(Dataset[Batch]):
         for i, sample in enumerate(ids):
             image, labels[i], bad[i] = read(self.index, int(sample))
             boxes, flips = self.view.boxes(epochs[i : i + 1], ids[i : i + 1], np.array([[image.height, image.width]]))
-            images[i] = crop(image, boxes[0], bool(flips[0]), size)
+            pixels = crop(image, boxes[0], bool(flips[0]), size)
+            images[i] = self.augment(pixels, int(epochs[i]), int(sample)) if self.augment else pixels
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         return Batch(pixels, *(torch.from_numpy(a) for a in (labels, ids, epochs, bad)))
 
@@ -173,5 +176,5 @@ def end_workers() -> None:
             worker.kill()
 
 
-def _finish(batch: Batch, view: View) -> Batch:
-    return batch._replace(images=normalise(batch.images.float() / 255, view.mean, view.std))
+def _finish(batch: Batch, cpu: Batch, view: View) -> Batch:
+    return batch._replace(images=view.finish(batch.images.float() / 255, cpu.epochs.numpy(), cpu.ids.numpy()))

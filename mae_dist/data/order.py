@@ -91,24 +91,30 @@ def permutation(seed: int, purpose: rng.Purpose, epoch: int, values: np.ndarray)
     return values[np.argsort((words[:, 0] << 30) ^ words[:, 1], kind="stable")]
 
 
-def share(total: int, rank: int, world: int) -> tuple[int, int]:
-    """The half-open range of `total` things that a rank takes: neighbours, sizes differing by at most one."""
-    return total * rank // world, total * (rank + 1) // world
+def share(total: int, rank: int, world: int, group: int = 1) -> tuple[int, int]:
+    """The half-open range of `total` things that a rank takes: neighbours, sizes differing by at most one `group`,
+    which is never parted.
+    """
+    groups = total // group
+    return groups * rank // world * group, groups * (rank + 1) // world * group
 
 
-def num_micro(global_batch: int, world: int, micro_batch: int) -> int:
-    """Micro-batches of a step: the same number on every rank, though shares may differ by one sample."""
-    largest, smallest = -(-global_batch // world), global_batch // world
-    return min(-(-largest // micro_batch), smallest)
+def num_micro(global_batch: int, world: int, micro_batch: int, group: int = 1) -> int:
+    """Micro-batches of a step: the same number on every rank, though shares may differ by one group."""
+    groups = global_batch // group
+    largest, smallest = -(-groups // world), groups // world
+    return min(-(-largest // (micro_batch // group)), smallest)
 
 
-def plan(order: Order, steps: range, global_batch: int, micro: int, rank: int, world: int) -> Iterator[tuple]:
+def plan(
+    order: Order, steps: range, global_batch: int, micro: int, rank: int, world: int, group: int = 1
+) -> Iterator[tuple]:
     """(epochs, ids) of each micro-batch of this rank, `micro` of them a step."""
-    first, last = share(global_batch, rank, world)
+    first, last = share(global_batch, rank, world, group)
     for step in steps:
         base = step * global_batch + first
         for part in range(micro):
-            a, b = share(last - first, part, micro)
+            a, b = share(last - first, part, micro, group)
             yield order.at(base + a, base + b)
 
 

@@ -1,4 +1,5 @@
-"""Views: from stored bytes to the pixels that a model sees. Every view is one box, perhaps mirrored, resized.
+"""Views: from stored bytes to the pixels that a model sees. Every view is one box, perhaps mirrored, resized; what else
+training may do to it is `augment`'s business.
 
 Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two roads lead
 from a box to pixels: `crop` for one image of any size (PIL, as the papers' code), and `resample` for a batch of
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dist import rng, schema
+from mae_dist.data import augment
 
 ATTEMPTS = 10
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,6 +53,24 @@ class View:
         draws = self._draw(epochs, ids, 4 * attempts).reshape(len(ids), attempts, 4)
         scale, ratio = self.settings.scale, self.settings.ratio
         return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether images must be shown one at a time, as PIL's, because a library augments them."""
+        return self.training and self.settings.randaugment is not None
+
+    def augment(self) -> augment.Augment | None:
+        """What happens to the pixels of a crop in training, if anything; ValueError for what timm does not know."""
+        if not self.one_by_one:
+            return None
+        return augment.rand_augment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
+
+    def finish(self, images: Float[Tensor, "b c h w"], epochs: np.ndarray, ids: np.ndarray) -> Float[Tensor, "b c h w"]:
+        """Pixels in 0..1 as the model takes them: normalised, in training perhaps partly erased."""
+        images = normalise(images, self.mean, self.std)
+        if not self.training or not self.settings.erase:
+            return images
+        return augment.erase(images, self.settings.erase, self.seed, epochs, ids)
 
     def _draw(self, epochs: np.ndarray, ids: np.ndarray, num: int) -> np.ndarray:
         return rng.uniform(self.seed, rng.Purpose.CROP, epochs, ids, num)

@@ -7,6 +7,8 @@ sample save what they save in a ViT. Names and shapes in the state dict are thos
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -24,15 +26,16 @@ class TokenMlp(Mlp):
     ) -> Float[Tensor, "b m d"]:
         """Mixed tokens in the order of `x`, all or the `last` ones.
 
-        `present` says which positions of the grid `x` holds, in any order; none: all of it, in order. Sums over some of
-        the positions are scaled up to what they would be over all (x num / k), as dropout scales them.
+        `present` says which positions of the grid `x` holds, in any order; none: all of it, in order. Sums over k of n
+        positions are scaled by sqrt(n / k), which makes them as large as sums over all (weights have either sign); n / k,
+        dropout's way, would make them twice as large where a quarter is visible.
         """
         if present is None and last is None:
             return rearrange(super().forward(rearrange(x, "b n d -> b d n")), "b d n -> b n d")
         assert present is not None
         wanted = present if last is None else present[:, -last:]
         first = F.embedding(present, self.fc1.weight.T)
-        hidden = x.transpose(1, 2) @ first * (self.fc1.in_features / x.shape[1]) + self.fc1.bias
+        hidden = x.transpose(1, 2) @ first * math.sqrt(self.fc1.in_features / x.shape[1]) + self.fc1.bias
         mixed = F.embedding(wanted, self.fc2.weight) @ F.gelu(hidden).transpose(1, 2)
         return mixed + F.embedding(wanted, self.fc2.bias[:, None])
 

@@ -11,7 +11,10 @@ from mae_dist import dist, rng
 from mae_dist.batch import Batch
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import Fill, depth_scale, single
-from mae_dist.objectives import Objective, Output
+from mae_dist.objectives import Objective, Output, mixing
+from mae_dist.schema import Mix
+
+UNMIXED = Mix()
 
 
 class Classifier(Objective):
@@ -33,16 +36,28 @@ class Classifier(Objective):
 
 
 class Finetune(Classifier):
-    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
+    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample, mixing from
+    that of each pair. ``loss``: "softmax", cross-entropy over classes, or "sigmoid", binary ones summed over classes.
+    """
 
-    def __init__(self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
+    def __init__(
+        self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int,
+        loss: str = "softmax", mix: Mix = UNMIXED,
+    ):  # fmt: skip
         super().__init__(backbone, num_classes, 2e-5, seed)
-        self.drop_path, self.label_smoothing = drop_path, label_smoothing
+        self.drop_path, self.label_smoothing, self.loss, self.mix = drop_path, label_smoothing, loss, mix
 
     def forward(self, batch: Batch) -> Output:
-        """Cross-entropy of each sample and its logits."""
-        logits = single(self.head(self.backbone(batch.images, self._scale(batch))))
-        loss = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
+        """Loss of each sample, or of what it was mixed into, and its logits."""
+        images = batch.images
+        targets = mixing.smoothed(batch.labels, self.head.out_features, self.label_smoothing).to(images)
+        if self.training and self.mix.enabled:
+            images, targets = mixing.mix(batch, targets, self.mix, self.seed)
+        logits = single(self.head(self.backbone(images, self._scale(batch))))
+        if self.loss == "sigmoid":
+            loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none").sum(1)
+        else:
+            loss = -(targets.to(logits) * logits.log_softmax(1)).sum(1)
         return Output(loss, logits)
 
     def _scale(self, batch: Batch) -> Float[Tensor, "depth two b"] | None:

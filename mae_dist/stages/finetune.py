@@ -24,6 +24,6 @@ def build(opening: Opening) -> classify.Finetune:
     config = opening.config
     with parallel.skeleton(config.machine):
         return classify.Finetune(
-            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path,
-            label_smoothing=config.train.label_smoothing, seed=config.train.seed,
+            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path, mix=config.mix,
+            label_smoothing=config.train.label_smoothing, loss=config.train.loss, seed=config.train.seed,
         )  # fmt: skip

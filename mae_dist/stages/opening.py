@@ -44,9 +44,10 @@ class Opening:
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
-    def source(self, index: ShardIndex) -> loader.Resident | loader.Streamed:
-        """The images of a split."""
-        return loader.open_source(index, self.device, self.config.machine.workers, quiet=not dist.is_main())
+    def source(self, index: ShardIndex, training: bool = False) -> loader.Resident | loader.Streamed:
+        """The images of a split; how they are shown in training decides where they are kept."""
+        workers, view = self.config.machine.workers, self.view(training)
+        return loader.open_source(index, self.device, workers, view.one_by_one, quiet=not dist.is_main())
 
     def settled(self, objective: Objective) -> Opening:
         """The same with a micro-batch that fits, where the settings leave it open; the step's mathematics stay."""
@@ -67,7 +68,8 @@ class Opening:
     @property
     def num_micro(self) -> int:
         """Micro-batches a step."""
-        return num_micro(self.config.train.global_batch, dist.world(), self.micro_batch)
+        group = configuration.group(self.config)
+        return num_micro(self.config.train.global_batch, dist.world(), self.micro_batch, group)
 
     @property
     def data_fingerprint(self) -> str:
@@ -82,7 +84,8 @@ class Opening:
         settings, (rank, world) = self.config, share or (dist.rank(), dist.world())
         out = dist.on_main(lambda: heal.left_out(self.run.path, settings.train.global_batch))
         order = Order(settings.train.seed, self.train.counts, settings.data.shuffle_window, out)
-        places = plan(order, steps, settings.train.global_batch, micro, rank, world)
+        group = configuration.group(settings)
+        places = plan(order, steps, settings.train.global_batch, micro, rank, world, group)
         return source.batches(places, self.view(training=True))
 
     def evaluation_batches(self, source: loader.Resident | loader.Streamed) -> Iterator[Batch]:
@@ -133,7 +136,9 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
         backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
-    return Opening(config, run, False, device, train, test, labels, backbone, start, micro)
+    opening = Opening(config, run, False, device, train, test, labels, backbone, start, micro)
+    opening.view(training=True).augment()  # what timm does not understand is said now
+    return opening
 
 
 @dataclass(frozen=True)

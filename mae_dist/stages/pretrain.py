@@ -25,7 +25,7 @@ def run(config: Pretrain) -> None:
     config = opening.config
     objective = build(opening)
     opening = opening.settled(objective)
-    train, micro = opening.source(opening.train), opening.num_micro
+    train, micro = opening.source(opening.train, training=True), opening.num_micro
     test = opening.source(opening.test) if opening.test else None
 
     def look(step: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from mae_dist import checkpoint, config, parallel, pictures, track
 from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir, step_of, write_text
-from mae_dist.data.order import share
+from mae_dist.data.order import num_micro, share
 from mae_dist.data.views import denormalise
 from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
@@ -112,9 +112,10 @@ class Again:
 
 def again(opening: Opening, objective: Objective, step: int, part: tuple[int, int]) -> Again:
     """Forward and backward of the step's samples, or of one rank's."""
-    settings, source = opening.config, opening.source(opening.train)
-    first, last = share(settings.train.global_batch, *part)
-    micro = 1 if settings.machine.micro_batch == "auto" else -(-(last - first) // opening.micro_batch)
+    settings, source = opening.config, opening.source(opening.train, training=True)
+    group = config.group(settings)
+    first, last = share(settings.train.global_batch, *part, group)
+    micro = 1 if settings.machine.micro_batch == "auto" else num_micro(last - first, 1, opening.micro_batch, group)
     if type(objective).__name__ == "Probe":
         micro = 1  # its batch norm sees the whole batch
     batches, outputs = [], []

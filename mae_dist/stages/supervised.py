@@ -12,7 +12,7 @@ def train_and_test(verb: str, opening: Opening, objective: Classifier, num_micro
     """Fit the objective and write the test accuracy."""
     assert opening.test is not None
     config = opening.config
-    train, test = opening.source(opening.train), opening.source(opening.test)
+    train, test = opening.source(opening.train, training=True), opening.source(opening.test)
 
     def look(_: int) -> dict[str, float]:
         counts = evaluate.accuracy(objective, opening.evaluation_batches(test), opening.device)

@@ -1,0 +1,120 @@
+"""Mixup and CutMix: timm's arithmetic for the same draw, pairs that no rank parts, a Beta that is one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+
+from mae_dist.batch import Batch
+from mae_dist.data.order import num_micro, share
+from mae_dist.objectives import mixing
+from mae_dist.schema import Mix
+
+
+def batch_of(num: int, first: int = 0, epoch: int = 0) -> Batch:
+    images = torch.randn(num + first, 3, 12, 16, generator=torch.Generator().manual_seed(1))[first:]
+    ids = torch.arange(first, first + num)
+    return Batch(images, ids % 5, ids, torch.full((num,), epoch), torch.zeros(num, dtype=torch.bool))
+
+
+def targets_of(batch: Batch, smoothing: float = 0.1) -> torch.Tensor:
+    return mixing.smoothed(batch.labels, 5, smoothing)
+
+
+@pytest.mark.parametrize("settings", [Mix(mixup=0.8), Mix(cutmix=1.0), Mix(mixup=0.8, cutmix=1.0, prob=0.7)])
+def test_images_and_targets_are_timms_for_the_same_lambda_and_box(settings: Mix) -> None:
+    """timm mixes a batch of two with its flip, which is its partner."""
+    batch = batch_of(40)
+    images, targets = mixing.mix(batch, targets_of(batch), settings, seed=3)
+    kinds = set()
+    for i in range(0, 40, 2):
+        own = batch.images[i : i + 2]
+        solved = (images[i] - own[1]) / (own[0] - own[1])  # each pixel's own weight
+        if ((solved.abs() < 1e-3) | ((solved - 1).abs() < 1e-3)).all():
+            inside = solved.abs().amax(0) < 1e-3
+            rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+            lam = 1 - inside.double().mean().item()
+            expected = own.clone()
+            if len(rows):
+                y, x = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+                expected[:, :, y, x] = own.flip(0)[:, :, y, x]
+            kinds.add("cut" if len(rows) else "none")
+        else:
+            lam = solved.double().median().item()
+            expected = own * lam + own.flip(0) * (1 - lam)
+            kinds.add("mix")
+        assert torch.allclose(images[i : i + 2], expected, atol=1e-4)
+        assert torch.allclose(
+            targets[i : i + 2], mixup_target(batch.labels[i : i + 2], 5, lam, 0.1), atol=2e-3 if kinds else 0
+        )
+    assert kinds >= ({"mix"} if settings.mixup else set()) | ({"cut"} if settings.cutmix else set())
+
+
+def test_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's box for the same lambda and centre, and lambda corrected by what the border leaves of it."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        lam, y, x = generator.random(3)
+        centres = iter([math.floor(y * 12), math.floor(x * 16)])
+        monkeypatch.setattr(np.random, "randint", lambda *_, size=None: np.int64(next(centres)))  # noqa: ARG005
+        (top, bottom, left, right), corrected = cutmix_bbox_and_lam((3, 12, 16), lam)
+        draws = torch.full((1, 4 + 2 * mixing.ATTEMPTS), 0.5, dtype=torch.float64)
+        draws[0, :4] = torch.tensor([0.0, 0.0, y, x])
+        monkeypatch.setattr(mixing, "beta", lambda *_: torch.tensor([lam], dtype=torch.float64))  # noqa: B023
+        weights = mixing.pixel_weights(draws, Mix(cutmix=1.0), (12, 16))[0]
+        expected = torch.ones(12, 16, dtype=torch.float64)
+        expected[int(top) : int(bottom), int(left) : int(right)] = 0
+        assert torch.equal(weights, expected)
+        assert weights.mean().item() == pytest.approx(corrected)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 1.0])
+def test_beta_is_beta(alpha: float) -> None:
+    """Mean 1/2, variance 1 / (4 (2 alpha + 1)), fourth central moment of the symmetric Beta, symmetric."""
+    draws = torch.rand(40_000, 2 * mixing.ATTEMPTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = mixing.beta(draws, torch.full((40_000,), alpha)) - 0.5
+    variance = 1 / (4 * (2 * alpha + 1))
+    fourth = 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))
+    assert abs(values.mean()) < 4 * math.sqrt(variance / 40_000)
+    assert values.square().mean().item() == pytest.approx(variance, rel=0.02)
+    assert values.pow(4).mean().item() == pytest.approx(fourth, rel=0.03)
+
+
+def test_a_pair_is_mixed_alike_wherever_it_is() -> None:
+    settings = Mix(mixup=0.8, cutmix=1.0)
+    whole, part = batch_of(12), batch_of(4, first=6)
+    images, targets = mixing.mix(whole, targets_of(whole), settings, seed=3)
+    again = mixing.mix(part, targets_of(part), settings, seed=3)
+    assert torch.equal(images[6:10], again[0])
+    assert torch.equal(targets[6:10], again[1])
+    other = batch_of(4, first=6, epoch=1)
+    assert not torch.equal(mixing.mix(other, targets_of(other), settings, seed=3)[0], again[0])
+
+
+def test_smoothed_targets_are_those_of_cross_entropy() -> None:
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % 5
+    ours = -(mixing.smoothed(labels, 5, 0.1).double() * logits.log_softmax(1)).sum(1)
+    assert (ours - F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)).abs().max() < 1e-6
+
+
+def test_shares_and_micro_batches_never_part_a_pair() -> None:
+    for pairs, world, micro_batch in itertools.product(range(1, 20), range(1, 6), (2, 3, 6, 64)):
+        if world > pairs:
+            continue
+        micro = num_micro(2 * pairs, world, micro_batch, 2)
+        seen = []
+        for rank in range(world):
+            first, last = share(2 * pairs, rank, world, 2)
+            for part in range(micro):
+                a, b = share(last - first, part, micro, 2)
+                assert a % 2 == b % 2 == 0
+                assert b > a
+                seen += range(first + a, first + b)
+        assert seen == list(range(2 * pairs))
