@@ -12,6 +12,7 @@ from torch import nn
 from mae_dist import models
 from mae_dist.batch import Batch
 from mae_dist.models.backbone import patchify, take, unpatchify
+from mae_dist.models.layers import Mlp
 from mae_dist.models.mixer import Mixer
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import Mae
@@ -63,7 +64,7 @@ def test_names_shapes_and_outputs_are_timms() -> None:
 
 
 def test_absent_tokens_are_zeros_before_each_mixing() -> None:
-    """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled by sqrt(n / k)."""
+    """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled."""
     mixer, images = small(), pixels(3)
     visible = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(3)])
     seen = torch.zeros(3, 16, 1, dtype=torch.float64).scatter(1, visible[..., None], 1.0)
@@ -71,10 +72,9 @@ def test_absent_tokens_are_zeros_before_each_mixing() -> None:
         x = mixer.stem(patchify(images, 4)) * seen
         for block in mixer.blocks:
             zeros = block.norm1(x) * seen  # pyright: ignore
-            hidden = (
-                zeros.transpose(1, 2) @ block.mlp_tokens.fc1.weight.T * math.sqrt(16 / 5) + block.mlp_tokens.fc1.bias
-            )  # pyright: ignore
-            x = x + block.mlp_tokens.fc2(nn.functional.gelu(hidden)).transpose(1, 2)  # pyright: ignore
+            mlp: Mlp = block.mlp_tokens  # pyright: ignore
+            hidden = zeros.transpose(1, 2) @ mlp.fc1.weight.T * math.sqrt(16 / 5) + mlp.fc1.bias
+            x = x + mlp.fc2(nn.functional.gelu(hidden)).transpose(1, 2)  # pyright: ignore
             x = (x + block.mlp_channels(block.norm2(x))) * seen  # pyright: ignore
         expected = take(mixer.norm(x), visible)
         assert (mixer.encode(images, visible) - expected).abs().max() < 1e-12

@@ -62,7 +62,7 @@ def test_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(200):
         lam, y, x = generator.random(3)
         centres = iter([math.floor(y * 12), math.floor(x * 16)])
-        monkeypatch.setattr(np.random, "randint", lambda *_, size=None: np.int64(next(centres)))  # noqa: ARG005
+        monkeypatch.setattr(np.random, "randint", lambda *_, size=None: np.int64(next(centres)))  # noqa: ARG005, B023
         (top, bottom, left, right), corrected = cutmix_bbox_and_lam((3, 12, 16), lam)
         draws = torch.full((1, 4 + 2 * mixing.ATTEMPTS), 0.5, dtype=torch.float64)
         draws[0, :4] = torch.tensor([0.0, 0.0, y, x])

@@ -27,8 +27,8 @@ class TokenMlp(Mlp):
         """Mixed tokens in the order of `x`, all or the `last` ones.
 
         `present` says which positions of the grid `x` holds, in any order; none: all of it, in order. Sums over k of n
-        positions are scaled by sqrt(n / k), which makes them as large as sums over all (weights have either sign); n / k,
-        dropout's way, would make them twice as large where a quarter is visible.
+        positions are scaled by sqrt(n / k), which makes them as large as sums over all, weights being of either sign;
+        n / k, dropout's way, would make them twice as large where a quarter is visible.
         """
         if present is None and last is None:
             return rearrange(super().forward(rearrange(x, "b n d -> b d n")), "b d n -> b n d")
