@@ -21,10 +21,11 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist ckpt {list,inspect,verify} RUN
        mae-dist replay RUN --step N [--rank R]
        mae-dist data {pack,index,show} ...
+       mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
-       mae-dist bench {resume,order,save,scaling} [section.key=value ...]
+       mae-dist bench {resume,order,save,scaling,mixer,decoder} [section.key=value ...]
 
 verbs:
 """

@@ -1,6 +1,8 @@
-"""MAE: masks belong to samples, hidden pixels stay hidden, and the loss is that of a plain reading of the paper."""
+"""MAE: hidden pixels stay hidden, and the loss is that of a plain reading of the paper."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,17 +10,17 @@ from torch import nn
 
 from mae_dist.batch import Batch
 from mae_dist.models.backbone import patchify, take
+from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
-from mae_dist.objectives import masks
 from mae_dist.objectives.mae import MAE
-from mae_dist.objectives.masks import Mask
 from mae_dist.schema import Mae
 
 
-def tiny(norm_pix: bool = True, mask_ratio: float = 0.75) -> MAE:
+def tiny(norm_pix: bool = True, mask_ratio: float = 0.75, **others: Any) -> MAE:
     """MAE of 4 x 4 patches in float64 whose trainable parameters are all random."""
     backbone = ViT(patch=4, dim=24, depth=2, num_heads=3, image_size=16)
-    settings = Mae(mask_ratio=mask_ratio, norm_pix=norm_pix, decoder_dim=16, decoder_depth=2, decoder_heads=2)
+    shape: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+    settings = Mae(mask_ratio=mask_ratio, norm_pix=norm_pix, **(shape | others))
     objective = MAE(backbone, settings, seed=4).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -32,37 +34,6 @@ def batch_of(num: int, epoch: int = 0, first: int = 0) -> Batch:
     images = torch.randn(num, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(first, first + num)
     return Batch(images, torch.full((num,), -1), ids, torch.full((num,), epoch), torch.zeros(num, dtype=torch.bool))
-
-
-def random_mask(seed: int, epochs: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int], num_visible: int) -> Mask:
-    return masks.draw("random", seed, epochs, ids, grid, num_visible)
-
-
-def ids_of(num: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((num,), epoch), torch.arange(num)
-
-
-def test_visible_and_masked_are_all_patches() -> None:
-    mask = random_mask(0, *ids_of(50, 0), (14, 14), 49)
-    assert mask.visible.shape == (50, 49)
-    assert mask.masked.shape == (50, 147)
-    both = torch.cat([mask.visible, mask.masked], 1).sort(1).values
-    assert torch.equal(both, torch.arange(196).expand(50, -1))
-
-
-def test_masks_differ_between_samples_epochs_and_seeds_and_repeat_when_replayed() -> None:
-    masks = [random_mask(seed, *ids_of(30, epoch), (8, 8), 16).visible for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    rows = {tuple(row) for mask in masks for row in mask.tolist()}
-    assert len(rows) == 90
-    epochs, ids = ids_of(30, 1)
-    again = random_mask(0, epochs[7:9], ids[7:9], (8, 8), 16).visible
-    assert torch.equal(again, masks[1][7:9])
-
-
-def test_every_patch_is_equally_often_visible() -> None:
-    visible = random_mask(0, *ids_of(4000, 0), (4, 4), 4).visible
-    counts = visible.flatten().bincount(minlength=16)
-    assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
 
 
 @pytest.mark.parametrize(("size", "patch", "ratio", "num"), [(224, 16, 0.75, 49), (32, 4, 0.75, 16), (32, 4, 0.9, 6)])
@@ -94,16 +65,19 @@ def test_hidden_pixels_change_no_prediction() -> None:
         assert not torch.equal(objective(batch).prediction, objective(Batch(**visible_too)).prediction)
 
 
-def attend(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Attention of one sequence (n, d), head by head."""
-    q, k, v = attn.qkv(x).chunk(3, -1)  # pyright: ignore
-    width = x.shape[1] // attn.num_heads  # pyright: ignore
-    heads = []
-    for head in range(attn.num_heads):  # pyright: ignore
+def heads(num: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of queries (m, d) to keys and values (n, d), head by head."""
+    width, found = q.shape[1] // num, []
+    for head in range(num):
         part = slice(head * width, (head + 1) * width)
         weights = (q[:, part] @ k[:, part].T / width**0.5).softmax(-1)
-        heads.append(weights @ v[:, part])
-    return attn.proj(torch.cat(heads, -1))  # pyright: ignore
+        found.append(weights @ v[:, part])
+    return torch.cat(found, -1)
+
+
+def attend(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention of one sequence (n, d)."""
+    return attn.proj(heads(attn.num_heads, *attn.qkv(x).chunk(3, -1)))  # pyright: ignore
 
 
 def through(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
@@ -113,33 +87,38 @@ def through(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def papers_loss(objective: MAE, image: torch.Tensor, visible: list[int]) -> torch.Tensor:
-    """He et al. 2022, section 3, for one image (3, 16, 16): decode the full grid, then average over masked patches."""
+def encoded(objective: MAE, image: torch.Tensor, visible: list[int]) -> torch.Tensor:
+    """The encoder's tokens for one image (3, 16, 16)."""
     vit = objective.backbone
     assert isinstance(vit, ViT)
     tokens = vit.patch_embed.proj(image[None])[0].flatten(1).T + vit.pos_embed[0, 1:]
-    encoded = vit.norm(through(vit.blocks, torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], tokens[visible]])))
-    latent = objective.decoder_embed(encoded)
+    return vit.norm(through(vit.blocks, torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], tokens[visible]])))
+
+
+def patch_loss(objective: MAE, image: torch.Tensor, patch: int, prediction: torch.Tensor) -> torch.Tensor:
+    row, column = patch // 4 * 4, patch % 4 * 4
+    target = image[:, row : row + 4, column : column + 4].permute(1, 2, 0).flatten()
+    if objective.settings.norm_pix:
+        target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+    return (prediction - target).square().mean()
+
+
+def papers_loss(objective: MAE, image: torch.Tensor, visible: list[int]) -> torch.Tensor:
+    """He et al. 2022, section 3, for one image (3, 16, 16): decode the full grid, then average over masked patches."""
+    latent = objective.decoder_embed(encoded(objective, image, visible))
     full = objective.mask_token[0].repeat(17, 1)
     full[0] = latent[0]
     for place, patch in enumerate(visible):
         full[1 + patch] = latent[1 + place]
     decoded = through(objective.decoder_blocks, full + objective.decoder_pos_embed[0])
     prediction = objective.decoder_pred(objective.decoder_norm(decoded))[1:]
-    losses = []
-    for patch in range(16):
-        row, column = patch // 4 * 4, patch % 4 * 4
-        target = image[:, row : row + 4, column : column + 4].permute(1, 2, 0).flatten()
-        if objective.settings.norm_pix:
-            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
-        losses.append((prediction[patch] - target).square().mean())
+    losses = [patch_loss(objective, image, patch, prediction[patch]) for patch in range(16)]
     hidden = torch.tensor([patch not in visible for patch in range(16)]).double()
     return (torch.stack(losses) * hidden).sum() / hidden.sum()
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_loss_is_the_papers(norm_pix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # the loss is taken in fp32; here all stays float64
+def test_loss_is_the_papers(norm_pix: bool) -> None:
     objective, batch = tiny(norm_pix), batch_of(4, epoch=2, first=2**33)
     losses = objective(batch).loss
     visible = objective.mask(batch).visible.tolist()
@@ -150,6 +129,82 @@ def test_loss_is_the_papers(norm_pix: bool, monkeypatch: pytest.MonkeyPatch) -> 
     parameters = [p for p in objective.parameters() if p.requires_grad]
     ours, papers = (torch.autograd.grad(loss.sum(), parameters) for loss in (losses, expected))
     assert max((a - b).abs().max().item() for a, b in zip(ours, papers, strict=True)) < 1e-11
+
+
+def cross_prediction(objective: MAE, latent: torch.Tensor, patch: int) -> torch.Tensor:
+    """Fu et al. 2024, section 3.2, for one hidden patch, alone: a query that reads the encoder's tokens."""
+    x = objective.mask_token[0] + objective.decoder_pos_embed[0, 1 + patch : 2 + patch]
+    for block in objective.decoder_blocks:
+        attn = block.attn
+        read = heads(attn.num_heads, attn.q(block.norm1(x)), *attn.kv(latent).chunk(2, -1))  # pyright: ignore
+        x = x + attn.proj(read)  # pyright: ignore
+        x = x + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm2(x))))  # pyright: ignore
+    return objective.decoder_pred(objective.decoder_norm(x))[0]
+
+
+def full_prediction(objective: MAE, latent: torch.Tensor, visible: list[int], predicted: list[int]) -> torch.Tensor:
+    """Visible and predicted patches alone through all of every block, in that order."""
+    positions, seen = objective.decoder_pos_embed[0], objective.decoder_embed(latent)
+    tokens = [seen[0] + positions[0]]
+    tokens += [seen[1 + place] + positions[1 + patch] for place, patch in enumerate(visible)]
+    tokens += [objective.mask_token[0, 0] + positions[1 + patch] for patch in predicted]
+    decoded = through(objective.decoder_blocks, torch.stack(tokens))
+    return objective.decoder_pred(objective.decoder_norm(decoded))[1 + len(visible) :]
+
+
+@pytest.mark.parametrize("predict", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("decoder", ["cross", "full"])
+def test_decoders_are_their_loops(decoder: str, predict: float) -> None:
+    """Loss, predictions and every gradient of one image against the decoder read plainly."""
+    objective, batch = tiny(decoder=decoder, predict=predict), batch_of(1, epoch=3, first=11)
+    output, mask = objective(batch), objective.mask(batch)
+    visible, predicted = mask.visible[0].tolist(), mask.masked[0, : round(12 * predict)].tolist()
+    latent = encoded(objective, batch.images[0], visible)
+    if decoder == "cross":
+        expected = torch.stack([cross_prediction(objective, latent, patch) for patch in predicted])
+    else:
+        expected = full_prediction(objective, latent, visible, predicted)
+    losses = [patch_loss(objective, batch.images[0], p, x) for p, x in zip(predicted, expected, strict=True)]
+    loss = torch.stack(losses).mean()
+    assert output.prediction.shape == (1, len(predicted), 48)
+    assert (output.prediction[0] - expected).abs().max() < 1e-12
+    assert (output.loss[0] - loss).abs() < 1e-12
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    ours, plain = (torch.autograd.grad(x, parameters) for x in (output.loss[0], loss))
+    assert max((a - b).abs().max().item() for a, b in zip(ours, plain, strict=True)) < 1e-11
+
+
+@pytest.mark.parametrize("decoder", ["cross", "full"])
+def test_only_a_full_decoder_cares_which_others_are_predicted(decoder: str) -> None:
+    objective, batch = tiny(decoder=decoder), batch_of(3)
+    mask = objective.mask(batch)
+    with torch.no_grad():
+        together = objective.predict(batch.images, mask)
+        objective.num_predicted = 4
+        some = objective.predict(batch.images, mask._replace(masked=mask.masked.flip(1)))
+    gap = (some - together[:, -4:].flip(1)).abs().max()
+    assert gap < 1e-12 if decoder == "cross" else gap > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["vit", "mixer"])
+def test_the_end_of_a_block_is_the_end_of_the_whole_block(kind: str) -> None:
+    """A last block computes the `last` tokens only; they, and all gradients, are those of the block in full."""
+    backbone = (
+        tiny().backbone
+        if kind == "vit"
+        else Mixer(patch=4, dim=8, depth=1, token_hidden=4, channel_hidden=8, image_size=16)
+    )
+    block = backbone.decoder_block(16, 2).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3, generator=generator)
+    present = torch.stack([torch.randperm(16, generator=generator)[:7] for _ in range(2)])
+    whole, part = block(x, None, present)[:, -3:], block(x, None, present, 3)
+    assert (whole - part).abs().max() < 1e-12
+    inputs = [x, *block.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (whole, part)), strict=True):
+        assert (a - b).abs().max() < 1e-10
 
 
 def test_gradient_reaches_every_trainable_parameter() -> None:

@@ -63,6 +63,26 @@ def test_names_shapes_and_outputs_are_timms() -> None:
         assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("patch", "size", "channels"), [(4, (8, 20), 3), (8, (32, 16), 1), (14, (28, 42), 4), (2, (6, 4), 3)]
+)
+def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int) -> None:
+    """Rectangular images, other numbers of channels, other patches."""
+    ours = Mixer(
+        patch=patch, image_size=size, channels=channels, dim=24, depth=2, token_hidden=12, channel_hidden=48
+    ).double()  # fmt: skip
+    randomised(ours)
+    timms = MlpMixer(
+        img_size=size,  # pyright: ignore  (timm says int, and takes both)
+        patch_size=patch, in_chans=channels, embed_dim=24, num_blocks=2, mlp_ratio=(0.5, 2.0), num_classes=0,
+    ).double()  # fmt: skip
+    timms.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (ours(images) - timms(images)).abs().max() < 1e-12
+        assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
+
+
 def test_absent_tokens_are_zeros_before_each_mixing() -> None:
     """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled."""
     mixer, images = small(), pixels(3)

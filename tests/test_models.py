@@ -49,6 +49,38 @@ def test_names_shapes_and_outputs_are_timms(pool: str) -> None:
         assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+@pytest.mark.parametrize(
+    ("patch", "size", "channels", "qkv_bias"),
+    [
+        (4, (8, 20), 3, True),
+        (8, (32, 16), 1, True),
+        (14, (28, 42), 4, True),
+        (2, (6, 4), 3, False),
+        (16, (32, 32), 1, False),
+    ],
+)
+def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int, qkv_bias: bool, pool: str) -> None:
+    """Rectangular images, other numbers of channels, other patches, no bias of queries, keys and values."""
+    shape = {"patch": patch, "image_size": size, "channels": channels, "qkv_bias": qkv_bias}
+    ours = ViT(dim=24, depth=2, num_heads=3, pool=pool, **shape).double().eval()
+    timms = VisionTransformer(
+        img_size=size, patch_size=patch, in_chans=channels, qkv_bias=qkv_bias, embed_dim=24, depth=2, num_heads=3,
+        num_classes=0, global_pool="token" if pool == "cls" else "avg",
+    ).double().eval()  # fmt: skip
+    initialise(ours, 0)
+    assert (ours.pos_embed[0, 1:] == sincos_positions(24, size[0] // patch, size[1] // patch)).all()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    timms.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (ours(images) - timms(images)).abs().max() < 1e-12
+        assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
+        index = torch.stack([torch.randperm(ours.num_patches) for _ in range(2)])
+        assert (ours.encode(images, index)[:, 1:] - take(ours.encode(images)[:, 1:], index)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("name", models.BACKBONES)
 def test_every_backbone_can_be_made(name: str) -> None:
     with torch.device("meta"):

@@ -65,8 +65,8 @@ class Finetune(Classifier):
             return None
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
         draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, batch.size)
-        rates = torch.linspace(0, self.drop_path, self.backbone.depth, device=words.device)
-        return depth_scale(draws >= rates[:, None, None], rates)
+        rates = torch.linspace(0, self.drop_path, self.backbone.depth, dtype=torch.float64, device=words.device)
+        return depth_scale(draws >= rates[:, None, None], rates).to(batch.images.dtype)
 
 
 class Probe(Classifier):

@@ -54,17 +54,18 @@ def draw(
 ) -> Mask:
     """The masks of samples. ``kind`` is "random", "block" or "grid" (He et al. 2022, figure 6)."""
     num = grid[0] * grid[1]
-    words = rng.bits(seed, rng.Purpose.MASK, epochs, ids, num)
     if kind == "random":
-        order = torch.argsort(words, dim=1, stable=True)
+        order = torch.argsort(rng.bits(seed, rng.Purpose.MASK, epochs, ids, num), dim=1, stable=True)
         return Mask(order[:, :num_visible], order[:, num_visible:])
+    # `words` decides which patches of the last rectangle are hidden, so it cannot decide their order as well
+    words, others = rng.bits(seed, rng.Purpose.MASK, epochs, ids, 2 * num).split(num, 1)
     if kind == "block":
         late = block_ranks(seed, epochs, ids, grid, num - num_visible)
     else:
         late = in_phase(seed, epochs, ids, grid).logical_not().long()
     order = torch.argsort(words + (late << 32), dim=1, stable=True)
     visible, masked = order[:, :num_visible], order[:, num_visible:]
-    return Mask(visible, masked.gather(1, torch.argsort(words.gather(1, masked), dim=1, stable=True)))
+    return Mask(visible, masked.gather(1, torch.argsort(others.gather(1, masked), dim=1, stable=True)))
 
 
 def block_ranks(
@@ -74,7 +75,8 @@ def block_ranks(
 
     Hiding the `num_hidden` largest is block-wise masking (BEiT, Bao et al. 2022, algorithm 1) with an exact count:
     whole rectangles one after another, and of the last as many patches as are left to hide. All rectangles are drawn at
-    once, so that no sample waits for another.
+    once, so that no sample waits for another. As in BEiT, rectangles lie within the grid, so that corners are hidden
+    seldom (of 14 x 14 at three quarters 18 % of the time) and the centre nearly always (98 %).
     """
     rows, columns = grid
     draws = rng.bits(seed, rng.Purpose.BLOCKS, epochs, ids, 4 * NUM_BLOCKS).double() / 2.0**32

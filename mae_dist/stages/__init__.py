@@ -9,9 +9,10 @@ VERBS = {
     "ckpt": "list, look into and verify the checkpoints of a run",
     "replay": "compute a past step again and show its samples, crops, masks and losses",
     "data": "pack archives and folders into tars, index tars of others, look at a data set",
+    "models": "all models: parameters, operations and activation memory",
     "chaos": "harm a run on purpose, and compare it with an undisturbed one",
     "demo": "all of the above on the embedded data set, in minutes",
     "certify": "the same short run on 1, 2, 3, 4 ranks, DDP, FSDP2, resumed, ...: how far apart they are",
-    "bench": "measure a promised cost: resuming, ordering, saving, scaling",
+    "bench": "measure a promised cost: resuming, ordering, saving, scaling, Mixer, decoder",
 }
 """Verb -> one line. `mae_dist.stages.VERB` has `run(config)` if the verb has a schema, else `main(argv)`."""
