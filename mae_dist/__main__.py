@@ -106,8 +106,14 @@ def conclude(verb: str, out: str) -> None:
     from mae_dist.checkpoint import RunDir
 
     result = RunDir(out).result() or {}
-    numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
+    numbers = "  ".join(f"{name} {_shown(value)}" for name, value in result.items() if name != "verb")
     print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float | int) else str(value)
 
 
 if __name__ == "__main__":

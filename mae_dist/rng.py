@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     DROP_PATH = 6
     SYNTHETIC = 7
     BLOCKS = 8
+    HELD_OUT = 12
+    BOOTSTRAP = 13
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
