@@ -143,6 +143,30 @@ def test_features_that_are_not_finite_kill_no_head() -> None:
     assert not objective.dead.any()
 
 
+def test_a_step_that_is_not_finite_changes_no_head() -> None:
+    objective = board(**GRID)
+    groups = objective.groups(OPTIM)
+    assert {(g["rule"], g.get("trust", 0), g["lr_scale"]) for g in groups} == {
+        *(("lars", 0, rate / 0.1) for rate in GRID["lars"]), *(("lars", None, rate / 0.1) for rate in GRID["sgd"]),
+        *(("adamw", 0, rate / 0.1) for rate in GRID["adamw"]),
+    }  # fmt: skip
+    optimizer, scale = optim.build(OPTIM, groups), optim.LossScale(CPU, enabled=False)
+    optim.prime(optimizer)
+    optim.set_lr(optimizer, 0.1)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(parameters) == len(set(parameters)) == len(optimizer.state) == 2 * len(objective.heads)
+
+    def step(norm: float) -> list[torch.Tensor]:
+        objective(batch_of(8)).loss.sum().backward()
+        optim.step(optimizer, parameters, torch.tensor(norm), None, scale)
+        moments = [moment for parameter in parameters for moment in optimizer.state[parameter].values()]
+        return [tensor.detach().clone() for tensor in (*parameters, *moments)]
+
+    before, skipped, after = step(1.0), step(math.nan), step(1.0)
+    assert all(torch.equal(old, new) for old, new in zip(before, skipped, strict=True))
+    assert not any(torch.equal(old, new) for old, new in zip(skipped, after, strict=True))
+
+
 def test_held_out_samples_are_chosen_by_id_and_have_no_weight() -> None:
     ids = np.arange(20000)
     chosen = held_out(3, 0.25, ids)

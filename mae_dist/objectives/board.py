@@ -57,7 +57,8 @@ class Head:
     @property
     def name(self) -> str:
         rate = "" if self.base_lr is None else f" lr {self.base_lr:g}"
-        decay = "" if self.weight_decay is None else f" wd {self.weight_decay:g}"
+        word = "penalty" if self.method == "ridge" else "wd"
+        decay = "" if self.weight_decay is None else f" {word} {self.weight_decay:g}"
         return f"{self.method}{rate}{decay} on {self.features} of block {self.block}"
 
     @property
