@@ -25,7 +25,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
-       mae-dist bench {resume,order,save,scaling,mixer,decoder} [section.key=value ...]
+       mae-dist bench {resume,order,save,scaling,mixer,decoder,board} [section.key=value ...]
 
 verbs:
 """
@@ -107,8 +107,14 @@ def conclude(verb: str, out: str) -> None:
     from mae_dist.checkpoint import RunDir
 
     result = RunDir(out).result() or {}
-    numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
+    numbers = "  ".join(f"{name} {_shown(value)}" for name, value in result.items() if name != "verb")
     print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float | int) else str(value)
 
 
 if __name__ == "__main__":

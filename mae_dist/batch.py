@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     where a sample has none. ``bad`` marks samples that could not be read and were replaced by their neighbour.
     """
 
-    images: Float[Tensor, "b c h w"]  # normalised
+    images: Float[Tensor, "b ..."]  # normalised, (b, c, h, w); or features in their place, (b, d)
     labels: Int[Tensor, " b"]
     ids: Int[Tensor, " b"]
     epochs: Int[Tensor, " b"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,18 @@ POSITIVE = {
     "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
-    "mae.decoder_heads", "mae.predict",
+    "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
     "optim.warmup_epochs", "optim.weight_decay", "train.seed", "mae.decoder_depth",
+    "board.weight_decay",
 }  # fmt: skip
 AT_MOST_ONE = {
     "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
     "mix.cutmix", "mix.prob", "mix.switch",
 }  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "board.held_out"}
 
 
 def check(config: RunConfig) -> None:
@@ -109,6 +111,8 @@ def check(config: RunConfig) -> None:
     if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
     for name, value in values.items():
+        if value == ():
+            continue
         least, most = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
         if name in POSITIVE and not least > 0:
             raise ValueError(f"{name}={value}: must be greater than 0")
@@ -141,6 +145,8 @@ def check(config: RunConfig) -> None:
             value = values.get(name)
             if value is not None and (value < 2 or (value % 2 and name == "train.global_batch")):
                 raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
+    if "board.lars" in values:
+        check_board(config)
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
 
@@ -149,6 +155,18 @@ def group(config: RunConfig) -> int:
     """Neighbours in the order that must not be parted: 2 where images are mixed in pairs."""
     mix = getattr(config, "mix", None)
     return 2 if mix is not None and mix.enabled else 1
+
+
+def check_board(config: Any) -> None:
+    """Refuse a board on which heads would be missing or in each other's way (ValueError)."""
+    board = config.board
+    for name in ("features", "weight_decay"):
+        if board.active and not getattr(board, name):
+            raise ValueError(f"board.{name}=[]: nothing to try; give at least one, or leave it out")
+    if board.attentive and not board.adamw:
+        raise ValueError("board.attentive=true: these heads are trained by AdamW; give board.adamw=[lr, ...]")
+    if board.active and config.train.clip is not None:
+        raise ValueError(f"train.clip={config.train.clip:g}: heads of a board would clip each other; leave it out")
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -242,7 +260,8 @@ def _explain(error: Exception, schema: type[RunConfig], origin: str) -> str:
     if name and origin.startswith(f"{_shown(name)}="):
         origin = ""
     if not isinstance(error, ConfigKeyError):
-        return origin + (f"{_shown(name)}: {lines[0]}" if name else lines[0])
+        text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
+        return origin + (f"{_shown(name)}: {text}" if name else text)
     known = [field for field, _, _ in _fields(schema())]
     sections = sorted({field.partition(".")[0] for field in known})
     near = difflib.get_close_matches(name, map(_shown, known if "." in name else sections), n=1)

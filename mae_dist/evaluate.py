@@ -5,17 +5,19 @@ Takes modules and batches, gives numbers; knows no file and no configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mae_dist import dist
+from mae_dist import dist, rng
 from mae_dist.batch import Batch
 
 CHUNK = 1024
 """Test features compared with all training features at once."""
+RESAMPLES = 1000
 
 
 @torch.no_grad()
@@ -73,11 +75,56 @@ def knn(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, k: int, temperature: float
 ) -> Int[Tensor, 3]:
     """`hits` of nearest neighbours by cosine, votes exp(similarity / temperature) (Wu et al. 2018, section 3.4)."""
-    bank, bank_labels = nn.functional.normalize(train[0], dim=1), train[1]
-    counts = torch.zeros(3, dtype=torch.int64, device=bank.device)
+    bank = nn.functional.normalize(train[0], dim=1), train[1]
+    counts = torch.zeros(3, dtype=torch.int64, device=train[0].device)
     for queries, labels in zip(test[0].split(CHUNK), test[1].split(CHUNK), strict=True):
-        similarity, nearest = (nn.functional.normalize(queries, dim=1) @ bank.T).topk(min(k, len(bank)), 1)
-        votes = torch.zeros(len(queries), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], ((similarity - 1) / temperature).exp())
-        counts += hits(votes, labels)
+        counts += hits(votes(bank, queries, num_classes, k, temperature), labels)
     return counts
+
+
+def votes(
+    bank: tuple[Tensor, Tensor], queries: Float[Tensor, "b d"], num_classes: int, k: int, temperature: float
+) -> Float[Tensor, "b classes"]:
+    """Votes of each query's nearest neighbours; see `knn`. Features of the bank (and its labels) have length 1."""
+    similarity, nearest = (nn.functional.normalize(queries, dim=1) @ bank[0].T).topk(min(k, len(bank[0])), 1)
+    found = torch.zeros(len(queries), num_classes, device=queries.device)
+    return found.scatter_add_(1, bank[1][nearest], ((similarity - 1) / temperature).exp())
+
+
+class Ridge:
+    """Ridge regression of one-hot labels on features in closed form (Hoerl and Kennard 1970), intercept unpenalised.
+
+    Needs only sums over samples, in float64, so that every sample is seen once, by any rank.
+    """
+
+    def __init__(self, dim: int, num_classes: int, device: torch.device):
+        self.gram = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(dim + 1, num_classes, dtype=torch.float64, device=device)
+
+    def add(self, features: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> None:
+        """Count these samples in, on this rank."""
+        x = nn.functional.pad(features.double(), (0, 1), value=1.0)
+        self.gram += x.T @ x
+        self.cross += x.T @ nn.functional.one_hot(labels, self.cross.shape[1]).double()
+
+    def solve(self, penalties: Sequence[float]) -> tuple[Float[Tensor, "k d classes"], Float[Tensor, "k classes"]]:
+        """Weights and intercepts for each penalty, a multiple of the features' mean variance; all ranks together."""
+        gram, cross = dist.sum_(self.gram.clone()), dist.sum_(self.cross.clone())
+        count, mean, share = gram[-1, -1], gram[-1, :-1] / gram[-1, -1], cross[-1] / gram[-1, -1]
+        covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
+        penalty = torch.tensor(penalties, dtype=torch.float64, device=gram.device) * covariance.diagonal().mean()
+        identity = torch.eye(len(mean), dtype=torch.float64, device=gram.device)
+        target = cross[:-1] / count - torch.outer(mean, share)
+        weight = torch.linalg.solve(covariance + penalty[:, None, None] * identity, target.expand(len(penalty), -1, -1))
+        return weight, share - mean @ weight
+
+
+def bootstrap(num_hits: int, num_images: int, seed: int) -> tuple[float, float]:
+    """95 % interval of a top-1 accuracy, in percent: percentiles over RESAMPLES of the test images (Efron 1979).
+
+    A resample of hits and misses has a binomial number of hits, so that number is drawn.
+    """
+    words = rng.bits(seed, rng.Purpose.BOOTSTRAP, 0, np.zeros(1, dtype=np.int64), 4)[0]
+    drawn = np.random.default_rng(words.tolist()).binomial(num_images, num_hits / num_images, RESAMPLES)
+    low, high = np.percentile(100 * drawn / num_images, [2.5, 97.5])
+    return float(low), float(high)

@@ -69,10 +69,32 @@ def param_groups(objective: nn.Module, optim: Optim, depth: int, spare_tokens: b
 
 
 def build(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` says."""
-    if optim.name == "lars":
-        return LARS(groups, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    """The optimizer that `optim.name` says, or that each group says itself by `rule`."""
+    by_rule: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        by_rule.setdefault(group.get("rule", optim.name), []).append(group)
+    parts: list[torch.optim.Optimizer] = [
+        LARS(own, momentum=optim.momentum)
+        if rule == "lars"
+        else torch.optim.AdamW(own, lr=0.0, betas=optim.betas, fused=True)
+        for rule, own in by_rule.items()
+    ]
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers that step as one: each has its own groups; moments and `found_inf` are shared."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+        for part in self.parts:
+            part.found_inf = getattr(self, "found_inf", None)  # pyright: ignore
+            part.step()
 
 
 class LossScale:
@@ -125,11 +147,11 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
     The update of a matrix, gradient plus weight decay, is scaled by trust * |w| / |update|; one-dimensional
-    parameters take plain momentum SGD. timm's Lars is not used because it skips the scaling where weight decay is 0,
-    which is the probe's case.
+    parameters take plain momentum SGD, and so do matrices of a group whose `trust` is None. timm's Lars is not used
+    because it skips the scaling where weight decay is 0, which is the probe's case.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
+    def __init__(self, params: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float | None = 0.001):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "lr_scale": 1.0})
 
     @torch.no_grad()
@@ -142,6 +164,7 @@ class LARS(torch.optim.Optimizer):
                     continue
                 if parameter.ndim > 1:
                     update = update + group["weight_decay"] * parameter
+                if parameter.ndim > 1 and group["trust"] is not None:
                     size, length = parameter.norm(), update.norm()
                     ratio = torch.where(
                         (size > 0) & (length > 0), group["trust"] * size / length, torch.ones_like(size)

@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     AUGMENT = 9
     ERASE = 10
     MIX = 11
+    HELD_OUT = 12
+    BOOTSTRAP = 13
     ERASE_PIXELS = 14
 
 

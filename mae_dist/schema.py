@@ -1,8 +1,8 @@
 """Every knob of mae_dist: frozen dataclasses with their units, and which verb has which sections.
 
-The sections are grouped by effect. `data`, `view`, `model`, `mae`, `train`, `optim`, `mix` and `knn` change the result
-and are what a resumed run is held against; `machine`, `checkpoint` and `track` say where and how, and may change at
-every start. How settings are read, checked and compared is `config`'s business. Imports no torch.
+The sections are grouped by effect. `machine`, `checkpoint` and `track` say where and how, and may change at every start;
+all others (RESULT_SECTIONS) change the result and are what a resumed run is held against. How settings are read, checked
+and compared is `config`'s business. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn")
+RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "board")
 """Sections whose values decide the result of a run."""
 
 WHERE_DATA_LIES = ("path", "test_path", "accept_change")
@@ -134,6 +134,29 @@ class Knn:
 
 
 @dataclass(frozen=True)
+class Board:
+    """Many heads on the same frozen features: optimizers x rates x weight decays x features x blocks, and more."""
+
+    lars: tuple[float, ...] = knob((), "base_lr of each head trained by LARS after batch norm (the paper's way)")
+    sgd: tuple[float, ...] = knob((), "base_lr of each head trained by SGD with optim.momentum")
+    adamw: tuple[float, ...] = knob((), "base_lr of each head trained by AdamW with optim.betas")
+    weight_decay: tuple[float, ...] = knob((0.0,), "each rate is tried with each of these")
+    features: tuple[Literal["cls", "mean", "both"], ...] = knob(
+        ("cls",), "what heads read: class token, mean of the patch tokens, or one after the other"
+    )
+    blocks: tuple[int, ...] = knob((), "after which blocks, 1 for the first; none given: the last")
+    attentive: bool = knob(False, "a learned query that attends to the last block's patches too, for each AdamW head")
+    ridge: bool = knob(False, "ridge regression in closed form, too")
+    knn: bool = knob(False, "nearest neighbours as the verb knn's defaults, too")
+    held_out: float = knob(0.1, "share of the training split on which the best is chosen; nothing is trained on it")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a board at all; else a probe trains the one head that `optim` describes."""
+        return bool(self.lars or self.sgd or self.adamw or self.attentive or self.ridge or self.knn)
+
+
+@dataclass(frozen=True)
 class Machine:
     processes: int | None = knob(
         None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules"
@@ -206,10 +229,11 @@ class Supervised(RunConfig):
 
 @dataclass(frozen=True)
 class Probe(Supervised):
-    """Linear probe of a frozen backbone."""
+    """Linear probe of a frozen backbone, or a board of many."""
 
     view: View = section(View, scale=(0.08, 1.0), crop="resized_clamped")
     optim: Optim = section(Optim, name="lars", base_lr=0.1, weight_decay=0.0)
+    board: Board = section(Board)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def fit(
     """
     train, total = config.train, configuration.total_steps(config.train, num_samples)
     module = parallel.place(objective, config.machine, train, device)
-    groups = optim.param_groups(objective, config.optim, objective.backbone.depth, spare_tokens)
+    groups = objective.groups(config.optim)
+    groups = groups or optim.param_groups(objective, config.optim, objective.backbone.depth, spare_tokens)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = optim.build(config.optim, groups)
     scale = optim.LossScale(device, enabled=train.precision == "fp16")

@@ -44,7 +44,7 @@ def test_a_run_is_made_to_look_as_at_a_far_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["speed"], ["bench speed", "resume, order, save, scaling"]),
+        (["speed"], ["bench speed", "resume, order, save, scaling, board"]),
         (["order", "--shards", "0"], ["--shards 0", "1 or more"]),
         (["order", "--shards", "many"], ["--shards", "many"]),
         (["save", "--shards", "5"], ["--shards"]),

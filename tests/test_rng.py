@@ -85,5 +85,6 @@ def test_golden_numbers() -> None:
         [1677660712, 1914094770, 1000738350, 1820696470, 2883504269],
     ]
     assert {p.name: p.value for p in Purpose} == {
-        "SHARDS": 1, "SAMPLES": 2, "CROP": 3, "FLIP": 4, "MASK": 5, "DROP_PATH": 6, "SYNTHETIC": 7,
+        "SHARDS": 1, "SAMPLES": 2, "CROP": 3, "FLIP": 4, "MASK": 5, "DROP_PATH": 6, "SYNTHETIC": 7, "BLOCKS": 8,
+        "HELD_OUT": 12, "BOOTSTRAP": 13,
     }  # fmt: skip

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,16 @@ log = logging.getLogger(__name__)
 RESIDENT_BYTES = 2**31
 """A split of equally large images stays in memory up to this size as uint8."""
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+class Source(Protocol):
+    """Where batches of a split come from."""
+
+    index: ShardIndex
+
+    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
+        """The batches of a plan, in its order."""
+        ...
 
 
 def open_source(

@@ -6,12 +6,14 @@ Names and shapes in its state dict are timm's.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mae_dist.models.layers import Block
+from mae_dist.models.layers import EPS, Block
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n ppc"]:
@@ -97,6 +99,19 @@ class Backbone(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, None if scale is None else scale[number], present)
         return self.norm(x)
+
+    def layers(self, images: Float[Tensor, "b c h w"], numbers: Collection[int]) -> list[Float[Tensor, "b n d"]]:
+        """Prefix and patch tokens after each of these blocks, ascending from 1, none twice.
+
+        After the last block they have its norm, as `encode` gives them; after others, where no norm was trained,
+        LayerNorm without affine, so that all have one scale.
+        """
+        x, found = self.embed(images), []
+        for number, block in enumerate(self.blocks[: max(numbers)], 1):
+            x = block(x)
+            if number in numbers:
+                found.append(self.norm(x) if number == self.depth else F.layer_norm(x, (self.dim,), eps=EPS))
+        return found
 
     def forward(
         self, images: Float[Tensor, "b c h w"], scale: Float[Tensor, "depth two b"] | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import Fill, initialise
+from mae_dist.schema import Optim
 
 
 class Output(NamedTuple):
@@ -33,3 +34,9 @@ class Objective(nn.Module):
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
         """The same for everything but the backbone."""
         initialise(self, self.seed, skip=self.backbone, fill=fill)
+
+    def groups(self, optim: Optim) -> list[dict[str, Any]] | None:  # noqa: ARG002
+        """Groups of parameters with lr_scale, weight_decay and, each, the `rule` that trains it (see `optim.build`).
+        None: those of `optim.param_groups`.
+        """
+        return None

@@ -26,13 +26,16 @@ class Classifier(Objective):
         self.initialise_rest()
 
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
-        if self.head.weight.is_meta:
-            return
-        generator = torch.Generator().manual_seed(self.seed)
-        weight = nn.init.trunc_normal_(torch.empty(self.head.weight.shape), std=self.std, generator=generator)
-        with torch.no_grad():
-            fill(self.head.weight, weight)
-            fill(self.head.bias, torch.zeros(self.head.bias.shape))
+        if not self.head.weight.is_meta:
+            draw_head(self.head, self.std, self.seed, fill)
+
+
+@torch.no_grad()
+def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_) -> None:
+    """Weights N(0, std), truncated at 2 in absolute value, drawn from `seed` alone; bias 0."""
+    generator = torch.Generator().manual_seed(seed)
+    fill(head.weight, nn.init.trunc_normal_(torch.empty(head.weight.shape), std=std, generator=generator))
+    fill(head.bias, torch.zeros(head.bias.shape))
 
 
 class Finetune(Classifier):

@@ -13,6 +13,6 @@ VERBS = {
     "chaos": "harm a run on purpose, and compare it with an undisturbed one",
     "demo": "all of the above on the embedded data set, in minutes",
     "certify": "the same short run on 1, 2, 3, 4 ranks, DDP, FSDP2, resumed, ...: how far apart they are",
-    "bench": "measure a promised cost: resuming, ordering, saving, scaling, Mixer, decoder",
+    "bench": "measure a promised cost: resuming, ordering, saving, scaling, Mixer, decoder, boards",
 }
 """Verb -> one line. `mae_dist.stages.VERB` has `run(config)` if the verb has a schema, else `main(argv)`."""

@@ -26,10 +26,14 @@ log = logging.getLogger(__name__)
 
 NUM_TRAIN = 2000
 SETTINGS = [
-    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=64", "mae.decoder_depth=1",
-    "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32",
+    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
 ]  # fmt: skip
-"""Of all benches. A bench's own come after them, then the user's, then what must be so to measure at all."""
+"""Of all benches. Those of the verb and a bench's own come after them, then the user's, then what must be so to measure
+at all."""
+OF_VERB = {
+    "pretrain": ["mae.decoder_dim=64", "mae.decoder_depth=1", "mae.decoder_heads=4"],
+    "probe": ["from=random"],
+}
 TRACKED = ["track.every=1", "track.wandb=off"]
 BUSY = 0.5
 """Load per core, of others, from which on a measurement is worth little."""
@@ -56,8 +60,8 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{option} {size}: must be 1 or more")
     if dist.launched():
         raise ValueError("bench starts its ranks itself; start it without torchrun")
-    folder, words = options.out / name, [*SETTINGS, *bench.settings, *options.words, *TRACKED]
-    settings = config.load("pretrain", None, [f"data.path={options.out / 'data'}", *words, f"out={folder}"])
+    folder, words = options.out / name, [*SETTINGS, *OF_VERB[bench.verb], *bench.settings, *options.words, *TRACKED]
+    settings = config.load(bench.verb, None, [f"data.path={options.out / 'data'}", *words, f"out={folder}"])
     began, load = time.perf_counter(), os.getloadavg()[0]
     print(f"bench {name}: {bench.text}; in {folder}", flush=True)
     if load > BUSY * (os.cpu_count() or 1):
@@ -65,7 +69,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if bench.trains and settings.data.path == str(options.out / "data"):
         child.embedded_data(options.out / "data", NUM_TRAIN)
-    report = bench.measure(Task(folder, [f"data.path={settings.data.path}", *words], settings, sizes))
+    report = bench.measure(Task(folder, bench.verb, [f"data.path={settings.data.path}", *words], settings, sizes))
     machine = {"cores": os.cpu_count(), "gpus": torch.cuda.device_count(), "load_before": load}
     conclude(report, options.out / f"bench-{name}.json", words, machine, time.perf_counter() - began)
     return 0

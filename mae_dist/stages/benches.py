@@ -51,9 +51,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Task:
-    """What a bench is given: a folder, the settings of its runs as words (all but out=) and read, and its options."""
+    """What a bench is given: a folder, the verb of its runs, their settings as words (all but out=) and read, and its
+    options."""
 
     folder: Path
+    verb: str
     words: list[str]
     settings: Any
     sizes: dict[str, int]
@@ -64,8 +66,8 @@ class Task:
         return self.folder / name
 
     def start(self, run: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a pretraining run into `run`."""
-        return child.start(["pretrain", *self.words, *words, f"out={run}"], self.folder / "runs.log", **environment)
+        """Start a run into `run`."""
+        return child.start([self.verb, *self.words, *words, f"out={run}"], self.folder / "runs.log", **environment)
 
     def finish(self, process: subprocess.Popen[bytes], expected: int) -> None:
         """Wait for a run to end as it should (ValueError with its last words when it does not)."""
@@ -219,15 +221,51 @@ def scaling(task: Task) -> Report:
     return Report("several ranks against one process", measures, {"images_per_second": rates})
 
 
+GRID = [
+    "board.lars=[0.1,0.3,1,3,10]", "board.sgd=[0.01,0.03,0.1,0.3,1]", "board.adamw=[1e-4,3e-4,1e-3,3e-3,1e-2]",
+    "board.features=[cls,mean]",
+]  # fmt: skip
+"""A board of 30 heads."""
+
+
+def board(task: Task) -> Report:
+    """Time of a probe board of 30 heads, on images shown anew in each epoch and on features kept on disk, against one
+    head trained the paper's way: of a step, and of the whole command with its start, features and evaluation.
+    """
+    one, many, kept = "one head", "30 heads", "30 heads, features kept"
+    variants = {one: [], many: GRID, kept: [*GRID, "view.crop=center", "view.flip=0"]}
+    steps: dict[str, list[float]] = {name: [] for name in variants}
+    whole: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(task.sizes["rounds"]):
+        for name, words in variants.items():
+            run, began = task.fresh("run"), time.perf_counter()
+            with task.start(run, *words) as process:
+                task.finish(process, 0)
+            whole[name].append(time.perf_counter() - began)
+            rate = median(record["images_per_second"] for record in task.records(run))
+            steps[name].append(task.settings.train.global_batch / rate)
+            took = f"step {steps[name][-1]:.3f} s, whole command {whole[name][-1]:.1f} s"
+            print(f"round {number + 1}, {name}: {took}", flush=True)
+    measures = []
+    for what, seconds in (("step", steps), ("whole command", whole)):
+        measures += [Measure(f"{what}, {name}", median(values), "s") for name, values in seconds.items()]
+        for name, most in ((many, 1.2), (kept, None)):
+            ratio = median(a / b for a, b in zip(seconds[name], seconds[one], strict=True))
+            measures.append(Measure(f"{what}: {name}, ratio to {one}", ratio, at_most=most))
+    return Report("a probe board against one probe", measures, {"step": steps, "whole": whole})
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A bench: its function, a line about it, its settings, its options (default, help), and whether it trains."""
+    """A bench: its function, a line about it, its settings, its options (default, help), whether it trains, and the
+    verb of its runs."""
 
     measure: Callable[[Task], Report]
     text: str
     options: dict[str, tuple[int, str]]
     settings: list[str] = field(default_factory=list)
     trains: bool = True
+    verb: str = "pretrain"
 
 
 ROUNDS = {"rounds": (3, "how often each is measured; medians are reported")}
@@ -247,6 +285,10 @@ BENCHES = {
     "scaling": Bench(
         scaling, "images per second of several ranks against one process", ROUNDS,
         ["model.name=vit_ti4", "train.global_batch=64", "train.steps=20", "checkpoint.every=1000"],
+    ),
+    "board": Bench(
+        board, "time of a probe board of 30 heads against one probe", {"rounds": (2, ROUNDS["rounds"][1])},
+        ["model.name=vit_ti4", "train.global_batch=128", "train.epochs=2", "machine.processes=1"], verb="probe",
     ),
 }  # fmt: skip
 """Name -> bench."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mae_dist import checkpoint, dist, heal, models, parallel, schema
@@ -78,7 +79,7 @@ class Opening:
         return "-".join(index.fingerprint for index in decisive)
 
     def training_batches(
-        self, source: loader.Resident | loader.Streamed, micro: int, steps: range, share: tuple[int, int] | None = None
+        self, source: loader.Source, micro: int, steps: range, share: tuple[int, int] | None = None
     ) -> Iterator[Batch]:
         """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
         settings, (rank, world) = self.config, share or (dist.rank(), dist.world())
@@ -88,10 +89,11 @@ class Opening:
         places = plan(order, steps, settings.train.global_batch, micro, rank, world, group)
         return source.batches(places, self.view(training=True))
 
-    def evaluation_batches(self, source: loader.Resident | loader.Streamed) -> Iterator[Batch]:
-        """This rank's part of a split, each sample once, not augmented."""
-        places = loader.evaluation_plan(len(source.index), self.micro_batch, dist.rank(), dist.world())
-        return source.batches(places, self.view(training=False))
+    def evaluation_batches(self, source: loader.Source, ids: np.ndarray | None = None) -> Iterator[Batch]:
+        """This rank's part of a split, or of these samples of it, each sample once, not augmented."""
+        ids = np.arange(len(source.index)) if ids is None else ids
+        places = loader.evaluation_plan(len(ids), self.micro_batch, dist.rank(), dist.world())
+        return source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
 
     def begin(self, backbone: Backbone) -> None:
         """Load the start into the backbone, wherever its parts lie. Only the norm that its pooling does not have stays

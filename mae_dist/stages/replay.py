@@ -25,6 +25,8 @@ from mae_dist.checkpoint import RunDir, step_of, write_text
 from mae_dist.data.order import num_micro, share
 from mae_dist.data.views import denormalise
 from mae_dist.objectives import Objective
+from mae_dist.objectives.board import Board
+from mae_dist.objectives.classify import Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.stages.data import Parser
 from mae_dist.stages.opening import Opening, survey
@@ -116,7 +118,7 @@ def again(opening: Opening, objective: Objective, step: int, part: tuple[int, in
     group = config.group(settings)
     first, last = share(settings.train.global_batch, *part, group)
     micro = 1 if settings.machine.micro_batch == "auto" else num_micro(last - first, 1, opening.micro_batch, group)
-    if type(objective).__name__ == "Probe":
+    if isinstance(objective, Probe | Board):
         micro = 1  # its batch norm sees the whole batch
     batches, outputs = [], []
     for batch in opening.training_batches(source, micro, range(step - 1, step), part):
