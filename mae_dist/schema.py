@@ -1,8 +1,8 @@
 """Every knob of mae_dist: frozen dataclasses with their units, and which verb has which sections.
 
-The sections are grouped by effect. `machine`, `checkpoint` and `track` say where and how, and may change at every start;
-all others (RESULT_SECTIONS) change the result and are what a resumed run is held against. How settings are read, checked
-and compared is `config`'s business. Imports no torch.
+The sections are grouped by effect. `machine`, `checkpoint` and `track` say where and how, and may change at every
+start; all others (RESULT_SECTIONS) change the result and are what a resumed run is held against. How settings are read,
+checked and compared is `config`'s business. Imports no torch.
 """
 
 from __future__ import annotations
