@@ -8,6 +8,7 @@ started it already. Help and config errors are answered without importing torch.
 from __future__ import annotations
 
 import importlib
+import keyword
 import logging
 import os
 import sys
@@ -22,6 +23,8 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist replay RUN --step N [--rank R]
        mae-dist data {pack,index,show} ...
        mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
+       mae-dist import FILE --out RUN
+       mae-dist export RUN --to {timm,hf,fb,npz,safetensors} --out PATH
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
@@ -83,7 +86,8 @@ def dispatch(verb: str, words: list[str]) -> int:
             f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
         )
     if verb not in schema.SCHEMAS:
-        return importlib.import_module(f"mae_dist.stages.{verb}").main(words)
+        module = verb + "_" * keyword.iskeyword(verb)
+        return importlib.import_module(f"mae_dist.stages.{module}").main(words)
     if "-h" in words or "--help" in words:
         print(f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]\n\n{VERBS[verb]}\n\n{config.describe(verb)}")
         return 0

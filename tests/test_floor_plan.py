@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop"},
-    {"data", "objectives", "optim", "checkpoint", "track", "evaluate"},
+    {"data", "objectives", "optim", "checkpoint", "track", "evaluate", "weights"},
     {"parallel", "saver"},
     {"heal"},
     {"train"},

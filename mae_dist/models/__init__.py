@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,21 +36,21 @@ def image_size(patch: int) -> int:
     return 32 if patch <= 4 else 224
 
 
-def _vit(size: str, patch: int) -> Callable[..., Backbone]:
+def _vit(size: str, patch: int) -> partial[Backbone]:
     return partial(ViT, patch=patch, image_size=image_size(patch), **VIT_SIZES[size])
 
 
-def _mixer(size: str, patch: int) -> Callable[..., Backbone]:
+def _mixer(size: str, patch: int) -> partial[Backbone]:
     return partial(Mixer, patch=patch, image_size=image_size(patch), **MIXER_SIZES[size])
 
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {
+BACKBONES: dict[str, partial[Backbone]] = {
     **{f"vit_{size}{patch}": _vit(size, patch) for size in VIT_SIZES for patch in VIT_PATCHES},
     **{f"mixer_{name}": _mixer(name.rstrip("0123456789"), int(name.lstrip("tisbl"))) for name in MIXERS},
     "vit_demo4": partial(ViT, patch=4, dim=128, depth=4, num_heads=4, image_size=32),
     "mixer_demo4": partial(Mixer, patch=4, dim=128, depth=4, token_hidden=64, channel_hidden=512, image_size=32),
 }
-"""Name -> constructor."""
+"""Name -> constructor, whose `keywords` are its sizes."""
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> Backbone:

@@ -1,0 +1,66 @@
+"""Checkpoints of other houses, in and out: the official MAE code's, timm's, Hugging Face's, Flax's, and our own file.
+
+    fb           .pth of the official MAE repository: backbone, decoder or head
+    timm         state dict of VisionTransformer or MlpMixer, .pth or .safetensors: backbone, head
+    hf           folder of ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
+    npz          Flax arrays of google-research/vision_transformer, ViT and Mixer: backbone, head
+    safetensors  folder with our own names, settings and a model card: everything
+
+Promises: a file is recognised by its content; reading one executes nothing that is in it; names and shapes change, bits
+do not; what a file does not say is assumed aloud; what cannot be kept is named; a tensor that our models have no place
+for is refused, for without it the features would be others. Each house is one file with `found` (theirs to ours),
+`theirs` (ours to theirs), `write` and `usage`. Knows no data, no loop and no run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from mae_dist.weights import fb, files, hf, npz, own, timm
+from mae_dist.weights.model import Found, Given, Model, Reading, identify
+
+HOUSES: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": own}
+"""What `--to` knows."""
+
+__all__ = ["HOUSES", "Found", "Given", "Model", "Reading", "read"]
+
+
+def read(path: Path, given: Given) -> Reading:
+    """The model that a file or folder of any house holds; ``given``: what the user says of it.
+
+    Raises ValueError, one sentence, for what is no checkpoint, would execute code, is of an architecture that
+    `models.BACKBONES` has not, or lacks what must be known.
+    """
+    file, config = locate(path)
+    kind = files.kind(file)
+    if kind == "npz":
+        return identify(npz.found(files.npz(file)), str(path), given)
+    if kind == "pth":
+        tensors, facts = timm.unwrap(files.pth(file), str(path))
+    else:
+        tensors, facts = files.safetensors(file)
+        if own.MARK in facts:
+            return own.reading(tensors, facts, str(path), given)
+    preprocessor = file.with_name("preprocessor_config.json")
+    if config.get("model_type") in hf.KINDS:
+        return identify(hf.found(tensors, config, files.json_object(preprocessor), str(path)), str(path), given)
+    if hf.looks_like(tensors):
+        raise ValueError(f"{path}: has transformers' names but no config.json of vit_mae or vit beside it; give both")
+    house = fb if fb.looks_like(tensors, facts) else timm
+    return identify(house.found(tensors, facts | config), str(path), given)
+
+
+def locate(path: Path) -> tuple[Path, dict]:
+    """(the file with the tensors, the config.json beside it or {}) of a file or folder."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file():
+        known = path.name in files.IN_FOLDERS
+        return path, files.json_object(path.with_name("config.json")) if known else {}
+    for name in files.IN_FOLDERS:
+        if (path / name).is_file():
+            return path / name, files.json_object(path / "config.json")
+    if (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: is a run of mae-dist already; from={path} starts from it")
+    raise ValueError(f"{path}: a folder without {' or '.join(files.IN_FOLDERS)}; give a checkpoint file")

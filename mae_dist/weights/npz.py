@@ -1,0 +1,151 @@
+"""Arrays of Flax models: google-research/vision_transformer's ViT and Mixer, .npz, as timm reads them too.
+
+Kernels lie the other way round, (in, out); attention is a kernel (width, heads, width of a head) for each of query,
+key and value. Names of big_vision, which numbers otherwise, are read too. A file has no room for image statistics,
+which are 0.5 there, nor for fc_norm. Flax's GELU is the tanh approximation, timm's and ours the exact one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from mae_dist.weights.model import HALF, Found, Model
+from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
+
+SUFFIXES = (".npz",)
+ATTENTION = "MultiHeadDotProductAttention_1/"
+TABLE = dictionary(
+    {
+        "backbone.cls_token": "cls",
+        "backbone.pos_embed": "Transformer/posembed_input/pos_embedding",
+        "backbone.patch_embed.proj": "embedding",
+        "backbone.norm": "Transformer/encoder_norm",
+        "head": "head",
+    },
+    {"backbone.blocks.{}.": "Transformer/encoderblock_{}/"},
+    {
+        "norm1": "LayerNorm_0",
+        "attn.q": f"{ATTENTION}query",
+        "attn.k": f"{ATTENTION}key",
+        "attn.v": f"{ATTENTION}value",
+        "attn.proj": f"{ATTENTION}out",
+        "norm2": "LayerNorm_2",
+        "mlp.fc1": "MlpBlock_3/Dense_0",
+        "mlp.fc2": "MlpBlock_3/Dense_1",
+    },
+)
+MIXER = dictionary(
+    {"backbone.stem.proj": "stem", "backbone.norm": "pre_head_layer_norm", "head": "head"},
+    {"backbone.blocks.{}.": "MixerBlock_{}/"},
+    {
+        "norm1": "LayerNorm_0",
+        "mlp_tokens.fc1": "token_mixing/Dense_0",
+        "mlp_tokens.fc2": "token_mixing/Dense_1",
+        "norm2": "LayerNorm_1",
+        "mlp_channels.fc1": "channel_mixing/Dense_0",
+        "mlp_channels.fc2": "channel_mixing/Dense_1",
+    },
+)
+OTHER_SPELLINGS = (
+    (r"^(opt/target/|params/img/|params/)", ""),
+    (r"^pos_embedding$", "Transformer/posembed_input/pos_embedding"),
+    (r"/MultiHeadDotProductAttention_0/", f"/{ATTENTION}"),
+    (r"/MlpBlock_0/", "/MlpBlock_3/"),
+)
+
+
+def ours(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Theirs in our names and shapes; what has none keeps its name."""
+    if any(name.startswith("opt/target/") for name in arrays):  # a whole training state: moments stand beside
+        arrays = {name: array for name, array in arrays.items() if name.startswith("opt/target/")}
+    renamed = {}
+    for name, array in arrays.items():
+        for pattern, released in OTHER_SPELLINGS:
+            name = re.sub(pattern, released, name)
+        renamed[name] = array
+    nested = not any(name.endswith("/LayerNorm_2/scale") for name in renamed)  # big_vision
+    mixer = "stem/kernel" in renamed
+    back = {theirs: ours for ours, theirs in (MIXER if mixer else TABLE).items()}
+    state = {}
+    for name, array in renamed.items():
+        if nested and not mixer:
+            name = re.sub(r"(encoderblock_\d+)/LayerNorm_1/", r"\1/LayerNorm_2/", name)
+        found = lookup(name, back, "/")
+        if found is None:
+            state[name.replace("/", ".")] = array
+        elif not found[1]:
+            state[found[0]] = array
+        elif found[1] == "kernel":
+            state[f"{found[0]}.weight"] = weight(array, found[0])
+        else:
+            state[f"{found[0]}.{found[1].replace('scale', 'weight')}"] = array.flatten()
+    return join_attention(state)
+
+
+def weight(kernel: Tensor, module: str) -> Tensor:
+    """A Flax kernel as a PyTorch weight."""
+    if kernel.ndim == 4:  # (height, width, in, out)
+        return kernel.permute(3, 2, 0, 1).contiguous()
+    if kernel.ndim == 3:  # (heads, head, out) of the projection, (in, heads, head) of the others
+        kernel = kernel.flatten(0, 1) if module.endswith(".proj") else kernel.flatten(1)
+    return kernel.T.contiguous()
+
+
+def kernel(weight: Tensor, module: str, num_heads: int) -> Tensor:
+    """The inverse."""
+    if weight.ndim == 4:
+        return weight.permute(2, 3, 1, 0)
+    if module.endswith(".attn.proj"):
+        return weight.T.unflatten(0, (num_heads, -1))
+    return weight.T.unflatten(1, (num_heads, -1)) if ".attn." in module else weight.T
+
+
+def found(arrays: dict[str, Tensor]) -> Found:
+    """Theirs in our words."""
+    heads = next((a.shape[1] for n, a in arrays.items() if n.endswith("/query/kernel") and a.ndim == 3), None)
+    return Found("npz", ours(arrays), HALF, num_heads=heads)
+
+
+def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
+    """(Their arrays, what is left out). ValueError for a ViT with mean pooling."""
+    if model.is_vit and model.pool == "avg":
+        raise ValueError("--to npz: has no fc_norm, and this run has model.pool=avg; try --to timm, fb or safetensors")
+    kept, left_out = model.portable(decoder=False)
+    table, num_heads = (TABLE if model.is_vit else MIXER), model.sizes.get("num_heads", 1)
+    arrays = {}
+    for name, tensor in split_attention(kept).items():
+        new = lookup(name, table, ".")
+        assert new is not None, name
+        module, leaf = new
+        if not leaf:
+            arrays[module] = tensor
+        elif leaf == "weight" and tensor.ndim > 1:
+            arrays[f"{module}/kernel"] = kernel(tensor, name.removesuffix(".weight"), num_heads).contiguous()
+        elif leaf == "weight":
+            arrays[f"{module}/scale"] = tensor
+        else:
+            split = module.endswith(("/query", "/key", "/value"))
+            arrays[f"{module}/bias"] = tensor.unflatten(0, (num_heads, -1)) if split else tensor
+    data = model.config.data
+    if (data.mean, data.std) != HALF:
+        left_out.append(f"data.mean {list(data.mean)} and data.std {list(data.std)}: pass them on by hand")
+    return arrays, left_out
+
+
+def write(tensors: dict[str, Tensor], _: Model, path: Path) -> None:
+    """The archive."""
+    with path.open("wb") as stream:
+        np.savez(stream, **{name: tensor.numpy() for name, tensor in tensors.items()})  # pyright: ignore
+
+
+def usage(model: Model, path: Path) -> str:
+    """What reads it."""
+    if not model.is_vit:
+        return f"numpy.load('{path}') has the arrays of vit_jax.models_mixer.MlpMixer"
+    from mae_dist.weights import timm
+
+    return timm.usage(model, path)
