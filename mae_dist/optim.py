@@ -31,12 +31,15 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
 
 
 def schedule(optim: Optim, peak: float, epochs: float) -> ParamScheduler:
-    """lr over progress in [0, 1): linear warmup from 0, half a cosine down to min_lr (Loshchilov and Hutter 2017)."""
+    """lr over progress in [0, 1): linear warmup from 0, then half a cosine (Loshchilov and Hutter 2017) or a straight
+    line down to min_lr.
+    """
     warmup = min(optim.warmup_epochs / epochs, 1.0)
-    cosine = CosineParamScheduler(peak, optim.min_lr)
+    decay = CosineParamScheduler if optim.decay == "cosine" else LinearParamScheduler
+    falling = decay(peak, optim.min_lr)
     if warmup == 0:
-        return cosine
-    parts = [LinearParamScheduler(0.0, peak), cosine]
+        return falling
+    parts = [LinearParamScheduler(0.0, peak), falling]
     return CompositeParamScheduler(parts, [warmup, 1 - warmup], ["rescaled", "rescaled"])
 
 

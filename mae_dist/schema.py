@@ -103,7 +103,8 @@ class Train:
 class Optim:
     name: Literal["adamw", "lars"] = knob("adamw", "optimizer")
     base_lr: float = knob(1.5e-4, "lr for 256 images; lr = base_lr * global_batch / 256")
-    min_lr: float = knob(0.0, "lr at the end of the cosine (absolute)")
+    min_lr: float = knob(0.0, "lr at the end (absolute)")
+    decay: Literal["cosine", "linear"] = knob("cosine", "how lr falls from its peak after warmup to min_lr")
     warmup_epochs: float = knob(0.0, "epochs of linear warmup from 0")
     weight_decay: float = knob(0.05, "decoupled weight decay; biases and norms are spared")
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's moments")
