@@ -90,14 +90,14 @@ POSITIVE = {
     "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
-    "mae.decoder_heads", "mae.predict",
+    "mae.decoder_heads", "mae.predict", "train.ema",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
     "optim.warmup_epochs", "optim.weight_decay", "train.seed", "mae.decoder_depth",
 }  # fmt: skip
 AT_MOST_ONE = {"data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict"}
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "train.ema"}
 
 
 def check(config: RunConfig) -> None:

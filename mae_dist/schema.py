@@ -96,6 +96,9 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = knob("bf16", "arithmetic of the forward pass; weights stay fp32")
     reduce: Literal["fp32", "bf16"] = knob("fp32", "arithmetic in which gradients are summed over ranks")
     clip: float | None = knob(None, "largest gradient norm; none: no clipping")
+    ema: float | None = knob(
+        None, "decay a step of the weights' moving average, which is what is evaluated and started from; none: none"
+    )
     label_smoothing: float = knob(0.0, "share of the target spread over all classes")
 
 

@@ -80,7 +80,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     def words(out: str) -> list[str]:
         return ["pretrain", f"data.path={data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
-                "checkpoint.every=7", "machine.processes=2"]  # fmt: skip
+                "checkpoint.every=7", "machine.processes=2", "train.ema=0.9"]  # fmt: skip
 
     start(*words("undisturbed"))
     killed = tmp_path / "killed"
@@ -106,6 +106,7 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, t
     first, second = weights(tmp_path / "undisturbed"), weights(killed)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "ema.backbone.cls_token" in first
     starts = [json.loads(line)["step"] for line in (killed / "provenance.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert starts[0] == 0

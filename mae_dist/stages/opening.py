@@ -91,15 +91,20 @@ class Opening:
         return source.batches(places, self.view(training=False))
 
     def begin(self, backbone: Backbone) -> None:
-        """Load the start into the backbone, wherever its parts lie. Only the norm that its pooling does not have stays
-        as initialised. Nothing, when the run begins at random.
+        """Load the start into the backbone, wherever its parts lie: its averaged weights where it has them. Only the
+        norm that its pooling does not have stays as initialised. Nothing, when the run begins at random.
         """
         if self.start is None:
             return
         there = checkpoint.names_in(self.start.path)
-        state = {f"model.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-        other_pool = {name for name in state if ".fc_norm." in name or name.startswith("model.backbone.norm.")}
-        checkpoint.load(self.start.path, {k: v for k, v in state.items() if k in there or k not in other_pool})
+        wanted = {}
+        for name, tensor in backbone.state_dict().items():
+            stored = next((k for k in (f"ema.backbone.{name}", f"model.backbone.{name}") if k in there), None)
+            if stored is not None or not name.startswith(("norm.", "fc_norm.")):
+                wanted[stored or f"model.backbone.{name}"] = tensor
+        checkpoint.load(self.start.path, wanted)
+        if dist.is_main() and any(name.startswith("ema.") for name in wanted):
+            log.info("from=%s: its averaged weights", self.config.start)
 
 
 def open_run(verb: str, config: Any, labels: bool) -> Opening:
