@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, RunConfig, Train
+from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, RunConfig, Train
 
 
 def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -115,6 +115,8 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value}: must lie between 0 and 1")
         if name in LESS_THAN_ONE and not most < 1:
             raise ValueError(f"{name}={value}: must be less than 1")
+    if config.model.train_blocks is not None and not isinstance(config, Finetune):
+        raise ValueError(f"model.train_blocks={config.model.train_blocks:g}: is for finetune; leave it out")
     train = config.train
     if train.seed >= 2**32:
         raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")

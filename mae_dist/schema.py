@@ -66,6 +66,9 @@ class Model:
         None, "fixed sin-cos positions, or trained ones that start there; none: sincos (a Mixer has neither)"
     )
     drop_path: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0")
+    train_blocks: float | None = knob(
+        None, "last blocks that finetune trains, beside last norm and head; 0.5: the last MLP alone; none: everything"
+    )
 
 
 @dataclass(frozen=True)

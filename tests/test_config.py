@@ -51,6 +51,8 @@ def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
         (["train"], ["section.key=value"]),
         (["data=3"], ["data"]),
         (["train.seed=-1"], ["train.seed"]),
+        (["train.ema=1"], ["train.ema", "less than 1"]),
+        (["model.train_blocks=1"], ["model.train_blocks=1", "finetune"]),
     ],
 )
 def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> None:

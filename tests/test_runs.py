@@ -257,6 +257,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["probe", here, "from=/nowhere"], ["from=/nowhere", "no such folder"]),
         (["knn", here, f"from={data}"], [f"from={data}", "no run"]),
         (["finetune", here, f"from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
+        (["finetune", here, f"from={pretrained}", "model.train_blocks=5"], ["model.train_blocks=5", "the model's 4"]),
         (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
         (["pretrian"], ["no such verb", "pretrain"]),
     ]

@@ -33,7 +33,9 @@ class Classifier(Objective):
 
 
 class Finetune(Classifier):
-    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample."""
+    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample; blocks that
+    are not trained have none.
+    """
 
     def __init__(self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int):
         super().__init__(backbone, num_classes, 2e-5, seed)
@@ -51,6 +53,7 @@ class Finetune(Classifier):
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
         draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, batch.size)
         rates = torch.linspace(0, self.drop_path, self.backbone.depth, device=words.device)
+        rates[: self.backbone.num_frozen] = 0.0
         return depth_scale(draws >= rates[:, None, None], rates)
 
 

@@ -136,6 +136,8 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
         backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
+    if config.model.train_blocks is not None:
+        backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     return Opening(config, run, False, device, train, test, labels, backbone, start, micro)
