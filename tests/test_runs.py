@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.models.vit import class_and_grid
 from mae_dist.schema import SCHEMAS
 
 SETTINGS = [
@@ -202,6 +203,40 @@ def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Pa
     assert not torch.equal(moved[backbone], fresh[backbone])
     assert sorted((pretrained / "pictures").glob("reconstruction-*.png"))
     assert main(["report", str(pretrained), str(tmp_path / "probe-random")]) == 0
+
+
+def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    shared, small = [f"data.path={data}", *SETTINGS, "train.steps=1"], tmp_path / "small"
+    assert main(["pretrain", *shared, *MAE, "train.ema=0.5", "model.image_size=16", f"out={small}"]) == 0
+    learned = ["finetune", *shared, f"from={small}", "model.position=learned", "optim.base_lr=1e-9"]
+    assert main([*learned, f"out={tmp_path / 'large'}"]) == 0
+    assert f"from={small}: its averaged weights" in caplog.text
+    assert f"from={small}: positions of 4 x 4 patches resized (bicubic) for 8 x 8" in caplog.text
+    old, new = weights(small), weights(tmp_path / "large")
+    grid = old["model.backbone.pos_embed"][:, 1:].reshape(1, 4, 4, 128).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)
+    expected = torch.cat([old["model.backbone.pos_embed"][:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    torch.testing.assert_close(new["model.backbone.pos_embed"], expected, rtol=0, atol=1e-6)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(new[f"model.{name}"], old[f"ema.{name}"], rtol=0, atol=1e-6)
+    assert not torch.equal(old[f"model.{name}"], old[f"ema.{name}"])
+
+    for start, how in ((small, "computed"), (tmp_path / "large", "resized (bicubic)")):
+        wanted = [f"from={start}", "model.image_size=24"]
+        assert main(["probe", *shared, *wanted, f"out={tmp_path / start.name}-probe"]) == 0
+        side = 4 if start == small else 8
+        assert f"from={start}: positions of {side} x {side} patches {how} for 6 x 6" in caplog.text
+    found = weights(tmp_path / "small-probe")["model.backbone.pos_embed"]
+    assert torch.equal(found, class_and_grid(128, (6, 6)))
+
+    mixer = ["model.name=mixer_demo4", "train.global_batch=8"]
+    assert main(["pretrain", *shared, *MAE, *mixer, f"out={tmp_path / 'mixer'}"]) == 0
+    line = refused(capsys, "knn", *shared, *mixer, f"from={tmp_path / 'mixer'}", "model.image_size=16", "out=/nowhere")
+    assert "model.image_size=16" in line
+    assert "mixer_demo4 is bound to its grid; set model.image_size=32" in line
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(
