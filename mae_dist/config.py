@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, RunConfig, Train
+from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, RunConfig, Train
 
 
 def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -92,6 +92,7 @@ POSITIVE = {
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
     "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",
+    "train.ema",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
@@ -102,7 +103,7 @@ AT_MOST_ONE = {
     "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
     "mix.cutmix", "mix.prob", "mix.switch",
 }  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "board.held_out"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "board.held_out", "train.ema"}
 
 
 def check(config: RunConfig) -> None:
@@ -122,6 +123,8 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value}: must lie between 0 and 1")
         if name in LESS_THAN_ONE and not most < 1:
             raise ValueError(f"{name}={value}: must be less than 1")
+    if config.model.train_blocks is not None and not isinstance(config, Finetune):
+        raise ValueError(f"model.train_blocks={config.model.train_blocks:g}: is for finetune; leave it out")
     train = config.train
     if train.seed >= 2**32:
         raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")

@@ -1,13 +1,15 @@
-"""Optimizers: parameter groups, AdamW and LARS, and the learning rate as a pure function of progress.
+"""Optimizers: parameter groups, AdamW and LARS, the learning rate as a pure function of progress, averaged weights.
 
-Nothing here has state but the optimizer's moments and, for fp16, the loss scale: the rate of a step follows from it.
+Nothing here has state but the optimizer's moments, the average of the weights and, for fp16, the loss scale: the rate
+of a step follows from it.
 A step whose gradient is not finite is skipped on the device; the host does not wait to find out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +33,15 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
 
 
 def schedule(optim: Optim, peak: float, epochs: float) -> ParamScheduler:
-    """lr over progress in [0, 1): linear warmup from 0, half a cosine down to min_lr (Loshchilov and Hutter 2017)."""
+    """lr over progress in [0, 1): linear warmup from 0, then half a cosine (Loshchilov and Hutter 2017) or a straight
+    line down to min_lr.
+    """
     warmup = min(optim.warmup_epochs / epochs, 1.0)
-    cosine = CosineParamScheduler(peak, optim.min_lr)
+    decay = CosineParamScheduler if optim.decay == "cosine" else LinearParamScheduler
+    falling = decay(peak, optim.min_lr)
     if warmup == 0:
-        return cosine
-    parts = [LinearParamScheduler(0.0, peak), cosine]
+        return falling
+    parts = [LinearParamScheduler(0.0, peak), falling]
     return CompositeParamScheduler(parts, [warmup, 1 - warmup], ["rescaled", "rescaled"])
 
 
@@ -141,6 +146,56 @@ def step(
     optimizer.zero_grad()
     scale.update(finite)
     return norm
+
+
+class Average:
+    """Exponential moving average of the trained parameters (Polyak and Juditsky 1992), beside them on the device and
+    sharded as they are: average = decay * average + (1 - decay) * weights after each step. Of nothing when `decay` is
+    None.
+
+    torch's AveragedModel is not used because it would copy the placed module and move after a skipped step, too.
+    """
+
+    def __init__(self, objective: nn.Module, decay: float | None):
+        trained = [] if decay is None else [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+        self.decay = decay or 0.0
+        self.parameters: list[Tensor] = [parameter for _, parameter in trained]
+        self.values = {name: parameter.detach().clone() for name, parameter in trained}
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin as a copy of the weights."""
+        for value, parameter in zip(self.values.values(), self.parameters, strict=True):
+            value.copy_(parameter)
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Follow the weights after a step; a step that was not `finite` moves nothing. The host does not wait."""
+        if self.values:
+            values = list(self.values.values())
+            away = torch._foreach_sub(self.parameters, values)
+            torch._foreach_mul_(away, finite * (1 - self.decay))
+            torch._foreach_add_(values, away)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In here the objective has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values.values(), self.parameters, strict=True):
+            held = value.clone()
+            value.copy_(parameter)
+            parameter.copy_(held)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average by parameter name."""
+        return self.values
 
 
 class LARS(torch.optim.Optimizer):

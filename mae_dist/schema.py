@@ -68,6 +68,9 @@ class Model:
         None, "fixed sin-cos positions, or trained ones that start there; none: sincos (a Mixer has neither)"
     )
     drop_path: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0")
+    train_blocks: float | None = knob(
+        None, "last blocks that finetune trains, beside last norm and head; 0.5: the last MLP alone; none: everything"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = knob("bf16", "arithmetic of the forward pass; weights stay fp32")
     reduce: Literal["fp32", "bf16"] = knob("fp32", "arithmetic in which gradients are summed over ranks")
     clip: float | None = knob(None, "largest gradient norm; none: no clipping")
+    ema: float | None = knob(
+        None, "decay a step of the weights' moving average, which is what is evaluated and started from; none: none"
+    )
     label_smoothing: float = knob(0.0, "share of the target spread over all classes")
     loss: Literal["softmax", "sigmoid"] = knob("softmax", "cross-entropy over classes, or of each class by itself")
 
@@ -106,7 +112,8 @@ class Train:
 class Optim:
     name: Literal["adamw", "lars"] = knob("adamw", "optimizer")
     base_lr: float = knob(1.5e-4, "lr for 256 images; lr = base_lr * global_batch / 256")
-    min_lr: float = knob(0.0, "lr at the end of the cosine (absolute)")
+    min_lr: float = knob(0.0, "lr at the end (absolute)")
+    decay: Literal["cosine", "linear"] = knob("cosine", "how lr falls from its peak after warmup to min_lr")
     warmup_epochs: float = knob(0.0, "epochs of linear warmup from 0")
     weight_decay: float = knob(0.05, "decoupled weight decay; biases and norms are spared")
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's moments")

@@ -1,8 +1,9 @@
 """The one loop. A stage brings an objective, a source of batches and an evaluation; it never writes a loop of its own.
 
 The position of a run is one integer, `step`; learning rate, sample order, crops and masks follow from it. A
-checkpoint is the objective, the optimizer's moments and, for fp16, the loss scale. The global batch, not the number
-of ranks, enters the mathematics: each rank's loss counts by its number of samples.
+checkpoint is the objective, the optimizer's moments and, where there are such, the average of the weights and the loss
+scale. The global batch, not the number of ranks, enters the mathematics: each rank's loss counts by its number of
+samples.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def fit(
     """Train from the newest checkpoint of `run`, or from what `begin()` sets, to the end; give the final numbers.
 
     ``batches(steps)`` yields `num_micro` micro-batches a step; ``num_samples`` make an epoch; ``describe(id)`` names a
-    sample; ``evaluate(step)`` gives numbers, called by all ranks together; ``spare_tokens``: see `optim.param_groups`.
+    sample; ``evaluate(step)`` gives numbers, called by all ranks together while the objective has the averaged weights,
+    if there are such; ``spare_tokens``: see `optim.param_groups`.
     Raises Stopped, having saved, when any rank was told to stop, and RankLostError when one does not answer.
     """
     train, total = config.train, configuration.total_steps(config.train, num_samples)
@@ -60,9 +62,11 @@ def fit(
     optimizer = optim.build(config.optim, groups)
     scale = optim.LossScale(device, enabled=train.precision == "fp16")
     optim.prime(optimizer)
-    step = restore(run, objective, optimizer, scale)
+    average = optim.Average(objective, train.ema)
+    step = restore(run, objective, optimizer, scale, average)
     if step == 0:
         begin()
+        average.reset()
     run.note_start(step, device)
     peak = optim.peak_lr(config.optim, train.global_batch)
     schedule = optim.schedule(config.optim, peak, total * train.global_batch / num_samples)
@@ -97,6 +101,7 @@ def fit(
             norm = parallel.gradient_norm(parameters)
             norm = torch.where(dist.sum_(loss).isfinite(), norm, torch.nan)  # what one rank has, all must know
             norm = optim.step(optimizer, parameters, norm, train.clip, scale)
+            average.update(norm.isfinite())
             step += 1
             bad, ids, epochs = (torch.cat(part) for part in zip(*parts, strict=True))
             seconds |= {"stall": saver.take_stall()} if saver.stall else {}
@@ -114,17 +119,17 @@ def fit(
                         run=run, config=config, objective=objective, nonfinite=nonfinite, step=step, batches=batches,
                         describe=describe, device=device,
                     )  # fmt: skip
-                    step = restore(run, objective, optimizer, scale)
+                    step = restore(run, objective, optimizer, scale, average)
                     tracker.go_back(step)
                     stream = batches(range(step, total))
                     continue
             if look:
-                with parallel.precision(train.precision, device):
+                with average.in_place(), parallel.precision(train.precision, device):
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
                     tracker.picture(file)
             if told or step == total or (save and step not in tracker.skipped):  # a rewind must find what was before
-                saver.save(step, tensors(objective, optimizer, scale))
+                saver.save(step, tensors(objective, optimizer, scale, average))
             if look or save:
                 tracker.restart_clock()
             if told:
@@ -136,18 +141,25 @@ def fit(
     return dist.on_main(lambda: track.summary(run.path / "metrics.jsonl"))
 
 
-def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale) -> dict[str, Tensor]:
-    """The state of a run by name: `model.*`, `optimizer.*` (moments per parameter) and, for fp16, `scaler.*`."""
+def tensors(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale, average: optim.Average
+) -> dict[str, Tensor]:
+    """The state of a run by name: `model.*`, `optimizer.*` (moments per parameter) and, where there are such, `ema.*`
+    (the average per parameter) and `scaler.*`.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
     state = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
     for parameter, moments in optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in moments.items()}
+    state |= {f"ema.{name}": tensor for name, tensor in average.tensors().items()}
     return state | {f"scaler.{name}": tensor for name, tensor in scale.tensors().items()}
 
 
-def restore(run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale) -> int:
+def restore(
+    run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale, average: optim.Average
+) -> int:
     """Fill the state from the newest undamaged checkpoint; the step it was saved at, or 0."""
-    return run.restore(tensors(objective, optimizer, scale))
+    return run.restore(tensors(objective, optimizer, scale, average))
 
 
 def announce(run: RunDir, verb: str, config: Any, step: int, total: int, num_micro: int, peak: float) -> None:

@@ -46,18 +46,20 @@ def tensor_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.name != checkpoint.MANIFEST]
 
 
-def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, optim.LossScale]:
+def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, optim.LossScale, optim.Average]:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     groups = optim.param_groups(module, schema.Optim(), 0, spare_tokens=False)
     optimizer = optim.build(schema.Optim(), groups)
     optim.prime(optimizer)
     optim.set_lr(optimizer, 0.01)
+    average = optim.Average(module, 0.5)
     for _ in range(steps):
         module(torch.randn(8, 5)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return module, optimizer, optim.LossScale(torch.device("cpu"), enabled=False)
+        average.update(torch.tensor(True))
+    return module, optimizer, optim.LossScale(torch.device("cpu"), enabled=False), average
 
 
 def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
@@ -77,6 +79,8 @@ def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     assert filled["optimizer.0.weight.step"] == 3
     assert filled["optimizer.0.weight.exp_avg"].any()
     assert filled["model.1.num_batches_tracked"] == 3
+    assert {name for name in filled if name.startswith("ema.")} == {f"ema.{n}" for n, _ in other[0].named_parameters()}
+    assert not torch.equal(filled["ema.0.weight"], filled["model.0.weight"])
     pairs = zip(other[0].parameters(), trained(0, 3)[0].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)  # restored in place
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from mae_dist.batch import Batch
+from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import initialise
+from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
 from mae_dist.objectives.classify import Finetune, GlobalBatchNorm, Probe
 
@@ -125,3 +129,42 @@ def test_head_is_drawn_from_the_seed() -> None:
     assert not torch.equal(head.weight, other.weight)
     assert abs(head.weight.std().item() - 0.01) < 2e-4
     assert not head.bias.any()
+
+
+def mixer(depth: int = 3) -> Mixer:
+    backbone = Mixer(patch=4, dim=24, depth=depth, token_hidden=8, channel_hidden=48, image_size=16)
+    initialise(backbone, 0)
+    return backbone
+
+
+@pytest.mark.parametrize("make", [lambda: vit(3, "cls"), lambda: vit(3, "avg"), lambda: mixer(3)])
+@pytest.mark.parametrize("num_blocks", [0.0, 0.5, 1.0, 3.0])
+def test_partial_fine_tuning_trains_the_last_blocks_the_norm_and_the_head(
+    make: Callable[[], Backbone], num_blocks: float
+) -> None:
+    """Every parameter that is to be trained gets a gradient (DDP asks for it), every other stays as it is."""
+    backbone = make()
+    backbone.train_last(num_blocks)
+    objective = Finetune(backbone, 5, drop_path=0.0, label_smoothing=0.0, seed=3)
+    nn.init.normal_(objective.head.weight)
+    objective(batch_of(6)).loss.sum().backward()
+    found = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    second = ("blocks.2.norm2", "blocks.2.mlp.", "blocks.2.mlp_channels")
+    blocks = {0: (), 0.5: second, 1: ("blocks.2",), 3: ("blocks.",)}[num_blocks]
+    wanted = tuple(f"backbone.{part}" for part in ("norm.", "fc_norm.", *blocks))
+    assert found == {name for name, _ in objective.named_parameters() if name.startswith((*wanted, "head."))}
+    assert backbone.num_frozen == {0: 3, 0.5: 2, 1: 2, 3: 0}[num_blocks]
+
+
+def test_blocks_that_are_not_trained_have_no_stochastic_depth() -> None:
+    objective, whole = finetune(drop_path=0.4, depth=5).train(), finetune(drop_path=0.4, depth=5).train()
+    objective.backbone.train_last(2.0)
+    scale = scale_of(objective, batch_of(200))
+    assert (scale[:3] == 1).all()
+    assert torch.equal(scale[3:], scale_of(whole, batch_of(200))[3:])
+
+
+@pytest.mark.parametrize("num_blocks", [-1.0, 0.3, 1.5, 4.0])
+def test_impossible_numbers_of_trained_blocks_are_refused(num_blocks: float) -> None:
+    with pytest.raises(ValueError, match=r"model.train_blocks=.*: must be 0.5 or a whole number from 0 to .* 3$"):
+        vit(3).train_last(num_blocks)

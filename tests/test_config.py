@@ -19,6 +19,11 @@ def load(verb: str, *overrides: str, file: Path | None = None):
     return config.load(verb, file, [*NEEDED, *start, *overrides])
 
 
+def load_file(verb: str, name: str, folder: str | None = None):
+    start = ["from=random"] if verb != "pretrain" else []
+    return config.load(verb, ROOT / f"configs/{folder or verb}/{name}.yaml", ["data.path=d", "out=o", *start])
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
     verb = file.parent.name
@@ -30,6 +35,31 @@ def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
     assert "Hardware:" in text
     assert "Expected" in text
     assert config.from_dict(verb, __import__("yaml").safe_load(config.dump(loaded)), "dump") == loaded
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "vit_l16", "vit_h14"])
+def test_pretraining_on_imagenet_is_the_papers(name: str) -> None:
+    """He et al. 2022, table 8: 1600 epochs of batch 4096 at 2.4e-3 after 40 epochs of warmup."""
+    loaded = load_file("pretrain", f"imagenet_{name}")
+    assert loaded.model.name == name
+    assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(2.4e-3)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (1600, 4096, 40)
+    assert (loaded.optim.betas, loaded.optim.weight_decay, loaded.optim.min_lr) == ((0.9, 0.95), 0.05, 0)
+    assert (loaded.mae.mask_ratio, loaded.mae.norm_pix, loaded.mae.predict) == (0.75, True, 1)
+    assert (loaded.mae.decoder_dim, loaded.mae.decoder_depth, loaded.mae.decoder_heads) == (512, 8, 16)
+    assert (loaded.view.crop, loaded.view.scale, loaded.model.drop_path) == ("resized", (0.2, 1), 0)
+    assert (loaded.train.clip, loaded.train.ema) == (None, None)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("vit_b16", 90), ("vit_l16", 50), ("vit_h14", 50)])
+def test_probing_on_imagenet_is_the_papers(name: str, epochs: int) -> None:
+    """He et al. 2022, table 10: LARS at 6.4 for batch 16384, no weight decay."""
+    loaded = load_file("probe", f"imagenet_{name}")
+    assert (loaded.model.name, loaded.model.pool) == (name, "cls")
+    assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(6.4)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (epochs, 16384, 10)
+    assert (loaded.optim.name, loaded.optim.momentum, loaded.optim.weight_decay) == ("lars", 0.9, 0)
+    assert (loaded.view.crop, loaded.view.scale) == ("resized_clamped", (0.08, 1))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +81,8 @@ def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
         (["train"], ["section.key=value"]),
         (["data=3"], ["data"]),
         (["train.seed=-1"], ["train.seed"]),
+        (["train.ema=1"], ["train.ema", "less than 1"]),
+        (["model.train_blocks=1"], ["model.train_blocks=1", "finetune"]),
     ],
 )
 def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from mae_dist import heal
+from mae_dist import checkpoint, evaluate, heal
 from mae_dist.__main__ import main
 from mae_dist.batch import Batch
+from mae_dist.checkpoint import RunDir, step_of
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.objectives import Output
 from mae_dist.objectives.mae import MAE
+from mae_dist.stages import pretrain
+from mae_dist.stages.opening import survey
 
 BATCH = 16
 SETTINGS = [
@@ -46,6 +50,13 @@ def run(data: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    state = {name: torch.empty(shape) for name, shape in checkpoint.names_in(path).items()}
+    checkpoint.load(path, state)
+    return state
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Batch], torch.Tensor]) -> None:
@@ -185,3 +196,42 @@ def test_fp16_keeps_its_scale_over_a_resume(run: Callable[..., Path]) -> None:
         path.rmdir()
     run("train.precision=fp16", "train.clip=1")
     assert [record["loss"] for record in lines(out / "metrics.jsonl") if "lr" in record] == losses
+
+
+def test_averaged_weights_skip_with_the_run_resume_with_it_and_are_what_is_evaluated(
+    data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = ids_of(data, 7)[3]
+    poison(monkeypatch, lambda batch: (batch.ids == victim) & (batch.epochs == 0))
+    words = ["train.ema=0.8", "checkpoint.every=1", "checkpoint.keep=99", "train.steps=10"]
+    out = run(*words)
+    paths = {step_of(path): path for path in RunDir(out).checkpoints()}
+    assert sorted(paths) == [*range(1, 7), *range(8, 11)]
+    states = {step: state_of(path) for step, path in paths.items()}
+    trained = [name for name in states[1] if name.startswith("ema.")]
+    assert "ema.backbone.blocks.0.attn.qkv.weight" in trained
+    assert "ema.backbone.pos_embed" not in trained
+    for name in trained:
+        weights = {step: state[name.replace("ema", "model", 1)].double() for step, state in states.items()}
+        average = states[1][name].double()
+        for step in list(weights)[1:]:
+            average = 0.8 * average + 0.2 * weights[step]
+        torch.testing.assert_close(states[10][name].double(), average, rtol=1e-5, atol=1e-7)
+
+    settings = RunDir(out).settings()[2]
+    opening = survey("pretrain", settings, labels=False)
+    assert opening.test is not None
+    objective, recorded = pretrain.build(opening), json.loads((out / "result.json").read_text())["test_loss"]
+    for kind in ("model", "ema"):
+        load = {n.partition(".")[2]: tensor for n, tensor in states[10].items() if n.startswith(f"{kind}.")}
+        objective.load_state_dict(load, strict=kind == "model")
+        batches = opening.evaluation_batches(opening.source(opening.test))
+        assert (evaluate.mean_loss(objective, batches, opening.device) == recorded) == (kind == "ema")
+
+    (out / "result.json").unlink()
+    for step in range(6, 11):
+        shutil.rmtree(out / f"checkpoints/step-{step:09d}", ignore_errors=True)
+    run(*words)
+    again = state_of(paths[10])
+    assert again.keys() == states[10].keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in states[10].items())

@@ -13,7 +13,7 @@ from torch import nn
 from mae_dist import models
 from mae_dist.models.backbone import patchify, take, unpatchify
 from mae_dist.models.layers import AttentionBlock, depth_scale, initialise, sincos_positions
-from mae_dist.models.vit import ViT
+from mae_dist.models.vit import ViT, resize_positions
 
 
 def small(pool: str = "cls", position: str = "sincos") -> ViT:
@@ -228,3 +228,15 @@ def test_a_dropped_branch_leaves_the_tokens_alone() -> None:
 def test_depth_scale_keeps_the_expectation() -> None:
     keep, rates = torch.tensor([[[True, False]], [[True, False]]]), torch.tensor([0.0, 0.2])
     assert depth_scale(keep.expand(2, 2, 2), rates)[:, 0].tolist() == [[1.0, 0.0], [1.25, 0.0]]
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (8, 8)), ((14, 14), (32, 32)), ((2, 3), (5, 4)), ((6, 6), (3, 3))])
+def test_positions_are_resized_as_by_the_official_code(old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Its interpolate_pos_embed written out, channel by channel; the class token's stays."""
+    positions = torch.randn(1, 1 + old[0] * old[1], 8, generator=torch.Generator().manual_seed(0))
+    resized = resize_positions(positions, old, new)
+    assert torch.equal(resized[:, 0], positions[:, 0])
+    for channel in range(8):
+        plane = positions[0, 1:, channel].reshape(1, 1, *old)
+        plane = nn.functional.interpolate(plane, size=new, mode="bicubic", align_corners=False)
+        assert torch.equal(resized[0, 1:, channel], plane.flatten())

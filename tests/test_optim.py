@@ -43,6 +43,19 @@ def test_warmup_longer_than_the_run_is_all_warmup() -> None:
     assert [lr(p) for p in (0.0, 0.5, 0.999)] == pytest.approx([0, 0.5, 0.999])
 
 
+def test_linear_decay_of_mixer_b_from_scratch() -> None:
+    """big_vision's mlp_mixer_i1k.py: 1e-3 at batch 4096, 10,000 steps of warmup, a straight line to 1e-5."""
+    steps = 1_281_167 / 4096
+    settings = Optim(base_lr=6.25e-5, min_lr=1e-5, decay="linear", warmup_epochs=10_000 / steps)
+    peak, total = optim.peak_lr(settings, 4096), round(300 * steps)
+    assert peak == pytest.approx(1e-3)
+    lr = optim.schedule(settings, peak, total / steps)
+    for step in (0, 5_000, 10_000, 50_000, total - 1):
+        down = (step - 10_000) / (total - 10_000)
+        expected = 1e-3 * step / 10_000 if step < 10_000 else 1e-3 - (1e-3 - 1e-5) * down
+        assert lr(step / total) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
 def vit_b() -> Backbone:
     with torch.device("meta"):
         return models.BACKBONES["vit_b16"](position="learned", pool="avg")
@@ -202,3 +215,41 @@ def test_the_loss_scale_halves_and_doubles_and_does_not_enter_the_update() -> No
         moved.append((weight.detach().clone(), float(norm)))
     assert torch.equal(moved[0][0], moved[1][0])
     assert moved[0][1] == moved[1][1] == pytest.approx(55**0.5)
+
+
+def test_the_average_follows_by_its_formula_and_stands_still_with_a_skipped_step() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    average = optim.Average(layer, 0.9)
+    assert list(average.tensors()) == ["weight"]
+    with torch.no_grad():
+        layer.weight.fill_(5.0)
+    average.reset()
+    expected = 5.0
+    for value, finite in ((7.0, True), (7.0, False), (-1.0, True)):
+        with torch.no_grad():
+            layer.weight.fill_(value)
+        before = average.tensors()["weight"].clone()
+        average.update(torch.tensor(finite))
+        if finite:
+            expected = 0.9 * expected + 0.1 * value
+        else:
+            assert torch.equal(average.tensors()["weight"], before)
+        assert average.tensors()["weight"][0, 0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_averaged_weights_are_lent_and_come_back() -> None:
+    layer = nn.Linear(3, 2)
+    average, weight = optim.Average(layer, 0.9), layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with average.in_place():
+        assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.weight, weight + 1)
+    assert torch.equal(average.tensors()["weight"], weight)
+
+
+def test_without_a_decay_there_is_no_average() -> None:
+    average = optim.Average(nn.Linear(3, 2), None)
+    average.update(torch.tensor(True))
+    assert average.tensors() == {}

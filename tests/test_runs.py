@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.models.vit import class_and_grid
 from mae_dist.schema import SCHEMAS
 
 SETTINGS = [
@@ -80,7 +81,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     def words(out: str) -> list[str]:
         return ["pretrain", f"data.path={data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
-                "checkpoint.every=7", "machine.processes=2"]  # fmt: skip
+                "checkpoint.every=7", "machine.processes=2", "train.ema=0.9"]  # fmt: skip
 
     start(*words("undisturbed"))
     killed = tmp_path / "killed"
@@ -106,6 +107,7 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, t
     first, second = weights(tmp_path / "undisturbed"), weights(killed)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "ema.backbone.cls_token" in first
     starts = [json.loads(line)["step"] for line in (killed / "provenance.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert starts[0] == 0
@@ -203,6 +205,40 @@ def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Pa
     assert main(["report", str(pretrained), str(tmp_path / "probe-random")]) == 0
 
 
+def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    shared, small = [f"data.path={data}", *SETTINGS, "train.steps=1"], tmp_path / "small"
+    assert main(["pretrain", *shared, *MAE, "train.ema=0.5", "model.image_size=16", f"out={small}"]) == 0
+    learned = ["finetune", *shared, f"from={small}", "model.position=learned", "optim.base_lr=1e-9"]
+    assert main([*learned, f"out={tmp_path / 'large'}"]) == 0
+    assert f"from={small}: its averaged weights" in caplog.text
+    assert f"from={small}: positions of 4 x 4 patches resized (bicubic) for 8 x 8" in caplog.text
+    old, new = weights(small), weights(tmp_path / "large")
+    grid = old["model.backbone.pos_embed"][:, 1:].reshape(1, 4, 4, 128).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)
+    expected = torch.cat([old["model.backbone.pos_embed"][:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    torch.testing.assert_close(new["model.backbone.pos_embed"], expected, rtol=0, atol=1e-6)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(new[f"model.{name}"], old[f"ema.{name}"], rtol=0, atol=1e-6)
+    assert not torch.equal(old[f"model.{name}"], old[f"ema.{name}"])
+
+    for start, how in ((small, "computed"), (tmp_path / "large", "resized (bicubic)")):
+        wanted = [f"from={start}", "model.image_size=24"]
+        assert main(["probe", *shared, *wanted, f"out={tmp_path / start.name}-probe"]) == 0
+        side = 4 if start == small else 8
+        assert f"from={start}: positions of {side} x {side} patches {how} for 6 x 6" in caplog.text
+    found = weights(tmp_path / "small-probe")["model.backbone.pos_embed"]
+    assert torch.equal(found, class_and_grid(128, (6, 6)))
+
+    mixer = ["model.name=mixer_demo4", "train.global_batch=8"]
+    assert main(["pretrain", *shared, *MAE, *mixer, f"out={tmp_path / 'mixer'}"]) == 0
+    line = refused(capsys, "knn", *shared, *mixer, f"from={tmp_path / 'mixer'}", "model.image_size=16", "out=/nowhere")
+    assert "model.image_size=16" in line
+    assert "mixer_demo4 is bound to its grid; set model.image_size=32" in line
+
+
 def test_a_finished_run_says_so_and_stays_as_it_is(
     data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +292,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["probe", here, "from=/nowhere"], ["from=/nowhere", "no such folder"]),
         (["knn", here, f"from={data}"], [f"from={data}", "no run"]),
         (["finetune", here, f"from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
+        (["finetune", here, f"from={pretrained}", "model.train_blocks=5"], ["model.train_blocks=5", "the model's 4"]),
         (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
         (["pretrian"], ["no such verb", "pretrain"]),
     ]

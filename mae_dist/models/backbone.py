@@ -6,6 +6,7 @@ Names and shapes in its state dict are timm's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
     """
 
     num_prefix: int
+    num_frozen = 0
     blocks: nn.ModuleList
     norm: nn.Module
     fc_norm: nn.Module
@@ -68,6 +70,23 @@ class Backbone(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def train_last(self, num_blocks: float) -> None:
+        """Partial fine-tuning (He et al. 2022, figure 9): only the last blocks and the last norm are trained from now.
+
+        0.5: of the last block only its second branch, norm and MLP; 0: the norm alone. ``num_frozen`` says how many
+        blocks train nothing. Raises ValueError when there are not so many blocks.
+        """
+        if num_blocks != 0.5 and num_blocks not in range(self.depth + 1):
+            raise ValueError(
+                f"model.train_blocks={num_blocks:g}: must be 0.5 or a whole number from 0 to the model's {self.depth}"
+            )
+        self.requires_grad_(False)
+        self.num_frozen = self.depth - math.ceil(num_blocks)
+        last = self.blocks[self.num_frozen :]
+        branches = list(self.blocks[-1].children())[2:] if num_blocks == 0.5 else last
+        for part in (*branches, self.norm, self.fc_norm):
+            part.requires_grad_(True)
 
     def embed(
         self,

@@ -6,6 +6,8 @@ Names and shapes in the state dict are those of timm's VisionTransformer without
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,6 +18,17 @@ from mae_dist.models.layers import EPS, AttentionBlock, Block, sincos_positions
 def class_and_grid(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
     """Fixed positions of a class token, 0, and of a grid of (rows, columns)."""
     return torch.cat([torch.zeros(1, dim), sincos_positions(dim, *grid)])[None]
+
+
+def resize_positions(
+    positions: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "1 m d"]:
+    """Positions of a class token and of a grid of `old` (rows, columns), for a grid of `new`: the class token's as it
+    is, the others bicubic (the official code's interpolate_pos_embed, for rectangles too).
+    """
+    grid = rearrange(positions[:, 1:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
 
 
 class ViT(Backbone):

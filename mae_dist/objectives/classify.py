@@ -39,8 +39,9 @@ def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_)
 
 
 class Finetune(Classifier):
-    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample, mixing from
-    that of each pair. ``loss``: "softmax", cross-entropy over classes, or "sigmoid", binary ones summed over classes.
+    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample (blocks that
+    are not trained have none), mixing from that of each pair. ``loss``: "softmax", cross-entropy over classes, or
+    "sigmoid", binary ones summed over classes.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Finetune(Classifier):
         words = rng.bits(self.seed, rng.Purpose.DROP_PATH, batch.epochs, batch.ids, 2 * self.backbone.depth)
         draws = (words.double() / 2.0**32).T.reshape(self.backbone.depth, 2, batch.size)
         rates = torch.linspace(0, self.drop_path, self.backbone.depth, dtype=torch.float64, device=words.device)
+        rates[: self.backbone.num_frozen] = 0.0
         return depth_scale(draws >= rates[:, None, None], rates).to(batch.images.dtype)
 
 

@@ -89,7 +89,7 @@ def planned_ids(path: Path) -> Ids:
 def compare(run: Evidence, reference: Evidence, planned: Ids) -> Gaps:
     """The gaps between a run and its reference, and the run's order against the plan, which binds the reference too."""
     same_names = run.state.keys() == reference.state.keys()
-    weights = [name for name in reference.state if name.startswith("model.")]
+    weights = [name for name in reference.state if name.startswith(("model.", "ema."))]
     return Gaps(
         loss=_largest(run.losses, reference.losses, relative=False)
         if run.losses.keys() == planned.keys()

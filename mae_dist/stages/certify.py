@@ -30,8 +30,8 @@ WIDTH = 120
 """Characters of a line where there is no terminal."""
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
-    "mae.decoder_heads=4", "train.global_batch=22", "train.precision=fp32", "train.clip=1", "optim.base_lr=1e-2",
-    "data.shuffle_window=4",
+    "mae.decoder_heads=4", "train.global_batch=22", "train.precision=fp32", "train.clip=1", "train.ema=0.9",
+    "optim.base_lr=1e-2", "data.shuffle_window=4",
 ]  # fmt: skip
 """Without a CONFIG.yaml. 22 images divide neither by 3 nor by 4; 20 steps pass through the data nearly three times."""
 TRACKED = ["track.every=1", "track.ids=true", "track.wandb=off", "machine.restarts=0"]

@@ -19,6 +19,7 @@ from mae_dist.data import loader, views
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order, num_micro, plan
 from mae_dist.models.backbone import Backbone
+from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 
 log = logging.getLogger(__name__)
@@ -96,15 +97,42 @@ class Opening:
         return source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
 
     def begin(self, backbone: Backbone) -> None:
-        """Load the start into the backbone, wherever its parts lie. Only the norm that its pooling does not have stays
-        as initialised. Nothing, when the run begins at random.
+        """Load the start into the backbone, wherever its parts lie: its averaged weights where it has them. Only the
+        norm that its pooling does not have stays as initialised. Nothing, when the run begins at random.
+
+        A ViT for another image size than the start's gets the start's positions resized (`vit.resize_positions`); fixed
+        sin-cos ones, where this run does not train them, are computed for its size instead.
         """
         if self.start is None:
             return
         there = checkpoint.names_in(self.start.path)
-        state = {f"model.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-        other_pool = {name for name in state if ".fc_norm." in name or name.startswith("model.backbone.norm.")}
-        checkpoint.load(self.start.path, {k: v for k, v in state.items() if k in there or k not in other_pool})
+        wanted = {}
+        for name, tensor in backbone.state_dict().items():
+            stored = next((k for k in (f"ema.backbone.{name}", f"model.backbone.{name}") if k in there), None)
+            if stored is not None or not name.startswith(("norm.", "fc_norm.")):
+                wanted[stored or f"model.backbone.{name}"] = tensor
+        old = (self.start.config.model.image_size // backbone.patch,) * 2
+        positions = next((k for k in wanted if k.endswith(".pos_embed")), None) if old != backbone.grid else None
+        if positions is not None:
+            wanted[positions] = torch.empty(there[positions])
+        checkpoint.load(self.start.path, wanted)
+        if positions is not None:
+            self._fit_positions(backbone, wanted[positions], old)
+        if dist.is_main() and any(name.startswith("ema.") for name in wanted):
+            log.info("from=%s: its averaged weights", self.config.start)
+
+    def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, old: tuple[int, int]) -> None:
+        """Give a ViT the positions of another grid."""
+        assert isinstance(backbone, ViT)
+        fixed = torch.allclose(positions, class_and_grid(backbone.dim, old), atol=1e-6)
+        compute = fixed and self.config.model.position != "learned"
+        value = backbone.fixed()["pos_embed"] if compute else resize_positions(positions, old, backbone.grid)
+        parallel.fill(backbone.pos_embed, value)
+        if dist.is_main():
+            how, grids = "computed" if compute else "resized (bicubic)", (*old, *backbone.grid)
+            log.info(
+                "from=%s: positions of %d x %d patches %s for %d x %d", self.config.start, *grids[:2], how, *grids[2:]
+            )
 
 
 def open_run(verb: str, config: Any, labels: bool) -> Opening:
@@ -136,6 +164,10 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
         backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
+    if start is not None:
+        refuse_other_grid(start.config, config, backbone)
+    if config.model.train_blocks is not None:
+        backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     opening = Opening(config, run, False, device, train, test, labels, backbone, start, micro)
@@ -163,11 +195,20 @@ def load_start(path: str) -> Start:
 
 
 def refuse_other_model(old: Any, config: Any) -> None:
-    """The backbone that is asked for must be the one that was trained."""
-    for name in ("name", "image_size"):
-        was, wanted = getattr(old.model, name), getattr(config.model, name)
-        if was != wanted:
-            raise ValueError(f"model.{name}={wanted}: the run from={config.start} has {was}; set model.{name}={was}")
+    """The backbone that is asked for must be the one that was trained; a ViT may have another image size."""
+    was, wanted = old.model.name, config.model.name
+    if was != wanted:
+        raise ValueError(f"model.name={wanted}: the run from={config.start} has {was}; set model.name={was}")
+
+
+def refuse_other_grid(old: Any, config: Any, backbone: Backbone) -> None:
+    """A Mixer's weights are bound to its grid."""
+    was, wanted = old.model.image_size, config.model.image_size
+    if was != wanted and not isinstance(backbone, ViT):
+        raise ValueError(
+            f"model.image_size={wanted}: the run from={config.start} has {was}, and {config.model.name} is bound to "
+            f"its grid; set model.image_size={was}"
+        )
 
 
 def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:
