@@ -26,7 +26,7 @@ def load_file(verb: str, name: str, folder: str | None = None):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
-    verb = file.parent.name
+    verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
     loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["from=r"]))
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
     text = " ".join(head)
@@ -60,6 +60,58 @@ def test_probing_on_imagenet_is_the_papers(name: str, epochs: int) -> None:
     assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (epochs, 16384, 10)
     assert (loaded.optim.name, loaded.optim.momentum, loaded.optim.weight_decay) == ("lars", 0.9, 0)
     assert (loaded.view.crop, loaded.view.scale) == ("resized_clamped", (0.08, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "peak", "decay", "drop", "epochs"),
+    [
+        ("vit_b16", 224, 2e-3, 0.65, 0.1, 100),
+        ("vit_l16", 224, 4e-3, 0.75, 0.2, 50),
+        ("vit_h14", 224, 4e-3, 0.75, 0.3, 50),
+        ("vit_h14_448", 448, 4e-3, 0.75, 0.3, 50),
+    ],
+)
+def test_finetuning_on_imagenet_is_the_official_codes(
+    name: str, size: int, peak: float, decay: float, drop: float, epochs: int
+) -> None:
+    """Its FINETUNE.md, and the augmentation of He et al. 2022, table 9."""
+    loaded = load_file("finetune", f"imagenet_{name}")
+    assert (loaded.model.name, loaded.model.image_size) == (name.removesuffix("_448"), size)
+    assert (loaded.model.pool, loaded.model.position, loaded.model.drop_path) == ("avg", "learned", drop)
+    assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(peak)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (epochs, 1024, 5)
+    assert (loaded.optim.betas, loaded.optim.weight_decay, loaded.optim.min_lr) == ((0.9, 0.999), 0.05, 1e-6)
+    assert loaded.optim.layer_decay == decay
+    assert (loaded.view.randaugment, loaded.view.erase) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (loaded.mix.mixup, loaded.mix.cutmix, loaded.mix.prob, loaded.mix.switch) == (0.8, 1.0, 1.0, 0.5)
+    assert (loaded.train.loss, loaded.train.label_smoothing) == ("softmax", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "drop"), [("vit_b16", 300, 0.1), ("vit_l16", 200, 0.2), ("vit_h14", 200, 0.2)]
+)
+def test_training_from_scratch_on_imagenet_is_the_papers(name: str, epochs: int, drop: float) -> None:
+    """He et al. 2022, table 11: 1.6e-3 at batch 4096, weight decay 0.3, averaged weights."""
+    loaded = load_file("finetune", f"imagenet_{name}", "scratch")
+    assert (loaded.model.name, loaded.model.drop_path) == (name, drop)
+    assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(1.6e-3)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (epochs, 4096, 20)
+    assert (loaded.optim.betas, loaded.optim.weight_decay, loaded.optim.layer_decay) == ((0.9, 0.95), 0.3, 1)
+    assert (loaded.view.randaugment, loaded.train.label_smoothing, loaded.train.ema) == (
+        "rand-m9-mstd0.5-inc1", 0.1, 0.9999,
+    )  # fmt: skip
+    assert (loaded.mix.mixup, loaded.mix.cutmix) == (0.8, 1.0)
+
+
+def test_a_mixer_from_scratch_is_big_visions() -> None:
+    """mlp_mixer_i1k.py: lr 1e-3, a straight line to 1e-5 after 10,000 steps, sigmoid loss."""
+    loaded = load_file("finetune", "imagenet_mixer_b16", "scratch")
+    assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(1e-3)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.train.clip) == (300, 4096, 1)
+    assert loaded.optim.warmup_epochs * 1_281_167 / 4096 == pytest.approx(10_000, rel=1e-3)
+    assert (loaded.optim.decay, loaded.optim.min_lr, loaded.optim.weight_decay) == ("linear", 1e-5, 0.1)
+    assert (loaded.train.loss, loaded.mix.mixup, loaded.mix.cutmix) == ("sigmoid", 0.5, 0)
+    assert (loaded.view.randaugment, loaded.model.drop_path, loaded.optim.layer_decay) == ("rand-m15-n2", 0.1, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,21 @@ def test_lr_of_vit_b_pretraining() -> None:
     assert lr(420 / 800) == pytest.approx(1.2e-3)
 
 
+@pytest.mark.parametrize(("base", "peak", "epochs"), [(5e-4, 2e-3, 100), (1e-3, 4e-3, 50)])
+def test_lr_of_finetuning(base: float, peak: float, epochs: int) -> None:
+    """He et al. 2022, table 9, with the official code's rates of B, then of L and H: batch 1024, 5 epochs of warmup,
+    half a cosine to 1e-6; 1251 steps an epoch.
+    """
+    settings, steps = Optim(base_lr=base, min_lr=1e-6, warmup_epochs=5.0), 1251
+    assert optim.peak_lr(settings, 1024) == pytest.approx(peak)
+    lr = optim.schedule(settings, peak, float(epochs))
+    for step in (0, 1, 2 * steps, 5 * steps - 1, 5 * steps, 6 * steps, 27 * steps, epochs * steps - 1):
+        epoch = step / steps
+        down = 1e-6 + (peak - 1e-6) * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / (epochs - 5)))
+        assert lr(step / (epochs * steps)) == pytest.approx(peak * epoch / 5 if epoch < 5 else down, rel=1e-6)
+    assert lr(1 / epochs) == pytest.approx(peak / 5)  # an epoch is a fifth of the way up
+
+
 def test_lr_ends_at_min_lr_and_starts_at_the_peak_without_warmup() -> None:
     lr = optim.schedule(Optim(min_lr=1e-6), 1e-3, 100.0)
     assert lr(0.0) == pytest.approx(1e-3)
@@ -67,23 +82,28 @@ def names_by(objective: nn.Module, groups: list[dict], key: str) -> dict[str, fl
     return {name: of[id(p)] for name, p in objective.named_parameters() if id(p) in of}
 
 
-def test_layer_decay_of_vit_b() -> None:
-    """0.65 ** (13 - layer): the embedding is layer 0, block i layer i + 1, what follows layer 13."""
+@pytest.mark.parametrize(
+    ("name", "decay", "depth", "peak"),
+    [("b16", 0.65, 12, 2e-3), ("l16", 0.75, 24, 4e-3), ("h14", 0.75, 32, 4e-3)],
+)
+def test_layer_decay_of_vits(name: str, decay: float, depth: int, peak: float) -> None:
+    """decay ** (depth + 1 - layer): the embedding is layer 0, block i layer i + 1, what follows layer depth + 1."""
     with torch.device("meta"):
-        objective = Finetune(vit_b(), 10, drop_path=0.0, label_smoothing=0.0, seed=0)
-    groups = optim.param_groups(objective, Optim(layer_decay=0.65), 12, spare_tokens=True)
+        backbone = models.BACKBONES[f"vit_{name}"](position="learned", pool="avg")
+        objective = Finetune(backbone, 10, drop_path=0.0, label_smoothing=0.0, seed=0)
+    groups = optim.param_groups(objective, Optim(layer_decay=decay), backbone.depth, spare_tokens=True)
     scales = names_by(objective, groups, "lr_scale")
     assert set(scales) == {name for name, _ in objective.named_parameters()}
-    for name, scale in scales.items():
-        parts = name.split(".")
-        layer = int(parts[2]) + 1 if parts[1] == "blocks" else 13 if parts[0] == "head" or parts[1] == "fc_norm" else 0
-        assert scale == pytest.approx(0.65 ** (13 - layer)), name
-    assert len({round(scale, 9) for scale in scales.values()}) == 14
+    last = depth + 1
+    for parameter, scale in scales.items():
+        parts = parameter.split(".")
+        follows = parts[0] == "head" or parts[1] == "fc_norm"
+        layer = int(parts[2]) + 1 if parts[1] == "blocks" else last if follows else 0
+        assert scale == pytest.approx(decay ** (last - layer)), parameter
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    optim.set_lr(optimizer, 2e-3)
-    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx(
-        [2e-3 * 0.65**i for i in range(13, -1, -1)]
-    )
+    optim.set_lr(optimizer, peak)
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([peak * decay**i for i in range(last, -1, -1)])
 
 
 def test_weight_decay_of_pretraining_spares_biases_and_norms_only() -> None:
@@ -131,6 +151,19 @@ def test_lars_by_hand() -> None:
     # g + wd * w = (0, 2), |w| = |(2.99, 4)|: the scaled update is (0, 0.001 * |w|); momentum adds 0.9 of the first
     assert matrix[0].tolist() == pytest.approx([2.99 - 2 * 0.9 * 0.005, 4 - 2 * 0.001 * math.hypot(2.99, 4)])
     assert vector.tolist() == pytest.approx([0 - 2 * (0.9 * 0.5 + 1.0)])
+
+
+def test_lars_scales_its_momentum_by_the_rate_of_the_step() -> None:
+    """As the official code's: m <- 0.9 m + update, w <- w - lr m, so that a new rate also scales what is remembered."""
+    matrix = nn.Parameter(torch.tensor([[3.0, 4.0]]).double())
+    lars = optim.LARS([{"params": [matrix], "lr_scale": 1.0, "weight_decay": 0.0}])
+    first, second = 0.001 * 5 / 2, 0.001 * math.hypot(3 - 6.4 * 0.001 * 5, 4) / 3
+    for lr, gradient in ((6.4, [2.0, 0.0]), (3.2, [0.0, 3.0])):
+        optim.set_lr(lars, lr)
+        matrix.grad = torch.tensor([gradient]).double()
+        lars.step()
+    expected = [3 - 6.4 * first * 2 - 3.2 * 0.9 * first * 2, 4 - 3.2 * second * 3]
+    assert matrix[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_lars_of_a_zero_matrix_or_gradient_is_not_scaled() -> None:
