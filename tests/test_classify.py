@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,9 @@ from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import initialise
 from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
+from mae_dist.objectives import mixing
 from mae_dist.objectives.classify import Finetune, GlobalBatchNorm, Probe
+from mae_dist.schema import Mix
 
 
 def vit(depth: int = 2, pool: str = "avg") -> ViT:
@@ -41,6 +44,28 @@ def test_loss_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
     assert torch.equal(logits, objective.head(objective.backbone(batch.images)))
     target = nn.functional.one_hot(batch.labels, 5) * (1 - smoothing) + smoothing / 5
     assert torch.allclose(loss, -(target * logits.log_softmax(1)).sum(1), atol=1e-6)
+
+
+def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes() -> None:
+    objective = Finetune(vit(), 5, drop_path=0.0, label_smoothing=0.1, seed=3, loss="sigmoid")
+    assert torch.allclose(objective.head.bias, torch.full((5,), -math.log(5)))
+    nn.init.normal_(objective.head.weight, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(6)
+    loss, logits = objective(batch)
+    p, target = logits.sigmoid(), nn.functional.one_hot(batch.labels, 5) * 0.9 + 0.02
+    assert torch.allclose(loss, -(target * p.log() + (1 - target) * (1 - p).log()).sum(1), atol=1e-5)
+
+
+def test_mixing_happens_in_training_only_and_to_images_and_targets() -> None:
+    mix = Mix(mixup=0.8, cutmix=1.0)
+    objective = Finetune(vit(), 5, drop_path=0.0, label_smoothing=0.1, seed=3, mix=mix)
+    nn.init.normal_(objective.head.weight, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(6)
+    images, targets = mixing.mix(batch, mixing.smoothed(batch.labels, 5, 0.1), mix, 3)
+    loss, logits = objective(batch)
+    assert torch.equal(logits, objective.head(objective.backbone(images)))
+    assert torch.allclose(loss, -(targets * logits.log_softmax(1)).sum(1))
+    assert torch.equal(objective.eval()(batch).prediction, objective.head(objective.backbone(batch.images)))
 
 
 def scale_of(objective: Finetune, batch: Batch) -> torch.Tensor:

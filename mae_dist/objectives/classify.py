@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,37 +20,38 @@ UNMIXED = Mix()
 
 
 class Classifier(Objective):
-    """A backbone with a linear head, whose weights are N(0, std), truncated at 2 in absolute value; its bias is 0."""
+    """A backbone with a linear head, which starts as `draw_head` says."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, std: float, seed: int):
+    def __init__(self, backbone: Backbone, num_classes: int, std: float, seed: int, bias: float = 0.0):
         super().__init__(backbone, seed)
-        self.std, self.head = std, nn.Linear(backbone.dim, num_classes)
+        self.std, self.bias, self.head = std, bias, nn.Linear(backbone.dim, num_classes)
         self.initialise_rest()
 
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
         if not self.head.weight.is_meta:
-            draw_head(self.head, self.std, self.seed, fill)
+            draw_head(self.head, self.std, self.seed, fill, self.bias)
 
 
 @torch.no_grad()
-def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_) -> None:
-    """Weights N(0, std), truncated at 2 in absolute value, drawn from `seed` alone; bias 0."""
+def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_, bias: float = 0.0) -> None:
+    """Weights N(0, std), truncated at 2 in absolute value, drawn from `seed` alone; every bias the same."""
     generator = torch.Generator().manual_seed(seed)
     fill(head.weight, nn.init.trunc_normal_(torch.empty(head.weight.shape), std=std, generator=generator))
-    fill(head.bias, torch.zeros(head.bias.shape))
+    fill(head.bias, torch.full(head.bias.shape, bias))
 
 
 class Finetune(Classifier):
     """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample (blocks that
     are not trained have none), mixing from that of each pair. ``loss``: "softmax", cross-entropy over classes, or
-    "sigmoid", binary ones summed over classes.
+    "sigmoid", binary ones summed over classes, with biases that start at -log(classes), where each class is as likely
+    as it is (Beyer et al. 2020).
     """
 
     def __init__(
         self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int,
         loss: str = "softmax", mix: Mix = UNMIXED,
     ):  # fmt: skip
-        super().__init__(backbone, num_classes, 2e-5, seed)
+        super().__init__(backbone, num_classes, 2e-5, seed, -math.log(num_classes) if loss == "sigmoid" else 0.0)
         self.drop_path, self.label_smoothing, self.loss, self.mix = drop_path, label_smoothing, loss, mix
 
     def forward(self, batch: Batch) -> Output:
