@@ -7,6 +7,7 @@ sample save what they save in a ViT. Names and shapes in the state dict are thos
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -32,9 +33,9 @@ class TokenMlp(Mlp):
         assert present is not None
         wanted = present if last is None else present[:, -last:]
         first = F.embedding(present, self.fc1.weight.T)
-        hidden = x.transpose(1, 2) @ first * (self.fc1.in_features / x.shape[1]) + self.fc1.bias
-        mixed = F.embedding(wanted, self.fc2.weight) @ F.gelu(hidden).transpose(1, 2)
-        return mixed + F.embedding(wanted, self.fc2.bias[:, None])
+        hidden = torch.baddbmm(self.fc1.bias, x.transpose(1, 2), first, alpha=self.fc1.in_features / x.shape[1])
+        second, bias = F.embedding(wanted, self.fc2.weight), F.embedding(wanted, self.fc2.bias[:, None])
+        return torch.baddbmm(bias, second, F.gelu(hidden).transpose(1, 2))
 
 
 class MixerBlock(Block):
