@@ -26,6 +26,30 @@ def test_the_order_bench_gives_numbers_and_a_whole_file(tmp_path: Path, capsys: 
         assert 0 < costs["increase_mb"] < costs["resident_mb"] < 150, "the memory of another process was measured"
 
 
+@pytest.mark.parametrize(
+    ("bench", "model", "at_most"), [("mixer", "mixer_demo4", 1 / 2), ("decoder", "vit_demo4", 1 / 1.5)]
+)
+def test_the_benches_of_steps_give_times_and_a_ratio(
+    bench: str, model: str, at_most: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.name={model}", "model.image_size=32", "mae.decoder_dim=64", "mae.decoder_depth=2", "--rounds", "2"]
+    assert main(["bench", bench, *words, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "round 2" in said
+    assert f"{model}, 4 images a step, fp32" in said
+    found = json.loads((tmp_path / f"bench-{bench}.json").read_text())
+    one, other = found["samples"]["seconds"].values()
+    assert len(one) == len(other) == 2
+    ratio, times = found["measures"][2]["value"], found["measures"][3]["value"]
+    assert found["measures"][2]["at_most"] == at_most
+    assert ratio * times == pytest.approx(1)
+    assert (
+        min(a / b for a, b in zip(one, other, strict=True))
+        <= ratio
+        <= max(a / b for a, b in zip(one, other, strict=True))
+    )
+
+
 def test_a_run_is_made_to_look_as_at_a_far_step(tmp_path: Path) -> None:
     origin, far = tmp_path / "origin", tmp_path / "far"
     saved = origin / "checkpoints" / "step-000000002"
@@ -44,7 +68,7 @@ def test_a_run_is_made_to_look_as_at_a_far_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["speed"], ["bench speed", "resume, order, save, scaling, board"]),
+        (["speed"], ["bench speed", "resume, order, save, scaling, board, mixer, decoder"]),
         (["order", "--shards", "0"], ["--shards 0", "1 or more"]),
         (["order", "--shards", "many"], ["--shards", "many"]),
         (["save", "--shards", "5"], ["--shards"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -35,9 +36,10 @@ class TokenMlp(Mlp):
         assert present is not None
         wanted = present if last is None else present[:, -last:]
         first = F.embedding(present, self.fc1.weight.T)
-        hidden = x.transpose(1, 2) @ first * math.sqrt(self.fc1.in_features / x.shape[1]) + self.fc1.bias
-        mixed = F.embedding(wanted, self.fc2.weight) @ F.gelu(hidden).transpose(1, 2)
-        return mixed + F.embedding(wanted, self.fc2.bias[:, None])
+        scale = math.sqrt(self.fc1.in_features / x.shape[1])
+        hidden = torch.baddbmm(self.fc1.bias, x.transpose(1, 2), first, alpha=scale)
+        second, bias = F.embedding(wanted, self.fc2.weight), F.embedding(wanted, self.fc2.bias[:, None])
+        return torch.baddbmm(bias, second, F.gelu(hidden).transpose(1, 2))
 
 
 class MixerBlock(Block):

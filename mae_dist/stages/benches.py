@@ -1,7 +1,8 @@
 """What `mae-dist bench` measures: one function a bench, Task -> Report.
 
-Runs are measured as a user would see them: processes of their own, read through their metrics.jsonl. Things that are
-compared take turns, so that a machine that grows busy slows down both.
+Runs are measured as a user would see them: processes of their own, read through their metrics.jsonl. A model's steps
+alone are measured here, without data or optimizer. Things that are compared take turns, so that a machine that grows
+busy slows down both.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from mae_dist import stop, track
+from mae_dist import models, parallel, stop, track
+from mae_dist.batch import Batch
 from mae_dist.checkpoint import MANIFEST, RunDir
+from mae_dist.objectives.mae import MAE
 from mae_dist.stages import child
 
 FAR_STEP = 1_000_000
@@ -257,6 +260,65 @@ def board(task: Task) -> Report:
     return Report("a probe board against one probe", measures, {"step": steps, "whole": whole})
 
 
+def mixer(task: Task) -> Report:
+    """A step of MAE on a Mixer with hidden patches absent against one with a token in their places."""
+    return steps(task, "hidden=drop", {"hidden": "drop"}, "hidden=token", {"hidden": "token"}, at_most=1 / 2)
+
+
+def decoder(task: Task) -> Report:
+    """A step of MAE with the cross-attention decoder of a quarter of the hidden patches against the paper's decoder."""
+    cross, full = {"decoder": "cross", "predict": 0.25}, {"decoder": "full", "predict": 1.0}
+    return steps(task, "decoder=cross, predict=0.25", cross, "decoder=full", full, at_most=1 / 1.5)
+
+
+def steps(task: Task, name: str, mae: dict[str, Any], other: str, other_mae: dict[str, Any], at_most: float) -> Report:
+    """Seconds of a forward and backward pass of `train.global_batch` images with these fields of `mae` and with others,
+    in turns. The ratio is the median of the rounds' ratios. On CPUs one thread's own time is taken: others' work on the
+    machine does not count.
+    """
+    settings, device = task.settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    model, objectives = settings.model, {}
+    for key, fields in ((name, mae), (other, other_mae)):
+        backbone = models.build(model.name, image_size=model.image_size)
+        objectives[key] = MAE(backbone, replace(settings.mae, **fields), seed=0).to(device)
+    seconds: dict[str, list[float]] = {key: [] for key in objectives}
+    for number in range(1 + task.sizes["rounds"]):
+        for key, objective in objectives.items():
+            took = one_step(objective, settings, device)
+            if number > 0:  # the first round warms up
+                seconds[key].append(took)
+                print(f"round {number}, {key}: {took:.2f} s", flush=True)
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    measures = [Measure(f"step with {key}", median(values), "s") for key, values in seconds.items()]
+    measures += [Measure("ratio", median(ratios), at_most=at_most), Measure("times as fast", 1 / median(ratios))]
+    where = "GPU" if device.type == "cuda" else "one CPU thread"
+    title = f"{model.name}, {settings.train.global_batch} images a step, {settings.train.precision}, {where}"
+    return Report(title, measures, {"seconds": seconds})
+
+
+def one_step(objective: MAE, settings: Any, device: torch.device) -> float:
+    """Seconds that forward and backward pass of a batch of noise take."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    ids, side = torch.arange(settings.train.global_batch, device=device), settings.model.image_size
+    batch = Batch(torch.randn(len(ids), 3, side, side, device=device), -torch.ones_like(ids), ids, ids * 0, ids < 0)
+    finish(device)
+    began = clock()
+    with parallel.precision(settings.train.precision, device):
+        loss = objective(batch).loss.mean()
+    loss.backward()
+    finish(device)
+    took = clock() - began
+    objective.zero_grad()
+    return took
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Bench:
     """A bench: its function, a line about it, its settings, its options (default, help), whether it trains, and the
@@ -270,6 +332,7 @@ class Bench:
     verb: str = "pretrain"
 
 
+AT_224 = ["model.image_size=224", "train.global_batch=4"]
 ROUNDS = {"rounds": (3, "how often each is measured; medians are reported")}
 BENCHES = {
     "resume": Bench(
@@ -291,6 +354,15 @@ BENCHES = {
     "board": Bench(
         board, "time of a probe board of 30 heads against one probe", {"rounds": (2, ROUNDS["rounds"][1])},
         ["model.name=vit_ti4", "train.global_batch=128", "train.epochs=2", "machine.processes=1"], verb="probe",
+    ),
+    "mixer": Bench(
+        mixer, "a step of MAE on a Mixer that drops hidden patches against one that sees a token for each", ROUNDS,
+        ["model.name=mixer_b16", *AT_224, "mae.decoder_dim=512", "mae.decoder_depth=4"], trains=False,
+    ),
+    "decoder": Bench(
+        decoder, "a step of MAE with the cross-attention decoder of a quarter against the paper's", ROUNDS,
+        ["model.name=vit_b16", *AT_224, "mae.decoder_dim=512", "mae.decoder_depth=8", "mae.decoder_heads=16"],
+        trains=False,
     ),
 }  # fmt: skip
 """Name -> bench."""
