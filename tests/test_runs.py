@@ -186,6 +186,29 @@ def test_a_probe_is_the_same_on_any_world(data: Path, pretrained: Path, tmp_path
         torch.testing.assert_close(three[name], one[name], rtol=1e-4, atol=1e-6)
 
 
+EVERYTHING = [
+    "view.crop=pad", "view.randaugment=rand-m9-mstd0.5-inc1", "view.erase=0.5", "mix.mixup=0.8", "mix.cutmix=1",
+    "train.label_smoothing=0.1", "model.drop_path=0.2", "train.ema=0.9", "train.clip=1", "optim.base_lr=1e-2",
+    "train.global_batch=22", "train.steps=6", "machine.workers=1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(data: Path, tmp_path: Path) -> None:
+    """Pairs are mixed whole though shares are 8, 8 and 6, or 4 and 4 at once."""
+    shared = ["finetune", f"data.path={data}", "from=random", *SETTINGS, *EVERYTHING]
+    start(*shared, f"out={tmp_path / 'one'}")
+    start(*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0")
+    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3", "machine.parallel=fsdp")
+    one = weights(tmp_path / "one")
+    for other in ("parts", "three"):
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        found = weights(tmp_path / other)
+        assert found.keys() == one.keys()
+        for name in ("ema.head.weight", "ema.backbone.patch_embed.proj.weight"):
+            torch.testing.assert_close(found[name], one[name], rtol=1e-3, atol=1e-4)
+
+
 def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = [f"data.path={data}", *SETTINGS]
     training = ["train.steps=4", "train.precision=bf16"]
