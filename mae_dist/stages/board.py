@@ -54,7 +54,7 @@ def run(config: schema.Probe) -> None:
     if not opening.run.open("probe", opening.config, opening.data_fingerprint):
         return
     view, precision = opening.config.view, opening.config.train.precision
-    fixed = view.crop == "center" and view.flip == 0
+    fixed = view.crop == "center" and not (view.flip or view.erase or view.randaugment)
     source = stored(opening, objective) if fixed else opening.source(opening.train, training=True)
     numbers = train(opening, objective, source, held) if objective.heads else prepare(opening, objective)
     with dist.naming_lost_ranks(lambda: "the comparison of heads"), parallel.precision(precision, opening.device):
