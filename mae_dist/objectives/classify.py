@@ -57,7 +57,7 @@ class Finetune(Classifier):
     def forward(self, batch: Batch) -> Output:
         """Loss of each sample, or of what it was mixed into, and its logits."""
         images = batch.images
-        targets = mixing.smoothed(batch.labels, self.head.out_features, self.label_smoothing).to(images)
+        targets = mixing.smoothed(batch.labels, self.head.out_features, self.label_smoothing, images.dtype)
         if self.training and self.mix.enabled:
             images, targets = mixing.mix(batch, targets, self.mix, self.seed)
         logits = single(self.head(self.backbone(images, self._scale(batch))))

@@ -23,9 +23,11 @@ ATTEMPTS = 32
 with a probability of at most 2^-32; then lambda is 1/2."""
 
 
-def smoothed(labels: Int[Tensor, " b"], num_classes: int, smoothing: float) -> Float[Tensor, "b classes"]:
+def smoothed(
+    labels: Int[Tensor, " b"], num_classes: int, smoothing: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "b classes"]:
     """One-hot targets, `smoothing` of them spread over all classes (Szegedy et al. 2016, section 7)."""
-    hot = F.one_hot(labels, num_classes).to(torch.get_default_dtype())
+    hot = F.one_hot(labels, num_classes).to(dtype)
     return hot * (1 - smoothing) + smoothing / num_classes
 
 
