@@ -315,6 +315,12 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["knn", here, f"from={data}"], [f"from={data}", "no run"]),
         (["finetune", here, f"from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
         (["finetune", here, f"from={pretrained}", "model.train_blocks=5"], ["model.train_blocks=5", "the model's 4"]),
+        (["pretrain", here, "mae.masking=grid", "mae.mask_ratio=0.6"], ["mae.masking=grid", "0.75 (not 0.6)"]),
+        (["finetune", here, "from=random", "view.randaugment=strong"], ["view.randaugment=strong", "rand-m9"]),
+        (
+            ["finetune", here, "from=random", "model.name=mixer_demo4", "model.position=learned"],
+            ["mixer_demo4 has none"],
+        ),
         (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
         (["pretrian"], ["no such verb", "pretrain"]),
     ]

@@ -66,6 +66,7 @@ def build(name: str, *, seed: int = 0, **overrides: Any) -> Backbone:
     try:
         backbone = BACKBONES[name](**overrides)
     except TypeError as error:
-        raise ValueError(f"model.name={name}: {str(error).rpartition('__init__() ')[2]}") from error
+        unknown = str(error).split("'")[1]  # of "... got an unexpected keyword argument 'position'"
+        raise ValueError(f"model.{unknown}={overrides[unknown]}: {name} has none; leave it out") from error
     initialise(backbone, seed)
     return backbone

@@ -11,10 +11,10 @@ from mae_dist.stages.supervised import train_and_test
 
 def run(config: Finetune) -> None:
     """Fine-tune until done; running it again goes on."""
-    opening = open_run("finetune", config, labels=True)
-    if opening.finished:
+    opened = open_run("finetune", config, labels=True, build=build)
+    if opened is None:
         return
-    objective = build(opening)
+    opening, objective = opened
     opening = opening.settled(objective)
     train_and_test("finetune", opening, objective, num_micro=opening.num_micro)
 

@@ -14,13 +14,14 @@ from mae_dist.stages.opening import num_classes, open_run
 def run(config: KnnRun) -> None:
     """Compute features of both splits, let the training ones vote, write result.json."""
     machine = dataclasses.replace(config.machine, parallel="ddp")  # nothing is trained, so nothing need be shared
-    opening = open_run("knn", dataclasses.replace(config, machine=machine), labels=True)
-    if opening.finished:
+    opened = open_run("knn", dataclasses.replace(config, machine=machine), True, lambda opening: opening.backbone)
+    if opened is None:
         return
+    opening, backbone = opened
     assert opening.test is not None
     opening.run.note_start(0, opening.device)
-    opening.begin(opening.backbone)
-    backbone = opening.backbone.to(opening.device)
+    opening.begin(backbone)
+    backbone = backbone.to(opening.device)
     train, test = opening.source(opening.train), opening.source(opening.test)
     with torch.no_grad(), parallel.precision(config.train.precision, opening.device):
         bank = evaluate.features(backbone, backbone.dim, opening.evaluation_batches(train), opening.device)

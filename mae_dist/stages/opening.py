@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Opening:
-    """Everything a verb needs: resolved config, run folder (open unless `finished`), device, data, and the backbone."""
+    """Everything a verb needs: resolved config, run folder, device, data, and the backbone."""
 
     config: Any
     run: RunDir
-    finished: bool
     device: torch.device
     train: ShardIndex
     test: ShardIndex | None
@@ -135,11 +135,13 @@ class Opening:
             )
 
 
-def open_run(verb: str, config: Any, labels: bool) -> Opening:
-    """Do all that can go wrong before work starts, and open the folder; ValueError in one sentence on every rank."""
+def open_run(verb: str, config: Any, labels: bool, build: Callable[[Opening], T]) -> tuple[Opening, T] | None:
+    """Do all that can go wrong before work starts, `build` too, and only then open the folder; None when it holds a
+    finished run. ValueError in one sentence on every rank.
+    """
     opening = survey(verb, config, labels)
-    finished = not opening.run.open(verb, opening.config, opening.data_fingerprint)
-    return dataclasses.replace(opening, finished=finished)
+    built = build(opening)
+    return (opening, built) if opening.run.open(verb, opening.config, opening.data_fingerprint) else None
 
 
 def survey(verb: str, config: Any, labels: bool) -> Opening:
@@ -170,7 +172,7 @@ def survey(verb: str, config: Any, labels: bool) -> Opening:
         backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
-    opening = Opening(config, run, False, device, train, test, labels, backbone, start, micro)
+    opening = Opening(config, run, device, train, test, labels, backbone, start, micro)
     opening.view(training=True).augment()  # what timm does not understand is said now
     return opening
 

@@ -19,12 +19,11 @@ GALLERY = 8
 
 def run(config: Pretrain) -> None:
     """Pretrain until done; running it again goes on."""
-    opening = open_run("pretrain", config, labels=False)
-    if opening.finished:
+    opened = open_run("pretrain", config, labels=False, build=build)
+    if opened is None:
         return
-    config = opening.config
-    objective = build(opening)
-    opening = opening.settled(objective)
+    opening, objective = opened
+    config, opening = opening.config, opening.settled(objective)
     train, micro = opening.source(opening.train, training=True), opening.num_micro
     test = opening.source(opening.test) if opening.test else None
 

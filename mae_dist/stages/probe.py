@@ -16,12 +16,12 @@ def run(config: Probe) -> None:
     if config.board.active:
         board.run(config)
         return
-    opening = open_run("probe", config, labels=True)
-    if opening.finished:
+    opened = open_run("probe", config, labels=True, build=build)
+    if opened is None:
         return
-    # the objective itself cuts the batch for the backbone, so that its batch norm sees all of it
-    objective = build(opening)
+    opening, objective = opened
     assert isinstance(objective, classify.Probe)
+    # the objective itself cuts the batch for the backbone, so that its batch norm sees all of it
     train_and_test("probe", opening, objective, num_micro=1)
 
 
