@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,14 @@ def names_in(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the tensors in a checkpoint."""
     metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
     return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def trained(there: Container[str], name: str) -> str:
+    """Which of the tensors `there` in a checkpoint is what came out of training for `name`: its average, where there is
+    one, else itself.
+    """
+    average = f"ema.{name}"
+    return average if average in there else f"model.{name}"
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:

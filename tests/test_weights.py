@@ -151,6 +151,23 @@ def test_round_trip_of_a_fine_tuned_model(tmp_path: Path, say: Say, pool: str) -
         assert RunDir(run).settings()[0] == "finetune"
 
 
+def test_averaged_weights_are_what_is_exported(tmp_path: Path, say: Say) -> None:
+    """As `from=RUN` and evaluations take them."""
+    pack(from_synthetic(16, 8), tmp_path / "set", shard_size=16)
+    run, out = tmp_path / "run", tmp_path / "out"
+    say(
+        "pretrain", f"data.path={tmp_path / 'set'}", f"out={run}", "model.name=vit_demo4", "model.image_size=32",
+        "machine.processes=1", "train.precision=fp32", "train.global_batch=8", "train.steps=2", "train.ema=0.9",
+        "mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4",
+    )  # fmt: skip
+    say("export", run, "--to", "safetensors", "--out", out)
+    (newest,) = (run / "checkpoints").glob("step-*")
+    kept = {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    trained, name = load_file(out / "model.safetensors"), "backbone.blocks.0.mlp.fc1.weight"
+    assert torch.equal(trained[name], kept[f"ema.{name}"])
+    assert not torch.equal(trained[name], kept[f"model.{name}"])
+
+
 def test_round_trip_of_a_mixer(tmp_path: Path, say: Say) -> None:
     objective = classifier("mixer_demo4")
     torch.save(official(objective), tmp_path / "timm.pth")

@@ -64,17 +64,19 @@ def main(argv: list[str]) -> int:
 
 
 def load(run: RunDir) -> Model:
-    """The model in a run's newest checkpoint."""
+    """The model in a run's newest checkpoint, with its averaged weights where it has them."""
     newest = run.newest()
     if newest is None:
         raise ValueError(f"RUN={run.path}: has no checkpoint yet")
     if run.result() is None:
         log.warning("RUN=%s: this run is not finished; exporting its checkpoint %s", run.path, newest.name)
     shapes = checkpoint.names_in(newest)
-    state = {name: torch.empty(shape) for name, shape in shapes.items() if name.startswith("model.")}
+    names = [name.removeprefix("model.") for name in shapes if name.startswith("model.")]
+    stored = {name: checkpoint.trained(shapes, name) for name in names}
+    state = {name: torch.empty(shapes[name]) for name in stored.values()}
     checkpoint.load(newest, state)
     verb, fingerprint, config = run.settings()
-    named = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    named = {name: state[where] for name, where in stored.items()}
     return Model(verb, config, named, step_of(newest), fingerprint)
 
 

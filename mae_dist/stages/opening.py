@@ -108,9 +108,9 @@ class Opening:
         there = checkpoint.names_in(self.start.path)
         wanted = {}
         for name, tensor in backbone.state_dict().items():
-            stored = next((k for k in (f"ema.backbone.{name}", f"model.backbone.{name}") if k in there), None)
-            if stored is not None or not name.startswith(("norm.", "fc_norm.")):
-                wanted[stored or f"model.backbone.{name}"] = tensor
+            stored = checkpoint.trained(there, f"backbone.{name}")
+            if stored in there or not name.startswith(("norm.", "fc_norm.")):
+                wanted[stored] = tensor
         old = (self.start.config.model.image_size // backbone.patch,) * 2
         positions = next((k for k in wanted if k.endswith(".pos_embed")), None) if old != backbone.grid else None
         if positions is not None:
