@@ -124,6 +124,7 @@ def fit(
                     stream = batches(range(step, total))
                     continue
             if look:
+                saver.wait(last=False)  # forking workers beside its thread can hang them (cpython#112275)
                 with average.in_place(), parallel.precision(train.precision, device):
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):

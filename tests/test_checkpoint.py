@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import checkpoint, config, optim, saver, schema, train
+from mae_dist import checkpoint, config, evaluate, optim, saver, schema, train
 from mae_dist.__main__ import main
 from mae_dist.checkpoint import RunDir
+from mae_dist.data.pack import from_synthetic, pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 DATA = "0123456789abcdef"
@@ -178,6 +181,30 @@ def test_a_failed_save_in_the_background_is_told_and_only_the_last_ends_the_run(
         saving.save(3, simple(3.0))
         with pytest.raises(ValueError, match="checkpoint of step 3 could not be written"):
             saving.wait()
+
+
+def test_no_save_is_in_flight_when_an_evaluation_forks_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: a worker that hung in fork() because the thread of a save was just ending, and the rank waited for it."""
+    pack(from_synthetic(16, 4), tmp_path / "set", shard_size=8)
+    quick, mean_loss, seen = RunDir.save, evaluate.mean_loss, []
+
+    def slow(self: RunDir, *arguments: Any) -> None:
+        time.sleep(0.3)
+        quick(self, *arguments)
+
+    def looked(*arguments: Any) -> float:
+        seen.append([thread for thread in threading.enumerate() if "_write" in thread.name])
+        return mean_loss(*arguments)
+
+    monkeypatch.setattr(RunDir, "save", slow)
+    monkeypatch.setattr(evaluate, "mean_loss", looked)
+    words = ["model.name=vit_demo4", "model.image_size=32", "mae.decoder_dim=32", "mae.decoder_depth=1"]
+    words += ["mae.decoder_heads=4", "train.precision=fp32", "train.global_batch=4", "train.steps=3"]
+    words += ["track.evaluate_every=0.25", "checkpoint.every=1", "machine.processes=1"]
+    assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
+    assert seen == [[], [], []]
 
 
 def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

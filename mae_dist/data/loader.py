@@ -97,7 +97,7 @@ class Streamed:
         loader = DataLoader(
             Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
             pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
-            worker_init_fn=lambda _: stop.ignore_once(),
+            worker_init_fn=_leave_signals_to_the_rank,
         )  # fmt: skip
         waiting = None
         for cpu in _in_words(loader):
@@ -160,6 +160,10 @@ def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iter
         first, last = share(stop - start, part, number)
         ids = np.arange(start + first, start + last, dtype=np.int64)
         yield np.zeros_like(ids), ids
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    stop.ignore_once()
 
 
 def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
