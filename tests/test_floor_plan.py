@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop", "jobs"},
+    {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop", "jobs", "folder"},
     {"data", "objectives", "optim", "checkpoint", "track", "evaluate", "weights"},
     {"parallel", "saver"},
     {"heal"},
@@ -26,6 +26,7 @@ TORCH_FREE = [
     "pictures",
     "curves",
     "jobs",
+    "folder",
     "data.order",
     "data.index",
     "data.pack",

@@ -17,7 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mae_dist import checkpoint
-from mae_dist.checkpoint import MANIFEST, RunDir, step_of
+from mae_dist.checkpoint import MANIFEST, RunDir
+from mae_dist.folder import step_of
 from mae_dist.stages.data import Parser
 
 
