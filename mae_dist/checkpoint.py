@@ -26,7 +26,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Container
@@ -46,7 +45,7 @@ from mae_dist.schema import RunConfig
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
-MANIFEST, REVISION = "manifest.json", "REVISION"
+MANIFEST = "manifest.json"
 PIECE = 2**25
 """Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""
 
@@ -253,7 +252,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": _git(),
+        "git": folder.revision(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "hostname": platform.node(),
         "device": name,
@@ -275,21 +274,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _git() -> str | None:
-    """Commit of the code that runs, with '+' when it was edited, or what its snapshot says; None outside a checkout."""
-    here = Path(__file__).parent
-    snapshot = here.with_name(REVISION)
-    if snapshot.is_file():
-        return snapshot.read_text().strip()
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
-CONFIG, RESULT, CODE = "config.yaml", "result.json", "code"
+CONFIG, RESULT, CODE, REVISION = "config.yaml", "result.json", "code", "REVISION"
 BEFORE_THE_RUN = {jobs.FOLDER, CODE}
 """What a launcher puts into the folder before the run has begun: what became of its jobs, and the code that runs."""
 
@@ -83,3 +84,20 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def revision() -> str | None:
+    """Commit of the code that runs, with '+' when it was edited, or what its snapshot says; None outside a checkout."""
+    here = Path(__file__).parent
+    snapshot = here.with_name(REVISION)
+    if snapshot.is_file():
+        return snapshot.read_text().strip()
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

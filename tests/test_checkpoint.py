@@ -390,6 +390,6 @@ def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_of_the_code_says_what_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / checkpoint.REVISION).write_text("0123456789ab+\n")
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "mae_dist" / "checkpoint.py"))
+    (tmp_path / folder.REVISION).write_text("0123456789ab+\n")
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "mae_dist" / "folder.py"))
     assert checkpoint.provenance(torch.device("cpu"))["git"] == "0123456789ab+"
