@@ -11,12 +11,16 @@ with an underscore and its place for one of an array; a task by its number, whic
 from __future__ import annotations
 
 import json
+import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FOLDER, SUBMITTED = "jobs", "submitted.jsonl"
+PATIENCE = 10.0
+"""Seconds to wait for an answer of SLURM; its commands wait 9 s for a controller that is down, and some for longer."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,36 @@ def events(logs: Path, job: str) -> dict[int, list[dict[str, Any]]]:
 def log_file(logs: Path, job: str, task: int) -> Path:
     """What a task said; submitit's name for it."""
     return logs / f"{job}_{task}_log.out"
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """SLURM's word for each of these jobs now, RUNNING or TIMEOUT for example; those that it does not know are left
+    out, which is all of them where there is no SLURM or it does not answer.
+    """
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    arrays = {job: job.partition("_")[0] for job in wanted}
+    # the controller also knows, for some minutes, those that have ended; -r: a line for each of an array
+    found = _ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-j", ",".join(sorted(wanted)))
+    if missing := wanted - found.keys():
+        numbers = ",".join(sorted({arrays[job] for job in missing}))
+        record = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", numbers)
+        # those of an array that never started share one line, 12_[3-7%2] for example
+        shared = {job.partition("_")[0]: state for job, state in record.items() if "[" in job}
+        record = {job: shared[array] for job, array in arrays.items() if array in shared} | record
+        found = record | found
+    return {job: found[job] for job in wanted if job in found}
+
+
+def _ask(*command: str) -> dict[str, str]:
+    """The lines JOB|STATE of one of SLURM's commands; {} when there is no such command, or no answer in time."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    pairs = (line.split("|") for line in said.splitlines())
+    return {pair[0]: pair[1].split()[0] for pair in pairs if len(pair) == 2 and pair[1]}  # CANCELLED by 0
 
 
 def now() -> str:

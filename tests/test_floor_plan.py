@@ -32,6 +32,8 @@ TORCH_FREE = [
     "data.pack",
     "data.synthetic",
     "stages.report",
+    "stages.runs",
+    "stages.logs",
 ]
 
 
