@@ -11,6 +11,7 @@ has done so already. Tasks other than 0 leave quietly, so that no result of thei
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -92,6 +93,7 @@ class Job:
 
     def __call__(self) -> None:
         """Run in a task. Returns when the run is finished; else leaves with the exit status of the rank."""
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it calls every requeue a time-out
         remembered = signal.getsignal(getattr(signal, f"SIG{SIGNAL}"))
         assert callable(remembered)
         watch = Watch(self, Place.here())
