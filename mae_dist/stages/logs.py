@@ -124,13 +124,13 @@ def show(logs: Path, job: str, start: int, notes: dict[int, list[Event]], num: i
 
 
 def read(logs: Path, job: str, number: int, start: int, events: list[Event]) -> Task:
-    """A task's log from the line that begins its start on; all of it where no start has begun."""
+    """A task's log from the line that begins its start up to the next; without that line, what came before any."""
     file = jobs.log_file(logs, job, number)
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     marks = [i for i, line in enumerate(lines) if line.startswith("== start ")]
     begun = [i for i in marks if lines[i].startswith(f"== start {start} of job {job},")]
-    if begun:
-        lines = lines[begun[-1] : next((i for i in marks if i > begun[-1]), None)]
+    after = begun[-1] if begun else -1
+    lines = lines[max(after, 0) : next((i for i in marks if i > after), None)]
     return Task(number, lines, events, cause_in(lines))
 
 
