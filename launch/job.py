@@ -38,7 +38,7 @@ PATIENCE = 0.8
 """Share of the time before the end in which the ranks must have saved; after it they are killed, and requeued."""
 MISTAKE, LOST = 2, 1
 """Exit statuses of mae-dist: a user's mistake, which starting again would repeat; a rank that hung or crashed."""
-FAREWELL = 15.0
+FAREWELL = 5.0
 """Seconds in which the other tasks must have noted how they ended."""
 SHARED = 300.0
 """Seconds in which a file of another node must be seen."""

@@ -62,7 +62,11 @@ def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str 
     cpus = (cluster.cpus_per_task or 0) * cluster.ranks_per_node // tasks or None
     nodes = cluster.nodes if job.ranked else "1"
     gpus = cluster.gpus_per_node if job.ranked else 0
-    more = {"requeue": True, "nodes": nodes} | cluster.sbatch
+    more = {"requeue": True, "nodes": nodes}
+    steps = ["--kill-on-bad-exit=0", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+    fixed = nodes.isdigit()  # of a range SLURM would keep the first start's number of tasks, and wait for as many nodes
+    more |= {} if fixed else {"mincpus": tasks * (cpus or 1)}
+    more |= cluster.sbatch
     if after:
         more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
     exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
@@ -70,12 +74,12 @@ def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str 
     known = {
         "job_name": stage.name, "array_parallelism": stage.at_once,
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
-        "constraint": cluster.constraint, "time": cluster.minutes, "ntasks_per_node": tasks,
-        "gpus_per_node": gpus or None, "cpus_per_task": cpus, "exclusive": cluster.exclusive or None,
+        "constraint": cluster.constraint, "time": cluster.minutes, "ntasks_per_node": tasks if fixed else None,
+        "gpus_per_node": gpus or None, "cpus_per_task": cpus if fixed else None, "exclusive": cluster.exclusive or None,
         "mem": None if cluster.memory is None else f"{round(cluster.memory * 1000)}M",
         "signal_delay_s": round(cluster.stop_before_end), "stderr_to_stdout": True,
         "setup": [*cluster.setup, *exports],
-        "srun_args": ["--kill-on-bad-exit=0", *([f"--cpus-per-task={cpus}"] if cpus else []), *cluster.srun],
+        "srun_args": [*steps, *cluster.srun],
         "additional_parameters": more,
     }  # fmt: skip
     return {key: value for key, value in known.items() if value is not None} | {"wckey": None}

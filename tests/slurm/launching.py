@@ -19,14 +19,14 @@ from mae_dist.stages.standing import standing
 
 ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
-STEPS = 200
+STEPS = 100
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", f"train.steps={STEPS}",
     "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
 ]  # fmt: skip
 SLOW = """\
-# Steps of this machine take a quarter of a second, without computing: a run waits each time it asks for signals.
+# Steps of this machine take half a second, without computing: a run waits each time it asks for signals.
 import time
 
 from mae_dist import stop
@@ -35,7 +35,7 @@ from mae_dist import stop
 class Slow(stop.Flag):
     def __getattribute__(self, name):
         if name == "requested":
-            time.sleep(0.25)
+            time.sleep(0.5)
         return super().__getattribute__(name)
 
 
@@ -106,7 +106,7 @@ class Launched:
         self.wait(lambda: child.reached(self.run) >= step, f"step {step}")
 
     def finish(self) -> None:
-        self.wait((self.run / "result.json").exists, "the end", 300)
+        self.wait((self.run / "result.json").exists, "the end", 180)
         self.wait(self.succeeded, "success")
 
 
