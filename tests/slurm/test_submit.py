@@ -126,7 +126,7 @@ stages:
 def test_mistakes_are_one_line_and_nothing_is_queued(
     words: list[str], said: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
 ) -> None:
-    before = slurm.run("squeue", "-h")
+    before = slurm.run("squeue", "-h", "-o", "%i")
     base = [
         "pretrain",
         "--cluster",
@@ -142,7 +142,7 @@ def test_mistakes_are_one_line_and_nothing_is_queued(
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
     assert done.stdout == ""
-    assert slurm.run("squeue", "-h") == before
+    assert slurm.run("squeue", "-h", "-o", "%i") == before
     assert not (tmp_path / "run").exists()
 
 
