@@ -253,11 +253,16 @@ def test_help_and_the_script_need_no_torch_and_no_slurm(data: Path, tmp_path: Pa
         return done.stdout
 
     assert "--sweep" in say("--help")
-    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", "out=run", "--nodes", "1-2"]
-    text = say(*words, "--dry-run")
-    for line in ("--nodes=1-2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@20", "--requeue", "--mem=4000M"):
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", "out=run"]
+    text = say(*words, "--nodes", "2", "--dry-run")
+    for line in ("--nodes=2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@20", "--requeue", "--mem=4000M"):
         assert f"#SBATCH {line}\n" in text
-    assert "srun" in text
+    assert "srun --unbuffered" in text
+    text = say(*words, "--nodes", "1-2", "--dry-run")
+    assert "#SBATCH --nodes=1-2\n" in text  # and nothing that would hold a requeue to the ranks of the first start
+    assert "#SBATCH --mincpus=2\n" in text
+    assert "#SBATCH --ntasks" not in text
+    assert "--ntasks-per-node=2" in text
     assert not (tmp_path / "run").exists()
     swept = say(*words, "--sweep", "seed=0,1,2", "--at-once", "2", "--dry-run")
     assert "#SBATCH --array=0-2%2\n" in swept
