@@ -35,6 +35,7 @@ class Cluster:
     time: str = knob("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
     start_up: float = knob(60.0, "seconds from the start of a job to its first step")
     stop_before_end: float = knob(180.0, "seconds before the time limit at which a run saves and requeues itself")
+    lose_at_most: float = knob(30.0, "minutes of work to lose where nothing warns; runs save that often")
     torchrun: bool = knob(False, "one task and torchrun on each node, instead of one task a rank")
     exclusive: bool = knob(False, "share the nodes with nobody")
     setup: tuple[str, ...] = knob((), "shell lines of the job before its tasks start: modules, environments")
@@ -87,6 +88,8 @@ def check_fields(cluster: Cluster) -> None:
         value = getattr(cluster, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be 1 or more")
+    if not cluster.lose_at_most > 0:
+        raise ValueError(f"lose_at_most={cluster.lose_at_most:g}: must be greater than 0 minutes")
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
     if gpus and ranks > gpus:
         raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")

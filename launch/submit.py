@@ -8,12 +8,14 @@ the settings are resolved there, so that nothing that is edited later changes a 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # as a script, this folder is on the path, and not the one that it is in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -190,7 +192,7 @@ def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, str]) ->
         if run.config is not None:
             file = settings_file(code, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(configuration.dump(run.config))
+            file.write_text(configuration.dump(saving(run.config, place)))
     before = [queued[name] for name in stage.needs if name in queued]
     word = "afterany" if stage.whatever_came else "afterok"
     names = slurm.submit(
@@ -202,6 +204,13 @@ def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, str]) ->
         submission = jobs.Submission(name, logs, place.nodes if stage.ranked else "1", tasks, jobs.now())
         jobs.note_submission(run.folder, submission)
     return names
+
+
+def saving(config: Any, place: Cluster) -> Any:
+    """The settings with checkpoints as often as the cluster asks for, unless they say themselves."""
+    if config.checkpoint.minutes is not None:
+        return config
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, minutes=place.lose_at_most))
 
 
 def tell(stage: Stage, place: Cluster, names: list[str]) -> None:

@@ -98,6 +98,7 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
 POSITIVE = {
     "train.epochs", "train.steps", "train.global_batch", "train.clip", "machine.processes", "machine.micro_batch",
     "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.minutes",
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
     "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",

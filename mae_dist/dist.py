@@ -140,11 +140,6 @@ def largest(value: int) -> int:
     return int(box)
 
 
-def any_of(flag: bool) -> bool:
-    """Whether any rank says so."""
-    return bool(largest(int(flag)))
-
-
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate over ranks along dim 0, in rank order; every rank may bring another length."""
     if world() == 1:

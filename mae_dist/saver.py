@@ -27,7 +27,7 @@ class Saver:
     """Saves into `run`; a context manager. ``stall``: seconds for which the last `save` kept the loop waiting."""
 
     def __init__(self, run: RunDir, settings: Checkpoint, pinned: bool):
-        self.run, self.settings, self.stall = run, settings, 0.0
+        self.run, self.settings, self.stall, self.began = run, settings, 0.0, time.perf_counter()
         self.group = dist.second_group()
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self.thread: threading.Thread | None = None
@@ -46,6 +46,12 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self.thread is not None and self.thread.is_alive()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether more work would be lost now than `checkpoint.minutes` allows, as this rank's clock has it."""
+        minutes = self.settings.minutes
+        return minutes is not None and time.perf_counter() - self.began > 60 * minutes
+
     def take_stall(self) -> float:
         """The stall, once."""
         stall, self.stall = self.stall, 0.0
@@ -53,7 +59,7 @@ class Saver:
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Begin to save `state` as step `step`; it may change as soon as this returns."""
-        began = time.perf_counter()
+        self.began = began = time.perf_counter()
         self.wait(last=False)
         staged = self.stager.stage(state)
         assert isinstance(staged, dict)

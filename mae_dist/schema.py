@@ -183,6 +183,7 @@ class Machine:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = knob(1000, "steps between checkpoints")
+    minutes: float | None = knob(None, "minutes of work to lose at most: saves between those of `every` too")
     keep: int = knob(2, "newest checkpoints kept")
     keep_every: int | None = knob(None, "steps between checkpoints that are never removed")
     rewind_after: int = knob(3, "non-finite steps in a row after which the run goes back to its last checkpoint")

@@ -108,8 +108,9 @@ def fit(
             seconds |= {"stall": saver.take_stall()} if saver.stall else {}
             tensors_ = {"loss": loss, "bad": bad.sum().to(loss), "ids": ids, "epochs": epochs}
             tracker.step(step, lr, seconds, saver.busy, tensors_ | {"grad_norm": norm, "loss_scale": used})
-            look, save = due(step, evaluate_every, total), due(step, config.checkpoint.every, total)
-            told = step < total and dist.any_of(flag.requested)
+            asked = dist.largest(2 * flag.requested + saver.overdue) if step < total else 0
+            told, overdue = asked >= 2, asked == 1
+            look, save = due(step, evaluate_every, total), overdue or due(step, config.checkpoint.every, total)
             if due(step, config.track.every, total) or look or save or told:
                 tracker.flush()
                 refuse_bad_data(tracker.num_bad, step, config)

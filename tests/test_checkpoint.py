@@ -23,6 +23,10 @@ from mae_dist.folder import step_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 DATA = "0123456789abcdef"
+TINY = [
+    "model.name=vit_demo4", "model.image_size=32", "mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4",
+    "train.precision=fp32", "train.global_batch=4",
+]  # fmt: skip
 
 
 def settings(path: Path, *overrides: str) -> schema.Pretrain:
@@ -201,11 +205,17 @@ def test_no_save_is_in_flight_when_an_evaluation_forks_its_workers(
 
     monkeypatch.setattr(RunDir, "save", slow)
     monkeypatch.setattr(evaluate, "mean_loss", looked)
-    words = ["model.name=vit_demo4", "model.image_size=32", "mae.decoder_dim=32", "mae.decoder_depth=1"]
-    words += ["mae.decoder_heads=4", "train.precision=fp32", "train.global_batch=4", "train.steps=3"]
-    words += ["track.evaluate_every=0.25", "checkpoint.every=1", "machine.processes=1"]
+    words = [*TINY, "train.steps=3", "track.evaluate_every=0.25", "checkpoint.every=1", "machine.processes=1"]
     assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
     assert seen == [[], [], []]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [("1e-9", [1, 2, 3, 4]), ("60", [4])])
+def test_no_more_than_so_many_minutes_are_lost(tmp_path: Path, minutes: str, saved: list[int]) -> None:
+    pack(from_synthetic(16, 4), tmp_path / "set", shard_size=8)
+    words = [*TINY, "train.steps=4", f"checkpoint.minutes={minutes}", "checkpoint.keep=9", "machine.processes=1"]
+    assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
+    assert [checkpoint.step_of(path) for path in RunDir(tmp_path / "run").checkpoints()] == saved
 
 
 def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
