@@ -1,6 +1,4 @@
-"""A real SLURM of four nodes on this machine, brought up once for all tests here; skipped, with the reason, where that
-cannot be.
-"""
+"""A real SLURM for the tests of this folder: brought up once, taken down whatever happens; and runs submitted to it."""
 
 from __future__ import annotations
 
@@ -12,62 +10,79 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from launching import NODES, ROOT, Launch
 
-from mae_dist import jobs
 from mae_dist.data.pack import from_synthetic, pack
 
-SCRIPT = Path(__file__).with_name("cluster")
-CANNOT = 3
-"""Exit status of the script where SLURM cannot run."""
+from .launching import NODES, ROOT, Launch
+
+CLUSTER = Path(__file__).with_name("cluster")
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """The cluster whose state is in `folder`."""
+    """A cluster of four nodes (8 CPUs, 2 GPUs that are only counted) whose state and logs are in `folder`."""
 
     folder: Path
 
     def run(self, *command: str) -> str:
-        """What a command answers; it must succeed."""
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        """What the command prints. A failure of it is a failure of the test, with its own words."""
+        env = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, f"{' '.join(command)}: status {done.returncode}: {done.stderr or done.stdout}"
         return done.stdout.strip()
 
-    def cluster(self, word: str, *words: str) -> None:
-        """`cluster WORD DIR WORDS`."""
-        self.run(str(SCRIPT), word, str(self.folder), *words)
+    def cluster(self, word: str, *words: str) -> str:
+        """`cluster WORD DIR WORDS`, such as cluster("kill-node", "node2")."""
+        return self.run(str(CLUSTER), word, str(self.folder), *words)
 
     def state(self, job: str) -> str:
-        """SLURM's word for a job, as mae-dist asks for it."""
-        return jobs.states([job]).get(job, "")
+        """PENDING, RUNNING, COMPLETED, ...: from squeue, and from sacct once slurmctld has forgotten the job."""
+        listed = self.run("squeue", "--noheader", "--states=all", "--format=%A %T")
+        states = dict(line.split() for line in listed.splitlines())
+        if job not in states:
+            ended = self.run("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}")
+            assert ended, f"SLURM knows no job {job}"
+            return ended.split()[0]
+        return states[job]
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
-        """Until the condition holds; the test fails after so many seconds."""
-        deadline = time.monotonic() + seconds
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+        """Until the condition holds; fails the test, with queue and log, when it does not in that many seconds."""
+        end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-            time.sleep(0.2)
+            if time.monotonic() > end:
+                log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()[-20:]
+                pytest.fail("\n".join([f"not in {seconds} s: {what}", self.run("squeue", "--states=all"), *log]))
+            time.sleep(0.1)
+
+    def clear(self) -> None:
+        """No job left, all nodes alive: a second, and 7 s when jobs ignore SIGTERM."""
+        self.run("scancel", "--quiet", "--user=root")
+        self.cluster("up")
+        self.wait(lambda: not self.run("squeue", "--noheader"), "an empty queue")
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """The cluster; its folder has a short name, as sockets lie in it."""
-    folder = Path(tempfile.mkdtemp(prefix="mae-slurm-", dir="/tmp"))
-    for words in (["install"], ["up", str(folder), "--nodes", str(len(NODES))]):
-        done = subprocess.run([SCRIPT, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode == CANNOT:
+    """The cluster; SLURM_CONF points at it. Skips, with the reason, where this machine cannot run one."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets are in it
+    try:
+        done = subprocess.run(
+            [CLUSTER, "up", folder, "--nodes", str(len(NODES))],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode == 3:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    try:
-        yield Slurm(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            yield Slurm(folder)
     finally:
-        subprocess.run([SCRIPT, "down", folder], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        del os.environ["SLURM_CONF"]
+        # In a session of its own: a second Ctrl-C ends pytest, and not this.
+        subprocess.run([CLUSTER, "down", folder], capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
         shutil.rmtree(folder)
 
 

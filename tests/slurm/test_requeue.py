@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable
 
 import pytest
-from launching import NODES, Launch, Launched
 
 from mae_dist.checkpoint import RunDir
 from mae_dist.stages import audit
+
+from .launching import NODES, Launch, Launched
 
 pytestmark = pytest.mark.slow
 STRIKE = 30

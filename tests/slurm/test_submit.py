@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import SETTINGS, Launch, Slurm, submit
 
 from mae_dist.data.pack import from_synthetic, pack
+
+from .launching import SETTINGS, Launch, Slurm, submit
 
 pytestmark = pytest.mark.slow
 
