@@ -19,6 +19,8 @@ from mae_dist.stop import REQUEUE, Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist report RUN [RUN ...]
+       mae-dist runs [DIR ...] [--watch] [--results FILE.md]
+       mae-dist logs RUN [--lines N] [--all]
        mae-dist ckpt {list,inspect,verify} RUN
        mae-dist replay RUN --step N [--rank R]
        mae-dist data {pack,index,show} ...

@@ -9,6 +9,7 @@
         step-000001000/  manifest.json (step, files with sizes and sha256) and safetensors shards
         .saving-...      a save that has not finished; never read
       result.json        final numbers; only a finished run has it
+      jobs/, code/       what a launcher puts there, see `jobs`
 
 Promises: a checkpoint is complete or not there (torch.distributed.checkpoint writes into a temporary folder, which is
 renamed last; when that fails, the disk being full say, it is removed and the others stay); a damaged one is skipped,
@@ -25,7 +26,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Container
@@ -38,7 +38,8 @@ import yaml
 from torch import Tensor
 
 from mae_dist import config as configuration
-from mae_dist import dist
+from mae_dist import dist, folder
+from mae_dist.folder import step_of, write_text
 from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class RunDir:
 
         Raises ValueError, on every rank alike, when the folder holds another run or something else.
         """
-        dist.on_main(lambda: self._refuse_others(verb, config, data_fingerprint))
+        dist.on_main(lambda: folder.refuse_others(self.path, verb, config, data_fingerprint))
         if dist.on_main(self.result):
             return False
         dist.on_main(lambda: self._prepare(verb, config, data_fingerprint))
@@ -85,38 +86,9 @@ class RunDir:
         for leftover in (self.path / "checkpoints").glob(".*"):
             shutil.rmtree(leftover)
 
-    def _refuse_others(self, verb: str, config: RunConfig, data_fingerprint: str) -> None:
-        """Raise ValueError if this folder holds anything but the same run."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return
-        if not (self.path / "config.yaml").is_file():
-            raise ValueError(f"out={self.path}: exists and is no run of mae-dist; choose another folder")
-        old_verb, old_data, old = self.settings()
-        if old_verb != verb:
-            changes = [f"verb: {old_verb} -> {verb}"]
-        else:
-            changes = configuration.differences(old, config)
-            if old_data != data_fingerprint and not config.data.accept_change:
-                changes.append(
-                    f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
-                )
-        if changes:
-            raise ValueError(
-                f"out={self.path}: holds a run with other settings ({'; '.join(changes)}); "
-                f"choose another out= or give the old values"
-            )
-        if old_data != data_fingerprint:
-            log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
-
     def settings(self) -> tuple[str, str, Any]:
         """(verb, fingerprint of the data, config) as config.yaml has them."""
-        path = self.path / "config.yaml"
-        try:
-            plain = yaml.safe_load(path.read_text())
-            verb, data_fingerprint = plain.pop("verb"), plain.pop("data_fingerprint")
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the config.yaml of a run ({error})") from error
-        return verb, data_fingerprint, configuration.from_dict(verb, plain, str(path))
+        return folder.settings(self.path)
 
     def note_start(self, step: int, device: torch.device) -> None:
         """Append a line of provenance."""
@@ -138,12 +110,11 @@ class RunDir:
 
     def result(self) -> dict[str, Any] | None:
         """The final numbers, or None while the run is incomplete."""
-        path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return folder.result(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        return folder.checkpoints(self.path)
 
     def save(
         self, step: int, state: dict[str, Tensor], keep: int, keep_every: int | None = None,
@@ -233,11 +204,6 @@ def pieces(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
-    return int(path.name.removeprefix("step-"))
-
-
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file is as its manifest says."""
     try:
@@ -286,23 +252,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": _git(),
+        "git": folder.revision(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "hostname": platform.node(),
         "device": name,
         "world": dist.world(),
         "command": shlex.join(sys.argv),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def _measure(path: Path, sync: bool = False) -> dict[str, Any]:
@@ -318,18 +274,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _git() -> str | None:
-    """Commit of the code that runs, with '+' when it was edited; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

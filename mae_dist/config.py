@@ -13,9 +13,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, RunConfig, Train
+
+T = TypeVar("T")
 
 
 def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -31,11 +33,19 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
 
     Raises ValueError with one sentence: the field, the value, what is allowed.
     """
+    result = read(SCHEMAS[verb], f"{verb} needs", f"see mae-dist {verb} --help", file, overrides)
+    check(result)
+    return result
+
+
+def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Sequence[str]) -> T:
+    """Read `file` and `key=value` overrides into a frozen dataclass of knobs; ValueError in one sentence, which begins
+    with ``needs`` and ends with ``hint`` when a field is missing.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    schema = SCHEMAS[verb]
     config = OmegaConf.structured(schema)
     layers = []
     if file is not None:
@@ -65,10 +75,9 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
             raise ValueError(_explain(error, schema, origin)) from error
     missing = sorted(_shown(name) for name in OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(f"{verb} needs {', '.join(f'{name}=...' for name in missing)}; see mae-dist {verb} --help")
+        raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)
-    check(result)
     return result
 
 
@@ -254,7 +263,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(error: Exception, schema: type[RunConfig], origin: str) -> str:
+def _explain(error: Exception, schema: type[Any], origin: str) -> str:
     """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for an unknown one."""
     from omegaconf.errors import ConfigKeyError
 

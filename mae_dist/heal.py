@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mae_dist import dist, parallel, pictures, track
 from mae_dist.batch import Batch
-from mae_dist.checkpoint import RunDir, step_of, write_text
+from mae_dist.checkpoint import RunDir
+from mae_dist.folder import step_of, write_text
 from mae_dist.objectives import Objective
 from mae_dist.schema import RunConfig
 

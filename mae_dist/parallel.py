@@ -9,9 +9,10 @@ every strategy computes the same numbers but for the order of float sums.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -114,6 +115,26 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         parameter.to_local().copy_(spread.to_local())
     else:
         parameter.copy_(value)
+
+
+def lay_out_buckets(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
+    """Have DDP lay out its buckets before the first step, by a pass over the first batch that leaves no trace; the same
+    stream.
+
+    DDP sorts gradients into new buckets after its first backward pass. With more than two ranks it depends on the place
+    in a bucket in which order ranks are summed, so the first step after a resume would differ in its last bits.
+    """
+    first = next(stream, None) if isinstance(module, DistributedDataParallel) else None
+    if first is None:
+        return stream
+    before = [buffer.clone() for buffer in module.buffers()]
+    with precision(name, device):
+        loss = module(first).loss.sum()
+    loss.backward()
+    module.zero_grad()
+    for buffer, value in zip(module.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return itertools.chain([first], stream)
 
 
 def accumulate(module: nn.Module, last: bool) -> AbstractContextManager:

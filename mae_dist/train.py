@@ -82,6 +82,7 @@ def fit(
         track.Tracker(run.path, config, verb, step, total, num_samples) as tracker,
         Saver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
+        stream = parallel.lay_out_buckets(module, stream, train.precision, device)
         while step < total:
             lr = schedule(step / total)
             optim.set_lr(optimizer, lr)

@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import checkpoint, config, evaluate, optim, saver, schema, train
+from mae_dist import checkpoint, config, evaluate, folder, optim, saver, schema, train
 from mae_dist.__main__ import main
 from mae_dist.checkpoint import RunDir
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.folder import step_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 DATA = "0123456789abcdef"
@@ -45,8 +46,8 @@ def saved(path: Path, *steps: int, keep: int = 10) -> RunDir:
     return run
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.name != checkpoint.MANIFEST]
+def tensor_files(path: Path) -> list[Path]:
+    return [file for file in path.iterdir() if file.name != checkpoint.MANIFEST]
 
 
 def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, optim.LossScale, optim.Average]:
@@ -136,7 +137,7 @@ def test_some_are_never_removed(tmp_path: Path) -> None:
     run = opened(tmp_path)
     for step in range(1, 9):
         run.save(step, simple(float(step)), keep=2, keep_every=3)
-    assert [checkpoint.step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
+    assert [step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
 
 
 def test_what_cannot_be_written_leaves_the_last_good_one(tmp_path: Path) -> None:
@@ -348,6 +349,20 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
     assert RunDir.existing(tmp_path / "empty", "from").path == tmp_path / "empty"
 
 
+def test_a_run_begins_in_the_folder_that_its_launcher_has_prepared(tmp_path: Path) -> None:
+    for name in ("jobs", "code"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "something").write_text("of the launcher")
+    folder.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is no run of mae-dist"):
+        folder.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
+    (tmp_path / "thesis.tex").unlink()
+    run = opened(tmp_path)
+    assert run.settings() == folder.settings(tmp_path)
+    assert (tmp_path / "code" / "something").read_text() == "of the launcher"
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", "verb: pretrain", "verb: bake\ndata_fingerprint: x\n"])
 def test_a_broken_config_yaml_is_named(tmp_path: Path, text: str) -> None:
     run = opened(tmp_path)
@@ -372,3 +387,9 @@ def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
     assert [note["step"] for note in notes] == [0, 40]
     assert notes[0]["world"] == 1
     assert notes[0]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_snapshot_of_the_code_says_what_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / folder.REVISION).write_text("0123456789ab+\n")
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "mae_dist" / "folder.py"))
+    assert checkpoint.provenance(torch.device("cpu"))["git"] == "0123456789ab+"

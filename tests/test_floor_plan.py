@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop"},
+    {"schema", "config", "rng", "batch", "dist", "launcher", "models", "pictures", "curves", "stop", "jobs", "folder"},
     {"data", "objectives", "optim", "checkpoint", "track", "evaluate", "weights"},
     {"parallel", "saver"},
     {"heal"},
@@ -25,11 +25,15 @@ TORCH_FREE = [
     "rng",
     "pictures",
     "curves",
+    "jobs",
+    "folder",
     "data.order",
     "data.index",
     "data.pack",
     "data.synthetic",
     "stages.report",
+    "stages.runs",
+    "stages.logs",
 ]
 
 

@@ -14,10 +14,11 @@ import torch
 from mae_dist import checkpoint, evaluate, heal
 from mae_dist.__main__ import main
 from mae_dist.batch import Batch
-from mae_dist.checkpoint import RunDir, step_of
+from mae_dist.checkpoint import RunDir
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.folder import step_of
 from mae_dist.objectives import Output
 from mae_dist.objectives.mae import MAE
 from mae_dist.stages import pretrain

@@ -6,6 +6,8 @@ VERBS = {
     "probe": "linear probe: a linear head on a frozen backbone",
     "finetune": "train backbone and head on labels",
     "report": "one HTML file from one or more runs: curves, pictures, numbers",
+    "runs": "a table of runs: queued, running, requeued, stopped, failed, finished; how far, how fast, what came out",
+    "logs": "what the newest job of a run said, the first failing rank first",
     "ckpt": "list, look into and verify the checkpoints of a run",
     "replay": "compute a past step again and show its samples, crops, masks and losses",
     "data": "pack archives and folders into tars, index tars of others, look at a data set",

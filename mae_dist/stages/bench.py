@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mae_dist import checkpoint, config, dist
+from mae_dist.folder import write_text
 from mae_dist.stages import child
 from mae_dist.stages.benches import BENCHES, Report, Task
 from mae_dist.stages.data import Parser
@@ -79,7 +80,7 @@ def conclude(report: Report, file: Path, words: list[str], machine: dict[str, fl
     """Print the table and write the file."""
     where = checkpoint.provenance(dist.setup()) | machine
     content = asdict(report) | {"settings": words, "seconds": round(seconds, 1), "provenance": where}
-    checkpoint.write_text(file, json.dumps(content, indent=1) + "\n")
+    write_text(file, json.dumps(content, indent=1) + "\n")
     table = Table("measured", "value", "target", title=report.title)
     for measure in report.measures:
         target = "" if measure.at_most is None else f"at most {measure.at_most:g}"

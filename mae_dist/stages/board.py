@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from mae_dist import config as configuration
 from mae_dist import dist, evaluate, parallel, schema
 from mae_dist.batch import Batch
-from mae_dist.checkpoint import MANIFEST, write_text
+from mae_dist.checkpoint import MANIFEST
 from mae_dist.data.features import Features
 from mae_dist.data.loader import Source
+from mae_dist.folder import write_text
 from mae_dist.objectives.board import Board, Head, held_out
 from mae_dist.stages.opening import Opening, num_classes, survey
 from mae_dist.train import fit

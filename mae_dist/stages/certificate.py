@@ -18,6 +18,7 @@ from torch import Tensor
 from mae_dist import checkpoint, track
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
+from mae_dist.folder import write_text
 
 FAILED, IDENTICAL = "FAILED", "bit-identical"
 Ids = dict[int, tuple[list[int], list[int]]]
@@ -170,8 +171,8 @@ class Certificate:
 
     def write(self, folder: Path) -> None:
         """certificate.json and certificate.md."""
-        checkpoint.write_text(folder / "certificate.json", json.dumps(asdict(self), indent=1) + "\n")
-        checkpoint.write_text(folder / "certificate.md", self.markdown())
+        write_text(folder / "certificate.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_text(folder / "certificate.md", self.markdown())
 
     def markdown(self) -> str:
         """The same for reading."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mae_dist import checkpoint, config, dist, stop
+from mae_dist.folder import step_of
 from mae_dist.stages import certificate, child
 from mae_dist.stages.certificate import FAILED, HEADINGS, IDENTICAL, Certificate, Row
 from mae_dist.stages.data import Parser
@@ -205,7 +206,7 @@ def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | No
 
 def effective(run: checkpoint.RunDir) -> list[int]:
     """Ranks of those starts that led to a checkpoint further on."""
-    newest = max(map(checkpoint.step_of, run.checkpoints()), default=0)
+    newest = max(map(step_of, run.checkpoints()), default=0)
     ranks = {start.step: start.ranks for start in certificate.read_starts(run.path)}
     return [number for step, number in ranks.items() if step < newest]
 

@@ -17,8 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from mae_dist import checkpoint
-from mae_dist.checkpoint import MANIFEST, RunDir, step_of
+from mae_dist.checkpoint import MANIFEST, RunDir
+from mae_dist.folder import step_of
 from mae_dist.stages.data import Parser
+from mae_dist.stages.standing import duration
 
 
 def main(argv: list[str]) -> int:
@@ -104,11 +106,3 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return manifest if {"files", "world", "num_tensors"} <= manifest.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit that fits."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

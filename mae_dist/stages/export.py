@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mae_dist import checkpoint, dist
 from mae_dist.batch import Batch
-from mae_dist.checkpoint import RunDir, step_of
+from mae_dist.checkpoint import RunDir
+from mae_dist.folder import step_of
 from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
 from mae_dist.stages.data import Parser

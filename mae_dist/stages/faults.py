@@ -17,6 +17,7 @@ from pathlib import Path
 from mae_dist import checkpoint
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order, share
+from mae_dist.folder import step_of
 from mae_dist.schema import Pretrain
 from mae_dist.stages import poison
 from mae_dist.stages.job import Job, NotRecovered, Recovery
@@ -214,7 +215,7 @@ def damaged_checkpoint(patient: Patient, fault: Fault) -> Recovery:
         stream.write(bytes([byte ^ 1]))
     patient.job.start()
     recovery = patient.job.resumed(damaged.name)
-    if recovery.resumed != checkpoint.step_of(before):
+    if recovery.resumed != step_of(before):
         raise NotRecovered(f"resumed at step {recovery.resumed}, not from {before.name}, the one before the damaged")
     return recovery
 

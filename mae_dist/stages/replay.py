@@ -21,9 +21,10 @@ from rich.table import Table
 
 from mae_dist import checkpoint, config, parallel, pictures, track
 from mae_dist.batch import Batch
-from mae_dist.checkpoint import RunDir, step_of, write_text
+from mae_dist.checkpoint import RunDir
 from mae_dist.data.order import num_micro, share
 from mae_dist.data.views import denormalise
+from mae_dist.folder import step_of, write_text
 from mae_dist.objectives import Objective
 from mae_dist.objectives.board import Board
 from mae_dist.objectives.classify import Probe

@@ -1,0 +1,169 @@
+"""Where to run: a cluster file, the shape that is asked for, and what the real cluster says of both.
+
+A cluster file holds WHERE only, never what is trained. Flags of the command line and stages of a pipeline overrule its
+fields. Knows SLURM's sinfo, and no run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mae_dist import config as configuration
+from mae_dist.schema import knob
+
+EARLY = 30.0
+"""Seconds by which SLURM may signal before it was asked to: it looks at time limits twice a minute."""
+ANSWER = 20.0
+"""Seconds in which a command of SLURM must answer."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    partition: str | None = knob(None, "SLURM partition; none: the cluster's default")
+    account: str | None = knob(None, "account that pays")
+    qos: str | None = knob(None, "quality of service")
+    constraint: str | None = knob(None, "features that the nodes must have, a100 for example")
+    nodes: str = knob("1", "nodes; 1-4: as many of them as are free, again at every requeue")
+    gpus_per_node: int = knob(0, "GPUs of each node, one rank each")
+    tasks_per_node: int | None = knob(None, "ranks of each node; none: one a GPU")
+    cpus_per_task: int | None = knob(None, "CPU cores of each rank")
+    memory: float | None = knob(None, "GB of each node; none: the partition's default; 0: all")
+    time: str = knob("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
+    start_up: float = knob(60.0, "seconds from the start of a job to its first step")
+    stop_before_end: float = knob(180.0, "seconds before the time limit at which a run saves and requeues itself")
+    torchrun: bool = knob(False, "one task and torchrun on each node, instead of one task a rank")
+    exclusive: bool = knob(False, "share the nodes with nobody")
+    setup: tuple[str, ...] = knob((), "shell lines of the job before its tasks start: modules, environments")
+    python: str | None = knob(None, "what runs Python in a task, 'apptainer exec --nv X.sif python'; none: this one")
+    srun: tuple[str, ...] = knob((), "more words for srun, --container-image=... of pyxis for example")
+    env: dict[str, str] = field(default_factory=dict, metadata={"help": "environment variables of the tasks"})
+    sbatch: dict[str, str] = field(default_factory=dict, metadata={"help": "more options of sbatch, without dashes"})
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def nodes_range(self) -> tuple[int, int]:
+        """Least and most nodes."""
+        least, _, most = self.nodes.partition("-")
+        return int(least), int(most or least)
+
+    @property
+    def minutes(self) -> int:
+        """The time limit."""
+        return -(-seconds_of(self.time) // 60)
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} node{'s' * (self.nodes_range[1] > 1)}"
+        where = f" of partition {self.partition}" if self.partition else ""
+        gpus = f", {self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} each" if self.gpus_per_node else ""
+        return f"{nodes} x {self.ranks_per_node} rank{'s' * (self.ranks_per_node > 1)}{where}{gpus}, {self.time}"
+
+
+def load(file: str, overrides: list[str]) -> Cluster:
+    """The cluster of a file, some of its fields overruled. ValueError names field and value."""
+    if not Path(file).is_file():
+        known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
+        raise ValueError(f"--cluster {file}: no such file; there are {known}: copy one and say where you are")
+    cluster = configuration.read(Cluster, f"cluster {file} needs", "see launch/clusters/example.yaml", file, overrides)
+    check_fields(cluster)
+    return cluster
+
+
+def check_fields(cluster: Cluster) -> None:
+    """Refuse what no cluster could do (ValueError)."""
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", cluster.nodes) or cluster.nodes_range[0] > cluster.nodes_range[1]:
+        raise ValueError(f"nodes={cluster.nodes}: must be a number, or a range such as 1-4")
+    for name in ("gpus_per_node", "start_up", "stop_before_end", "memory"):
+        if (getattr(cluster, name) or 0) < 0:
+            raise ValueError(f"{name}={getattr(cluster, name):g}: must be 0 or more")
+    for name in ("tasks_per_node", "cpus_per_task"):
+        value = getattr(cluster, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be 1 or more")
+    ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
+    if gpus and ranks > gpus:
+        raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")
+    least = cluster.start_up + cluster.stop_before_end + EARLY
+    if cluster.minutes * 60 < least:
+        raise ValueError(
+            f"time={cluster.time}: shorter than starting and saving take (start_up={cluster.start_up:g} s, "
+            f"stop_before_end={cluster.stop_before_end:g} s, and {EARLY:g} s by which SLURM may be early); "
+            f"ask for {-(-int(least) // 60)} minutes or more"
+        )
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of SLURM's [days-]hours:minutes:seconds, or of minutes:seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", time)
+    if match is None:
+        raise ValueError(f'time={time}: write it as "hours:minutes:seconds" or "days-hours:minutes:seconds", in quotes')
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def check_real(cluster: Cluster) -> None:
+    """Hold the shape against the partitions that there are (ValueError in one sentence)."""
+    partitions = partitions_of(ask("sinfo", "-h", "-o", "%P|%l|%G|%c|%m|%D"))
+    name = cluster.partition or next((row["name"] for row in partitions if row["default"]), None)
+    if name is None:
+        raise ValueError("partition: this cluster has no default; name one with --partition or in the cluster file")
+    rows = [row for row in partitions if row["name"] == name]
+    if not rows:
+        known = ", ".join(dict.fromkeys(row["name"] for row in partitions))
+        raise ValueError(f"partition={name}: this cluster has no such partition, only {known}")
+    nodes, gpus, cpus = sum(row["nodes"] for row in rows), *(max(row[k] for row in rows) for k in ("gpus", "cpus"))
+    limits = [row["seconds"] for row in rows]
+    if cluster.gpus_per_node > gpus:
+        raise ValueError(f"gpus_per_node={cluster.gpus_per_node}: the nodes of partition {name} have {gpus}")
+    if cluster.nodes_range[1] > nodes:
+        raise ValueError(f"nodes={cluster.nodes}: partition {name} has {nodes}")
+    if (wanted := cluster.ranks_per_node * (cluster.cpus_per_task or 1)) > cpus:
+        raise ValueError(
+            f"cpus_per_task={cluster.cpus_per_task or 1}: {cluster.ranks_per_node} ranks a node need {wanted} CPU "
+            f"cores, the nodes of partition {name} have {cpus}"
+        )
+    memory = max(row["memory"] for row in rows)
+    if (cluster.memory or 0) * 1000 > memory:
+        raise ValueError(f"memory={cluster.memory:g}: the nodes of partition {name} have {memory / 1000:g} GB")
+    if None not in limits and cluster.minutes * 60 > (limit := max(filter(None, limits))):
+        raise ValueError(f"time={cluster.time}: partition {name} allows {limit // 3600}:{limit % 3600 // 60:02d}:00")
+
+
+def partitions_of(text: str) -> list[dict[str, Any]]:
+    """Rows of sinfo: name, default, seconds (None: no limit), gpus, cpus, memory (MB), nodes."""
+    rows = []
+    for line in text.splitlines():
+        name, limit, gres, cpus, memory, nodes = line.split("|")
+        gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
+        seconds = None if limit in ("infinite", "n/a") else seconds_of(limit)
+        row = {"name": name.rstrip("*"), "default": name.endswith("*"), "seconds": seconds, "gpus": gpus}
+        rows.append(row | {k: int(v.rstrip("+")) for k, v in (("cpus", cpus), ("memory", memory), ("nodes", nodes))})
+    return rows
+
+
+def ask(*command: str, said: str = "") -> str:
+    """What a command of SLURM answers to what is ``said`` to it; ValueError in one line where it cannot."""
+    try:
+        done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=ANSWER, check=False)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{command[0]}: not found; is this a login node of a SLURM cluster? Without one: launch/torchrun.sh"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]}: no answer in {ANSWER:g} s; is SLURM's controller down?") from None
+    if done.returncode:
+        raise ValueError(one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}")
+    return done.stdout
+
+
+def one_line(text: str) -> str:
+    """What SLURM complains of, in one line, without what it says twice."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))

@@ -1,0 +1,216 @@
+"""`python launch/submit.py VERB CONFIG.yaml --cluster FILE.yaml [section.key=value ...]`: a run as a SLURM job.
+
+Also a sweep of runs as a job array, and a pipeline of stages as jobs that wait for each other. Everything that can be
+known is checked first; a mistake is one sentence, and nothing is queued. The code is copied into the run's folder, and
+the settings are resolved there, so that nothing that is edited later changes a job that waits or is requeued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+if __name__ == "__main__":  # as a script, this folder is on the path, and not the one that it is in
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch import cluster as clusters
+from launch import local, pipeline, preflight, slurm, snapshot, sweep
+from launch.cluster import Cluster
+from launch.job import Job
+from launch.pipeline import Run, Stage
+from mae_dist import config as configuration
+from mae_dist import jobs
+from mae_dist.folder import CODE
+from mae_dist.schema import SCHEMAS
+
+DESCRIPTION = """\
+Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and requeue themselves at
+preemption, time limits and lost nodes.
+
+  submit.py pretrain CONFIG.yaml --cluster launch/clusters/mine.yaml data.path=DIR out=RUN --nodes 4
+  submit.py pretrain CONFIG.yaml --cluster ... out=DIR --sweep optim.base_lr=1e-4,1.5e-4 seed=0,1,2 --at-once 4
+  submit.py pipeline PIPELINE.yaml --cluster ...        (or --local, on this machine without SLURM)"""
+
+
+def main(argv: list[str]) -> int:
+    """Submit; 0, or 2 for what a user got wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = parse(argv)
+    try:
+        base, stages = stages_of(options)
+        if options.local:
+            if options.verb != "pipeline":
+                raise ValueError(f"--local: is for a pipeline; on this machine a run is `mae-dist {options.verb} ...`")
+            return local.walk(stages)
+        submit(stages, base, options)
+        return 0
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"submit: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. `file` is the CONFIG.yaml, the pipeline's, or None; `settings` are the section.key=value."""
+    parser = argparse.ArgumentParser(
+        prog="submit.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=[*SCHEMAS, "pipeline"])
+    parser.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value", help="as for mae-dist")
+    parser.add_argument("--cluster", help="WHERE: a cluster file, see launch/clusters/example.yaml")
+    for name in ("partition", "nodes", "gpus-per-node", "tasks-per-node", "time"):
+        parser.add_argument(f"--{name}", help=f"overrules {name.replace('-', '_')} of the cluster file")
+    parser.add_argument("--torchrun", action="store_true", help="one task and torchrun on each node")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
+    parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
+    parser.add_argument("--local", action="store_true", help="a pipeline on this machine, one stage after another")
+    parser.add_argument("--dry-run", action="store_true", help="print what sbatch would get; queue and write nothing")
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    return parser.parse_intermixed_args(argv)
+
+
+def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
+    """(the folder that everything lies in, the stages): those of a pipeline's file; for a single run one; for a sweep
+    its runs, and the table of their results.
+    """
+    file, settings = configuration.split_words(options.verb, options.words)
+    if options.at_once < 1:
+        raise ValueError(f"--at-once {options.at_once}: must be 1 or more")
+    if options.verb == "pipeline":
+        if file is None or options.sweep:
+            raise ValueError("pipeline: needs a PIPELINE.yaml, and no --sweep, as each stage can have a `sweep:`")
+        return pipeline.load(file, settings)
+    several = sweep.combinations(options.verb, options.sweep)
+    base = Path(configuration.load(options.verb, file, [*settings, *several[0][1]]).out)
+    runs = [
+        pipeline.run_of(name, base / name, options.verb, file, [*settings, *chosen]) if len(several) > 1
+        else pipeline.run_of(options.verb, base, options.verb, file, [*settings, *chosen])
+        for name, chosen in several
+    ]  # fmt: skip
+    stages = [Stage(options.verb, options.verb, tuple(runs), at_once=options.at_once)]
+    if len(runs) > 1:
+        words = ("runs", str(base), "--results", str(base / "results.md"))
+        table = Run("results", base / pipeline.RECORDS / "results", words)
+        stages.append(Stage("results", "runs", (table,), (options.verb,), whatever_came=True))
+    return base, stages
+
+
+def where(options: argparse.Namespace, shape: tuple[str, ...]) -> Cluster:
+    """The cluster file with what overrules it: a stage's shape, then flags."""
+    if options.cluster is None:
+        known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
+        raise ValueError(f"--cluster FILE.yaml is needed: where to run; there are {known}")
+    flags = {name: getattr(options, name) for name in ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")}
+    if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
+        flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
+    words = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    return clusters.load(options.cluster, [*words, *(["torchrun=true"] if options.torchrun else []), *shape])
+
+
+def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None:
+    """Check all stages, then queue those that are not done, in their order; all of them or none."""
+    waiting = [stage for stage in stages if stage.waiting]
+    for stage in stages:
+        if stage not in waiting:
+            print(f"{stage.name}: done already, passed over")
+    places = {stage.name: where(options, stage.shape) for stage in waiting}
+    for stage in waiting:
+        check(stage, places[stage.name], {other.name for other in waiting})
+    if options.dry_run:
+        for stage in waiting:
+            print(f"# {stage.name}: {len(stage.waiting)} job{'s' * (len(stage.waiting) > 1)}")
+            print(
+                slurm.script(jobs_of(stage, places[stage.name], Path("CODE")), places[stage.name], stage, Path("CODE"))
+            )
+        return
+    for stage in waiting:
+        clusters.check_real(places[stage.name])
+        slurm.rehearse(
+            slurm.script(jobs_of(stage, places[stage.name], Path("CODE")), places[stage.name], stage, Path("CODE"))
+        )
+    made = not base.exists()
+    code = snapshot.take(base.absolute())
+    queued: dict[str, str] = {}
+    try:
+        for stage in waiting:
+            names = enqueue(stage, places[stage.name], code, queued)
+            queued[stage.name] = names[0].partition("_")[0]
+            tell(stage, places[stage.name], names)
+    except (ValueError, OSError):
+        if queued:
+            subprocess.run(["scancel", *queued.values()], check=False)
+        shutil.rmtree(base if made else code)
+        if not made:
+            with suppress(OSError):
+                (base / CODE).rmdir()
+        raise
+    print(f"code  {code} ({(code / 'REVISION').read_text().strip()})")
+    print(f"next: mae-dist runs {base} --watch | mae-dist logs {stages[0].home} | scancel {' '.join(queued.values())}")
+
+
+def check(stage: Stage, place: Cluster, waiting: set[str]) -> None:
+    """What can be known of a stage now: of the data and the start only if they are not still to be made."""
+    for run in stage.waiting:
+        preflight.check_idle(run.folder)
+        if run.config is not None:
+            if waiting.intersection(stage.needs):
+                preflight.check_shape(run.config, place)
+                preflight.check_disk(run.config)
+            else:
+                preflight.check(stage.verb, run.config, place)
+
+
+def jobs_of(stage: Stage, place: Cluster, code: Path) -> list[Job]:
+    """The jobs of a stage, which find their settings beside the code."""
+    return [
+        Job(
+            words=(stage.verb, str(settings_file(code, run))) if run.config else run.words,
+            logs=str((stage.home / jobs.FOLDER).absolute()), ranks_per_node=place.ranks_per_node,
+            stop_before_end=place.stop_before_end, restarts=run.config.machine.restarts if run.config else 0,
+            ranked=stage.ranked, torchrun=place.torchrun, receipt=run.receipt,
+        )
+        for run in stage.waiting
+    ]  # fmt: skip
+
+
+def settings_file(code: Path, run: Run) -> Path:
+    """Where the resolved settings of a run lie."""
+    return code / "settings" / f"{run.name}.yaml"
+
+
+def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, str]) -> list[str]:
+    """Queue the jobs of a stage after those that it needs; their names."""
+    for run in stage.waiting:
+        if run.config is not None:
+            file = settings_file(code, run)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(configuration.dump(run.config))
+    before = [queued[name] for name in stage.needs if name in queued]
+    word = "afterany" if stage.whatever_came else "afterok"
+    names = slurm.submit(
+        jobs_of(stage, place, code), place, stage, code, f"{word}:{':'.join(before)}" if before else None
+    )
+    logs = str((stage.home / jobs.FOLDER).absolute())
+    for run, name in zip(stage.waiting, names, strict=True):
+        tasks = place.ranks_per_node if stage.ranked and not place.torchrun else 1
+        submission = jobs.Submission(name, logs, place.nodes if stage.ranked else "1", tasks, jobs.now())
+        jobs.note_submission(run.folder, submission)
+    return names
+
+
+def tell(stage: Stage, place: Cluster, names: list[str]) -> None:
+    """Say what was queued, and where what it says will lie."""
+    many = f"{len(names)} runs, {min(stage.at_once, len(names))} at once, " if len(names) > 1 else ""
+    shape = str(place) if stage.ranked else f"1 task, {place.time}"
+    print(f"job {names[0].partition('_')[0]}: {stage.name}, {many}{shape}")
+    print(f"      {stage.home}; log {jobs.log_file(stage.home / jobs.FOLDER, names[0], 0)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

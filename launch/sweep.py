@@ -1,0 +1,56 @@
+"""Sweeps: every combination of some settings' values, each a run in a folder of its own. Pure functions of words."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from mae_dist import config as configuration
+from mae_dist.schema import SCHEMAS
+
+
+def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(folder name, settings) of each combination of ``key=a,b,c`` words; the first key varies slowest.
+
+    A key without its section is completed where only one section has it (`seed` is `train.seed`). A word with one value
+    is a plain setting and names no folder. Raises ValueError for what is no such word, or is there twice.
+    """
+    keys, values = [], []
+    for word in words:
+        key, equals, given = word.partition("=")
+        if not equals or not given:
+            raise ValueError(f"--sweep {word}: expected section.key=value,value,..., for example train.seed=0,1,2")
+        keys.append(completed(verb, key))
+        values.append(split(given))
+    for key, chosen in zip(keys, values, strict=True):
+        if keys.count(key) > 1:
+            raise ValueError(f"--sweep {key}: given more than once")
+        if repeated := {value for value in chosen if chosen.count(value) > 1}:
+            raise ValueError(f"--sweep {key}: {', '.join(sorted(repeated))} is there more than once")
+    lasts = [key.rpartition(".")[2] for key in keys]
+    short = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
+    found = []
+    for choice in itertools.product(*values):
+        parts = [f"{s}-{v}" for s, v, vs in zip(short, choice, values, strict=True) if len(vs) > 1]
+        name = re.sub(r"[^\w.+-]", "-", "_".join(parts))
+        found.append((name or "run", [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]))
+    return found
+
+
+def split(text: str) -> list[str]:
+    """Values between commas; those within brackets belong to one value, as in view.scale=[0.2,1],[0.5,1]."""
+    return [value for value in re.split(r",(?![^\[\]]*\])", text) if value]
+
+
+def completed(verb: str, key: str) -> str:
+    """`seed` -> `train.seed`."""
+    if "." in key or key in ("out", "from"):
+        return key
+    known = [line.split()[0] for line in configuration.describe(verb).splitlines()]
+    matches = [name for name in known if name.partition(".")[2] == key]
+    if len(matches) == 1:
+        return matches[0]
+    assert verb in SCHEMAS
+    hint = f"which one: {', '.join(matches)}?" if matches else f"mae-dist {verb} --help lists all settings"
+    raise ValueError(f"--sweep {key}: is no section.key; {hint}")

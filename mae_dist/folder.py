@@ -1,0 +1,103 @@
+"""Reading a run's folder without torch: what login nodes, launchers and tables need. `checkpoint.RunDir` writes it.
+
+`checkpoint` draws what a run's folder holds, `jobs` what launchers leave there. Opens no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_dist import config as configuration
+from mae_dist import jobs
+from mae_dist.schema import RunConfig
+
+log = logging.getLogger(__name__)
+
+CONFIG, RESULT, CODE, REVISION = "config.yaml", "result.json", "code", "REVISION"
+BEFORE_THE_RUN = {jobs.FOLDER, CODE}
+"""What a launcher puts into the folder before the run has begun: what became of its jobs, and the code that runs."""
+
+
+def settings(path: Path) -> tuple[str, str, Any]:
+    """(verb, fingerprint of the data, config) as the config.yaml of the run `path` has them, else ValueError."""
+    file = path / CONFIG
+    try:
+        plain = yaml.safe_load(file.read_text())
+        verb, data_fingerprint = plain.pop("verb"), plain.pop("data_fingerprint")
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
+    return verb, data_fingerprint, configuration.from_dict(verb, plain, str(file))
+
+
+def result(path: Path) -> dict[str, Any] | None:
+    """The final numbers of the run `path`, or None while it is incomplete."""
+    file = path / RESULT
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Complete checkpoints of the run `path`, oldest first."""
+    return sorted((path / "checkpoints").glob("step-*"))
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
+
+
+def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
+    """Raise ValueError if the folder `path` holds anything but the same run, or what a launcher puts there before."""
+    if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_THE_RUN):
+        return
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
+    old_verb, old_data, old = settings(path)
+    if old_verb != verb:
+        changes = [f"verb: {old_verb} -> {verb}"]
+    else:
+        changes = configuration.differences(old, config)
+        if old_data != data_fingerprint and not config.data.accept_change:
+            changes.append(
+                f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
+            )
+    if changes:
+        raise ValueError(
+            f"out={path}: holds a run with other settings ({'; '.join(changes)}); "
+            f"choose another out= or give the old values"
+        )
+    if old_data != data_fingerprint:
+        log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def revision() -> str | None:
+    """Commit of the code that runs, with '+' when it was edited, or what its snapshot says; None outside a checkout."""
+    here = Path(__file__).parent
+    snapshot = here.with_name(REVISION)
+    if snapshot.is_file():
+        return snapshot.read_text().strip()
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

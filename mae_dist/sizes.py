@@ -1,0 +1,64 @@
+"""The sizes of all models by name, as the papers have them, and how many parameters follow. Imports no torch, so that a
+launcher can say how large a checkpoint will be.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+VIT_SIZES = {
+    "ti": {"dim": 192, "depth": 12, "num_heads": 3},
+    "s": {"dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"dim": 1024, "depth": 24, "num_heads": 16},
+    "h": {"dim": 1280, "depth": 32, "num_heads": 16},
+}
+"""B, L, H: Dosovitskiy et al. 2021, table 1; Ti and S: Touvron et al. 2021, table 1."""
+VIT_PATCHES = (2, 4, 8, 14, 16, 32)
+
+MIXER_SIZES = {
+    "ti": {"dim": 192, "depth": 12, "token_hidden": 96, "channel_hidden": 768},
+    "s": {"dim": 512, "depth": 8, "token_hidden": 256, "channel_hidden": 2048},
+    "b": {"dim": 768, "depth": 12, "token_hidden": 384, "channel_hidden": 3072},
+    "l": {"dim": 1024, "depth": 24, "token_hidden": 512, "channel_hidden": 4096},
+}
+"""Tolstikhin et al. 2021, table 1; Ti has ViT-Ti's width and depth and the paper's proportions."""
+MIXERS = ("ti4", "s4", "s16", "s32", "b16", "b32", "l16")
+
+SIZES: dict[str, dict[str, int]] = {
+    **{f"vit_{size}{patch}": {"patch": patch, **VIT_SIZES[size]} for size in VIT_SIZES for patch in VIT_PATCHES},
+    **{
+        f"mixer_{name}": {"patch": int(name.lstrip("tisbl")), **MIXER_SIZES[name.rstrip("0123456789")]}
+        for name in MIXERS
+    },
+    "vit_demo4": {"patch": 4, "dim": 128, "depth": 4, "num_heads": 4},
+    "mixer_demo4": {"patch": 4, "dim": 128, "depth": 4, "token_hidden": 64, "channel_hidden": 512},
+}
+"""Name -> what its constructor is given."""
+
+
+def size_of(name: str) -> dict[str, int]:
+    """The sizes of a model; ValueError with the nearest name for one that does not exist."""
+    if name not in SIZES:
+        near = difflib.get_close_matches(name, SIZES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`mae-dist models` lists them"
+        raise ValueError(f"model.name={name}: no such model; {hint}")
+    return SIZES[name]
+
+
+def default_image_size(patch: int) -> int:
+    """Pixels a side that a patch size is for, unless told otherwise: CIFAR's or ImageNet's."""
+    return 32 if patch <= 4 else 224
+
+
+def num_parameters(name: str, image_size: int) -> int:
+    """Parameters of a backbone of RGB images (a ViT's with class token and one last norm), fixed ones too."""
+    size = size_of(name)
+    patch, dim, tokens = size["patch"], size["dim"], (image_size // size["patch"]) ** 2
+    embedding = 3 * patch**2 * dim + dim
+    if "num_heads" in size:
+        block = 12 * dim**2 + 13 * dim  # qkv, projection, an MLP of four times the width, two norms
+        return embedding + dim + (tokens + 1) * dim + size["depth"] * block + 2 * dim
+    hidden, wide = size["token_hidden"], size["channel_hidden"]
+    block = 2 * tokens * hidden + hidden + tokens + 2 * dim * wide + wide + dim + 4 * dim
+    return embedding + size["depth"] * block + 2 * dim

@@ -1,0 +1,150 @@
+"""Submitting a small run through launch/submit.py to the test cluster, and looking at it from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from mae_dist import jobs
+from mae_dist.stages import child
+from mae_dist.stages.standing import standing
+
+ROOT = Path(__file__).parents[2]
+NODES = ["node1", "node2", "node3", "node4"]
+STEPS = 100
+SETTINGS = [
+    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
+    "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", f"train.steps={STEPS}",
+    "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
+]  # fmt: skip
+SLOW = """\
+# Steps of this machine take half a second, without computing: a run waits each time it asks for signals.
+import time
+
+from mae_dist import stop
+
+
+class Slow(stop.Flag):
+    def __getattribute__(self, name):
+        if name == "requested":
+            time.sleep(0.5)
+        return super().__getattribute__(name)
+
+
+stop.Flag = Slow
+"""
+
+
+class Slurm(Protocol):
+    """What the fixture `slurm` gives."""
+
+    def run(self, *command: str) -> str: ...
+    def state(self, job: str) -> str: ...
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = ...) -> Any: ...
+    def cluster(self, word: str, *words: str) -> None: ...
+
+
+def submit(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python launch/submit.py WORDS`."""
+    command = [sys.executable, ROOT / "launch" / "submit.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run that was submitted."""
+
+    slurm: Any
+    run: Path
+    job: str
+    code: Path
+    total: int = STEPS
+
+    @property
+    def logs(self) -> Path:
+        return self.run / jobs.FOLDER
+
+    def events(self) -> dict[int, list[dict[str, Any]]]:
+        return jobs.events(self.logs, self.job)
+
+    def starts(self) -> int:
+        return sum(event["event"] == "start" for event in self.events().get(0, []))
+
+    def state(self) -> str:
+        """As `mae-dist runs` has it."""
+        return standing(self.run, jobs.states([self.job])).state
+
+    def said(self, task: int) -> str:
+        return jobs.log_file(self.logs, self.job, task).read_text()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
+
+    def saved_before_leaving(self) -> bool:
+        """Whether every task of the first start saw its rank stop and save."""
+        ends = [[e["status"] for e in own if e["event"] == "end"] for own in self.events().values()]
+        return all(own and own[0] == 75 for own in ends)
+
+    def succeeded(self) -> bool:
+        return self.slurm.state(self.job) in ("COMPLETED", "COMPLETING")
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+        self.slurm.wait(condition, f"{self.run.name}: {what}", seconds)
+
+    def reach(self, step: int) -> None:
+        self.wait(lambda: child.reached(self.run) >= step, f"step {step}")
+
+    def finish(self) -> None:
+        self.wait((self.run / "result.json").exists, "the end", 180)
+        self.wait(self.succeeded, "success")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Submits runs: 2 nodes x 2 tasks of the test cluster, unless told otherwise."""
+
+    slurm: Slurm
+    data: Path
+    cluster_file: Path
+    folder: Path
+
+    def words(
+        self, name: str, words: tuple[str, ...], cluster: str, nodes: Sequence[str], shape: Sequence[str]
+    ) -> list[str]:
+        """The command line of a run; ``cluster`` overrules lines of the cluster file."""
+        plain = yaml.safe_load(self.cluster_file.read_text()) | (yaml.safe_load(cluster) or {})
+        others = ",".join(node for node in NODES if node not in nodes)
+        plain["sbatch"] = {"exclude": others} | plain.get("sbatch", {})
+        file = self.folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(plain))
+        where = ["--cluster", str(file), "--nodes", str(len(nodes)), *shape]
+        return ["pretrain", *where, *SETTINGS, f"data.path={self.data}", f"out={self.folder / name}", *words]
+
+    def __call__(
+        self, name: str, *words: str, cluster: str = "{}", nodes: Sequence[str] = NODES[:2], shape: Sequence[str] = (),
+        slow: bool = False,
+    ) -> Launched:  # fmt: skip
+        """Submit a run as `name`."""
+        if slow:
+            (self.folder / "slow").mkdir()
+            (self.folder / "slow" / "sitecustomize.py").write_text(SLOW)
+            cluster += f"\nsetup: [export PYTHONPATH={self.folder / 'slow'}]"
+        done = submit(*self.words(name, words, cluster, nodes, shape))
+        job = done.stdout.split()[1].rstrip(":")
+        code = max((self.folder / name / "code").iterdir())
+        return Launched(self.slurm, self.folder / name, job, code)
+
+    def refused(self, name: str) -> str:
+        """What is said of a run that is not taken."""
+        return submit(*self.words(name, (), "{}", NODES[:2], ()), status=2).stderr

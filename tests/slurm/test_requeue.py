@@ -1,0 +1,127 @@
+"""Runs of 2 nodes x 2 tasks on a real SLURM, stopped in every way that SLURM knows: each ends with the same bits, and
+the same samples in the same order, as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from launching import NODES, Launch, Launched
+
+from mae_dist.checkpoint import RunDir
+from mae_dist.stages import audit
+
+pytestmark = pytest.mark.slow
+STRIKE = 30
+"""The step after which a run is disturbed."""
+
+
+@pytest.fixture(scope="module")
+def patient(launch: Launch) -> Launched:
+    """The run that meets its time limit, on a slow machine and nodes of its own; it goes on while others are tested."""
+    return launch(
+        "time-limit", "track.wandb=offline", cluster="time: '0:01:00'\nstart_up: 0\nstop_before_end: 30",
+        nodes=NODES[2:], slow=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(patient: Launched, launch: Launch) -> Launched:
+    assert patient.job  # is queued first, as it takes longest
+    launched = launch("undisturbed")
+    launched.finish()
+    return launched
+
+
+def assert_equal(found: Launched, wanted: Launched, elastic: bool = False) -> None:
+    """Same samples in the same order, each step once; same weights, moments and averages."""
+    assert (found.run / "ids.jsonl").read_text() == (wanted.run / "ids.jsonl").read_text()
+    difference = audit.state_difference(
+        audit.final_state(RunDir(found.run)), audit.final_state(RunDir(wanted.run)), elastic
+    )
+    losses = audit.loss_difference(audit.losses(RunDir(found.run)), audit.losses(RunDir(wanted.run)), 1, found.total)
+    if elastic:
+        assert losses < 1e-5
+    else:
+        assert (difference, losses) == (0, 0)
+
+
+def test_two_nodes_of_two_tasks(undisturbed: Launched) -> None:
+    starts = [events[0] for events in undisturbed.events().values()]
+    assert sorted(start["host"] for start in starts) == ["node1", "node1", "node2", "node2"]
+    host, port = next(undisturbed.logs.glob("*.address")).read_text().split()
+    assert host == "node1"
+    assert int(port) > 1024
+    said = undisturbed.said(0)
+    assert "4 ranks on node1, node2; python" in said
+    assert "4 ranks on" not in undisturbed.said(1)
+    (provenance,) = undisturbed.lines("provenance.jsonl")
+    assert provenance["world"] == 4
+    assert provenance["git"] == (undisturbed.code / "REVISION").read_text().strip()
+    assert json.loads((undisturbed.run / "result.json").read_text())["loss"] > 0
+
+
+def requeued_by_hand(launched: Launched) -> None:
+    launched.slurm.run("scontrol", "requeue", launched.job)
+
+
+def preempted(launched: Launched) -> None:
+    launched.slurm.run(
+        "sbatch", "--parsable", "--partition=urgent", f"--nodelist={','.join(NODES[:2])}", "--nodes=2", "--exclusive",
+        "--output=/dev/null", "--wrap", "srun sleep 1",
+    )  # fmt: skip
+
+
+def preempted_without_user_signal(launched: Launched) -> None:
+    launched.slurm.cluster("user-signal", "off")
+    preempted(launched)
+
+
+def node_died(launched: Launched) -> None:
+    launched.slurm.cluster("kill-node", NODES[1])
+    launched.wait(lambda: launched.slurm.state(launched.job) != "RUNNING", "the dead node is noticed")
+    launched.slurm.cluster("start-node", NODES[1])
+
+
+@pytest.mark.parametrize("strike", [requeued_by_hand, preempted, preempted_without_user_signal, node_died])
+def test_a_stopped_run_ends_like_an_undisturbed_one(
+    strike: Callable[[Launched], None], undisturbed: Launched, launch: Launch
+) -> None:
+    launched = launch(strike.__name__)
+    launched.reach(STRIKE)
+    try:
+        strike(launched)
+        launched.wait(lambda: launched.starts() > 1, "it is started again")
+    finally:
+        launched.slurm.cluster("user-signal", "on")
+    launched.finish()
+    assert_equal(launched, undisturbed)
+    first, second = (line["step"] for line in launched.lines("provenance.jsonl"))
+    assert first == 0
+    assert second >= STRIKE if strike is not node_died else second > 0  # without warning, only what is on disk helps
+    assert launched.saved_before_leaving() == (strike is not node_died)
+    assert not list(launched.logs.glob("*result.pkl")) or launched.succeeded()
+
+
+def test_a_run_goes_on_on_fewer_nodes(undisturbed: Launched, launch: Launch) -> None:
+    launched = launch("elastic", shape=["--nodes", "1-2"])
+    launched.reach(STRIKE)
+    launched.slurm.cluster("kill-node", NODES[1])
+    try:
+        launched.finish()
+    finally:
+        launched.slurm.cluster("start-node", NODES[1])
+    assert [line["world"] for line in launched.lines("provenance.jsonl")] == [4, 2]
+    assert_equal(launched, undisturbed, elastic=True)
+
+
+def test_a_run_survives_its_time_limit_again_and_again(patient: Launched, undisturbed: Launched) -> None:
+    patient.finish()
+    stops = [event for event in patient.events()[0] if event["event"] == "requeue"]
+    assert len(stops) >= 2
+    resumed = [line["step"] for line in patient.lines("provenance.jsonl")]
+    assert len(set(resumed)) >= 3  # it came further each time
+    assert_equal(patient, undisturbed)
+    assert len({path.name.rpartition("-")[2] for path in (patient.run / "wandb").glob("offline-run-*")}) == 1

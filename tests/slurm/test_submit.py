@@ -1,0 +1,156 @@
+"""Sweeps, pipelines, failing jobs and mistakes on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import SETTINGS, Launch, Slurm, submit
+
+from mae_dist.data.pack import from_synthetic, pack
+
+pytestmark = pytest.mark.slow
+
+
+def mae_dist(*words: str | Path) -> str:
+    """What `mae-dist WORDS` answers."""
+    command = [sys.executable, "-m", "mae_dist", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_job_that_fails_names_its_reason(launch: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    pack(from_synthetic(64, 16), folder, shard_size=8)
+    launched = launch("failing", f"data.path={folder}", "data.max_bad=1e-9", "machine.workers=0")
+    for tar in folder.glob("train-*.tar"):  # after it was checked, and before it is read
+        content = bytearray(tar.read_bytes())
+        content[1024:2048] = bytes(1024)
+        tar.write_bytes(content)
+    launched.wait(lambda: launched.slurm.state(launched.job) == "FAILED", "failure")
+    said = mae_dist("logs", launched.run)
+    assert "exit status 2" in said.splitlines()[0]
+    assert "could not be read" in said
+    assert "failed" in mae_dist("runs", launched.run)
+    assert launched.starts() == 1  # a mistake is not repeated
+
+
+def test_torchrun_on_each_node(launch: Launch) -> None:
+    launched = launch("agents", "train.steps=40", shape=["--torchrun"])
+    launched.reach(5)
+    launched.slurm.run("scancel", "--signal=USR2", launched.job)
+    launched.wait(lambda: launched.starts() > 1, "it is started again")
+    launched.finish()
+    assert set(launched.events()) == {0, 1}
+    first, second = launched.lines("provenance.jsonl")
+    assert (first["world"], first["step"]) == (second["world"], 0) == (4, 0)
+    assert second["step"] >= 5
+
+
+def test_a_sweep_is_an_array_with_a_table(slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    done = submit(
+        "pretrain", "--cluster", cluster_file, "--tasks-per-node", "1", *SETTINGS, f"data.path={data}", f"out={out}",
+        "train.steps=10", "--sweep", "optim.base_lr=1e-3,1e-2", "seed=0,1", "--at-once", "2",
+    )  # fmt: skip
+    assert "4 runs, 2 at once" in done.stdout
+    slurm.wait((out / "results.md").exists, "the table", 240)
+    table = (out / "results.md").read_text()
+    names = {f"base_lr-{lr}_seed-{seed}" for lr in ("1e-3", "1e-2") for seed in (0, 1)}
+    assert all(name in table for name in names)
+    assert {path.name for path in out.glob("base_lr-*")} == names
+    results = {json.loads((out / name / "result.json").read_text())["loss"] for name in names}
+    assert len(results) == 4
+    assert mae_dist("runs", out).count("finished") >= 4
+
+
+def test_a_pipeline_ends_with_a_report(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "pipe", tmp_path / "pipeline.yaml"
+    small = "model.name=vit_demo4 model.image_size=32 view.test_crop=1 train.precision=fp32 train.global_batch=16"
+    file.write_text(f"""\
+out: {out}
+stages:
+  data:
+    run: data pack synthetic --out {{data}} --train 64 --test 32
+  pretrain:
+    run: pretrain data.path={{data}} {small} mae.decoder_dim=32 mae.decoder_depth=1 mae.decoder_heads=4 train.steps=20
+    nodes: 2
+    tasks_per_node: 1
+  knn:
+    run: knn data.path={{data}} from={{pretrain}} {small} model.pool=avg
+    tasks_per_node: 1
+  finetune:
+    run: finetune data.path={{data}} from={{pretrain}} {small} model.pool=avg train.steps=5
+    sweep: train.seed=0,1
+    tasks_per_node: 1
+  report:
+    run: report {{pretrain}} {{knn}} {{finetune}} --out {{out}}/report.html
+""")
+    done = submit("pipeline", file, "--cluster", cluster_file)
+    assert done.stdout.count("job ") == 5
+    slurm.wait((out / "pipeline" / "report" / "done").exists, "the report", 300)
+    assert "<html" in (out / "report.html").read_text()
+    assert "top1" in json.loads((out / "knn" / "result.json").read_text())
+    again = submit("pipeline", file, "--cluster", cluster_file)
+    assert again.stdout.count("done already") == 5
+    assert "job " not in again.stdout
+    # what a stage stands on decides too: another finetune leaves pretrain and knn as they are
+    file.write_text(file.read_text().replace("train.steps=5", "train.steps=6"))
+    refused = submit("pipeline", file, "--cluster", cluster_file, status=2)
+    assert "train.steps: 5 -> 6" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--partition", "nowhere"], "partition=nowhere: this cluster has no such partition, only main, urgent"),
+        (["--gpus-per-node", "9"], "gpus_per_node=9: the nodes of partition main have 2"),
+        (["--nodes", "9"], "nodes=9: partition main has 4"),
+        (["--nodes", "two"], "nodes=two: must be a number"),
+        (["--time", "0:00:30"], "time=0:00:30: shorter than starting and saving take"),
+        (["--time", "soon"], "time=soon: write it as"),
+        (["data.path=nowhere"], "data.path=nowhere: no such folder"),
+        (["out=/proc/nobody/run"], "/proc/nobody"),
+        (["--cluster", "missing.yaml"], "--cluster missing.yaml: no such file; there are"),
+        (["train.global_batch=2"], "train.global_batch=2: 4 processes are more than the images"),
+        (["model.name=vit_demo5"], "did you mean vit_demo4"),
+        (["train.stps=5"], "did you mean train.steps"),
+        (["--sweep", "sed=1,2"], "is no section.key"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_queued(
+    words: list[str], said: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
+) -> None:
+    before = slurm.run("squeue", "-h")
+    base = [
+        "pretrain",
+        "--cluster",
+        str(cluster_file),
+        "--nodes",
+        "2",
+        *SETTINGS,
+        f"data.path={data}",
+        f"out={tmp_path / 'run'}",
+    ]
+    done = submit(*base, *words, status=2)
+    assert done.stderr.startswith("submit: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert slurm.run("squeue", "-h") == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_submitted_once(launch: Launch) -> None:
+    launched = launch("waiting", cluster="sbatch: {begin: now+1hour}")
+    assert launched.state() == "queued"
+    assert f"job {launched.job} of this run is PENDING" in launch.refused("waiting")
+    launched.slurm.run("scancel", launched.job)
+    launched.wait(lambda: launched.state() == "stopped", "it is cancelled")
+    second = launch("waiting", cluster="sbatch: {begin: now+1hour}")  # nothing of the first is in its way
+    launched.slurm.run("scancel", second.job)
