@@ -125,11 +125,14 @@ def test_nothing_is_unpickled() -> None:
         assert "allow_pickle=True" not in path.read_text()
 
 
+def is_mapped(name: str) -> bool:
+    """Whether the README's map must have this file."""
+    return name.endswith((".py", ".yaml", ".sh", "Dockerfile"))
+
+
 def test_the_readme_maps_the_tree() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    tracked = {
-        name for name in listed if not Path(name).name.startswith(".") and Path(name).suffix in (".py", ".yaml", ".sh")
-    }
+    tracked = {name for name in listed if not Path(name).name.startswith(".") and is_mapped(name)}
     text = (ROOT / "README.md").read_text()
     block = text.split("<!-- map -->")[1]
     mapped, folders = set(), []
@@ -145,4 +148,4 @@ def test_the_readme_maps_the_tree() -> None:
         assert caption, f"{name} has no caption"
         mapped.add("/".join([*folders, name]))
     empty = {name for name in tracked if not (ROOT / name).read_text().strip()}
-    assert {name for name in mapped if Path(name).suffix in (".py", ".yaml", ".sh")} == tracked - empty
+    assert {name for name in mapped if is_mapped(name)} == tracked - empty

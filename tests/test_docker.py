@@ -1,0 +1,140 @@
+"""The container files, as far as they can be held without an engine: pinned, not root, whole, and installing as CI does."""
+
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mae_dist import __version__
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+IMAGE = DOCKER / "Dockerfile"
+FILES = sorted(DOCKER.glob("*Dockerfile"))
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """(word, rest) of each instruction, comments dropped and continued lines joined."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def brought(path: Path) -> list[str]:
+    """Files and folders of the repository that a build asks for."""
+    found = []
+    for word, rest in instructions(path):
+        if word in ("COPY", "ADD") and "--from=" not in rest:
+            found += [name for name in rest.split()[:-1] if not name.startswith("--")]
+        found += re.findall(r"--mount=type=bind,source=([^,\s]+)", rest)
+    return found
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return listed.split()
+
+
+def shown(name: str) -> bool:
+    """Whether .dockerignore lets a build see a file: the last line that matches it or a folder around it decides."""
+    seen = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        if any(fnmatch(str(part), pattern) for part in (Path(name), *Path(name).parents[:-1])):
+            seen = line.startswith("!")
+    return seen
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_base_is_an_exact_tag_or_a_stage(path: Path) -> None:
+    stages: set[str] = set()
+    for word, rest in instructions(path):
+        if word != "FROM":
+            continue
+        image, *name = re.split(r"\s+AS\s+", rest)
+        assert image in stages or re.fullmatch(r"[a-z]+(/[a-z]+)?:\d+\.\d[\w.\-]*(@sha256:[0-9a-f]{64})?", image), image
+        stages |= set(name)
+    assert stages or path != IMAGE
+
+
+def test_the_image_runs_as_a_number_that_is_not_root() -> None:
+    words = instructions(IMAGE)
+    last = words[max(i for i, (word, _) in enumerate(words) if word == "FROM") :]
+    arguments = dict(rest.split("=", 1) for word, rest in last if word == "ARG")
+    user = [rest for word, rest in last if word == "USER"][-1]
+    for name, value in arguments.items():
+        user = user.replace(f"${{{name}}}", value)
+    assert user.isdecimal(), f"USER {user}: Kubernetes needs a number to know that it is not root"
+    assert int(user) > 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_what_a_build_asks_for_is_there_and_shown_to_it(path: Path) -> None:
+    names, missing = tracked(), []
+    for source in brought(path):
+        files = [name for name in names if name == source or name.startswith(source + "/")]
+        missing += [source] * (not files) + [name for name in files if not shown(name)]
+    assert brought(path)
+    assert not missing
+
+
+def test_a_build_sees_nothing_else() -> None:
+    wanted = {source for path in FILES for source in brought(path)}
+    extra = [name for name in tracked() if shown(name) and not wanted & {name, *map(str, Path(name).parents)}]
+    assert [name for name in extra if not name.startswith("docker/")] == []
+    assert not shown("mae_dist/data/__pycache__/order.cpython-311.pyc")
+
+
+def test_image_and_ci_install_with_the_same_lines() -> None:
+    makefile, image = (ROOT / "Makefile").read_text(), IMAGE.read_text()
+    assert "docker/install.sh $(VENV) '.[dev]'" in makefile
+    assert "docker/install.sh /opt/venv ." in image
+    assert "-c .ci/constraints.txt" in (DOCKER / "install.sh").read_text()
+    assert "pip install" not in makefile + image
+
+
+def test_no_hosts_are_named() -> None:
+    for path in [*DOCKER.iterdir(), ROOT / ".dockerignore"]:
+        assert not re.search(r"https?:|--(extra-)?index-url|\w\.(io|com|net)/", path.read_text()), path
+
+
+def test_compose_names_what_exists() -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        context = (DOCKER / service["build"]["context"]).resolve()
+        assert context == ROOT
+        assert (context / service["build"]["dockerfile"]).is_file()
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"]
+
+
+def test_scripts_that_images_start_can_be_started() -> None:
+    for path in FILES:
+        for word, rest in instructions(path):
+            if word == "ENTRYPOINT":
+                script = yaml.safe_load(rest)[0].removeprefix("/mae_dist/")
+                assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_words_are_mae_dists_unless_they_name_a_launcher(tmp_path: Path) -> None:
+    command = tmp_path / "mae-dist"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mae_dist "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def answer(*words: str) -> str:
+        start = [str(DOCKER / "entrypoint.sh"), *words]
+        return subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert answer("--version") == f"{__version__}\n"
+    assert answer("export", "--help").startswith("usage: mae-dist export")
+    assert answer("python", "-c", "print('a b', 2)") == "a b 2\n"
+    assert "--nproc-per-node" in answer("torchrun", "--help")
