@@ -69,7 +69,7 @@ def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str 
     more |= cluster.sbatch
     if after:
         more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
-    exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
     exports += [f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()]
     known = {
         "job_name": stage.name, "array_parallelism": stage.at_once,

@@ -42,6 +42,8 @@ LOST_WORKER = (
     "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
     "the same command goes on from the last checkpoint"
 )
+LEAST_PATIENCE = timedelta(seconds=60)
+"""In which ranks must meet, however short `machine.timeout` is: they begin by reading gigabytes of libraries."""
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=10)
 
@@ -66,14 +68,25 @@ def setup(timeout: float = 600.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         _timeout = timedelta(seconds=timeout)
         if launched():
-            store, number, count = next(dist.rendezvous("env://"))
-            store = _of_this_attempt(store, number, count)
+            store, number, count = _meet()
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_timeout)
         atexit.register(shutdown)
     return device
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Store, rank and world; RankLostError where a rank does not come in time."""
+    patience = max(_timeout, LEAST_PATIENCE)
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=patience))
+        return _of_this_attempt(store, number, count), number, count
+    except dist.DistError as error:
+        here = os.environ["RANK"]
+        what = f"rank {here} did not meet the others within {patience.total_seconds():g} s of its start"
+        raise RankLostError(f"{what}; the same command goes on from the last checkpoint") from error
 
 
 def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
@@ -89,7 +102,7 @@ def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
             word = store.get(f"{own}/{other}").decode()  # waits for it
             store.set(f"{own}/{word}", "welcome")
         return dist.PrefixStore(own, store)
-    deadline = time.monotonic() + max(_timeout.total_seconds(), 60)
+    deadline = time.monotonic() + max(_timeout, LEAST_PATIENCE).total_seconds()
     while time.monotonic() < deadline:
         name = store.get("attempt").decode()
         store.set(f"{name}/{number}", own)

@@ -52,11 +52,11 @@ class Slurm(Protocol):
     def cluster(self, word: str, *words: str) -> None: ...
 
 
-def submit(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """`python launch/submit.py WORDS`."""
+def submit(*words: str | Path, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python launch/submit.py WORDS`, typed in the folder `cwd`."""
     command = [sys.executable, ROOT / "launch" / "submit.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -140,10 +140,17 @@ class Launch:
             (self.folder / "slow").mkdir()
             (self.folder / "slow" / "sitecustomize.py").write_text(SLOW)
             cluster += f"\nsetup: [export PYTHONPATH={self.folder / 'slow'}]"
-        done = submit(*self.words(name, words, cluster, nodes, shape))
+        done = submit(*self.words(name, words, cluster, nodes, shape), cwd=self.edited_checkout())
         job = done.stdout.split()[1].rstrip(":")
         code = max((self.folder / name / "code").iterdir())
         return Launched(self.slurm, self.folder / name, job, code)
+
+    def edited_checkout(self) -> Path:
+        """Where commands are typed: a checkout whose code somebody has broken since it was copied for the job."""
+        for package in ("mae_dist", "launch"):
+            (self.folder / package).mkdir(exist_ok=True)
+            (self.folder / package / "__init__.py").write_text("raise ImportError('edited after it was submitted')")
+        return self.folder
 
     def refused(self, name: str) -> str:
         """What is said of a run that is not taken."""

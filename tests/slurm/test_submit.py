@@ -111,9 +111,9 @@ stages:
     [
         (["--partition", "nowhere"], "partition=nowhere: this cluster has no such partition, only main, urgent"),
         (["--gpus-per-node", "9"], "gpus_per_node=9: the nodes of partition main have 2"),
-        (["--nodes", "9"], "nodes=9: partition main has 4"),
+        (["--nodes", "5"], "nodes=5: partition main has 4"),
         (["--nodes", "two"], "nodes=two: must be a number"),
-        (["--time", "0:00:30"], "time=0:00:30: shorter than starting and saving take"),
+        (["--time", "1"], "time=0:01:00: shorter than starting and saving take"),
         (["--time", "soon"], "time=soon: write it as"),
         (["data.path=nowhere"], "data.path=nowhere: no such folder"),
         (["out=/proc/nobody/run"], "/proc/nobody"),
