@@ -1,4 +1,4 @@
-"""The container files, as far as they can be held without an engine: pinned, not root, whole, and installing as CI does."""
+"""Container files, as far as they can be held without an engine: pinned, not root, whole, installing as CI does."""
 
 import os
 import re
