@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mae_dist import dist
 from mae_dist.__main__ import main
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.models.vit import class_and_grid
@@ -75,6 +77,15 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
     ).stdout.split()
     return [int(pid) for pid in found if b"mae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_rank_that_meets_nobody_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "LEAST_PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(dist, "_timeout", dist._timeout)  # is set, and must not stay
+    with pytest.raises(dist.RankLostError, match="rank 1 did not meet the others within 1 s of its start"):
+        dist.setup(timeout=0.5)
 
 
 @pytest.mark.slow

@@ -140,6 +140,9 @@ def plan(ranks: list[int], settings: Any, num_gpus: int | None) -> tuple[list[Sh
         few = Leg(several[0], fsdp)
         shapes.append(Shape(f"{several[0]} ranks, FSDP2, resumed", f"resume-fsdp-{several[0]}", (few, few),
                             against=f"fsdp-{several[0]}", exact=True))  # fmt: skip
+        many = Leg(several[-1], ddp)
+        shapes.append(Shape(f"{several[-1]} ranks, DDP, resumed", f"resume-ddp-{several[-1]}", (many, many),
+                            against=f"ddp-{several[-1]}", exact=True))  # fmt: skip
         legs = [(Leg(n, fsdp), f"{n} ranks FSDP2") if n == several[-1] else (Leg(n, ddp), f"{n} ranks DDP")
                 for n in several[-2:][::-1]]  # fmt: skip
         title = " -> ".join([*(text for _, text in legs), "1 rank"])
