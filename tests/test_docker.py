@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The container files, as far as they can be held without an engine: pinned, not root, whole, installing as CI does."""
-=======
-"""Container files, as far as they can be held without an engine: pinned, not root, whole, installing as CI does."""
->>>>>>> docker
 
 import os
 import re

@@ -193,7 +193,8 @@ def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | No
     for number in range(min(len(effective(run)), num_legs - 1), num_legs):
         last = number == num_legs - 1
         said = folder.with_name(f"{shape.folder}.log")
-        with child.start([*words, f"out={folder}", *shape.legs[number].words()], said) as process:
+        leg = Leg(1) if run.result() else shape.legs[number]  # one process is enough to compare settings
+        with child.start([*words, f"out={folder}", *leg.words()], said) as process:
             if not last and child.watch(process, folder, steps * (number + 1) // num_legs):
                 process.terminate()
             status = process.wait()
