@@ -104,7 +104,7 @@ class Job:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
             return
-        if watch.place.task == 0 and (why := watch.why_again(status)):
+        if watch.place.task == 0 and (why := watch.why_again(status, watch.farewells())):
             watch.requeue(why, remembered)
         sys.exit(0 if status == REQUEUE or watch.told else status if status > 0 else 128 - status)
 
@@ -254,13 +254,13 @@ class Watch:
 
     # going on
 
-    def why_again(self, status: int) -> str | None:
-        """Why the job should start again; None: it has failed."""
+    def why_again(self, status: int, others: list[int]) -> str | None:
+        """Why the job should start again, ``others`` being how all tasks ended; None: it has failed."""
         if status == MISTAKE:
             return None
         if self.told or status == REQUEUE:
             return "stopped and saved" if status == REQUEUE else "stopped"
-        if MISTAKE in self.farewells():
+        if MISTAKE in others:
             return None
         mine = jobs.events(self.logs, self.place.job).get(0, [])
         crashes = sum(event["event"] == "requeue" and event["why"].startswith("a rank") for event in mine)
@@ -269,7 +269,7 @@ class Watch:
         return f"a rank was lost, restart {crashes + 1} of {self.job.restarts}"
 
     def farewells(self) -> list[int]:
-        """Exit statuses of all tasks in this start, as far as they come in time."""
+        """Exit statuses of all tasks in this start, as far as they come in time: a requeue kills those that are left."""
         deadline = time.monotonic() + FAREWELL
         while True:
             everybody = jobs.events(self.logs, self.place.job).values()

@@ -1,7 +1,8 @@
 """Being told to stop. A signal sets a flag; the loop asks for it at a step boundary, where all ranks can save together.
 
 Nothing happens inside a handler but the noting: saving there would need the other ranks, which are somewhere else. A
-second Ctrl-C ends the process at once; other signals may come twice, from a scheduler and from a launcher.
+second Ctrl-C ends the process at once; other signals may come twice, from a scheduler and from a launcher, and the
+second time perhaps to a process that has saved and is about to say so by its exit status.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ class Stopped(Exception):
 
 
 class Flag:
-    """A context manager: while it is open, signals are noted instead of obeyed."""
+    """A context manager: while it is open, signals are noted instead of obeyed. Left by `Stopped`, only Ctrl-C is obeyed
+    from then on: the process is on its way out.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,9 +33,10 @@ class Flag:
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            leaving = kind is Stopped and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
     def note(self, number: int, _: FrameType | None) -> None:
         """The handler."""
