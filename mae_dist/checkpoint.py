@@ -91,9 +91,14 @@ class RunDir:
         return folder.settings(self.path)
 
     def note_start(self, step: int, device: torch.device) -> None:
-        """Append a line of provenance."""
+        """Append a line of provenance, where there was a start before with the step that it reached (`reached`) and the
+        seconds since it wrote that down (`away`).
+        """
         if dist.is_main():
-            line = {"step": step, "data_fingerprint": self.settings()[1]} | provenance(device)
+            metrics = self.path / "metrics.jsonl"
+            steps = [record["step"] for record in folder.recent(metrics) if "lr" in record]
+            before = {"reached": steps[-1], "away": round(time.time() - metrics.stat().st_mtime, 1)} if steps else {}
+            line = {"step": step, "data_fingerprint": self.settings()[1]} | before | provenance(device)
             with (self.path / "provenance.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 

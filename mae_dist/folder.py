@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 CONFIG, RESULT, CODE, REVISION = "config.yaml", "result.json", "code", "REVISION"
 BEFORE_THE_RUN = {jobs.FOLDER, CODE}
 """What a launcher puts into the folder before the run has begun: what became of its jobs, and the code that runs."""
+TAIL = 2**16
+"""Bytes of the end of a metrics.jsonl that `recent` reads."""
 
 
 def settings(path: Path) -> tuple[str, str, Any]:
@@ -50,6 +53,21 @@ def checkpoints(path: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step that a checkpoint's name says."""
     return int(path.name.removeprefix("step-"))
+
+
+def recent(file: Path) -> list[dict[str, Any]]:
+    """The whole records in the last TAIL bytes of a metrics.jsonl."""
+    if not file.is_file():
+        return []
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - TAIL))
+        lines = stream.read().splitlines(keepends=True)
+    found = []
+    for line in lines[1:] if size > TAIL else lines:
+        with suppress(ValueError):
+            found += [json.loads(line)] if line.endswith(b"\n") else []
+    return found
 
 
 def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import threading
 import time
@@ -391,10 +392,15 @@ def test_a_finished_run_is_not_opened_again(tmp_path: Path) -> None:
 
 def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
     run = opened(tmp_path)
-    for step in (0, 40):
-        run.note_start(step, torch.device("cpu"))
+    run.note_start(0, torch.device("cpu"))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "lr": 0.1}}\n' for step in range(1, 44)))
+    os.utime(tmp_path / "metrics.jsonl", (time.time() - 90,) * 2)
+    run.note_start(40, torch.device("cpu"))
     notes = [json.loads(line) for line in (tmp_path / "provenance.jsonl").read_text().splitlines()]
     assert [note["step"] for note in notes] == [0, 40]
+    assert "reached" not in notes[0]
+    assert notes[1]["reached"] == 43
+    assert 90 <= notes[1]["away"] < 100
     assert notes[0]["world"] == 1
     assert notes[0]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 

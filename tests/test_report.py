@@ -94,8 +94,10 @@ def family(tmp_path: Path) -> list[Path]:
     """A pretraining with pictures and a resume, and a probe from it beside one from random."""
     pretrain = finish(make_run(tmp_path / "mae"), verb="pretrain", loss=0.4123, steps=40)
     starts = [{"step": s, "time": "2026-07-10T12:00:00", "hostname": EVIL, "world": 2} for s in (0, 17)]
+    starts[1] |= {"reached": 20, "away": 93.0}
     write_lines(pretrain / "provenance.jsonl", starts)
-    write_lines(pretrain / "incidents.jsonl", [{"time": "noon", "step": 7, "kind": "bad sample", "text": EVIL}])
+    rewind = {"time": "2026-07-10T11:00:00", "step": 9, "to": 6, "nonfinite": [7, 8, 9], "left_out": [3]}
+    write_lines(pretrain / "rewinds.jsonl", [rewind])
     (pretrain / "pictures").mkdir()
     for step in range(1, 21):
         image = np.full((8, 8, 3), step, np.uint8)
@@ -165,6 +167,14 @@ def test_everything_is_escaped(tmp_path: Path, family: list[Path]) -> None:
     assert "<b>&" not in html
     assert "&lt;b&gt;&amp;&#x27;bold" in html
     Checker(html)
+
+
+def test_starts_and_rewinds_are_told_in_order(family: list[Path]) -> None:
+    text = re.sub("<[^>]*>", " ", render(*family))
+    back = "went back to step 6: 3 steps were not finite; 1 samples left out"
+    again = "2 ranks; 3 steps done again, 1.6 min after the last one"
+    assert back in text
+    assert text.index(back) < text.index(again)
 
 
 def test_incomplete_runs_say_how_far_they_came(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import yaml
 
 from mae_dist.curves import STYLE, Series, colour, number, plot, swatch
 from mae_dist.schema import RANDOM, RESULT_SECTIONS, WHERE_DATA_LIES
+from mae_dist.stages import incidents
 
 EARLIER_PICTURES = 6
 SHOWN_INCIDENTS = 50
@@ -48,7 +49,7 @@ class Run:
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     starts: list[dict[str, Any]]
-    incidents: list[dict[str, Any]]
+    rewinds: list[dict[str, Any]]
     num_unreadable: int
 
     @property
@@ -113,10 +114,10 @@ def _read_run(path: Path, name: str, style: int) -> Run:
     if "verb" not in config:
         raise ValueError(f"{file}: has no key `verb`, which says what the run did; restore it or leave the run out")
     result = _mapping(path / "result.json", json.loads) if (path / "result.json").is_file() else {}
-    files = [read_lines(path / f"{kind}.jsonl") for kind in ("metrics", "provenance", "incidents")]
-    (metrics, starts, incidents), bad = zip(*files, strict=True)
+    files = [read_lines(path / f"{kind}.jsonl") for kind in ("metrics", "provenance", "rewinds")]
+    (metrics, starts, rewinds), bad = zip(*files, strict=True)
     metrics = [line for line in metrics if _finite(line.get("step"))]
-    return Run(path, name, style, file.read_text("utf-8"), config, metrics, result, starts, incidents, sum(bad))
+    return Run(path, name, style, file.read_text("utf-8"), config, metrics, result, starts, rewinds, sum(bad))
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -371,12 +372,11 @@ def _picture(run: Run, kind: str, step: int, file: Path) -> str:
 def _incidents(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
-        shown = run.incidents[-SHOWN_INCIDENTS:]
-        if shown:
-            keys = ("step", "time", "kind", "text")
-            rows = ([escape(str(one.get(key, ""))) for key in keys] for one in shown)
-            heading = f"<h3>{_named(run)}: the last {len(shown)} of {len(run.incidents)}</h3>"
-            parts.append(heading + _table(keys, rows, first_number=4))
+        found = incidents.of(run.starts, run.rewinds)
+        if shown := found[-SHOWN_INCIDENTS:]:
+            heading = f"<h3>{_named(run)}: the last {len(shown)} of {len(found)}</h3>"
+            rows = ([escape(cell) for cell in one] for one in shown)
+            parts.append(heading + _table(incidents.Incident._fields, rows, first_number=3))
     return _section("Incidents", "\n".join(parts))
 
 

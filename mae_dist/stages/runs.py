@@ -28,8 +28,6 @@ from mae_dist import folder, jobs
 from mae_dist.stages.data import Parser
 from mae_dist.stages.standing import QUIET, Standing, duration, find, newest_submissions, standing
 
-TAIL = 2**16
-"""Bytes of the end of a metrics.jsonl that are read."""
 RECENT = 100
 """Steps over which the loss is averaged, at most."""
 EPOCH_ERROR = 5e-5
@@ -137,7 +135,7 @@ def look(paths: list[Path]) -> list[Row]:
 def _row(path: Path, states: dict[str, str]) -> Row:
     settings, result = _settings(path), _mapping(path / folder.RESULT)
     train, every = settings.get("train", {}), settings.get("track", {}).get("every", 0)
-    steps = [record for record in recent(path / "metrics.jsonl") if "lr" in record][-RECENT:]
+    steps = [record for record in folder.recent(path / "metrics.jsonl") if "lr" in record][-RECENT:]
     losses = [record["loss"] for record in steps if "loss" in record]
     last = steps[-1] if steps else {}
     step, epoch, speed = last.get("step"), last.get("epoch"), last.get("images_per_second")
@@ -157,21 +155,6 @@ def _row(path: Path, states: dict[str, str]) -> Row:
         loss=sum(losses) / len(losses) if losses else None, images_per_second=speed, left=left,
         saved=time.time() - saves[-1].stat().st_mtime if saves else None, result=result,
     )  # fmt: skip
-
-
-def recent(file: Path) -> list[dict[str, Any]]:
-    """The whole records in the last TAIL bytes of a metrics.jsonl."""
-    if not file.is_file():
-        return []
-    with file.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAIL))
-        lines = stream.read().splitlines(keepends=True)
-    found = []
-    for line in lines[1:] if size > TAIL else lines:
-        with suppress(ValueError):
-            found += [json.loads(line)] if line.endswith(b"\n") else []
-    return found
 
 
 def _settings(path: Path) -> dict[str, Any]:
