@@ -182,6 +182,17 @@ def test_held_out_samples_are_chosen_by_id_and_have_no_weight() -> None:
     torch.testing.assert_close(loss[~mark], plain[~mark] / 0.75, rtol=1e-6, atol=0)
 
 
+def test_nothing_is_learned_from_what_is_held_out() -> None:
+    """Not even batch norm's statistics: held-out samples of other content leave losses and norms as they are."""
+    first, second, batch = board(lars=(0.3,)), board(lars=(0.3,)), batch_of(40)
+    mark = held_out(3, 0.25, batch.ids)
+    other = batch._replace(images=torch.where(mark[:, None, None, None], 7.0 + batch.images, batch.images))
+    assert torch.equal(first(batch).loss, second(other).loss)
+    norms = [objective.norms["cls_3"] for objective in (first, second)]
+    assert torch.equal(norms[0].running_mean, norms[1].running_mean)
+    assert torch.equal(norms[0].running_var, norms[1].running_var)
+
+
 def test_attentive_pooling_is_cross_attention_of_one_query() -> None:
     pools = [AttentivePool(192).double() for _ in range(2)]
     for number, pool in enumerate(pools):

@@ -203,6 +203,10 @@ def test_initialisation_is_maes_and_a_function_of_seed_and_name() -> None:
     assert isinstance(vit, ViT)
     bound = math.sqrt(6 / (192 + 48))  # the patch embedding counts as a linear layer of 48 inputs
     assert 0.99 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+    bound, bias = 1 / math.sqrt(48), vit.patch_embed.proj.bias  # and its bias as a convolution's
+    assert bias is not None
+    assert 0.95 * bound < bias.abs().max() <= bound
+    assert abs(bias.std().item() - bound / math.sqrt(3)) < 0.1 * bound
     assert abs(vit.cls_token.std().item() - 0.02) < 0.004
     assert (vit.norm.weight == 1).all()  # pyright: ignore
     before = {k: v.clone() for k, v in vit.state_dict().items()}

@@ -235,6 +235,53 @@ def test_a_hundred_steps_are_transformers_and_torchs() -> None:
     assert max(gaps) < TOLERANCE
 
 
+def test_twenty_steps_of_the_probe_are_the_papers() -> None:
+    """Frozen class token, batch norm without affine, head, LARS and rates against torch's layers and LARS written out
+    (He et al. 2022, table 10; You et al. 2017, algorithm 1).
+    """
+    steps, warmup, images, rate = 20, 4, 12, 0.1
+    backbone = models.build("vit_demo4", dim=48, depth=2, num_heads=3, seed=1)
+    ours: Any = Probe(randomised(backbone), 5, chunk=5, seed=2).double()
+    theirs: Any = nn.Sequential(nn.BatchNorm1d(48, affine=False, eps=1e-6), nn.Linear(48, 5)).double()
+    theirs[1].load_state_dict(ours.head.state_dict())
+    assert 0.008 < ours.head.weight.std() < 0.012
+    frozen = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=0
+    )  # fmt: skip
+    frozen.double().eval().load_state_dict(backbone.state_dict(), strict=True)
+    settings = Optim(name="lars", base_lr=rate * 256 / images, warmup_epochs=1.0, weight_decay=0.0)
+    optimizer = optim.build(settings, optim.param_groups(ours, settings, backbone.depth, spare_tokens=False))
+    optim.prime(optimizer)
+    schedule = optim.schedule(settings, optim.peak_lr(settings, images), steps / warmup)
+    momentum = {name: torch.zeros_like(parameter) for name, parameter in theirs.named_parameters()}
+    for step in range(steps):
+        batch = batch_of(images, 32, epoch=step)
+        optim.set_lr(optimizer, schedule(step / steps))
+        loss = ours(batch).loss.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            features = frozen(batch.images)
+        expected = nn.functional.cross_entropy(theirs(features), batch.labels)
+        theirs.zero_grad()
+        expected.backward()
+        fell = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        now = rate * (step / warmup if step < warmup else fell)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                gradient = parameter.grad
+                if parameter.ndim > 1:
+                    gradient = gradient * 0.001 * parameter.norm() / gradient.norm()
+                momentum[name].mul_(0.9).add_(gradient)
+                parameter.sub_(now * momentum[name])
+        assert gap(loss, expected) < TOLERANCE
+    ours.eval()
+    theirs.eval()
+    with torch.no_grad():
+        assert gap(ours(batch).prediction, theirs(frozen(batch.images))) < TOLERANCE
+
+
 class Coarse(TorchDispatchMode):
     """Collects operations that give floats of less than 64 bits (single numbers aside: they bend no tensor's type)."""
 

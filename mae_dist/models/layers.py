@@ -154,7 +154,8 @@ Fill = Callable[[Tensor, Tensor], object]
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None, fill: Fill = Tensor.copy_) -> None:
-    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02).
+    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02); the patch
+    embedding as a linear layer, but for its bias, which the official code leaves as torch draws it for a convolution.
 
     Every parameter is drawn on the CPU from a generator of its own, seeded by (seed, its name), so that the bits depend
     on neither the order of construction nor device nor ranks. Parameters that a module's `fixed()` names take the value
@@ -178,7 +179,8 @@ def _draw(part: nn.Module, leaf: str, shape: torch.Size, seed: int) -> Tensor:
     if isinstance(part, nn.LayerNorm):
         return value.fill_(1.0 if leaf == "weight" else 0.0)
     if leaf == "bias":
-        return value
+        bound = part.weight[0].numel() ** -0.5 if isinstance(part, nn.Conv2d) else 0.0
+        return value.uniform_(-bound, bound, generator=generator)
     if leaf in TOKENS:
         return value.normal_(0.0, 0.02, generator=generator)
     bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))  # a linear layer, or a patch embedding seen as one

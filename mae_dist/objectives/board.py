@@ -2,7 +2,8 @@
 
 No head knows of another: losses are added, so that gradients stay apart, and a head that diverges is given zero
 gradients from then on while the others go on. Heads that read the same numbers are computed as one wide matrix. Heads
-are fp32 whatever the precision of the backbone. Samples that are held out stay in the stream, with weight 0.
+are fp32 whatever the precision of the backbone. Samples that are held out stay in the stream, but nothing is learned
+from them.
 """
 
 from __future__ import annotations
@@ -208,8 +209,10 @@ class Board(Objective):
                 found.append(last_norm(tokens[:, prefix:]).flatten(1))
         return torch.cat([single(part) for part in found], 1)
 
-    def logits(self, rows: Float[Tensor, "b width"]) -> Float[Tensor, "b heads classes"]:
-        """What each head says of features."""
+    def logits(
+        self, rows: Float[Tensor, "b width"], trained: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b heads classes"]:
+        """What each head says of features. In training, batch norm learns from those that are `trained` on (all)."""
         found, number = [], 0
         for (block, kind, normed), together in groupby(self.heads, key=lambda head: head.reads):
             linears = self.linears[number : number + len(list(together))]
@@ -221,7 +224,7 @@ class Board(Objective):
                 found.append(torch.einsum("bad,acd->bac", pooled, torch.stack(weight)) + torch.stack(bias))
                 continue
             x = rows[:, self.columns[block, kind]]
-            x = self.norms[f"{kind}_{block}"](x) if normed else x
+            x = self.norms[f"{kind}_{block}"](x, trained) if normed else x
             wide = F.linear(x, torch.cat(weight), torch.cat(bias))
             found.append(rearrange(wide, "b (a c) -> b a c", a=len(linears)))
         return torch.cat(found, 1)
@@ -230,13 +233,14 @@ class Board(Objective):
         """The sum of all heads' cross-entropies for each sample, and their logits (b, heads, classes)."""
         rows = self.features(batch)
         with torch.autocast(rows.device.type, enabled=False):
-            logits = self.logits(rows)
+            trained = ~held_out(self.seed, self.settings.held_out, batch.ids)
+            logits = self.logits(rows, trained)
             labels = repeat(batch.labels, "b -> (b a)", a=len(self.heads))
             loss = F.cross_entropy(rearrange(logits, "b a c -> (b a) c"), labels, reduction="none")
             loss = rearrange(loss, "(b a) -> b a", a=len(self.heads))
             if self.training:
                 self.dead |= self._diverged(loss.detach(), rows)
-                loss = loss * self._weight(batch)[:, None]
+                loss = loss * (trained.float() / (1 - self.settings.held_out))[:, None]  # they count for the others
             return Output(torch.where(self.dead, 0, loss).sum(1), logits)
 
     def _diverged(self, loss: Float[Tensor, "b heads"], rows: Float[Tensor, "b width"]) -> Bool[Tensor, " heads"]:
@@ -244,8 +248,3 @@ class Board(Objective):
         found = torch.cat([~(loss < LIMIT).all(0), ~rows.isfinite().all()[None]]).float()
         found = dist.sum_(found) > 0
         return found[:-1] & ~found[-1]
-
-    def _weight(self, batch: Batch) -> Float[Tensor, " b"]:
-        """0 for samples that are held out; others count for them."""
-        share = self.settings.held_out
-        return (~held_out(self.seed, share, batch.ids)).float() / (1 - share)

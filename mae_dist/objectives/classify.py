@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mae_dist import dist, rng
@@ -122,11 +122,13 @@ class GlobalBatchNorm(nn.Module):
         self.running_mean.zero_()
         self.running_var.fill_(1.0)
 
-    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    def forward(self, x: Float[Tensor, "b d"], counts: Bool[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
+        """All of `x`, normalised with the statistics of those that count: none: all."""
         if self.training:
-            count = dist.sum_(torch.tensor(float(len(x)), device=x.device))
-            mean = dist.sum_(x.sum(0)) / count
-            variance = dist.sum_((x - mean).square().sum(0)) / count
+            weight = torch.ones_like(x[:, :1]) if counts is None else counts[:, None].to(x)
+            count = dist.sum_(weight.sum()).clamp(min=1)
+            mean = dist.sum_((weight * x).sum(0)) / count
+            variance = dist.sum_((weight * (x - mean).square()).sum(0)) / count
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)

@@ -2,8 +2,8 @@
 
 What is hidden is absent from the encoder (``hidden="drop"``), or a learned token is in its place ("token": SimMIM, Xie
 et al. 2022). The decoder is of the backbone's own kind over visible and predicted patches ("full"), or predicted
-patches look at visible ones only ("cross"); its last block computes nothing that the loss does not need. Names in the
-state dict are the official code's.
+patches look at visible ones only ("cross"); its last block computes nothing that the loss does not need, except after
+"token" with "full", where all patches are in it, as in SimMIM. Names in the state dict are the official code's.
 """
 
 from __future__ import annotations
