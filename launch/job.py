@@ -4,23 +4,24 @@ The run itself is `mae-dist VERB ...`, a process of its own, which knows no SLUR
 says by its exit status what became of it. This process only watches. It imports no torch, holds no state that a
 requeue could lose, and notes what happens in `mae_dist.jobs`' files.
 
-A stop begins with a signal of SLURM (preemption, time limit) or with the clock: the end of the job is asked of SLURM.
-When the ranks have saved and left, task 0 hands over to submitit's own handler, which requeues the job, unless SLURM
-has done so already. Tasks other than 0 leave quietly, so that no result of theirs says that the job has failed.
+A stop begins with a signal of SLURM (preemption, time limit) or with the clock, which knows the end of the job. When
+the ranks have saved and left, task 0 hands over to submitit's own handler, which requeues the job, unless SLURM has
+done so already. Where that fails, as in a container without SLURM's commands, it leaves a word for the job's script,
+which tries again. Tasks other than 0 leave quietly, so that no result of theirs says that the job has failed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,8 @@ from typing import NoReturn
 
 import submitit
 
-from mae_dist import jobs
+from launch.place import Place, end_of_job, meet, state_of
+from mae_dist import folder, jobs
 from mae_dist.stop import REQUEUE
 
 SIGNAL = "USR2"
@@ -36,47 +38,28 @@ SIGNAL = "USR2"
 TOLD = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 PATIENCE = 0.8
 """Share of the time before the end in which the ranks must have saved; after it they are killed, and requeued."""
-MISTAKE, LOST = 2, 1
-"""Exit statuses of mae-dist: a user's mistake, which starting again would repeat; a rank that hung or crashed."""
+EARLY = 30.0
+"""Seconds by which SLURM may signal before it was asked to: it looks at time limits twice a minute."""
+MISTAKE = 2
+"""Exit status of mae-dist after a user's mistake, which starting again would repeat."""
 FAREWELL = 5.0
 """Seconds in which the other tasks must have noted how they ended."""
-SHARED = 300.0
-"""Seconds in which a file of another node must be seen."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in which job this task is, as SLURM says; ``start`` counts requeues."""
-
-    job: str
-    raw_job: str
-    start: int
-    task: int
-    num_tasks: int
-    local_task: int
-    node: int
-    hosts: tuple[str, ...]
-
-    @staticmethod
-    def here() -> Place:
-        """From the environment of a task."""
-        own = submitit.JobEnvironment()
-        return Place(
-            own.job_id, own.raw_job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)), own.global_rank, own.num_tasks,
-            own.local_rank, own.node, tuple(own.hostnames),
-        )  # fmt: skip
+LOST, TOO_SHORT = "a rank was lost", "the time limit came before anything new was saved"
+"""Why a job is requeued, and after how many times without a new checkpoint it is not: `restarts`, and once."""
 
 
 @dataclass(frozen=True)
 class Job:
     """``words`` of mae-dist, run by each task as a rank; or, with ``torchrun``, by one task a node for its ranks; or,
-    if not ``ranked``, by a single task. What is noted lies in ``logs``. Done, it writes its ``receipt``, (file, text).
+    if not ``ranked``, by a single task. What is noted lies in ``logs``; ``run`` is the folder of the run, if it makes
+    one. Done, it writes its ``receipt``, (file, text).
     """
 
     words: tuple[str, ...]
     logs: str
     ranks_per_node: int
     stop_before_end: float
+    run: str | None = None
     restarts: int = 0
     ranked: bool = True
     torchrun: bool = False
@@ -86,6 +69,11 @@ class Job:
     def tasks_per_node(self) -> int:
         """Tasks that SLURM starts on each node."""
         return self.ranks_per_node if self.ranked and not self.torchrun else 1
+
+    @property
+    def saved(self) -> int:
+        """Step of the newest checkpoint; 0 where there is none."""
+        return max((folder.step_of(path) for path in folder.checkpoints(Path(self.run))), default=0) if self.run else 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What submitit requeues: the same, as everything else is in the run's folder."""
@@ -104,22 +92,77 @@ class Job:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
             return
-        if watch.place.task == 0 and (why := watch.why_again(status, watch.farewells())):
-            watch.requeue(why, remembered)
-        sys.exit(0 if status == REQUEUE or watch.told else status if status > 0 else 128 - status)
+        if watch.place.task == 0:
+            again, why = watch.judge(status)
+            if again:
+                watch.requeue(why, remembered)
+            if why:
+                print(f"mae-dist: {why}", flush=True)
+        elif status == REQUEUE or watch.told:
+            sys.exit(0)
+        sys.exit(status if status > 0 else 128 - status)
+
+
+def marker(logs: str | Path, job: str) -> Path:
+    """The file by which task 0 asks the job's script to requeue it."""
+    return Path(logs) / f"{job}.requeue"
+
+
+def script_end(logs: str) -> list[str]:
+    """Shell lines of a job after its tasks, outside of any container: a requeue that the tasks could not do, tried for
+    some minutes; else the tasks' exit status. ``$job`` is its name (`place.SCRIPT_SETUP`).
+    """
+    asked = f"{shlex.quote(logs)}/$job.requeue"
+    return [
+        "status=$?",
+        f"if [ -e {asked} ]; then",
+        f"  rm -f {asked}",
+        '  for pause in 5 15 30 60 60 60; do scontrol requeue "$job" && sleep 60; sleep $pause; done',
+        '  echo "mae-dist: $job could not be requeued; submit the same command again, it goes on"',
+        "fi",
+        "exit $status",
+    ]
+
+
+def verdict(
+    status: int, told: bool, late: bool, ends: Sequence[int], before: Sequence[str], restarts: int
+) -> tuple[bool, str]:
+    """Whether a job is to start again, and why; or why not, where that is not what a rank has said itself.
+
+    ``status`` is how task 0 ended, ``ends`` how all tasks did; ``told``: it was told to stop, ``late``: by its time
+    limit; ``before``: why it was requeued earlier, since its newest checkpoint.
+    """
+    if MISTAKE in (status, *ends):
+        return False, ""
+    if status == REQUEUE:
+        return True, "stopped and saved"
+    if told and late:
+        if TOO_SHORT in before:
+            return False, f"{TOO_SHORT}, twice in a row: ask for more time (--time), or a larger stop_before_end"
+        return True, TOO_SHORT
+    if told:
+        return True, "stopped"
+    crashes = sum(why.startswith(LOST) for why in before)
+    if crashes >= restarts:
+        return False, f"{LOST} {crashes + 1} times since the last new checkpoint" if crashes else ""
+    return True, f"{LOST}, restart {crashes + 1} of {restarts} since the last new checkpoint"
 
 
 class Watch:
     """One task of one start: its process, and whether it was told to stop."""
 
     def __init__(self, job: Job, place: Place):
-        self.job, self.place, self.told = job, place, False
+        self.job, self.place, self.end = job, place, end_of_job()
+        self.told = self.late = False
         self.logs = Path(job.logs)
         self.child: subprocess.Popen[bytes] | None = None
 
     def note(self, event: str, **facts: object) -> None:
-        """For everybody to see."""
-        jobs.note(self.logs, self.place.job, self.place.task, event, self.place.start, **facts)
+        """For everybody to see; a full disk must not end what watches."""
+        try:
+            jobs.note(self.logs, self.place.job, self.place.task, event, self.place.start, **facts)
+        except OSError as error:
+            print(f"cannot be noted ({error}): {event}", file=sys.stderr, flush=True)
 
     def run(self) -> int:
         """Start the process and wait for it; its exit status, -n if signal n ended it."""
@@ -130,14 +173,17 @@ class Watch:
         self.note("start", host=socket.gethostname(), tasks=place.num_tasks, nodes=len(place.hosts))
         environment, held = os.environ | self.environment(), None
         if self.job.ranked:
-            address, held = self.meet()
+            address, held = meet(place, self.logs)
             environment |= dict(zip(("MASTER_ADDR", "MASTER_PORT"), address, strict=True))
         if place.task == 0:
+            marker(self.logs, place.job).unlink(missing_ok=True)
             self.introduce()
             self.set_clock()
         if not self.told:
             self.child = subprocess.Popen(self.command(environment), env=environment)
-        status = self.child.wait() if self.child else REQUEUE
+            if self.told:  # just now, when there was nobody to pass it on to
+                self.stop("", signal.SIGTERM)
+        status = self.child.wait() if self.child else -signal.SIGTERM
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in TOLD:  # from here on it is known what will happen
             signal.signal(number, signal.SIG_IGN)
@@ -164,41 +210,10 @@ class Watch:
         module = ["-m", "mae_dist", *self.job.words]
         if not (self.job.ranked and self.job.torchrun):
             return [sys.executable, "-u", *module]
-        shape = {
-            "--nnodes": len(self.place.hosts), "--node-rank": self.place.node,
-            "--nproc-per-node": self.job.ranks_per_node, "--master-addr": environment["MASTER_ADDR"],
-            "--master-port": environment["MASTER_PORT"],
-        }  # fmt: skip
-        agent = [sys.executable, "-u", "-m", "torch.distributed.run"]
-        agent += [f"{name}={value}" for name, value in shape.items()]
-        return ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *agent, *module]  # its ranks listen, it would die
-
-    # meeting
-
-    def meet(self) -> tuple[tuple[str, str], socket.socket | None]:
-        """Address and port at which the ranks of this start meet, and what keeps the port free until then.
-
-        Task 0 has the kernel choose a port and keeps it bound, which lets a rank of this machine listen there and
-        nobody else be given it; it tells the others in a file.
-        """
-        file = self.logs / f"{self.place.job}.{self.place.start}.address"
-        if self.place.task == 0:
-            held = reserved_port()
-            address = self.place.hosts[0], str(held.getsockname()[1])
-            temporary = file.with_suffix(".new")
-            temporary.write_text(" ".join(address))
-            temporary.replace(file)
-            for old in self.logs.glob(f"{self.place.job}.*.address"):
-                if old != file:
-                    old.unlink()
-            return address, held
-        deadline = time.monotonic() + SHARED
-        while not file.exists():
-            if time.monotonic() > deadline:
-                sys.exit(f"{file}: not there after {SHARED:g} s; does every node see this folder?")
-            time.sleep(0.05)
-        host, port = file.read_text().split()
-        return (host, port), None
+        shape = [len(self.place.hosts), self.place.node, self.job.ranks_per_node]
+        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        agent = [sys.executable, "-u", "-m", "launch.agent", *map(str, shape), address, *self.job.words]
+        return ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *agent]  # its ranks listen, it would die
 
     def introduce(self) -> None:
         """Say once what runs where."""
@@ -220,6 +235,7 @@ class Watch:
         """Tell the ranks to save and leave."""
         if not self.told:
             self.told = True
+            self.late = self.end is not None and time.time() > self.end - self.job.stop_before_end - EARLY
             self.note("told", by=by)
         for pid in self.ranks():
             try:
@@ -237,39 +253,36 @@ class Watch:
         return [int(word) for word in children.read_text().split()] if children.exists() else []
 
     def set_clock(self) -> None:
-        """Stop in time before the job's end, and once more, harder, if the ranks do not leave."""
-        end = end_of(self.place.raw_job)
-        if end is None:
+        """Stop in time before the job's end, whoever has told the ranks before; and once more, harder, when PATIENCE is
+        at its end, if they do not leave.
+        """
+        if self.end is None:
             return
+        rung = False
 
         def ring(_: int, __: FrameType | None) -> None:
-            if self.told and self.child is not None:
+            nonlocal rung
+            if rung and self.child is not None:
                 self.child.kill()
                 return
+            rung = True
             signal.setitimer(signal.ITIMER_REAL, PATIENCE * self.job.stop_before_end)
             self.stop("time limit", signal.SIGUSR1)
 
         signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, end - time.time() - self.job.stop_before_end))
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, self.end - time.time() - self.job.stop_before_end))
 
     # going on
 
-    def why_again(self, status: int, others: list[int]) -> str | None:
-        """Why the job should start again, ``others`` being how all tasks ended; None: it has failed."""
-        if status == MISTAKE:
-            return None
-        if self.told or status == REQUEUE:
-            return "stopped and saved" if status == REQUEUE else "stopped"
-        if MISTAKE in others:
-            return None
+    def judge(self, status: int) -> tuple[bool, str]:
+        """Whether the job is to start again, and why, or why not."""
+        ends, saved = self.farewells(), self.job.saved
         mine = jobs.events(self.logs, self.place.job).get(0, [])
-        crashes = sum(event["event"] == "requeue" and event["why"].startswith("a rank") for event in mine)
-        if crashes >= self.job.restarts:
-            return None
-        return f"a rank was lost, restart {crashes + 1} of {self.job.restarts}"
+        before = [event["why"] for event in mine if event["event"] == "requeue" and event.get("saved") == saved]
+        return verdict(status, self.told, self.late, ends, before, self.job.restarts)
 
     def farewells(self) -> list[int]:
-        """Exit statuses of all tasks in this start, as far as they come in time: a requeue kills those that are left."""
+        """Exit statuses of all tasks in this start, as far as they come in time. A requeue kills who is left."""
         deadline = time.monotonic() + FAREWELL
         while True:
             everybody = jobs.events(self.logs, self.place.job).values()
@@ -281,50 +294,17 @@ class Watch:
             time.sleep(0.2)
 
     def requeue(self, why: str, remembered: Callable[[int, None], object]) -> NoReturn:
-        """Hand over to submitit, unless SLURM starts this job again by itself or has started it already."""
-        state, start = state_of(self.place.raw_job)
+        """Hand over to submitit, unless SLURM has ended this start: then it starts the job again by itself, or not."""
+        state, start = state_of(self.place.job)
         if state not in ("RUNNING", None) or start != self.place.start:
-            self.note("requeue", why=f"{why}; by SLURM")
-            print(f"{why}; SLURM starts the job again by itself ({state}, start {start})", flush=True)
-            sys.exit(0)
-        self.note("requeue", why=why)
+            self.note("requeue", why=f"{why}; by SLURM", saved=self.job.saved)
+            print(f"{why}; SLURM has ended this start already ({state})", flush=True)
+            sys.exit(REQUEUE)
+        self.note("requeue", why=why, saved=self.job.saved)
         print(f"{why}; requeueing", flush=True)
         try:
             remembered(getattr(signal, f"SIG{SIGNAL}"), None)
         except (subprocess.SubprocessError, OSError) as error:
-            print(
-                f"could not requeue ({error}); submit the same command again, it goes on", file=sys.stderr, flush=True
-            )
+            marker(self.logs, self.place.job).touch()
+            print(f"could not requeue here ({error}); the job's script tries it", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def reserved_port() -> socket.socket:
-    """A socket bound to a free port, on which another one of this machine may listen while it only holds the port."""
-    held = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("", 0))
-    return held
-
-
-def end_of(job: str) -> float | None:
-    """When the job's time is over, as seconds since 1970; None where SLURM does not say, or has no limit."""
-    if end := os.environ.get("SLURM_JOB_END_TIME"):
-        return float(end)
-    try:
-        return datetime.fromisoformat(_ask("squeue", "-h", "-j", job, "-o", "%e")).timestamp()
-    except ValueError:
-        return None
-
-
-def state_of(job: str) -> tuple[str | None, int]:
-    """State of the job and number of its requeues, as the controller has them; (None, this start's) if it is silent."""
-    fields = dict(word.split("=", 1) for word in _ask("scontrol", "show", "job", "-o", job).split() if "=" in word)
-    own = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return fields.get("JobState"), int(fields.get("Restarts", own))
-
-
-def _ask(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -13,8 +13,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.cluster import Cluster, ask, one_line
-from launch.job import SIGNAL, Job
+from launch.job import SIGNAL, Job, script_end
 from launch.pipeline import Stage
+from launch.place import SCRIPT_SETUP
 
 FOR_EVER = 10**6
 """Times that submitit lets a job time out: when to stop is not its decision."""
@@ -78,7 +79,8 @@ def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str 
         "gpus_per_node": gpus or None, "cpus_per_task": cpus if fixed else None, "exclusive": cluster.exclusive or None,
         "mem": None if cluster.memory is None else f"{round(cluster.memory * 1000)}M",
         "signal_delay_s": round(cluster.stop_before_end), "stderr_to_stdout": True,
-        "setup": [*cluster.setup, *exports],
+        "setup": [*SCRIPT_SETUP, *cluster.setup, *exports],
+        "teardown": script_end(job.logs),
         "srun_args": [*steps, *cluster.srun],
         "additional_parameters": more,
     }  # fmt: skip

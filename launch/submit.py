@@ -174,7 +174,8 @@ def jobs_of(stage: Stage, place: Cluster, code: Path) -> list[Job]:
         Job(
             words=(stage.verb, str(settings_file(code, run))) if run.config else run.words,
             logs=str((stage.home / jobs.FOLDER).absolute()), ranks_per_node=place.ranks_per_node,
-            stop_before_end=place.stop_before_end, restarts=run.config.machine.restarts if run.config else 0,
+            stop_before_end=place.stop_before_end, run=str(run.folder.absolute()) if run.config else None,
+            restarts=run.config.machine.restarts if run.config else 0,
             ranked=stage.ranked, torchrun=place.torchrun, receipt=run.receipt,
         )
         for run in stage.waiting

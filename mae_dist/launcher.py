@@ -12,6 +12,9 @@ import sys
 import uuid
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mae_dist import stop
 
@@ -37,23 +40,20 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     while True:
-        status = _run(argv, processes)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
+        )  # fmt: skip
+        status = run(argv, config)
         if status == 0 or status in DELIBERATE or not restarts:
             return status
         restarts -= 1
         log.error("starting the ranks again (%d restarts left)", restarts)
 
 
-def _run(argv: list[str], processes: int) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+def run(argv: list[str], config: LaunchConfig) -> int:
+    """Run `python -m mae_dist ARGV` on the ranks of one machine that torchrun's agent starts; their exit status."""
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
-    )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
     except ChildFailedError as error:

@@ -21,8 +21,8 @@ class Stopped(Exception):
 
 
 class Flag:
-    """A context manager: while it is open, signals are noted instead of obeyed. Left by `Stopped`, only Ctrl-C is obeyed
-    from then on: the process is on its way out.
+    """A context manager: while it is open, signals are noted instead of obeyed. Once it is left by `Stopped`, only
+    Ctrl-C is obeyed: the process is on its way out.
     """
 
     def __init__(self) -> None:

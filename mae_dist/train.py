@@ -125,18 +125,21 @@ def fit(
                     tracker.go_back(step)
                     stream = batches(range(step, total))
                     continue
+            if told:  # before anything that takes long: little time may be left
+                saver.save(step, tensors(objective, optimizer, scale, average))
+                saver.wait()
             if look:
                 saver.wait(last=False)  # forking workers beside its thread can hang them (cpython#112275)
                 with average.in_place(), parallel.precision(train.precision, device):
                     tracker.numbers(step, evaluate(step))
                 for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
                     tracker.picture(file)
-            if told or step == total or (save and step not in tracker.skipped):  # a rewind must find what was before
+            # a rewind must find what was before its steps
+            if step == total or (save and not told and step not in tracker.skipped):
                 saver.save(step, tensors(objective, optimizer, scale, average))
             if look or save:
                 tracker.restart_clock()
             if told:
-                saver.wait()
                 raise stop.Stopped(
                     f"{verb} was stopped and saved at step {step:,} of {total:,}; the same command goes on"
                 )

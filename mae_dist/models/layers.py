@@ -154,8 +154,8 @@ Fill = Callable[[Tensor, Tensor], object]
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None, fill: Fill = Tensor.copy_) -> None:
-    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02); the patch
-    embedding as a linear layer, but for its bias, which the official code leaves as torch draws it for a convolution.
+    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02). So is
+    the patch embedding, but for its bias, which the official code leaves as torch draws it for a convolution.
 
     Every parameter is drawn on the CPU from a generator of its own, seeded by (seed, its name), so that the bits depend
     on neither the order of construction nor device nor ranks. Parameters that a module's `fixed()` names take the value

@@ -1,0 +1,28 @@
+"""`python -m launch.agent NODES NODE RANKS HOST:PORT WORDS`: torchrun's agent of one node, for `mae-dist WORDS`.
+
+Ends with the exit status of the first rank that failed, as torchrun's own command does not: so it stays known whether
+starting again could help.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch.distributed.launcher.api import LaunchConfig
+
+from mae_dist import launcher
+
+
+def main(words: list[str]) -> int:
+    """Run this node's ranks."""
+    nodes, node, ranks, address, *argv = words
+    config = LaunchConfig(
+        min_nodes=int(nodes), max_nodes=int(nodes), nproc_per_node=int(ranks), rdzv_backend="static",
+        rdzv_endpoint=address, rdzv_configs={"rank": int(node), "timeout": 900}, run_id="none", max_restarts=0,
+        monitor_interval=0.2,
+    )  # fmt: skip
+    return launcher.run(argv, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
