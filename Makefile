@@ -15,7 +15,7 @@ test: $(VENV)/installed  ## the whole suite
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/hadolint docker/*Dockerfile && $(BIN)/shellcheck docker/*.sh .ci/run
+	$(BIN)/hadolint docker/*Dockerfile && $(BIN)/shellcheck docker/*.sh launch/*.sh tests/slurm/cluster .ci/run
 
 $(VENV)/installed: pyproject.toml .ci/constraints.txt docker/install.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from launch.job import TOO_SHORT, marker, script_end, verdict
 from launch.place import SCRIPT_SETUP
 from mae_dist import config, jobs, models, sizes
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.stages import child
 
 ROOT = Path(__file__).parents[1]
 TEST = str(ROOT / "launch" / "clusters" / "test.yaml")
@@ -452,3 +454,54 @@ def test_what_a_task_cannot_requeue_its_script_does(tmp_path: Path, array: bool)
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
     assert not marker(tmp_path, job).exists()
     assert subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, check=False).returncode == 1
+
+
+@pytest.mark.slow
+def test_two_machines_without_slurm_stop_together_and_go_on(data: Path, tmp_path: Path) -> None:
+    """Both are this one, with a rank each."""
+    run, words = (
+        tmp_path / "run",
+        ["pretrain", f"data.path={data}", *SMALL, "mae.decoder_dim=32", "mae.decoder_heads=4"],
+    )
+    words += ["mae.decoder_depth=1", "train.steps=30", "track.every=1", "machine.workers=0", f"out={run}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        head = f"localhost:{free.getsockname()[1]}"
+    variables = os.environ | {
+        "NODES": "2",
+        "HEAD": head,
+        "RANKS": "1",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def start() -> list[subprocess.Popen[str]]:
+        command = [ROOT / "launch" / "torchrun.sh", *words]
+        return [subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+
+    machines, deadline = start(), time.monotonic() + 120
+    while child.reached(run) < 3:
+        assert time.monotonic() < deadline
+        assert all(machine.poll() is None for machine in machines)
+        time.sleep(0.02)
+    for machine in machines:
+        machine.send_signal(signal.SIGTERM)
+    said = "".join(machine.communicate(timeout=60)[1] for machine in machines)
+    assert "was stopped and saved at step" in said
+    assert all(machine.returncode for machine in machines)
+    for machine in start():
+        assert machine.wait(timeout=120) == 0
+    assert (run / "result.json").exists()
+    first, second = (json.loads(line) for line in (run / "provenance.jsonl").read_text().splitlines())
+    assert first["world"] == second["world"] == 2
+    assert 0 < second["step"] == second["reached"]
+
+
+def test_torchrun_sh_says_what_it_needs() -> None:
+    script = str(ROOT / "launch" / "torchrun.sh")
+    assert "NODES=4 HEAD=node1" in subprocess.run([script, "--help"], capture_output=True, text=True).stdout
+    done = subprocess.run([script, "pretrain"], env=os.environ | {"NODES": "2"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "torchrun.sh: NODES=2 needs HEAD=HOST, the machine at which they meet\n",
+    )

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,9 @@ class Slurm:
     def run(self, *command: str) -> str:
         """What the command prints. A failure of it is a failure of the test, with its own words."""
         env = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180, check=False
+        )
         assert done.returncode == 0, f"{' '.join(command)}: status {done.returncode}: {done.stderr or done.stdout}"
         return done.stdout.strip()
 
@@ -55,6 +57,14 @@ class Slurm:
                 log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()[-20:]
                 pytest.fail("\n".join([f"not in {seconds} s: {what}", self.run("squeue", "--states=all"), *log]))
             time.sleep(0.1)
+
+    def await_idle(self, nodes: Sequence[str]) -> None:
+        """Until nothing runs on these nodes, nor still ends there."""
+
+        def idle() -> bool:
+            return set(self.run("sinfo", "-h", "-p", "main", "-n", ",".join(nodes), "-o", "%T").split()) == {"idle"}
+
+        self.wait(idle, f"{', '.join(nodes)} idle")
 
     def clear(self) -> None:
         """No job left, all nodes alive: a second, and 7 s when jobs ignore SIGTERM."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ SETTINGS = [
     "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
 ]  # fmt: skip
 SLOW = """\
-# Steps of this machine take half a second, without computing: a run waits each time it asks for signals.
+# Steps of this machine take longer, without computing: a run waits each time it asks for signals.
 import time
 
 from mae_dist import stop
@@ -35,7 +36,7 @@ from mae_dist import stop
 class Slow(stop.Flag):
     def __getattribute__(self, name):
         if name == "requested":
-            time.sleep(0.5)
+            time.sleep({seconds})
         return super().__getattribute__(name)
 
 
@@ -48,6 +49,7 @@ class Slurm(Protocol):
 
     def run(self, *command: str) -> str: ...
     def state(self, job: str) -> str: ...
+    def await_idle(self, nodes: Sequence[str]) -> None: ...
     def wait(self, condition: Callable[[], Any], what: str, seconds: float = ...) -> Any: ...
     def cluster(self, word: str, *words: str) -> str: ...
 
@@ -105,9 +107,14 @@ class Launched:
     def reach(self, step: int) -> None:
         self.wait(lambda: child.reached(self.run) >= step, f"step {step}")
 
-    def finish(self) -> None:
-        self.wait((self.run / "result.json").exists, "the end", 180)
+    def finish(self, seconds: float = 180) -> None:
+        self.wait((self.run / "result.json").exists, "the end", seconds)
         self.wait(self.succeeded, "success")
+
+    def results(self) -> list[str]:
+        """What submitit's files say of each task that has one."""
+        found = sorted(self.logs.glob(f"{self.job}_*result.pkl"))
+        return [pickle.loads(file.read_bytes())[0] for file in found]
 
 
 @dataclass(frozen=True)
@@ -132,14 +139,15 @@ class Launch:
         return ["pretrain", *where, *SETTINGS, f"data.path={self.data}", f"out={self.folder / name}", *words]
 
     def __call__(
-        self, name: str, *words: str, cluster: str = "{}", nodes: Sequence[str] = NODES[:2], shape: Sequence[str] = (),
-        slow: bool = False,
+        self, name: str, *words: str, cluster: str = "", nodes: Sequence[str] = NODES[:2], shape: Sequence[str] = (),
+        slow: float = 0.0,
     ) -> Launched:  # fmt: skip
-        """Submit a run as `name`."""
+        """Submit a run as `name`, whose steps take `slow` seconds longer."""
         if slow:
-            (self.folder / "slow").mkdir()
-            (self.folder / "slow" / "sitecustomize.py").write_text(SLOW)
-            cluster += f"\nsetup: [export PYTHONPATH={self.folder / 'slow'}]"
+            folder = self.folder / f"slow-{slow:g}"
+            folder.mkdir(exist_ok=True)
+            (folder / "sitecustomize.py").write_text(SLOW.format(seconds=slow))
+            cluster += f"\nsetup: [export PYTHONPATH={folder}]"
         done = submit(*self.words(name, words, cluster, nodes, shape), cwd=self.edited_checkout())
         job = done.stdout.split()[1].rstrip(":")
         code = max((self.folder / name / "code").iterdir())
@@ -154,4 +162,4 @@ class Launch:
 
     def refused(self, name: str) -> str:
         """What is said of a run that is not taken."""
-        return submit(*self.words(name, (), "{}", NODES[:2], ()), status=2).stderr
+        return submit(*self.words(name, (), "", NODES[:2], ()), status=2).stderr

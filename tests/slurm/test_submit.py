@@ -41,13 +41,20 @@ def test_a_job_that_fails_names_its_reason(launch: Launch, tmp_path: Path) -> No
     assert launched.starts() == 1  # a mistake is not repeated
 
 
-def test_torchrun_on_each_node(launch: Launch) -> None:
-    launched = launch("agents", "train.steps=40", shape=["--torchrun"])
+def test_torchrun_on_each_node_in_a_container_without_slurms_commands(launch: Launch, tmp_path: Path) -> None:
+    """The container is played by a shell that has another PATH: who cannot requeue there has it done outside."""
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\nPATH={tmp_path} exec {sys.executable} "$@"\n')
+    container.chmod(0o755)
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    launched = launch("agents", "train.steps=40", cluster=f"python: {container}", shape=["--torchrun"], slow=0.1)
     launched.reach(5)
     launched.slurm.run("scancel", "--signal=USR2", launched.job)
     launched.wait(lambda: launched.starts() > 1, "it is started again")
+    assert "the job's script tries it" in launched.said(0)
     launched.finish()
     assert set(launched.events()) == {0, 1}
+    assert launched.saved_before_leaving()
     first, second = launched.lines("provenance.jsonl")
     assert (first["world"], first["step"]) == (second["world"], 0) == (4, 0)
     assert second["step"] >= 5
@@ -106,6 +113,27 @@ stages:
     assert "train.steps: 5 -> 6" in refused.stderr
 
 
+def test_a_stage_that_fails_is_named_and_those_after_it_do_not_run(
+    slurm: Slurm, cluster_file: Path, tmp_path: Path
+) -> None:
+    """A split that is not in data which are still to be made: nobody can know before."""
+    out, file = tmp_path / "pipe", tmp_path / "pipeline.yaml"
+    small = "model.name=vit_demo4 model.image_size=32 view.test_crop=1 train.precision=fp32 train.global_batch=16"
+    file.write_text(f"""\
+out: {out}
+stages:
+  data: {{run: "data pack synthetic --out {{data}} --train 64 --test 32"}}
+  pretrain: {{run: "pretrain data.path={{data}} data.split=dev {small} train.steps=4"}}
+  knn: {{run: "knn data.path={{data}} from={{pretrain}} {small}"}}
+""")
+    submit("pipeline", file, "--cluster", cluster_file)
+    slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 120)
+    standing = {line.split()[0]: line for line in mae_dist("runs", out).splitlines() if line.split()}
+    assert "failed: exit status 2" in standing["pretrain"]
+    assert "cancelled" in standing["knn"]
+    assert "no split 'dev'" in mae_dist("logs", out / "pretrain")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -127,7 +155,7 @@ stages:
 def test_mistakes_are_one_line_and_nothing_is_queued(
     words: list[str], said: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
 ) -> None:
-    before = slurm.run("squeue", "-h", "-o", "%i")
+    before = set(slurm.run("squeue", "-h", "-o", "%i").split())
     base = [
         "pretrain",
         "--cluster",
@@ -143,7 +171,7 @@ def test_mistakes_are_one_line_and_nothing_is_queued(
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
     assert done.stdout == ""
-    assert slurm.run("squeue", "-h", "-o", "%i") == before
+    assert set(slurm.run("squeue", "-h", "-o", "%i").split()) <= before
     assert not (tmp_path / "run").exists()
 
 
