@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, RunConfig, Train
+from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, Pretrain, RunConfig, Train
 
 T = TypeVar("T")
 
@@ -133,6 +133,11 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value}: must lie between 0 and 1")
         if name in LESS_THAN_ONE and not most < 1:
             raise ValueError(f"{name}={value}: must be less than 1")
+    if isinstance(config, Pretrain) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
+        raise ValueError(
+            "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
+            "and choose avg in probe, knn or finetune"
+        )
     if config.model.train_blocks is not None and not isinstance(config, Finetune):
         raise ValueError(f"model.train_blocks={config.model.train_blocks:g}: is for finetune; leave it out")
     train = config.train

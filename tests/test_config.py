@@ -135,6 +135,7 @@ def test_a_mixer_from_scratch_is_big_visions() -> None:
         (["train.seed=-1"], ["train.seed"]),
         (["train.ema=1"], ["train.ema", "less than 1"]),
         (["model.train_blocks=1"], ["model.train_blocks=1", "finetune"]),
+        (["model.pool=avg"], ["model.pool=avg", "last norm", "probe, knn or finetune"]),
     ],
 )
 def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> None:
@@ -144,6 +145,14 @@ def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> No
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
+    """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
+    assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
+    assert load("pretrain", "model.pool=cls").model.pool == "cls"
+    for verb in ("probe", "finetune", "knn"):
+        assert load(verb, "model.pool=avg").model.pool == "avg"
 
 
 def test_missing_fields_are_named() -> None:

@@ -207,8 +207,22 @@ def test_the_end_of_a_block_is_the_end_of_the_whole_block(kind: str) -> None:
         assert (a - b).abs().max() < 1e-10
 
 
-def test_gradient_reaches_every_trainable_parameter() -> None:
-    objective = tiny()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"predict": 0.25},
+        {"decoder": "cross"},
+        {"decoder": "cross", "predict": 0.5},
+        {"hidden": "token"},
+        {"hidden": "token", "decoder_depth": 0},
+        {"hidden": "token", "decoder": "cross", "predict": 0.5},
+    ],
+    ids=str,
+)
+def test_gradient_reaches_every_trainable_parameter(settings: dict[str, Any]) -> None:
+    """Else ranks would wait for each other (DDP) for what never comes."""
+    objective = tiny(**settings)
     objective(batch_of(3)).loss.sum().backward()
     still = {name for name, p in objective.named_parameters() if p.grad is None or not p.grad.any()}
     assert still == {"backbone.pos_embed", "decoder_pos_embed"}
