@@ -102,7 +102,7 @@ POSITIVE = {
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
     "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",
-    "train.ema",
+    "train.ema", "optim.layer_decay",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
@@ -111,9 +111,9 @@ NOT_NEGATIVE = {
 }  # fmt: skip
 AT_MOST_ONE = {
     "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
-    "mix.cutmix", "mix.prob", "mix.switch",
+    "mix.cutmix", "mix.prob", "mix.switch", "optim.layer_decay", "data.mean", "data.std",
 }  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "board.held_out", "train.ema"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "board.held_out", "train.ema"}
 
 
 def check(config: RunConfig) -> None:
@@ -121,18 +121,7 @@ def check(config: RunConfig) -> None:
     values: dict[str, Any] = {name: value for name, value, _ in _fields(config) if value is not None}
     if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
-    for name, value in values.items():
-        if value == ():
-            continue
-        least, most = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
-        if name in POSITIVE and not least > 0:
-            raise ValueError(f"{name}={value}: must be greater than 0")
-        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
-            raise ValueError(f"{name}={value}: must be 0 or more")
-        if name in AT_MOST_ONE and not most <= 1:
-            raise ValueError(f"{name}={value}: must lie between 0 and 1")
-        if name in LESS_THAN_ONE and not most < 1:
-            raise ValueError(f"{name}={value}: must be less than 1")
+    check_ranges(values)
     if isinstance(config, Pretrain) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
         raise ValueError(
             "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
@@ -167,6 +156,26 @@ def check(config: RunConfig) -> None:
         check_board(config)
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
+
+
+def check_ranges(values: dict[str, Any]) -> None:
+    """Refuse numbers outside the range of their field (ValueError); `values` by `section.key`, others among them."""
+    for name, value in values.items():
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int | float)]
+        if not numbers:
+            continue
+        least, most = min(numbers), max(numbers)
+        given = f"{name}={list(value) if isinstance(value, tuple) else value}"
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{given}: must be finite")
+        if name in POSITIVE and not least > 0:
+            raise ValueError(f"{given}: must be greater than 0")
+        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
+            raise ValueError(f"{given}: must be 0 or more")
+        if name in AT_MOST_ONE and not most <= 1:
+            raise ValueError(f"{given}: must lie between 0 and 1")
+        if name in LESS_THAN_ONE and not most < 1:
+            raise ValueError(f"{given}: must be less than 1")
 
 
 def group(config: RunConfig) -> int:

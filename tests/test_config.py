@@ -147,6 +147,45 @@ def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> No
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "allowed"),
+    [
+        ("pretrain", "optim.layer_decay=-1", "greater than 0"),
+        ("finetune", "optim.layer_decay=0", "greater than 0"),
+        ("finetune", "optim.layer_decay=1.5", "between 0 and 1"),
+        ("pretrain", "optim.betas=[0.9,1]", "less than 1"),
+        ("pretrain", "optim.betas=[-0.1,0.95]", "0 or more"),
+        ("probe", "optim.momentum=1", "less than 1"),
+        ("pretrain", "optim.weight_decay=-0.1", "0 or more"),
+        ("pretrain", "data.mean=[120,115,104]", "between 0 and 1"),
+        ("pretrain", "data.std=[58,57,57]", "between 0 and 1"),
+        ("pretrain", "data.max_bad=2", "between 0 and 1"),
+        ("pretrain", "data.shuffle_window=0", "greater than 0"),
+        ("pretrain", "mae.predict=1.5", "between 0 and 1"),
+        ("finetune", "model.drop_path=1", "less than 1"),
+        ("finetune", "train.label_smoothing=1.1", "between 0 and 1"),
+        ("finetune", "mix.mixup=2", "between 0 and 1"),
+        ("finetune", "view.erase=-1", "0 or more"),
+        ("pretrain", "train.clip=0", "greater than 0"),
+        ("pretrain", "machine.recompute=-1", "0 or more"),
+        ("pretrain", "checkpoint.keep=0", "greater than 0"),
+        ("pretrain", "track.evaluate_every=0", "greater than 0"),
+        ("probe", "board.held_out=1", "less than 1"),
+        ("knn", "knn.k=0", "greater than 0"),
+        ("knn", "knn.temperature=inf", "finite"),
+        ("pretrain", "train.epochs=inf", "finite"),
+        ("pretrain", "optim.base_lr=nan", "finite"),
+        ("pretrain", "optim.betas=[0.9,nan]", "finite"),
+        ("pretrain", "machine.timeout=inf", "finite"),
+        ("probe", "board.lars=[0.1,inf]", "finite"),
+    ],
+)
+def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> None:
+    name = word.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^{name}=.*: must .*{allowed}$"):
+        load(verb, word)
+
+
 def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
     """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
     assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
