@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, Pretrain, RunConfig, Train
+from mae_dist.schema import (
+    RESULT_SECTIONS,
+    SCHEMAS,
+    WHERE_DATA_LIES,
+    Finetune,
+    KnnRun,
+    Pretrain,
+    Probe,
+    RunConfig,
+    Train,
+)
 
 T = TypeVar("T")
 
@@ -115,6 +125,21 @@ AT_MOST_ONE = {
 }  # fmt: skip
 LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "board.held_out", "train.ema"}
 
+OF_FINETUNE = {"model.drop_path", "model.train_blocks", "train.label_smoothing", "train.loss"}
+OF_TRAINING = {
+    "train.reduce", "train.clip", "train.ema", "view.crop", "view.scale", "view.ratio", "view.pad", "view.flip",
+    "view.randaugment", "view.erase",
+}  # fmt: skip
+UNREAD: dict[type[RunConfig], set[str]] = {
+    Pretrain: OF_FINETUNE,
+    Probe: OF_FINETUNE | {"optim.layer_decay"},
+    Finetune: set(),
+    KnnRun: OF_FINETUNE | OF_TRAINING,
+}
+"""What a verb does not read of the sections model, view, train and optim, which it shares with others. The length of a
+run and its batch may be said to knn too, which misleads nobody: it trains nothing.
+"""
+
 
 def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
@@ -127,8 +152,10 @@ def check(config: RunConfig) -> None:
             "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
             "and choose avg in probe, knn or finetune"
         )
-    if config.model.train_blocks is not None and not isinstance(config, Finetune):
-        raise ValueError(f"model.train_blocks={config.model.train_blocks:g}: is for finetune; leave it out")
+    for name, value in changed(config).items():
+        if name in UNREAD[type(config)]:
+            verbs = [verb for verb, schema in SCHEMAS.items() if name in _heeded(schema)]
+            raise ValueError(f"{_given(name, value)}: is for {', '.join(verbs)}; leave it out")
     train = config.train
     if train.seed >= 2**32:
         raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")
@@ -165,7 +192,7 @@ def check_ranges(values: dict[str, Any]) -> None:
         if not numbers:
             continue
         least, most = min(numbers), max(numbers)
-        given = f"{name}={list(value) if isinstance(value, tuple) else value}"
+        given = _given(name, value)
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"{given}: must be finite")
         if name in POSITIVE and not least > 0:
@@ -185,8 +212,14 @@ def group(config: RunConfig) -> int:
 
 
 def check_board(config: Any) -> None:
-    """Refuse a board on which heads would be missing or in each other's way (ValueError)."""
+    """Refuse a board on which heads would be missing or in each other's way, or settings without one (ValueError)."""
     board = config.board
+    for name, value in changed(config).items():
+        if not board.active and name.startswith("board."):
+            raise ValueError(f"{_given(name, value)}: there is no head to try it on; give board.lars=[lr, ...], say")
+        if board.active and name in ("optim.name", "optim.weight_decay"):
+            own = "board.weight_decay" if name == "optim.weight_decay" else "board.lars, board.sgd, board.adamw"
+            raise ValueError(f"{_given(name, value)}: heads of a board have their own ({own}); leave it out")
     for name in ("features", "weight_decay"):
         if board.active and not getattr(board, name):
             raise ValueError(f"board.{name}=[]: nothing to try; give at least one, or leave it out")
@@ -250,10 +283,16 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in after if before.get(k) != after.get(k)]
 
 
+def changed(config: RunConfig) -> dict[str, Any]:
+    """The flat `section.key -> value` that differs from the verb's default."""
+    pairs = zip(_fields(config), _fields(type(config)()), strict=True)
+    return {name: value for (name, value, _), (_, default, _) in pairs if value != default}
+
+
 def describe(verb: str) -> str:
-    """One line a field, `section.key = default  meaning`, for --help."""
+    """One line a field that the verb reads, `section.key = default  meaning`, for --help."""
     lines = []
-    for name, default, text in _fields(SCHEMAS[verb]()):
+    for name, (default, text) in _heeded(SCHEMAS[verb]).items():
         shown = "(required)" if default == "???" else "none" if default is None else str(default)
         lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
     return "\n".join(lines)
@@ -268,6 +307,16 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
         else:
             rows.append((prefix + item.name, value, item.metadata["help"]))
     return sorted(rows, key=lambda row: "." in row[0])
+
+
+def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
+    """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
+    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD[schema]}
+
+
+def _given(name: str, value: Any) -> str:
+    """A setting as a command line has it."""
+    return f"{name}={list(value) if isinstance(value, tuple) else value}"
 
 
 def _shown(name: str) -> str:

@@ -1,5 +1,6 @@
 """Configuration: what is refused and how it is said, what is kept, and that every file in configs/ loads."""
 
+import re
 import subprocess
 import sys
 import time
@@ -134,7 +135,6 @@ def test_a_mixer_from_scratch_is_big_visions() -> None:
         (["data=3"], ["data"]),
         (["train.seed=-1"], ["train.seed"]),
         (["train.ema=1"], ["train.ema", "less than 1"]),
-        (["model.train_blocks=1"], ["model.train_blocks=1", "finetune"]),
         (["model.pool=avg"], ["model.pool=avg", "last norm", "probe, knn or finetune"]),
     ],
 )
@@ -184,6 +184,42 @@ def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> N
     name = word.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{name}=.*: must .*{allowed}$"):
         load(verb, word)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "probe", "knn"])
+@pytest.mark.parametrize(
+    "word", ["model.drop_path=0.1", "model.train_blocks=0.5", "train.label_smoothing=0.1", "train.loss=sigmoid"]
+)
+def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> None:
+    with pytest.raises(ValueError, match=f"^{word}: is for finetune; leave it out$"):
+        load(verb, word)
+    load("finetune", word)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("probe", ["optim.layer_decay=0.5"], "optim.layer_decay=0.5: is for pretrain, finetune;"),
+        ("knn", ["view.flip=0"], "view.flip=0.0: is for pretrain, probe, finetune;"),
+        ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
+        ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
+        ("probe", ["board.blocks=[6]"], "board.blocks=[6]: there is no head to try it on; give board.lars=[lr, ...]"),
+        ("probe", ["board.lars=[1]", "optim.name=adamw"], "optim.name=adamw: heads of a board have their own"),
+        ("probe", ["board.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: heads of a board have their"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        load(verb, *words)
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
+    assert load(verb, "model.drop_path=0", "train.loss=softmax") == load(verb)
+    listed = {line.split()[0] for line in config.describe(verb).splitlines()}
+    assert ("model.drop_path" in listed) == (verb == "finetune")
+    assert ("view.crop" in listed) == (verb != "knn")
+    assert {"model.name", "train.precision", "view.test_crop"} <= listed
 
 
 def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
