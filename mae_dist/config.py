@@ -21,6 +21,7 @@ from mae_dist.schema import (
     WHERE_DATA_LIES,
     Finetune,
     KnnRun,
+    Mae,
     Pretrain,
     Probe,
     RunConfig,
@@ -163,11 +164,8 @@ def check(config: RunConfig) -> None:
         low, high = values.get(name, (1.0, 1.0))
         if not 0 < low <= high or (name == "view.scale" and high > 1):
             raise ValueError(f"{name}=[{low}, {high}]: must be two positive numbers, small then large, scale up to 1")
-    if values.get("mae.decoder_dim", 0) % math.lcm(values.get("mae.decoder_heads", 1), 4):
-        raise ValueError(
-            f"mae.decoder_dim={values['mae.decoder_dim']}: must be divisible by mae.decoder_heads="
-            f"{values['mae.decoder_heads']} and by 4"
-        )
+    if isinstance(config, Pretrain):
+        check_mae(config.mae)
     warmup = values.get("optim.warmup_epochs", 0)
     if train.steps is None and warmup and warmup >= train.epochs:
         raise ValueError(
@@ -203,6 +201,15 @@ def check_ranges(values: dict[str, Any]) -> None:
             raise ValueError(f"{given}: must lie between 0 and 1")
         if name in LESS_THAN_ONE and not most < 1:
             raise ValueError(f"{given}: must be less than 1")
+
+
+def check_mae(mae: Mae) -> None:
+    """Refuse numbers out of range, and a decoder whose width its heads and positions do not divide (ValueError)."""
+    check_ranges({f"mae.{name}": value for name, value, _ in _fields(mae)})
+    if mae.decoder_dim % math.lcm(mae.decoder_heads, 4):
+        raise ValueError(
+            f"mae.decoder_dim={mae.decoder_dim}: must be divisible by mae.decoder_heads={mae.decoder_heads} and by 4"
+        )
 
 
 def group(config: RunConfig) -> int:
