@@ -15,7 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae_dist.schema import RESULT_SECTIONS, SCHEMAS, WHERE_DATA_LIES, Finetune, RunConfig, Train
+from mae_dist.schema import (
+    RESULT_SECTIONS,
+    SCHEMAS,
+    WHERE_DATA_LIES,
+    Finetune,
+    KnnRun,
+    Mae,
+    Pretrain,
+    Probe,
+    RunConfig,
+    Train,
+)
 
 T = TypeVar("T")
 
@@ -102,7 +113,7 @@ POSITIVE = {
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
     "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",
-    "train.ema",
+    "train.ema", "optim.layer_decay",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
@@ -111,9 +122,24 @@ NOT_NEGATIVE = {
 }  # fmt: skip
 AT_MOST_ONE = {
     "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
-    "mix.cutmix", "mix.prob", "mix.switch",
+    "mix.cutmix", "mix.prob", "mix.switch", "optim.layer_decay", "data.mean", "data.std",
 }  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.momentum", "board.held_out", "train.ema"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "board.held_out", "train.ema"}
+
+OF_FINETUNE = {"model.drop_path", "model.train_blocks", "train.label_smoothing", "train.loss"}
+OF_TRAINING = {
+    "train.reduce", "train.clip", "train.ema", "view.crop", "view.scale", "view.ratio", "view.pad", "view.flip",
+    "view.randaugment", "view.erase",
+}  # fmt: skip
+UNREAD: dict[type[RunConfig], set[str]] = {
+    Pretrain: OF_FINETUNE,
+    Probe: OF_FINETUNE | {"optim.layer_decay"},
+    Finetune: set(),
+    KnnRun: OF_FINETUNE | OF_TRAINING,
+}
+"""What a verb does not read of the sections model, view, train and optim, which it shares with others. The length of a
+run and its batch may be said to knn too, which misleads nobody: it trains nothing.
+"""
 
 
 def check(config: RunConfig) -> None:
@@ -121,20 +147,16 @@ def check(config: RunConfig) -> None:
     values: dict[str, Any] = {name: value for name, value, _ in _fields(config) if value is not None}
     if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
-    for name, value in values.items():
-        if value == ():
-            continue
-        least, most = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
-        if name in POSITIVE and not least > 0:
-            raise ValueError(f"{name}={value}: must be greater than 0")
-        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
-            raise ValueError(f"{name}={value}: must be 0 or more")
-        if name in AT_MOST_ONE and not most <= 1:
-            raise ValueError(f"{name}={value}: must lie between 0 and 1")
-        if name in LESS_THAN_ONE and not most < 1:
-            raise ValueError(f"{name}={value}: must be less than 1")
-    if config.model.train_blocks is not None and not isinstance(config, Finetune):
-        raise ValueError(f"model.train_blocks={config.model.train_blocks:g}: is for finetune; leave it out")
+    check_ranges(values)
+    if isinstance(config, Pretrain) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
+        raise ValueError(
+            "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
+            "and choose avg in probe, knn or finetune"
+        )
+    for name, value in changed(config).items():
+        if name in UNREAD[type(config)]:
+            verbs = [verb for verb, schema in SCHEMAS.items() if name in _heeded(schema)]
+            raise ValueError(f"{_given(name, value)}: is for {', '.join(verbs)}; leave it out")
     train = config.train
     if train.seed >= 2**32:
         raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")
@@ -142,11 +164,8 @@ def check(config: RunConfig) -> None:
         low, high = values.get(name, (1.0, 1.0))
         if not 0 < low <= high or (name == "view.scale" and high > 1):
             raise ValueError(f"{name}=[{low}, {high}]: must be two positive numbers, small then large, scale up to 1")
-    if values.get("mae.decoder_dim", 0) % math.lcm(values.get("mae.decoder_heads", 1), 4):
-        raise ValueError(
-            f"mae.decoder_dim={values['mae.decoder_dim']}: must be divisible by mae.decoder_heads="
-            f"{values['mae.decoder_heads']} and by 4"
-        )
+    if isinstance(config, Pretrain):
+        check_mae(config.mae)
     warmup = values.get("optim.warmup_epochs", 0)
     if train.steps is None and warmup and warmup >= train.epochs:
         raise ValueError(
@@ -164,6 +183,35 @@ def check(config: RunConfig) -> None:
         check_world(config, config.machine.processes)
 
 
+def check_ranges(values: dict[str, Any]) -> None:
+    """Refuse numbers outside the range of their field (ValueError); `values` by `section.key`, others among them."""
+    for name, value in values.items():
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int | float)]
+        if not numbers:
+            continue
+        least, most = min(numbers), max(numbers)
+        given = _given(name, value)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{given}: must be finite")
+        if name in POSITIVE and not least > 0:
+            raise ValueError(f"{given}: must be greater than 0")
+        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
+            raise ValueError(f"{given}: must be 0 or more")
+        if name in AT_MOST_ONE and not most <= 1:
+            raise ValueError(f"{given}: must lie between 0 and 1")
+        if name in LESS_THAN_ONE and not most < 1:
+            raise ValueError(f"{given}: must be less than 1")
+
+
+def check_mae(mae: Mae) -> None:
+    """Refuse numbers out of range, and a decoder whose width its heads and positions do not divide (ValueError)."""
+    check_ranges({f"mae.{name}": value for name, value, _ in _fields(mae)})
+    if mae.decoder_dim % math.lcm(mae.decoder_heads, 4):
+        raise ValueError(
+            f"mae.decoder_dim={mae.decoder_dim}: must be divisible by mae.decoder_heads={mae.decoder_heads} and by 4"
+        )
+
+
 def group(config: RunConfig) -> int:
     """Neighbours in the order that must not be parted: 2 where images are mixed in pairs."""
     mix = getattr(config, "mix", None)
@@ -171,8 +219,14 @@ def group(config: RunConfig) -> int:
 
 
 def check_board(config: Any) -> None:
-    """Refuse a board on which heads would be missing or in each other's way (ValueError)."""
+    """Refuse a board on which heads would be missing or in each other's way, or settings without one (ValueError)."""
     board = config.board
+    for name, value in changed(config).items():
+        if not board.active and name.startswith("board."):
+            raise ValueError(f"{_given(name, value)}: there is no head to try it on; give board.lars=[lr, ...], say")
+        if board.active and name in ("optim.name", "optim.weight_decay"):
+            own = "board.weight_decay" if name == "optim.weight_decay" else "board.lars, board.sgd, board.adamw"
+            raise ValueError(f"{_given(name, value)}: heads of a board have their own ({own}); leave it out")
     for name in ("features", "weight_decay"):
         if board.active and not getattr(board, name):
             raise ValueError(f"board.{name}=[]: nothing to try; give at least one, or leave it out")
@@ -236,10 +290,16 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in after if before.get(k) != after.get(k)]
 
 
+def changed(config: RunConfig) -> dict[str, Any]:
+    """The flat `section.key -> value` that differs from the verb's default."""
+    pairs = zip(_fields(config), _fields(type(config)()), strict=True)
+    return {name: value for (name, value, _), (_, default, _) in pairs if value != default}
+
+
 def describe(verb: str) -> str:
-    """One line a field, `section.key = default  meaning`, for --help."""
+    """One line a field that the verb reads, `section.key = default  meaning`, for --help."""
     lines = []
-    for name, default, text in _fields(SCHEMAS[verb]()):
+    for name, (default, text) in _heeded(SCHEMAS[verb]).items():
         shown = "(required)" if default == "???" else "none" if default is None else str(default)
         lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
     return "\n".join(lines)
@@ -254,6 +314,16 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
         else:
             rows.append((prefix + item.name, value, item.metadata["help"]))
     return sorted(rows, key=lambda row: "." in row[0])
+
+
+def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
+    """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
+    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD[schema]}
+
+
+def _given(name: str, value: Any) -> str:
+    """A setting as a command line has it."""
+    return f"{name}={list(value) if isinstance(value, tuple) else value}"
 
 
 def _shown(name: str) -> str:

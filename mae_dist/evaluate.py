@@ -18,6 +18,8 @@ from mae_dist.batch import Batch
 CHUNK = 1024
 """Test features compared with all training features at once."""
 RESAMPLES = 1000
+ROUNDING = 1e-12
+"""What a variance from sums in float64 may be off by, as a share of the mean square."""
 
 
 @torch.no_grad()
@@ -108,11 +110,17 @@ class Ridge:
         self.cross += x.T @ nn.functional.one_hot(labels, self.cross.shape[1]).double()
 
     def solve(self, penalties: Sequence[float]) -> tuple[Float[Tensor, "k d classes"], Float[Tensor, "k classes"]]:
-        """Weights and intercepts for each penalty, a multiple of the features' mean variance; all ranks together."""
+        """Weights and intercepts for each penalty, a multiple of the features' mean variance; all ranks together.
+
+        No penalty is less than the rounding of the variances, so that features which are all the same, of a backbone
+        that has collapsed, give the classes' shares.
+        """
         gram, cross = dist.sum_(self.gram.clone()), dist.sum_(self.cross.clone())
         count, mean, share = gram[-1, -1], gram[-1, :-1] / gram[-1, -1], cross[-1] / gram[-1, -1]
         covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
         penalty = torch.tensor(penalties, dtype=torch.float64, device=gram.device) * covariance.diagonal().mean()
+        floor = ROUNDING * gram.diagonal()[:-1].mean() / count + torch.finfo(torch.float64).tiny
+        penalty = torch.maximum(penalty, floor)
         identity = torch.eye(len(mean), dtype=torch.float64, device=gram.device)
         target = cross[:-1] / count - torch.outer(mean, share)
         weight = torch.linalg.solve(covariance + penalty[:, None, None] * identity, target.expand(len(penalty), -1, -1))

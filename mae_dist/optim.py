@@ -201,9 +201,12 @@ class Average:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
-    The update of a matrix, gradient plus weight decay, is scaled by trust * |w| / |update|; one-dimensional
-    parameters take plain momentum SGD, and so do matrices of a group whose `trust` is None. timm's Lars is not used
-    because it skips the scaling where weight decay is 0, which is the probe's case.
+    As in the official code (util/lars.py) the update of a matrix, gradient plus weight decay, is scaled by
+    trust * |w| / |update|, and one-dimensional parameters take plain momentum SGD, neither scaled nor decayed; matrices
+    of a group whose `trust` is None are decayed, but not scaled.
+
+    timm's Lars is not used: it divides by |gradient| + decay * |w| + 1e-8 instead of |update|, tells what to scale by
+    group instead of by dimensions, and would take a step that is not finite.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float | None = 0.001):

@@ -89,7 +89,7 @@ class Mae:
     predict: float = knob(1.0, "share of the hidden patches that is decoded, drawn anew each time")
     decoder_dim: int = knob(512, "width of the decoder")
     decoder_depth: int = knob(8, "blocks of the decoder")
-    decoder_heads: int = knob(16, "attention heads of the decoder (of a ViT)")
+    decoder_heads: int = knob(16, "attention heads of the decoder (a Mixer's full one has none)")
 
 
 @dataclass(frozen=True)

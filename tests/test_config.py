@@ -1,5 +1,6 @@
 """Configuration: what is refused and how it is said, what is kept, and that every file in configs/ loads."""
 
+import re
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ def test_a_mixer_from_scratch_is_big_visions() -> None:
         (["data=3"], ["data"]),
         (["train.seed=-1"], ["train.seed"]),
         (["train.ema=1"], ["train.ema", "less than 1"]),
-        (["model.train_blocks=1"], ["model.train_blocks=1", "finetune"]),
+        (["model.pool=avg"], ["model.pool=avg", "last norm", "probe, knn or finetune"]),
     ],
 )
 def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> None:
@@ -145,6 +146,89 @@ def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> No
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "allowed"),
+    [
+        ("pretrain", "optim.layer_decay=-1", "greater than 0"),
+        ("finetune", "optim.layer_decay=0", "greater than 0"),
+        ("finetune", "optim.layer_decay=1.5", "between 0 and 1"),
+        ("pretrain", "optim.betas=[0.9,1]", "less than 1"),
+        ("pretrain", "optim.betas=[-0.1,0.95]", "0 or more"),
+        ("probe", "optim.momentum=1", "less than 1"),
+        ("pretrain", "optim.weight_decay=-0.1", "0 or more"),
+        ("pretrain", "data.mean=[120,115,104]", "between 0 and 1"),
+        ("pretrain", "data.std=[58,57,57]", "between 0 and 1"),
+        ("pretrain", "data.max_bad=2", "between 0 and 1"),
+        ("pretrain", "data.shuffle_window=0", "greater than 0"),
+        ("pretrain", "mae.predict=1.5", "between 0 and 1"),
+        ("finetune", "model.drop_path=1", "less than 1"),
+        ("finetune", "train.label_smoothing=1.1", "between 0 and 1"),
+        ("finetune", "mix.mixup=2", "between 0 and 1"),
+        ("finetune", "view.erase=-1", "0 or more"),
+        ("pretrain", "train.clip=0", "greater than 0"),
+        ("pretrain", "machine.recompute=-1", "0 or more"),
+        ("pretrain", "checkpoint.keep=0", "greater than 0"),
+        ("pretrain", "track.evaluate_every=0", "greater than 0"),
+        ("probe", "board.held_out=1", "less than 1"),
+        ("knn", "knn.k=0", "greater than 0"),
+        ("knn", "knn.temperature=inf", "finite"),
+        ("pretrain", "train.epochs=inf", "finite"),
+        ("pretrain", "optim.base_lr=nan", "finite"),
+        ("pretrain", "optim.betas=[0.9,nan]", "finite"),
+        ("pretrain", "machine.timeout=inf", "finite"),
+        ("probe", "board.lars=[0.1,inf]", "finite"),
+    ],
+)
+def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> None:
+    name = word.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^{name}=.*: must .*{allowed}$"):
+        load(verb, word)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "probe", "knn"])
+@pytest.mark.parametrize(
+    "word", ["model.drop_path=0.1", "model.train_blocks=0.5", "train.label_smoothing=0.1", "train.loss=sigmoid"]
+)
+def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> None:
+    with pytest.raises(ValueError, match=f"^{word}: is for finetune; leave it out$"):
+        load(verb, word)
+    load("finetune", word)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("probe", ["optim.layer_decay=0.5"], "optim.layer_decay=0.5: is for pretrain, finetune;"),
+        ("knn", ["view.flip=0"], "view.flip=0.0: is for pretrain, probe, finetune;"),
+        ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
+        ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
+        ("probe", ["board.blocks=[6]"], "board.blocks=[6]: there is no head to try it on; give board.lars=[lr, ...]"),
+        ("probe", ["board.lars=[1]", "optim.name=adamw"], "optim.name=adamw: heads of a board have their own"),
+        ("probe", ["board.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: heads of a board have their"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        load(verb, *words)
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
+    assert load(verb, "model.drop_path=0", "train.loss=softmax") == load(verb)
+    listed = {line.split()[0] for line in config.describe(verb).splitlines()}
+    assert ("model.drop_path" in listed) == (verb == "finetune")
+    assert ("view.crop" in listed) == (verb != "knn")
+    assert {"model.name", "train.precision", "view.test_crop"} <= listed
+
+
+def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
+    """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
+    assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
+    assert load("pretrain", "model.pool=cls").model.pool == "cls"
+    for verb in ("probe", "finetune", "knn"):
+        assert load(verb, "model.pool=avg").model.pool == "avg"
 
 
 def test_missing_fields_are_named() -> None:

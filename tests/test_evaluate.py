@@ -127,3 +127,16 @@ def test_a_rank_without_samples_has_no_features() -> None:
     values, labels = evaluate.features(nn.Identity(), 12, [], torch.device("cpu"))
     assert values.shape == (0, 12)
     assert labels.shape == (0,)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 1e4, 1e-8])
+def test_ridge_of_features_that_are_all_the_same_gives_the_shares_of_the_classes(scale: float) -> None:
+    """A backbone that has collapsed: nothing to learn, and no reason to end without a result."""
+    generator = torch.Generator().manual_seed(0)
+    row, labels = scale * torch.rand(1, 7, generator=generator), torch.arange(90) % 9 % 4
+    ridge = evaluate.Ridge(7, 4, CPU)
+    for marks in labels.split(31):
+        ridge.add(row.expand(len(marks), -1), marks)
+    weight, bias = ridge.solve((1e-6, 1.0))
+    shares = labels.bincount(minlength=4) / 90
+    assert ((row.double() @ weight)[:, 0] + bias - shares).abs().max() < 1e-3

@@ -10,9 +10,10 @@ from torch import nn
 
 from mae_dist.batch import Batch
 from mae_dist.models.backbone import patchify, take
+from mae_dist.models.layers import initialise
 from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
-from mae_dist.objectives.mae import MAE
+from mae_dist.objectives.mae import MAE, normalise_patches
 from mae_dist.schema import Mae
 
 
@@ -48,6 +49,22 @@ def test_number_of_visible_patches(size: int, patch: int, ratio: float, num: int
 def test_ratio_that_leaves_nothing_to_see_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mae\.mask_ratio=0\.99: of 16 patches some must be hidden and some visible"):
         tiny(mask_ratio=0.99)
+
+
+@pytest.mark.parametrize("decoder", ["full", "cross"])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"decoder_heads": 3}, "mae.decoder_dim=16: must be divisible by mae.decoder_heads=3 and by 4"),
+        ({"decoder_dim": 18}, "mae.decoder_dim=18: must be divisible by mae.decoder_heads=2 and by 4"),
+        ({"decoder_heads": 0}, "mae.decoder_heads=0: must be greater than 0"),
+        ({"decoder_depth": -1}, "mae.decoder_depth=-1: must be 0 or more"),
+        ({"predict": 1.5}, "mae.predict=1.5: must lie between 0 and 1"),
+    ],
+)
+def test_impossible_decoders_are_refused(shape: dict[str, Any], message: str, decoder: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        tiny(decoder=decoder, **shape)
 
 
 def test_hidden_pixels_change_no_prediction() -> None:
@@ -207,12 +224,57 @@ def test_the_end_of_a_block_is_the_end_of_the_whole_block(kind: str) -> None:
         assert (a - b).abs().max() < 1e-10
 
 
-def test_gradient_reaches_every_trainable_parameter() -> None:
-    objective = tiny()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"predict": 0.25},
+        {"decoder": "cross"},
+        {"decoder": "cross", "predict": 0.5},
+        {"hidden": "token"},
+        {"hidden": "token", "decoder_depth": 0},
+        {"hidden": "token", "decoder": "cross", "predict": 0.5},
+    ],
+    ids=str,
+)
+def test_gradient_reaches_every_trainable_parameter(settings: dict[str, Any]) -> None:
+    """Else ranks would wait for each other (DDP) for what never comes."""
+    objective = tiny(**settings)
     objective(batch_of(3)).loss.sum().backward()
     still = {name for name, p in objective.named_parameters() if p.grad is None or not p.grad.any()}
     assert still == {"backbone.pos_embed", "decoder_pos_embed"}
     assert not any(objective.get_parameter(name).requires_grad for name in still)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("masking", ["random", "block", "grid"])
+@pytest.mark.parametrize("settings", [{}, {"decoder": "cross", "predict": 0.5}, {"hidden": "token"}], ids=str)
+@pytest.mark.parametrize("kind", ["vit", "mixer"])
+def test_images_may_be_rectangular_and_of_any_number_of_channels(
+    kind: str, settings: dict[str, Any], masking: Any, channels: int
+) -> None:
+    """Losses, gradients and pictures of 2 x 6 patches; the true target gives the true image back."""
+    size: dict[str, Any] = {"patch": 4, "image_size": (8, 24), "channels": channels, "dim": 24, "depth": 2}
+    backbone = ViT(num_heads=3, **size) if kind == "vit" else Mixer(token_hidden=8, channel_hidden=48, **size)
+    initialise(backbone, 0)
+    shape: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    objective = MAE(backbone, Mae(masking=masking, **(shape | settings)), seed=4)
+    images = torch.randn(3, channels, 8, 24, generator=torch.Generator().manual_seed(1))
+    batch = batch_of(3)._replace(images=images)
+    output, wanted = objective(batch), objective.predicted(objective.mask(batch))
+    assert output.loss.isfinite().all()
+    assert output.prediction.shape == (3, wanted.shape[1], 16 * channels)
+    output.loss.sum().backward()
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    target = normalise_patches(take(patchify(images, 4), wanted))
+    original, hidden, filled = objective.pictures(batch, target)
+    assert original.shape == hidden.shape == filled.shape == images.shape
+    shown = take(patchify(filled, 4), wanted)
+    assert (shown - take(patchify(images, 4), wanted)).abs().max() < 1e-5
+    assert not take(patchify(hidden, 4), objective.mask(batch).masked).any()
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
+from mae_dist import rng
 from mae_dist.batch import Batch
 from mae_dist.data.order import num_micro, share
 from mae_dist.objectives import mixing
@@ -24,36 +26,42 @@ def batch_of(num: int, first: int = 0, epoch: int = 0) -> Batch:
 
 
 def targets_of(batch: Batch, smoothing: float = 0.1) -> torch.Tensor:
-    return mixing.smoothed(batch.labels, 5, smoothing)
+    return mixing.smoothed(batch.labels, 5, smoothing, batch.images.dtype)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """timm's targets have torch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("settings", [Mix(mixup=0.8), Mix(cutmix=1.0), Mix(mixup=0.8, cutmix=1.0, prob=0.7)])
-def test_images_and_targets_are_timms_for_the_same_lambda_and_box(settings: Mix) -> None:
-    """timm mixes a batch of two with its flip, which is its partner."""
+def test_images_and_targets_are_timms_for_the_same_draws(settings: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm mixes a batch of two with its flip, which is its partner; lambda and the box's centre are given to it."""
     batch = batch_of(40)
     images, targets = mixing.mix(batch, targets_of(batch), settings, seed=3)
-    kinds = set()
-    for i in range(0, 40, 2):
-        own = batch.images[i : i + 2]
-        solved = (images[i] - own[1]) / (own[0] - own[1])  # each pixel's own weight
-        if ((solved.abs() < 1e-3) | ((solved - 1).abs() < 1e-3)).all():
-            inside = solved.abs().amax(0) < 1e-3
-            rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
-            lam = 1 - inside.double().mean().item()
-            expected = own.clone()
-            if len(rows):
-                y, x = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-                expected[:, :, y, x] = own.flip(0)[:, :, y, x]
-            kinds.add("cut" if len(rows) else "none")
-        else:
-            lam = solved.double().median().item()
-            expected = own * lam + own.flip(0) * (1 - lam)
-            kinds.add("mix")
-        assert torch.allclose(images[i : i + 2], expected, atol=1e-4)
-        assert torch.allclose(
-            targets[i : i + 2], mixup_target(batch.labels[i : i + 2], 5, lam, 0.1), atol=2e-3 if kinds else 0
-        )
-    assert kinds >= ({"mix"} if settings.mixup else set()) | ({"cut"} if settings.cutmix else set())
+    words = rng.bits(3, rng.Purpose.MIX, batch.epochs[::2], batch.ids[::2], 4 + 2 * mixing.ATTEMPTS)
+    draws, kinds = words.double() / 2.0**32, set()
+    both = settings.mixup > 0 and settings.cutmix > 0
+    for pair, (kind, mixed, y, x) in enumerate(draws[:, :4].tolist()):
+        cut = kind < settings.switch if both else settings.cutmix > 0
+        alpha = torch.tensor([settings.cutmix if cut else settings.mixup])
+        lam = mixing.beta(draws[pair : pair + 1, 4:], alpha).item() if mixed < settings.prob else 1.0
+        kinds.add("none" if lam == 1 else "cut" if cut else "mix")
+        theirs = Mixup(label_smoothing=0.1, num_classes=5)
+        monkeypatch.setattr(theirs, "_params_per_batch", lambda lam=lam, cut=cut: (lam, cut))
+        centre = iter([math.floor(y * 12), math.floor(x * 16)])
+        monkeypatch.setattr(np.random, "randint", lambda *_, size=None, centre=centre: np.int64(next(centre)))  # noqa: ARG005
+        own = slice(2 * pair, 2 * pair + 2)
+        expected = theirs(batch.images[own].clone(), batch.labels[own])
+        assert (images[own] - expected[0]).abs().max() < 1e-12
+        assert (targets[own] - expected[1]).abs().max() < 1e-12
+    possible = {"mix": settings.mixup > 0, "cut": settings.cutmix > 0, "none": settings.prob < 1}
+    assert kinds == {kind for kind, wanted in possible.items() if wanted}
 
 
 def test_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,34 @@ def test_unknown_names_get_a_hint(name: str, message: str) -> None:
 def test_image_sizes_that_do_not_fit(size: int, hint: str) -> None:
     with pytest.raises(ValueError, match=f"image_size={size}: not divisible by the patch size 4; {hint}"):
         models.build("vit_demo4", image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"pool": "max"}, "model.pool=max: must be cls or avg"),
+        ({"position": "abc"}, "model.position=abc: must be sincos or learned"),
+        ({"image_size": "32"}, "model.image_size='32': must be pixels a side, or (height, width)"),
+        ({"image_size": (32, 0)}, "model.image_size=(32, 0): must be pixels a side, or (height, width)"),
+        ({"image_size": (32,)}, "model.image_size=(32,): must be pixels a side, or (height, width)"),
+        ({"dim": None}, "model.dim=None: must be a whole number, 1 or more"),
+        ({"depth": 0}, "model.depth=0: must be a whole number, 1 or more"),
+        ({"channels": 1.5}, "model.channels=1.5: must be a whole number, 1 or more"),
+        ({"dim": 130}, "model.dim=130: must be divisible by num_heads=4 and by 4"),
+        ({"num_heads": 5}, "model.dim=128: must be divisible by num_heads=5 and by 4"),
+        ({"num_heads": 2, "dim": 66}, "model.dim=66: must be divisible by num_heads=2 and by 4"),
+        ({"pol": "avg"}, "model.pol=avg: vit_demo4 has none; leave it out"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_sentence(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        models.build("vit_demo4", **override)
+
+
+@pytest.mark.parametrize("override", [{"dim": None}, {"token_hidden": 0}, {"num_heads": 4}, {"pool": "max"}])
+def test_impossible_mixers_are_refused_in_one_sentence(override: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^model.{next(iter(override))}="):
+        models.build("mixer_demo4", **override)
 
 
 def test_patches_are_in_maes_order() -> None:

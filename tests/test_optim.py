@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from timm.optim.lars import Lars
 from torch import nn
 
 from mae_dist import models, optim
@@ -151,6 +152,27 @@ def test_lars_by_hand() -> None:
     # g + wd * w = (0, 2), |w| = |(2.99, 4)|: the scaled update is (0, 0.001 * |w|); momentum adds 0.9 of the first
     assert matrix[0].tolist() == pytest.approx([2.99 - 2 * 0.9 * 0.005, 4 - 2 * 0.001 * math.hypot(2.99, 4)])
     assert vector.tolist() == pytest.approx([0 - 2 * (0.9 * 0.5 + 1.0)])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_is_timms_but_for_weight_decay(decay: float) -> None:
+    """timm scales what it is told to, and by |gradient| + decay |w| + 1e-8, which is |update| only without decay."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Linear(3, 4).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    first = optim.LARS([{"params": list(ours.parameters()), "weight_decay": decay}], lr=0.5)
+    matrix = {"params": [theirs.weight], "weight_decay": decay, "always_adapt": True}
+    second = Lars([matrix, {"params": [theirs.bias]}], lr=0.5, momentum=0.9)  # pyright: ignore  (timm says int)
+    for _ in range(10):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, dtype=torch.float64, generator=generator)
+            other.grad = mine.grad.clone()
+        first.step()
+        second.step()
+    assert torch.equal(ours.bias, theirs.bias)
+    gap = (ours.weight - theirs.weight).abs().max()
+    assert gap < 1e-9 if decay == 0 else gap > 1e-5
 
 
 def test_lars_scales_its_momentum_by_the_rate_of_the_step() -> None:

@@ -230,7 +230,8 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(data: Path
 def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = [f"data.path={data}", *SETTINGS]
     training = ["train.steps=4", "train.precision=bf16"]
-    for verb, settings in {"knn": [], "probe": training, "finetune": [*training, "model.drop_path=0.1"]}.items():
+    alone = ["machine.parallel=hsdp", "machine.shards=1"]
+    for verb, settings in {"knn": alone, "probe": training, "finetune": [*training, "model.drop_path=0.1"]}.items():
         for source in (str(pretrained), "random"):
             out = tmp_path / f"{verb}-{Path(source).name}"
             assert main([verb, *shared, *settings, "model.pool=avg", f"from={source}", f"out={out}"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from mae_dist.models.backbone import Backbone
@@ -28,10 +29,15 @@ def build(name: str, *, seed: int = 0, **overrides: Any) -> Backbone:
     or an argument that the model does not have.
     """
     size_of(name)
-    try:
-        backbone = BACKBONES[name](**overrides)
-    except TypeError as error:
-        unknown = str(error).split("'")[1]  # of "... got an unexpected keyword argument 'position'"
-        raise ValueError(f"model.{unknown}={overrides[unknown]}: {name} has none; leave it out") from error
+    known = signature(BACKBONES[name]).parameters
+    for key, value in overrides.items():
+        if key not in known:
+            raise ValueError(f"model.{key}={value}: {name} has none; leave it out")
+        pair = key == "image_size" and isinstance(value, tuple) and len(value) == 2
+        numbers = value if pair else (value,)
+        if key in (*SIZES[name], "image_size", "channels") and not all(isinstance(n, int) and n > 0 for n in numbers):
+            what = "pixels a side, or (height, width)" if key == "image_size" else "a whole number, 1 or more"
+            raise ValueError(f"model.{key}={value!r}: must be {what}")
+    backbone = BACKBONES[name](**overrides)
     initialise(backbone, seed)
     return backbone

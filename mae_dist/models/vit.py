@@ -5,6 +5,8 @@ Names and shapes in the state dict are those of timm's VisionTransformer without
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -36,7 +38,8 @@ class ViT(Backbone):
 
     With ``pool="cls"`` the final norm is `norm` and the feature is the class token; ``pool="avg"``: patch tokens are
     averaged and then normed by `fc_norm` (MAE's fine-tuning, section A.1). ``position="sincos"`` keeps positions fixed,
-    ``"learned"`` trains them from there.
+    ``"learned"`` trains them from there. Raises ValueError for other words, and for a `dim` that heads and positions do
+    not divide.
     """
 
     num_prefix = 1
@@ -45,6 +48,12 @@ class ViT(Backbone):
         self, *, patch: int, dim: int, depth: int, num_heads: int, image_size: int | tuple[int, int], channels: int = 3,
         pool: str = "cls", position: str = "sincos", qkv_bias: bool = True,
     ):  # fmt: skip
+        if pool not in ("cls", "avg"):
+            raise ValueError(f"model.pool={pool}: must be cls or avg")
+        if position not in ("sincos", "learned"):
+            raise ValueError(f"model.position={position}: must be sincos or learned")
+        if dim % math.lcm(num_heads, 4):
+            raise ValueError(f"model.dim={dim}: must be divisible by num_heads={num_heads} and by 4")
         super().__init__(patch, dim, depth, image_size, channels, pool)
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mae_dist.batch import Batch
+from mae_dist.config import check_mae
 from mae_dist.models.backbone import Backbone, patchify, take, unpatchify
 from mae_dist.models.layers import EPS, CrossBlock, sincos_positions, single
 from mae_dist.objectives import Objective, Output, masks
@@ -30,10 +31,11 @@ def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]
 class MAE(Objective):
     """Backbone, light decoder, pixel loss; ``seed`` decides initialisation and masks.
 
-    Raises ValueError for settings that go with no such backbone.
+    Raises ValueError for settings that are impossible or go with no such backbone.
     """
 
     def __init__(self, backbone: Backbone, settings: Mae, seed: int):
+        check_mae(settings)
         super().__init__(backbone, seed)
         self.settings, dim = settings, settings.decoder_dim
         self.num_visible = masks.num_visible(settings.masking, backbone.grid, settings.mask_ratio)

@@ -4,6 +4,11 @@ Partners are neighbours 2i and 2i + 1 of the run's order, so a pair never crosse
 are even, see `data.order.share`), and what is drawn for it depends on (seed, epoch, id) of its first sample alone.
 timm's Mixup has the same arithmetic, and a test holds this to it, but draws from NumPy's global generator and mixes
 sample i with sample n - 1 - i of whatever batch a rank has.
+
+The official fine-tuning runs mix otherwise (timm's mode="batch"): lambda, the choice of mixup or CutMix, and the box
+are drawn once for all images of a GPU's batch; here they are drawn for each pair (timm's mode="pair"). Each image is
+mixed as often and as strongly, but those of a step are no longer all mixed alike. What the images of a GPU's batch have
+in common depends on ranks and micro-batches; what a pair has in common does not.
 """
 
 from __future__ import annotations

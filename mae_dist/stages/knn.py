@@ -13,7 +13,7 @@ from mae_dist.stages.opening import num_classes, open_run
 
 def run(config: KnnRun) -> None:
     """Compute features of both splits, let the training ones vote, write result.json."""
-    machine = dataclasses.replace(config.machine, parallel="ddp")  # nothing is trained, so nothing need be shared
+    machine = dataclasses.replace(config.machine, parallel="ddp", shards=None)  # nothing to share
     opened = open_run("knn", dataclasses.replace(config, machine=machine), True, lambda opening: opening.backbone)
     if opened is None:
         return
