@@ -394,7 +394,8 @@ def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
     run = opened(tmp_path)
     run.note_start(0, torch.device("cpu"))
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "lr": 0.1}}\n' for step in range(1, 44)))
-    os.utime(tmp_path / "metrics.jsonl", (time.time() - 90,) * 2)
+    before = time.time() - 90
+    os.utime(tmp_path / "metrics.jsonl", (before, before))
     run.note_start(40, torch.device("cpu"))
     notes = [json.loads(line) for line in (tmp_path / "provenance.jsonl").read_text().splitlines()]
     assert [note["step"] for note in notes] == [0, 40]

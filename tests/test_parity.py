@@ -278,6 +278,7 @@ def test_twenty_steps_of_the_probe_are_the_papers() -> None:
         assert gap(loss, expected) < TOLERANCE
     ours.eval()
     theirs.eval()
+    batch = batch_of(images, 32, epoch=steps)
     with torch.no_grad():
         assert gap(ours(batch).prediction, theirs(frozen(batch.images))) < TOLERANCE
 
