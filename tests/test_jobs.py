@@ -177,6 +177,31 @@ def test_the_reason_of_a_stop_and_of_a_requeue_is_told(tmp_path: Path) -> None:
         assert str(standing(tmp_path, states)) == "requeued (1): time limit"
 
 
+def test_what_slurm_did_not_start_again_has_stopped(tmp_path: Path) -> None:
+    submitted(tmp_path)
+    for event, facts in (("start", {}), ("told", {"by": "SIGTERM"}), ("end", {"status": 75})):
+        note(tmp_path, 0, event, **facts)
+    note(tmp_path, 0, "requeue", why="stopped and saved; by SLURM")
+    assert str(standing(tmp_path, {JOB: "PENDING"})) == "requeued (1): stopped and saved; by SLURM"
+    assert str(standing(tmp_path, {JOB: "COMPLETING"})) == "requeued (1): stopped and saved; by SLURM"
+    assert str(standing(tmp_path, {})) == "stopped: SIGTERM"
+
+
+def test_lines_that_were_cut_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted(tmp_path)
+    note(tmp_path, 0, "start", host="node1")
+    for file, torn in ((f"{JOB}_0.jsonl", b'{"event": "to\xc3'), (jobs.SUBMITTED, b'{"job": "8", "lo')):
+        with (tmp_path / jobs.FOLDER / file).open("ab") as stream:  # a full disk, or kill -9
+            stream.write(torn)
+    note(tmp_path, 0, "end", status=2)
+    submitted(tmp_path, "8")
+    with (tmp_path / jobs.FOLDER / jobs.SUBMITTED).open("ab") as stream:  # of the time before lines began anew
+        stream.write(b'{"job": "9", "lo{"job": "10"}\n')
+    assert [event["event"] for event in jobs.events(tmp_path / jobs.FOLDER, JOB)[0]] == ["start", "end"]
+    assert [submission.job for submission in jobs.submissions(tmp_path)] == [JOB, "8"]
+    assert table(capsys, tmp_path)[str(tmp_path)]
+
+
 def test_without_slurm_a_run_is_running_while_its_files_change(tmp_path: Path) -> None:
     run = begun(tmp_path, steps=3)
     assert str(standing(tmp_path, {})) == "running"
@@ -221,6 +246,17 @@ def test_the_table(tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str
     assert rows["waiting"] == ["unknown:", "SLURM", "does", "not", "know", "the", "job", "8"]
     assert rows["hurt"][0] == "damaged"
     assert "job" not in table(capsys, runs / "here")["run"]  # nor any other column that would be empty
+
+
+def test_slurm_is_not_asked_of_finished_runs(tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm(squeue=f"echo \"$@\" >> {tmp_path / 'asked'}; echo '8|RUNNING'")
+    begun(tmp_path / "runs" / "done", steps=1).finish({"loss": 1.0})
+    submitted(tmp_path / "runs" / "done")
+    assert table(capsys, tmp_path / "runs")["done"][:2] == ["pretrain", "finished"]
+    assert not (tmp_path / "asked").exists()
+    submitted(tmp_path / "runs" / "working", "8")
+    assert table(capsys, tmp_path / "runs")["working"][0] == "running"
+    assert (tmp_path / "asked").read_text().split()[-1] == "8"
 
 
 def test_a_hundred_runs_take_less_than_a_second(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", 
 AT_WORK = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 TELLING = ("TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "LAUNCH_FAILED", "REVOKED")
 """States of SLURM that say more about an end than the exit statuses of the tasks that it killed."""
+BY_SLURM = "; by SLURM"
+"""How a note of a requeue ends that SLURM was doing by itself; if it then knows the job no more, it has not done it."""
 INSIDE = {"checkpoints", "pictures", "features", "forensics", "replay", "wandb"}
 """Folders of a run in which there are no other runs."""
 QUIET = 300.0
@@ -89,7 +91,7 @@ def _judge(run: Path, notes: dict[int, list[Event]], word: str, quiet: float) ->
         return ("requeued", asked or "", 1) if everything else ("queued", "", 0)
     if word in AT_WORK or (word == "COMPLETING" and len(ends) < max(1, len(notes))):
         return "running", "", 0
-    if word in ("COMPLETING", "") and asked is not None:
+    if asked is not None and (word == "COMPLETING" or (word == "" and not asked.endswith(BY_SLURM))):
         return "requeued", asked, 1
     failures = [end for end in ends.values() if end["status"] not in (0, *STOPPED)]
     if mistakes := [end for end in failures if end["status"] == 2]:
