@@ -322,12 +322,12 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"no runs in {tmp_path}" in capsys.readouterr().out
     file = tmp_path / "sweep.md"
     assert "no runs in" in refused(capsys, "runs", tmp_path, "--results", file)
+    assert "holds no run" in refused(capsys, "logs", tmp_path)
     begun(tmp_path / "a")
     assert "none of the 1 runs is finished" in refused(capsys, "runs", tmp_path, "--results", file)
     assert not file.exists()
     assert "not allowed with" in refused(capsys, "runs", tmp_path, "--results", file, "--watch")
     assert "no such folder" in refused(capsys, "logs", tmp_path / "nowhere")
-    assert "holds no run" in refused(capsys, "logs", tmp_path)
     said = refused(capsys, "logs", tmp_path / "a")
     assert "was not launched through launch/submit.py" in said
     assert "metrics.jsonl" in said
@@ -401,6 +401,24 @@ def test_what_slurm_says_where_no_end_was_noted(tmp_path: Path, slurm: Any, caps
     lines = logged(capsys, tmp_path, "--all")
     assert lines.index("  step 0") < lines.index("  step 1")
     assert len([line for line in lines if "SLURM says" in line]) == 1  # of the newest start only
+
+
+def test_of_many_runs_the_first_that_failed_is_shown(
+    tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm(squeue=f"echo '{JOB}|FAILED'")
+    begun(tmp_path / "sweep" / "a", steps=1).finish({"loss": 1.0})
+    for name in ("b", "c"):
+        submitted(tmp_path / "sweep" / name, "6")
+    lines = logged(capsys, tmp_path / "sweep")  # nothing has failed
+    assert [line.split()[0] for line in lines if line.strip()][2:] == ["a", "b", "c"]
+    submitted(tmp_path / "sweep" / "c")
+    note(tmp_path / "sweep" / "c", 0, "start", host="node1")
+    log(tmp_path / "sweep" / "c", 0, "mae-dist: rank 0: no room")
+    note(tmp_path / "sweep" / "c", 0, "end", status=2)
+    lines = logged(capsys, tmp_path / "sweep")
+    assert lines[0] == f"{tmp_path / 'sweep' / 'c'}: failed: exit status 2"
+    assert "mae-dist: rank 0: no room" in lines
 
 
 def test_a_job_that_failed_before_its_tasks_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
