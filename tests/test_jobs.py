@@ -179,8 +179,9 @@ def test_the_reason_of_a_stop_and_of_a_requeue_is_told(tmp_path: Path) -> None:
 
 def test_what_slurm_did_not_start_again_has_stopped(tmp_path: Path) -> None:
     submitted(tmp_path)
-    for event, facts in (("start", {}), ("told", {"by": "SIGTERM"}), ("end", {"status": 75})):
-        note(tmp_path, 0, event, **facts)
+    note(tmp_path, 0, "start", host="node1")
+    note(tmp_path, 0, "told", by="SIGTERM")
+    note(tmp_path, 0, "end", status=75)
     note(tmp_path, 0, "requeue", why="stopped and saved; by SLURM")
     assert str(standing(tmp_path, {JOB: "PENDING"})) == "requeued (1): stopped and saved; by SLURM"
     assert str(standing(tmp_path, {JOB: "COMPLETING"})) == "requeued (1): stopped and saved; by SLURM"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch import cluster, pipeline, preflight, sweep
+from launch import cluster, local, pipeline, preflight, snapshot, sweep
 from launch import submit as submission
 from launch.cluster import Cluster
-from mae_dist import config, models, sizes
+from mae_dist import config, folder, jobs, models, sizes
 from mae_dist.data.pack import from_synthetic, pack
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +87,7 @@ def test_shapes_that_the_cluster_has_not(shape: dict, said: str, monkeypatch: py
         ("gpus_per_node: many", "gpus_per_node"),
         ("memory: -1", "memory=-1: must be 0 or more"),
         ("[a, b]", "expected sections with keys"),
+        ("sbatch: {exclude: [node1, node2]}", "sbatch.exclude=.*: must be one value, or true"),
     ],
 )
 def test_cluster_files_that_cannot_be(line: str, said: str, tmp_path: Path) -> None:
@@ -103,6 +109,16 @@ def test_times(text: str, seconds: int) -> None:
     assert cluster.seconds_of(text) == seconds
 
 
+def test_every_number_of_nodes_of_a_range_is_checked(data: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.path={data}", f"out={tmp_path / 'run'}", "machine.parallel=hsdp", "machine.shards=4"]
+    chosen = config.load("pretrain", None, words)
+    preflight.check_shape(chosen, Cluster(nodes="4"))
+    with pytest.raises(ValueError, match="machine.shards=4: 6 processes do not divide"):
+        preflight.check_shape(chosen, Cluster(nodes="2-4", gpus_per_node=2))
+    with pytest.raises(ValueError, match="machine.shards=4: 5 processes do not divide"):
+        preflight.check_shape(chosen, Cluster(nodes="4-8"))
+
+
 # sizes
 
 
@@ -120,6 +136,42 @@ def test_a_full_disk_is_known_before(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     with pytest.raises(ValueError, match=r"1\.0 GB of disk are free, but 3 checkpoints of 0\.34 GB need"):
         preflight.check_disk(chosen)
+
+
+def strangers(path: str | Path, mode: int) -> bool:
+    """os.access for somebody to whom nothing belongs; these tests may be root's, who may do anything."""
+    return Path(path).stat().st_mode & mode == mode
+
+
+def test_tars_that_may_not_be_read_are_known_before(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "access", strangers)
+    index = preflight.open_split(str(data), "train")
+    for tar in index.tars:
+        tar.chmod(0o644)
+    preflight.check_readable(index)
+    index.tars[1].chmod(0o640)
+    with pytest.raises(ValueError, match=f"{index.tars[1]}: you may not read it; ask its owner"):
+        preflight.check_readable(index)
+
+
+def test_folders_that_may_not_be_written_are_known_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"out=/proc/nobody/run: nothing can be written in /proc; choose"):
+        preflight.check_writable(Path("/proc/nobody/run"))
+    (tmp_path / "file").touch(0o777)
+    with pytest.raises(ValueError, match="nothing can be written in .*file; choose"):
+        preflight.check_writable(tmp_path / "file" / "run")
+    others = tmp_path / "others"
+    others.mkdir()
+    others.chmod(0o755)
+    monkeypatch.setattr(preflight.os, "access", strangers)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={others / 'a' / 'run'}", "--dry-run"]
+    assert submission.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"submit: out={others / 'a' / 'run'}: nothing can be written in {others}; choose")
+    others.chmod(0o777)
+    preflight.check_writable(others / "a" / "run")
 
 
 # sweeps
@@ -147,6 +199,8 @@ def test_combinations() -> None:
         (["seed=1,2", "train.seed=3"], "train.seed: given more than once"),
         (["every=1,2"], "which one: checkpoint.every, track.every"),
         (["sede=1,2"], "sede: is no section.key"),
+        (["data.path=a/b,a-b"], "data.path=a/b and data.path=a-b would share the folder path-a-b"),
+        (["data.split=a,a_seed-1", "seed=1,1_seed-1"], "would share the folder split-a_seed-1_seed-1"),
     ],
 )
 def test_sweeps_that_cannot_be(words: list[str], said: str) -> None:
@@ -199,9 +253,51 @@ def test_fingerprints_follow_from_settings_and_foundations(tmp_path: Path) -> No
     }
 
 
+def test_where_it_is_typed_changes_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, receipts = tmp_path / "pipeline.yaml", []
+    file.write_text("out: runs/out\nstages:\n" + SMALL_PIPELINE)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        _, found = pipeline.load(str(file), [])
+        receipts.append([run.receipt[1] for stage in found for run in stage.runs if run.receipt])
+        words = found[0].runs[0].words
+        assert words[words.index("--out") + 1] == str(tmp_path / name / "runs" / "out" / "data")  # for any other folder
+    assert receipts[0] == receipts[1]
+    typed = ["data", "pack", "synthetic", "--out", "runs/out/data", "--train", "32", "--test", "16"]
+    expected = hashlib.sha256(json.dumps([typed, []], sort_keys=True).encode()).hexdigest()[:16]
+    assert receipts[0][0] == f"{expected}\n"  # as it has always been, so that what is done stays done
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("out: 5\nstages: {a: {run: report x}}", "out: 5: must be the path of a folder"),
+        ("out: [1]\nstages: {a: {run: report x}}", r"out: \[1\]: must be the path of a folder"),
+        ("out: x\nstages: {}", "must have `out: FOLDER` and `stages:`"),
+        ("out: x", "must have `out: FOLDER` and `stages:`"),
+        ("5", "must have `out: FOLDER` and `stages:`"),
+    ],
+)
+def test_files_that_are_no_pipelines(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"pipeline {file}: {said}"):
+        pipeline.load(str(file), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("  a: {run: report x, at_once: many}", "stage a: at_once: many: must be a number, 1 or more"),
+        ("  a: {run: report x, at_once: 0}", "stage a: at_once: 0: must be a number, 1 or more"),
+        ("  a: {run: 5}", "stage a: run: 5: must be words in one line"),
+        ("  a: {run: }", "stage a: run: None: must be words in one line"),
+        ("  a: {run: knn, sweep: [seed=1]}", "stage a: sweep: ['seed=1']: must be words in one line"),
+        ('  a: {run: "report \'x"}', "stage a: run: report 'x: No closing quotation; every quotation mark needs"),
+        ("  1: {runs: knn}", "stage 1: has no `run:`"),
+        ("  a/b: {run: report x}", "stage a/b: is no name for a stage"),
+        ("  code: {run: report x}", "stage code: is no name for a stage"),
         ("  a: {run: 'knn from={b}'}", "stage a: run: {b}: no stage above has this name; there are a, out"),
         ("  a: {runs: knn}", "stage a: has no `run:`"),
         ("  a: {run: knnn}", "stage a: run: knnn: no such verb; did you mean knn"),
@@ -212,7 +308,7 @@ def test_fingerprints_follow_from_settings_and_foundations(tmp_path: Path) -> No
     ],
 )
 def test_pipelines_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said.replace("{", r"\{").replace("...", r"\.\.\.")):
+    with pytest.raises(ValueError, match=re.escape(said)):
         stages(tmp_path, text)
 
 
@@ -223,18 +319,45 @@ def test_the_pipelines_that_come_with_it_can_be_read() -> None:
 
 @pytest.mark.slow
 def test_a_pipeline_walked_on_this_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "pipeline.yaml"
-    file.write_text(f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE)
+    file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
+    packing, _ = SMALL_PIPELINE.split("\n", 1)
+    file.write_text(f"out: {out}\nstages:\n{packing}")
     assert submission.main(["pipeline", str(file), "--local"]) == 0
-    assert "<html" in (tmp_path / "out" / "report.html").read_text()
-    assert "finished" in (tmp_path / "out" / "pipeline" / "pretrain" / "local.log").read_text()
+    (tar,) = (out / "data").glob("train-*.tar")
+    sound = tar.read_bytes()
+    tar.write_bytes(bytes(len(sound)))  # after it was packed, and before it is read
+    file.write_text(f"out: {out}\nstages:\n" + SMALL_PIPELINE)
+    capfd.readouterr()
+    assert submission.main(["pipeline", str(file), "--local"]) == 2
+    said = capfd.readouterr()
+    assert said.out.count("done already") == 1
+    line, where = said.err.splitlines()
+    assert line.startswith(
+        "submit: stage pretrain failed with status 2: train_000000.png in train-000000.tar: no sample"
+    )
+    assert where == f"all that it said is in {out / 'pipeline' / 'pretrain' / 'local.log'}"
+    tar.write_bytes(sound)
+    assert submission.main(["pipeline", str(file), "--local"]) == 0
+    assert "<html" in (out / "report.html").read_text()
+    assert "finished" in (out / "pipeline" / "pretrain" / "local.log").read_text()
     capfd.readouterr()
     assert submission.main(["pipeline", str(file), "--local"]) == 0
     assert capfd.readouterr().out.count("done already") == 5
-    file.write_text(
-        file.read_text().replace("train.seed=0,1", "train.seed=0,2").replace("model.pool=avg", "model.pool=mean")
+
+
+def test_a_failed_stage_names_the_line_that_mae_dist_logs_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [
+        "[rank1]: Traceback (most recent call last):", '[rank1]:   File "train.py", line 1, in fit',
+        "[rank1]: OSError: Input/output error", "mae-dist: rank 1 did not answer at step 4: hung or gone", "srun: done",
+    ]  # fmt: skip
+    monkeypatch.setattr(local, "step", lambda _: (1, said))
+    assert local.walk(list(stages(tmp_path, SMALL_PIPELINE).values())) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[0]
+        == "submit: stage data failed with status 1: OSError: Input/output error"
     )
-    assert submission.main(["pipeline", str(file), "--local"]) == 2
 
 
 # the command
@@ -300,3 +423,213 @@ def test_a_finished_run_and_a_strangers_folder_are_refused(data: Path, tmp_path:
     (run / "result.json").write_text(json.dumps({"loss": 1}))
     with pytest.raises(ValueError, match="this run is finished"):
         preflight.check("pretrain", chosen, Cluster())
+
+
+# queueing, without a SLURM behind the commands
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with SLURM's commands, which any test may replace: sbatch takes every job, gives numbers from 1 on and
+    keeps what it was given as N.sbatch, with its environment as N.env; squeue knows no job. scancel notes its words.
+    """
+    commands = tmp_path / "slurm"
+    commands.mkdir()
+    command(commands, "sinfo", "echo 'main*|infinite|gpu:2|8|16000|4'")
+    command(commands, "srun", "exit 1")
+    command(commands, "sacct", "exit 1")
+    command(commands, "squeue", "exit 0")
+    command(commands, "scancel", f'echo "$@" > {commands}/cancelled')
+    command(
+        commands,
+        "sbatch",
+        f"""[ "$1" != --test-only ] || exit 0
+        n=$(($(ls {commands}/*.sbatch 2>/dev/null | wc -l) + 1))
+        cp "$1" {commands}/$n.sbatch; env > {commands}/$n.env; echo "Submitted batch job $n\"""",
+    )
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    return commands
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def finish(run: Path, words: list[str]) -> None:
+    """Make the folder that of a finished run with these settings."""
+    run.mkdir(exist_ok=True)
+    chosen = config.load("pretrain", None, [*words, f"out={run}"])
+    fingerprint = preflight.open_split(chosen.data.path, "train").fingerprint
+    (run / "config.yaml").write_text(f"verb: pretrain\ndata_fingerprint: {fingerprint}\n{config.dump(chosen)}")
+    (run / "result.json").write_text('{"loss": 1.0}')
+
+
+def frozen(base: Path, name: str) -> config.RunConfig:
+    """The settings that the newest submission has written for the run `name`."""
+    code = max((base / "code").iterdir())
+    return config.load("pretrain", str(code / "settings" / f"{name}.yaml"), [])
+
+
+def test_of_a_sweep_only_what_is_not_done_is_queued(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a sweep"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={out}", "--sweep", "seed=0,1,2"]
+    assert submission.main(words) == 0
+    said = capsys.readouterr().out
+    assert "--array=0-2%3" in (slurm / "1.sbatch").read_text()
+    assert said.splitlines()[-1] == f"next: mae-dist runs '{out}' --watch | mae-dist logs '{out}' | scancel 1 2"
+    for seed in (0, 2):
+        finish(out / f"seed-{seed}", [*SMALL, f"data.path={data}", f"train.seed={seed}"])
+    assert submission.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("done already") == 2
+    assert "seed-0: done already, passed over" in said
+    assert "--array" not in (slurm / "3.sbatch").read_text()
+    assert [s.job for s in jobs.submissions(out / "seed-1")] == ["1_1", "3"]
+    assert [s.job for s in jobs.submissions(out / "seed-0")] == ["1_0"]
+    assert [s.job for s in jobs.submissions(out / "pipeline" / "results")] == ["2", "4"]
+    # another sweep into the same folder is refused, not passed over
+    assert submission.main([*words, "optim.base_lr=1"]) == 2
+    assert "optim.base_lr: 0.00015 -> 1.0" in capsys.readouterr().err
+    finish(out / "seed-1", [*SMALL, f"data.path={data}", "train.seed=1"])
+    (out / "results.md").touch()
+    before = sorted(out.rglob("*"))
+    assert submission.main(words) == 0
+    assert capsys.readouterr().out == f"pretrain: done already, passed over\nnext: mae-dist runs '{out}'\n"
+    assert sorted(out.rglob("*")) == before
+    assert not (slurm / "5.sbatch").exists()
+
+
+def test_settings_are_frozen_with_paths_that_hold_anywhere(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "data.path=set", "data.test_path=set", "out=run"]
+    assert submission.main(["pretrain", "--cluster", TEST, *words]) == 0
+    settings = frozen(tmp_path / "run", "pretrain")
+    assert (settings.out, settings.data.path, settings.data.test_path) == (str(tmp_path / "run"), *(str(data),) * 2)
+    # and the same command, as well as the same by hand, takes them for the same
+    (tmp_path / "run" / "config.yaml").write_text(
+        f"verb: pretrain\ndata_fingerprint: {preflight.open_split('set', 'train').fingerprint}\n{config.dump(settings)}"
+    )
+    assert submission.main(["pretrain", "--cluster", TEST, *words]) == 0
+    assert (slurm / "2.sbatch").exists()
+
+
+def test_the_start_of_a_run_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "data.path=set", "out=run"]
+    chosen = config.load("probe", None, [*words, "from=start"])
+    frozen = folder.absolute(chosen)
+    assert frozen.start == str(tmp_path / "start")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"verb: probe\ndata_fingerprint: x\n{config.dump(frozen)}")
+    folder.refuse_others(tmp_path / "run", "probe", chosen, "x")
+    with pytest.raises(ValueError, match="from: .*/start -> .*/other"):
+        folder.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "from=other"]), "x")
+    assert folder.absolute(config.load("probe", None, [*words, "from=random"])).start == "random"
+
+
+def test_what_no_ranks_share_gets_the_share_of_one(tmp_path: Path, slurm: Path) -> None:
+    where = tmp_path / "cluster.yaml"
+    where.write_text(
+        "{gpus_per_node: 2, cpus_per_task: 3, memory: 12, nodes: 2, exclusive: true, time: '1:00:00',"
+        " sbatch: {no-kill: true, nice: 5, begin: now, spread-job: null, requeue: false}}"
+    )
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE.replace('--test 16"', '--test 16", memory: 9')
+    )
+    assert submission.main(["pipeline", str(file), "--cluster", str(where)]) == 0
+    scripts = [(slurm / f"{number}.sbatch").read_text() for number in (1, 2, 3, 4)]
+    asked = [{line for line in text.splitlines() if line.startswith("#SBATCH")} for text in scripts]
+    for lines in asked:
+        assert lines >= {"#SBATCH --no-kill", "#SBATCH --spread-job", "#SBATCH --nice=5", "#SBATCH --begin=now"}
+        assert not any("requeue" in line for line in lines)
+        assert "#SBATCH --cpus-per-task=3" in lines
+    assert [next(line for line in lines if "--mem=" in line)[14:] for lines in asked] == [
+        "9000M", "12000M", "12000M", "6000M",
+    ]  # fmt: skip
+    assert [any("exclusive" in line for line in lines) for lines in asked] == [False, True, True, False]
+    assert [any("gpus" in line for line in lines) for lines in asked] == [False, True, True, False]
+    assert [next(line for line in lines if "--nodes=" in line)[-1] for lines in asked] == ["1", "2", "2", "1"]
+
+
+def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("JOB_ID", "JOB_END_TIME", "RESTART_COUNT", "MEM_PER_NODE", "NTASKS", "CONF", "CLUSTERS"):
+        monkeypatch.setenv(f"SLURM_{name}", "7")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "vision")
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'run'}"]
+    assert submission.main(words) == 0
+    names = {line.partition("=")[0] for line in (slurm / "1.env").read_text().splitlines()}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_CONF", "SLURM_CLUSTERS"}
+    assert "SBATCH_ACCOUNT" in names
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_interrupted_halfway_nothing_stays_queued_or_written(
+    there: bool, data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "sweep"
+    if there:
+        (out / "old").mkdir(parents=True)
+    taking = (slurm / "sbatch").read_text()
+    command(slurm, "sbatch", f"""[ ! -e {slurm}/1.sbatch ] || kill -INT $PPID\n{taking}""")  # Ctrl-C at the second job
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={out}", "--sweep", "seed=0,1"]
+    before = signal.getsignal(signal.SIGINT)
+    assert submission.main(words) == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    assert capsys.readouterr().err == "submit: interrupted, nothing is queued\n"
+    assert (slurm / "cancelled").read_text().split() == ["1", "2"]
+    if there:
+        assert (out / "old").exists()
+        assert not (out / "code").exists()
+    else:
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_copy_that_fails_halfway_leaves_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = snapshot.shutil.copytree
+
+    def full(source: Path, *rest: Any, **more: Any) -> None:
+        copy(source, *rest, **more)
+        if Path(source).name == "launch":
+            raise shutil.Error([(f"{source}/job.py", "there", "[Errno 28] No space left on device: 'there'")])
+
+    monkeypatch.setattr(snapshot.shutil, "copytree", full)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'new' / 'run'}"]
+    assert submission.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"submit: {tmp_path / 'new' / 'run' / 'code'}")
+    assert said.endswith(": the code could not be copied: [Errno 28] No space left on device: 'there'\n")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    assert submission.main(words) == 2
+    assert not list((tmp_path / "new" / "run").iterdir())
+
+
+def test_where_slurm_is_silent_a_run_is_not_submitted_again(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={run}"]
+    assert submission.main(words) == 0
+    command(slurm, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    capsys.readouterr()
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={run}: whether job 1 of this run is still alive cannot be known (slurm_load_jobs error: Unable "
+        "to contact slurm controller); try again when SLURM answers\n"
+    )
+    command(slurm, "squeue", "echo '1|PENDING'")
+    assert submission.main(words) == 2
+    assert "job 1 of this run is PENDING; wait for it" in capsys.readouterr().err
+    command(slurm, "squeue", "[[ $* == *--me* ]] || { echo 'Invalid job id specified' >&2; exit 1; }")
+    assert submission.main(words) == 0  # SLURM has forgotten it
