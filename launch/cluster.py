@@ -42,7 +42,9 @@ class Cluster:
     python: str | None = knob(None, "what runs Python in a task, 'apptainer exec --nv X.sif python'; none: this one")
     srun: tuple[str, ...] = knob((), "more words for srun, --container-image=... of pyxis for example")
     env: dict[str, str] = field(default_factory=dict, metadata={"help": "environment variables of the tasks"})
-    sbatch: dict[str, str] = field(default_factory=dict, metadata={"help": "more options of sbatch, without dashes"})
+    sbatch: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "more options of sbatch, without dashes; true: one without a value"}
+    )
 
     @property
     def ranks_per_node(self) -> int:
@@ -90,6 +92,9 @@ def check_fields(cluster: Cluster) -> None:
             raise ValueError(f"{name}={value}: must be 1 or more")
     if not cluster.lose_at_most > 0:
         raise ValueError(f"lose_at_most={cluster.lose_at_most:g}: must be greater than 0 minutes")
+    for name, value in cluster.sbatch.items():
+        if isinstance(value, dict | list):
+            raise ValueError(f"sbatch.{name}={value}: must be one value, or true for an option that has none")
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
     if gpus and ranks > gpus:
         raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")
@@ -100,6 +105,12 @@ def check_fields(cluster: Cluster) -> None:
             f"stop_before_end={cluster.stop_before_end:g} s, and {EARLY:g} s by which SLURM may be early); "
             f"ask for {-(-int(least) // 60)} minutes or more"
         )
+
+
+def one_rank(cluster: Cluster) -> list[str]:
+    """What overrules a cluster file for work that no ranks can share: the share of one rank, without its GPU."""
+    memory = cluster.memory / cluster.ranks_per_node if cluster.memory else "null"
+    return ["nodes=1", "gpus_per_node=0", "tasks_per_node=1", f"memory={memory}", "exclusive=false"]
 
 
 def seconds_of(time: str) -> int:

@@ -297,7 +297,7 @@ class Watch:
         """Hand over to submitit, unless SLURM has ended this start: then it starts the job again by itself, or not."""
         state, start = state_of(self.place.job)
         if state not in ("RUNNING", None) or start != self.place.start:
-            self.note("requeue", why=f"{why}; by SLURM", saved=self.job.saved)
+            self.note("requeue", why=why + jobs.BY_SLURM, saved=self.job.saved)
             print(f"{why}; SLURM has ended this start already ({state})", flush=True)
             sys.exit(REQUEUE)
         self.note("requeue", why=why, saved=self.job.saved)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from launch.pipeline import Run, Stage
+from mae_dist.stages.logs import Task, cause_in
 from mae_dist.stop import REQUEUE
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +27,7 @@ def walk(stages: list[Stage]) -> int:
             if status == REQUEUE:
                 print(f"stopped and saved in {run.name}; the same command goes on", file=sys.stderr)
             elif status:
-                line = next(
-                    (line for line in reversed(said) if line.startswith("mae-dist: ")), said[-1] if said else ""
-                )
+                line = Task(0, said, [], cause_in(said)).said or (said[-1] if said else "")
                 print(f"submit: stage {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
                       f"all that it said is in {log_of(run)}", file=sys.stderr)  # fmt: skip
             if status:

@@ -23,15 +23,16 @@ import json
 import re
 import shlex
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch import sweep
+from launch import preflight, sweep
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import folder
+from mae_dist import folder, jobs
 from mae_dist.data.index import open_split
 from mae_dist.schema import SCHEMAS
 from mae_dist.stages import VERBS
@@ -39,6 +40,8 @@ from mae_dist.stages import VERBS
 KEYS = {"run", "sweep", "at_once"}
 RECORDS = "pipeline"
 """The folder beside the stages' that says which are done, and has the logs of those that make no run."""
+TAKEN = ("out", RECORDS, jobs.FOLDER, folder.CODE)
+"""What no stage can be called: its folder, or {name}, is something else's."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class Run:
     config: Any = None
     receipt: tuple[str, str] | None = None
 
-    @property
+    @cached_property  # what ends while others are being queued changes nothing
     def done(self) -> bool:
         """Whether this very run has been reached: same settings, same foundations, finished."""
-        if self.receipt is None or not Path(self.receipt[0]).is_file():
+        if self.receipt is None:
+            return self.config is not None and preflight.finished(self.words[0], self.config)
+        if not Path(self.receipt[0]).is_file():
             return False
         same = Path(self.receipt[0]).read_text() == self.receipt[1]
         there = self.makes is None or self.makes.exists()
@@ -107,27 +112,35 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
         raise ValueError(f"pipeline {file}: {error.strerror}; launch/pipelines/ has examples") from error
     except yaml.YAMLError as error:
         raise ValueError(f"pipeline {file}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict) or set(plain) != {"out", "stages"} or not isinstance(plain["stages"], dict):
+    named = isinstance(plain, dict) and set(plain) == {"out", "stages"}
+    if not named or not isinstance(plain["stages"], dict) or not plain["stages"]:
         raise ValueError(f"pipeline {file}: must have `out: FOLDER` and `stages:` with a name and a `run:` each")
-    out, stages = Path(plain["out"]), {}
-    for name, given in plain["stages"].items():
+    if not isinstance(plain["out"], str) or not plain["out"]:
+        raise ValueError(f"pipeline {file}: out: {plain['out']}: must be the path of a folder")
+    out, stages = Path(plain["out"]).absolute(), {}
+    for name, given in ((str(key), value) for key, value in plain["stages"].items()):
         try:
-            stages[name] = read_stage(name, given, out, stages, overrides)
+            stages[name] = read_stage(name, given, out, str(Path(plain["out"])), stages, overrides)
         except ValueError as error:
             raise ValueError(f"pipeline {file}, stage {name}: {error}") from error
     return out, list(stages.values())
 
 
-def read_stage(name: str, given: Any, out: Path, before: dict[str, Stage], overrides: list[str]) -> Stage:
-    """One stage, given those before it."""
+def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, Stage], overrides: list[str]) -> Stage:
+    """One stage, given those before it. The file has `out` as ``typed``, which need not be absolute."""
+    if not re.fullmatch(r"[\w.-]*\w", name) or name in TAKEN:
+        raise ValueError(f"is no name for a stage; take letters, digits, - and _, and none of {', '.join(TAKEN)}")
     if not isinstance(given, dict) or "run" not in given:
         raise ValueError("has no `run:`, the words after mae-dist")
     shapes = {item.name for item in fields(Cluster)}
     for key in set(given) - KEYS - shapes:
         near = difflib.get_close_matches(key, KEYS | shapes, n=1)
         raise ValueError(f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else ""))
+    at_once = given.get("at_once", 8)
+    if type(at_once) is not int or at_once < 1:
+        raise ValueError(f"at_once: {at_once}: must be a number, 1 or more")
     own = out / name
-    words, needs = placed(shlex.split(given["run"]), name, own, out, before)
+    words, needs = placed(words_of(given, "run"), name, own, out, before)
     verb = words[0] if words else ""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
@@ -135,7 +148,7 @@ def read_stage(name: str, given: Any, out: Path, before: dict[str, Stage], overr
     if verb in SCHEMAS:
         config_file, settings = configuration.split_words(verb, words[1:])
         settings += overrides
-        several = sweep.combinations(verb, shlex.split(given["sweep"])) if "sweep" in given else [("", [])]
+        several = sweep.combinations(verb, words_of(given, "sweep")) if "sweep" in given else [("", [])]
         runs = [
             run_of(f"{name}/{part}" if part else name, own / part, verb, config_file, settings + chosen)
             for part, chosen in several
@@ -144,10 +157,20 @@ def read_stage(name: str, given: Any, out: Path, before: dict[str, Stage], overr
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:
         runs = [Run(name, out / RECORDS / name, tuple(words), own if f"{{{name}}}" in given["run"] else None)]
-    runs = [with_receipt(run, out / RECORDS, [before[need] for need in needs]) for run in runs]
+    runs = [with_receipt(run, out, typed, [before[need] for need in needs]) for run in runs]
     shape = [f"{key}={as_word(given[key])}" for key in given if key in shapes]
-    fingerprint = " ".join(str(run.receipt) for run in runs)
-    return Stage(name, verb, tuple(runs), tuple(needs), tuple(shape), int(given.get("at_once", 8)), fingerprint)
+    fingerprint = " ".join(str(run.receipt) for run in runs).replace(str(out), typed)
+    return Stage(name, verb, tuple(runs), tuple(needs), tuple(shape), at_once, fingerprint)
+
+
+def words_of(given: dict[str, Any], key: str) -> list[str]:
+    """The words of a line of the file, as a shell parts them."""
+    if not isinstance(given[key], str):
+        raise ValueError(f"{key}: {given[key]}: must be words in one line, as on a command line")
+    try:
+        return shlex.split(given[key])
+    except ValueError as error:
+        raise ValueError(f"{key}: {given[key]}: {error}; every quotation mark needs its other one") from error
 
 
 def run_of(name: str, own: Path, verb: str, config_file: str | None, settings: list[str]) -> Run:
@@ -157,18 +180,18 @@ def run_of(name: str, own: Path, verb: str, config_file: str | None, settings: l
     return Run(name, own, words, own, configuration.load(verb, config_file, settings))
 
 
-def with_receipt(run: Run, records: Path, needs: list[Stage]) -> Run:
+def with_receipt(run: Run, out: Path, typed: str, needs: list[Stage]) -> Run:
     """The run with its fingerprint: what decides its result, and the fingerprints of the stages that it stands on. For
     what lies in a stage's folder the stage's fingerprint speaks; data of elsewhere have one of their own.
     """
-    what: list[Any] = list(run.words)
+    what: list[Any] = [word.replace(str(out), typed) for word in run.words]
     if run.config is not None:
         what = [run.words[0], configuration.decisive(run.config) | {"from": None}]
         if Path(run.config.data.path) not in [made.makes for need in needs for made in need.runs]:
             what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)
     receipt = hashlib.sha256(text.encode()).hexdigest()[:16] + "\n"
-    return dataclasses.replace(run, receipt=(str(records / run.name / "done"), receipt))
+    return dataclasses.replace(run, receipt=(str(out / RECORDS / run.name / "done"), receipt))
 
 
 def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, Stage]) -> tuple[list[str], list[str]]:
@@ -199,4 +222,4 @@ def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, 
 
 def as_word(value: Any) -> str:
     """A value of the file as on a command line."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -7,10 +7,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import Cluster
+from launch.cluster import Cluster, ask
 from mae_dist import config as configuration
 from mae_dist import folder, jobs, sizes
 from mae_dist.data.index import ShardIndex, open_split
@@ -24,25 +25,27 @@ SPARE = 2**30
 def check(verb: str, config: Any, cluster: Cluster) -> None:
     """Everything about one run whose data and start are there already."""
     check_shape(config, cluster)
-    train = open_split(config.data.path, config.data.split)
-    labelled = verb != "pretrain"
-    test_path = config.data.test_path or config.data.path
-    if labelled or config.data.test_path is not None:
-        test = open_split(test_path, config.data.test_split)
-        parts = (train, test) if labelled else (train,)
-    else:
-        parts = (train,)
-    for index in parts:
+    for index in deciding(verb, config):
         check_readable(index)
+    if verb == "pretrain" and config.data.test_path is not None:
+        open_split(config.data.test_path, config.data.test_split)
     check_start(config)
-    check_folder(verb, config, "-".join(index.fingerprint for index in parts))
+    check_folder(verb, config)
     check_disk(config)
 
 
+def deciding(verb: str, config: Any) -> list[ShardIndex]:
+    """The splits that decide what comes out."""
+    data = config.data
+    train = open_split(data.path, data.split)
+    return [train] if verb == "pretrain" else [train, open_split(data.test_path or data.path, data.test_split)]
+
+
 def check_shape(config: Any, cluster: Cluster) -> None:
-    """The model's name; ranks of the smallest and of the largest shape against the settings."""
+    """The model's name; ranks of every number of nodes that SLURM may choose against the settings."""
     sizes.size_of(config.model.name)
-    for nodes in dict.fromkeys(cluster.nodes_range):
+    least, most = cluster.nodes_range
+    for nodes in range(least, most + 1):
         configuration.check_world(config, nodes * cluster.ranks_per_node)
 
 
@@ -67,33 +70,58 @@ def check_start(config: Any) -> None:
         raise ValueError(f"model.name={config.model.name}: the run from={start} has {was}; set model.name={was}")
 
 
-def check_folder(verb: str, config: Any, fingerprint: str | None) -> None:
-    """The run's folder: nobody's else, not finished, no job at work in it."""
+def check_folder(verb: str, config: Any) -> None:
+    """The run's folder: nobody's else, not finished."""
+    if finished(verb, config):
+        raise ValueError(f"out={config.out}: this run is finished; `mae-dist report {config.out}` draws it")
+
+
+def finished(verb: str, config: Any) -> bool:
+    """Whether this very run is finished; ValueError if its folder is another run's, or is no run's at all."""
     out = Path(config.out)
-    if (out / folder.CONFIG).is_file() and fingerprint is not None:
+    if (out / folder.CONFIG).is_file():
         old = folder.settings(out)[2].data
         data = dataclasses.replace(config.data, mean=config.data.mean or old.mean, std=config.data.std or old.std)
         config = dataclasses.replace(config, data=data)
-    if fingerprint is not None:
-        folder.refuse_others(out, verb, config, fingerprint)
-    if folder.result(out):
-        raise ValueError(f"out={out}: this run is finished; `mae-dist report {out}` draws it")
-    check_idle(out)
+    folder.refuse_others(out, verb, config, "-".join(index.fingerprint for index in deciding(verb, config)))
+    return folder.result(out) is not None
 
 
-def check_idle(run: Path) -> None:
-    """No job that could write to the run may be queued or running."""
-    names = [submission.job for submission in jobs.submissions(run)]
-    for name, state in jobs.states(names).items():
+def check_idle(runs: Iterable[Path]) -> None:
+    """No job that could write to the runs may be queued or running."""
+    owners = {submission.job: run for run in runs for submission in jobs.submissions(run)}
+    states = jobs.states(owners)
+    if owners and not states:  # they are forgotten, or nobody answers
+        try:
+            ask("squeue", "-h", "--me", "-o", "%i")
+        except ValueError as error:
+            name, run = list(owners.items())[-1]
+            raise ValueError(
+                f"out={run}: whether job {name} of this run is still alive cannot be known ({error}); "
+                f"try again when SLURM answers"
+            ) from error
+    for name, state in states.items():
         if state in ALIVE:
+            run = owners[name]
             raise ValueError(f"out={run}: job {name} of this run is {state}; wait for it, or end it: scancel {name}")
+
+
+def check_writable(path: Path) -> None:
+    """Whether this user can make the folder, or write into it if it is there."""
+    there = existing(path)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK) and shutil.disk_usage(there).total):
+        raise ValueError(f"out={path}: nothing can be written in {there}; choose a folder where you may write")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(found for found in (path.absolute(), *path.absolute().parents) if os.path.exists(found))
 
 
 def check_disk(config: Any) -> None:
     """Room for as many checkpoints as are kept at once, and one that is being written."""
     need = state_bytes(config) * (config.checkpoint.keep + 1) + SPARE
-    there = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(Path(config.out))).free
     if free < need:
         raise ValueError(
             f"out={config.out}: {free / 1e9:.1f} GB of disk are free, but {config.checkpoint.keep + 1} checkpoints of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from launch.place import SCRIPT_SETUP
 
 FOR_EVER = 10**6
 """Times that submitit lets a job time out: when to stop is not its decision."""
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")
+"""Beginnings of variables that say how SLURM is reached; all others of SLURM describe an allocation."""
 DEAF = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
 """Runs a command to which these signals do nothing until it listens: early ones would end it."""
 
@@ -57,6 +60,15 @@ def rehearse(text: str) -> None:
         raise ValueError(f"sbatch refuses: {error}") from error
 
 
+def leave_allocation() -> None:
+    """Forget the allocation that one submits from, if any. A job would take for its own what SLURM does not set anew:
+    the memory, over which srun stumbles, the number of requeues, the end.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        for name in [name for name in os.environ if name.startswith("SLURM_") and not name.startswith(KEPT)]:
+            del os.environ[name]
+
+
 def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str | None) -> dict[str, Any]:
     """A job's options in submitit's words."""
     tasks = job.tasks_per_node
@@ -67,7 +79,8 @@ def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str 
     steps = ["--kill-on-bad-exit=0", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
     fixed = nodes.isdigit()  # of a range SLURM would keep the first start's number of tasks, and wait for as many nodes
     more |= {} if fixed else {"mincpus": tasks * (cpus or 1)}
-    more |= cluster.sbatch
+    more |= {name: value is None or value for name, value in cluster.sbatch.items()}
+    more = {name: value for name, value in more.items() if value is not False}
     if after:
         more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
     exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]

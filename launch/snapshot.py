@@ -12,12 +12,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("mae_dist", "launch")
 
 
-def take(folder: Path) -> Path:
-    """Copy the code to `folder`/code/TIME and give that folder; its REVISION is what provenance will say."""
+def place(folder: Path) -> Path:
+    """Where the next copy for the run or runs in `folder` will lie: `folder`/code/TIME."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     wanted = (folder / CODE / name for name in (stamp, *(f"{stamp}-{i}" for i in range(1, 1000))))
-    code = next(path for path in wanted if not path.exists())
+    return next(path for path in wanted if not path.exists())
+
+
+def take(code: Path) -> None:
+    """Copy the code to the folder `code`; its REVISION is what provenance will say."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        try:
+            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        except shutil.Error as error:  # a list of files with their reasons
+            raise OSError(f"{code}: the code could not be copied: {error.args[0][0][2]}") from error
     (code / REVISION).write_text(f"{revision()}\n")
-    return code

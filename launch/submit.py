@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,8 +28,7 @@ from launch.cluster import Cluster
 from launch.job import Job
 from launch.pipeline import Run, Stage
 from mae_dist import config as configuration
-from mae_dist import jobs
-from mae_dist.folder import CODE
+from mae_dist import folder, jobs
 from mae_dist.schema import SCHEMAS
 
 DESCRIPTION = """\
@@ -40,7 +41,7 @@ preemption, time limits and lost nodes.
 
 
 def main(argv: list[str]) -> int:
-    """Submit; 0, or 2 for what a user got wrong."""
+    """Submit; 0, or 2 for what a user got wrong, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = parse(argv)
     try:
@@ -56,6 +57,9 @@ def main(argv: list[str]) -> int:
             raise
         print(f"submit: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("submit: interrupted, nothing is queued", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -96,15 +100,17 @@ def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
         for name, chosen in several
     ]  # fmt: skip
     stages = [Stage(options.verb, options.verb, tuple(runs), at_once=options.at_once)]
-    if len(runs) > 1:
-        words = ("runs", str(base), "--results", str(base / "results.md"))
+    if len(runs) > 1 and (stages[0].waiting or not (base / "results.md").exists()):
+        words = ("runs", str(base.absolute()), "--results", str(base.absolute() / "results.md"))
         table = Run("results", base / pipeline.RECORDS / "results", words)
         stages.append(Stage("results", "runs", (table,), (options.verb,), whatever_came=True))
     return base, stages
 
 
-def where(options: argparse.Namespace, shape: tuple[str, ...]) -> Cluster:
-    """The cluster file with what overrules it: a stage's shape, then flags."""
+def where(options: argparse.Namespace, stage: Stage) -> Cluster:
+    """The cluster file with what overrules it: flags, then the stage's shape. Of a stage that no ranks can share the
+    share of one rank.
+    """
     if options.cluster is None:
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
         raise ValueError(f"--cluster FILE.yaml is needed: where to run; there are {known}")
@@ -112,54 +118,80 @@ def where(options: argparse.Namespace, shape: tuple[str, ...]) -> Cluster:
     if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
         flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
     words = [f"{name}={value}" for name, value in flags.items() if value is not None]
-    return clusters.load(options.cluster, [*words, *(["torchrun=true"] if options.torchrun else []), *shape])
+    words += ["torchrun=true"] if options.torchrun else []
+    if not stage.ranked:
+        words += clusters.one_rank(clusters.load(options.cluster, words))
+    return clusters.load(options.cluster, [*words, *stage.shape])
 
 
 def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None:
     """Check all stages, then queue those that are not done, in their order; all of them or none."""
-    waiting = [stage for stage in stages if stage.waiting]
     for stage in stages:
-        if stage not in waiting:
-            print(f"{stage.name}: done already, passed over")
-    places = {stage.name: where(options, stage.shape) for stage in waiting}
+        for name in [run.name for run in stage.runs if run.done] if stage.waiting else [stage.name]:
+            print(f"{name}: done already, passed over")
+    waiting = [stage for stage in stages if stage.waiting]
+    home = shlex.quote(str(base))
+    if not waiting:
+        print(f"next: mae-dist runs {home}")
+        return
+    places = {stage.name: where(options, stage) for stage in waiting}
+    preflight.check_writable(base)
+    preflight.check_idle(run.folder for stage in waiting for run in stage.waiting)
     for stage in waiting:
         check(stage, places[stage.name], {other.name for other in waiting})
+    scripts = {stage.name: script(stage, places[stage.name]) for stage in waiting}
     if options.dry_run:
         for stage in waiting:
-            print(f"# {stage.name}: {len(stage.waiting)} job{'s' * (len(stage.waiting) > 1)}")
-            print(
-                slurm.script(jobs_of(stage, places[stage.name], Path("CODE")), places[stage.name], stage, Path("CODE"))
-            )
+            num = len(stage.waiting)
+            print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{scripts[stage.name]}")
         return
+    slurm.leave_allocation()
     for stage in waiting:
         clusters.check_real(places[stage.name])
-        slurm.rehearse(
-            slurm.script(jobs_of(stage, places[stage.name], Path("CODE")), places[stage.name], stage, Path("CODE"))
-        )
-    made = not base.exists()
-    code = snapshot.take(base.absolute())
-    queued: dict[str, str] = {}
-    try:
-        for stage in waiting:
-            names = enqueue(stage, places[stage.name], code, queued)
-            queued[stage.name] = names[0].partition("_")[0]
-            tell(stage, places[stage.name], names)
-    except (ValueError, OSError):
-        if queued:
-            subprocess.run(["scancel", *queued.values()], check=False)
-        shutil.rmtree(base if made else code)
-        if not made:
-            with suppress(OSError):
-                (base / CODE).rmdir()
-        raise
+        slurm.rehearse(scripts[stage.name])
+    code = snapshot.place(base.absolute())
+    queued = queue(waiting, places, base.absolute(), code)
+    for stage in waiting:
+        tell(stage, places[stage.name], queued[stage.name])
+    numbers = " ".join(map(number, queued.values()))
     print(f"code  {code} ({(code / 'REVISION').read_text().strip()})")
-    print(f"next: mae-dist runs {base} --watch | mae-dist logs {stages[0].home} | scancel {' '.join(queued.values())}")
+    print(f"next: mae-dist runs {home} --watch | mae-dist logs {home} | scancel {numbers}")
+
+
+def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:
+    """Copy the code and queue the stages; the names of each one's jobs. All of it or, whatever comes, nothing."""
+    new = [path for path in (code, *code.parents) if not path.exists()]
+    queued: dict[str, list[str]] = {}
+    try:
+        snapshot.take(code)
+        for stage in waiting:
+            freeze(stage, places[stage.name], code)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for sbatch's number
+            try:
+                queued[stage.name] = enqueue(stage, places[stage.name], code, queued)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            note(stage, places[stage.name], queued[stage.name])
+    except BaseException:
+        if queued:
+            subprocess.run(["scancel", *map(number, queued.values())], check=False)
+        shutil.rmtree(base if base in new else code, ignore_errors=True)
+        for path in new:
+            with suppress(OSError):  # others may have put something there
+                path.rmdir()
+        raise
+    return queued
+
+
+def number(names: list[str]) -> str:
+    """The number of the job that has these names, which may be an array."""
+    return names[0].partition("_")[0]
 
 
 def check(stage: Stage, place: Cluster, waiting: set[str]) -> None:
     """What can be known of a stage now: of the data and the start only if they are not still to be made."""
     for run in stage.waiting:
-        preflight.check_idle(run.folder)
+        preflight.check_writable(run.folder)
         if run.config is not None:
             if waiting.intersection(stage.needs):
                 preflight.check_shape(run.config, place)
@@ -187,24 +219,38 @@ def settings_file(code: Path, run: Run) -> Path:
     return code / "settings" / f"{run.name}.yaml"
 
 
-def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, str]) -> list[str]:
-    """Queue the jobs of a stage after those that it needs; their names."""
+def script(stage: Stage, place: Cluster) -> str:
+    """What sbatch will get, but for where the code lies and what is waited for."""
+    code = Path("CODE")
+    return slurm.script(jobs_of(stage, place, code), place, stage, code)
+
+
+def freeze(stage: Stage, place: Cluster, code: Path) -> None:
+    """Write the settings of the runs where their jobs find them. A job may have another working directory than this
+    process, so its paths are absolute.
+    """
     for run in stage.waiting:
         if run.config is not None:
             file = settings_file(code, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(configuration.dump(saving(run.config, place)))
-    before = [queued[name] for name in stage.needs if name in queued]
+            file.write_text(configuration.dump(folder.absolute(saving(run.config, place))))
+
+
+def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:
+    """Queue the jobs of a stage after those that it needs; their names."""
+    before = [number(queued[name]) for name in stage.needs if name in queued]
     word = "afterany" if stage.whatever_came else "afterok"
-    names = slurm.submit(
-        jobs_of(stage, place, code), place, stage, code, f"{word}:{':'.join(before)}" if before else None
-    )
+    after = f"{word}:{':'.join(before)}" if before else None
+    return slurm.submit(jobs_of(stage, place, code), place, stage, code, after)
+
+
+def note(stage: Stage, place: Cluster, names: list[str]) -> None:
+    """Note in each run's folder that it was submitted."""
     logs = str((stage.home / jobs.FOLDER).absolute())
+    tasks = place.ranks_per_node if stage.ranked and not place.torchrun else 1
     for run, name in zip(stage.waiting, names, strict=True):
-        tasks = place.ranks_per_node if stage.ranked and not place.torchrun else 1
         submission = jobs.Submission(name, logs, place.nodes if stage.ranked else "1", tasks, jobs.now())
         jobs.note_submission(run.folder, submission)
-    return names
 
 
 def saving(config: Any, place: Cluster) -> Any:
@@ -218,7 +264,7 @@ def tell(stage: Stage, place: Cluster, names: list[str]) -> None:
     """Say what was queued, and where what it says will lie."""
     many = f"{len(names)} runs, {min(stage.at_once, len(names))} at once, " if len(names) > 1 else ""
     shape = str(place) if stage.ranked else f"1 task, {place.time}"
-    print(f"job {names[0].partition('_')[0]}: {stage.name}, {many}{shape}")
+    print(f"job {number(names)}: {stage.name}, {many}{shape}")
     print(f"      {stage.home}; log {jobs.log_file(stage.home / jobs.FOLDER, names[0], 0)}")
 
 

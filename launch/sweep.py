@@ -14,7 +14,8 @@ def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]
     """(folder name, settings) of each combination of ``key=a,b,c`` words; the first key varies slowest.
 
     A key without its section is completed where only one section has it (`seed` is `train.seed`). A word with one value
-    is a plain setting and names no folder. Raises ValueError for what is no such word, or is there twice.
+    is a plain setting and names no folder. Raises ValueError for what is no such word, or is there twice, and for two
+    combinations whose folders would have the same name.
     """
     keys, values = [], []
     for word in words:
@@ -34,7 +35,13 @@ def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]
     for choice in itertools.product(*values):
         parts = [f"{s}-{v}" for s, v, vs in zip(short, choice, values, strict=True) if len(vs) > 1]
         name = re.sub(r"[^\w.+-]", "-", "_".join(parts))
-        found.append((name or "run", [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]))
+        name, chosen = name or "run", [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]
+        if twin := next((settings for other, settings in found if other == name), None):
+            raise ValueError(
+                f"--sweep: {' '.join(twin)} and {' '.join(chosen)} would share the folder {name}, in which / and the "
+                f"like become -; submit one of them by itself"
+            )
+        found.append((name, chosen))
     return found
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import yaml
 
 from mae_dist import config as configuration
 from mae_dist import jobs
-from mae_dist.schema import RunConfig
+from mae_dist.schema import RANDOM, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,15 @@ def recent(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def absolute(config: Any) -> Any:
+    """The settings with paths that mean the same in any working directory."""
+    data, start = config.data, getattr(config, "start", RANDOM)
+    test_path = data.test_path and str(Path(data.test_path).absolute())
+    data = dataclasses.replace(data, path=str(Path(data.path).absolute()), test_path=test_path)
+    start = {} if start == RANDOM else {"start": str(Path(start).absolute())}
+    return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
+
+
 def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
     """Raise ValueError if the folder `path` holds anything but the same run, or what a launcher puts there before."""
     if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_THE_RUN):
@@ -80,7 +90,7 @@ def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: st
     if old_verb != verb:
         changes = [f"verb: {old_verb} -> {verb}"]
     else:
-        changes = configuration.differences(old, config)
+        changes = configuration.differences(absolute(old), absolute(config))
         if old_data != data_fingerprint and not config.data.accept_change:
             changes.append(
                 f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"

@@ -11,14 +11,18 @@ with an underscore and its place for one of an array; a task by its number, whic
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FOLDER, SUBMITTED = "jobs", "submitted.jsonl"
+BY_SLURM = "; by SLURM"
+"""How a note of a requeue ends that SLURM was doing by itself; if it then knows the job no more, it has not done it."""
 PATIENCE = 10.0
 """Seconds to wait for an answer of SLURM; its commands wait 9 s for a controller that is down, and some for longer."""
 
@@ -96,11 +100,19 @@ def now() -> str:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, which stays whole after one that a full disk or a kill has cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+    with path.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+        torn = stream.read(1) not in (b"\n", b"")
+        stream.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines that are whole."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            found += [json.loads(line)] if line.endswith("}") else []
+    return found

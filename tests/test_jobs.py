@@ -177,6 +177,32 @@ def test_the_reason_of_a_stop_and_of_a_requeue_is_told(tmp_path: Path) -> None:
         assert str(standing(tmp_path, states)) == "requeued (1): time limit"
 
 
+def test_what_slurm_did_not_start_again_has_stopped(tmp_path: Path) -> None:
+    submitted(tmp_path)
+    note(tmp_path, 0, "start", host="node1")
+    note(tmp_path, 0, "told", by="SIGTERM")
+    note(tmp_path, 0, "end", status=75)
+    note(tmp_path, 0, "requeue", why="stopped and saved; by SLURM")
+    assert str(standing(tmp_path, {JOB: "PENDING"})) == "requeued (1): stopped and saved; by SLURM"
+    assert str(standing(tmp_path, {JOB: "COMPLETING"})) == "requeued (1): stopped and saved; by SLURM"
+    assert str(standing(tmp_path, {})) == "stopped: SIGTERM"
+
+
+def test_lines_that_were_cut_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted(tmp_path)
+    note(tmp_path, 0, "start", host="node1")
+    for file, torn in ((f"{JOB}_0.jsonl", b'{"event": "to\xc3'), (jobs.SUBMITTED, b'{"job": "8", "lo')):
+        with (tmp_path / jobs.FOLDER / file).open("ab") as stream:  # a full disk, or kill -9
+            stream.write(torn)
+    note(tmp_path, 0, "end", status=2)
+    submitted(tmp_path, "8")
+    with (tmp_path / jobs.FOLDER / jobs.SUBMITTED).open("ab") as stream:  # of the time before lines began anew
+        stream.write(b'{"job": "9", "lo{"job": "10"}\n')
+    assert [event["event"] for event in jobs.events(tmp_path / jobs.FOLDER, JOB)[0]] == ["start", "end"]
+    assert [submission.job for submission in jobs.submissions(tmp_path)] == [JOB, "8"]
+    assert table(capsys, tmp_path)[str(tmp_path)]
+
+
 def test_without_slurm_a_run_is_running_while_its_files_change(tmp_path: Path) -> None:
     run = begun(tmp_path, steps=3)
     assert str(standing(tmp_path, {})) == "running"
@@ -221,6 +247,17 @@ def test_the_table(tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str
     assert rows["waiting"] == ["unknown:", "SLURM", "does", "not", "know", "the", "job", "8"]
     assert rows["hurt"][0] == "damaged"
     assert "job" not in table(capsys, runs / "here")["run"]  # nor any other column that would be empty
+
+
+def test_slurm_is_not_asked_of_finished_runs(tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm(squeue=f"echo \"$@\" >> {tmp_path / 'asked'}; echo '8|RUNNING'")
+    begun(tmp_path / "runs" / "done", steps=1).finish({"loss": 1.0})
+    submitted(tmp_path / "runs" / "done")
+    assert table(capsys, tmp_path / "runs")["done"][:2] == ["pretrain", "finished"]
+    assert not (tmp_path / "asked").exists()
+    submitted(tmp_path / "runs" / "working", "8")
+    assert table(capsys, tmp_path / "runs")["working"][0] == "running"
+    assert (tmp_path / "asked").read_text().split()[-1] == "8"
 
 
 def test_a_hundred_runs_take_less_than_a_second(tmp_path: Path) -> None:
@@ -286,12 +323,12 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"no runs in {tmp_path}" in capsys.readouterr().out
     file = tmp_path / "sweep.md"
     assert "no runs in" in refused(capsys, "runs", tmp_path, "--results", file)
+    assert "holds no run" in refused(capsys, "logs", tmp_path)
     begun(tmp_path / "a")
     assert "none of the 1 runs is finished" in refused(capsys, "runs", tmp_path, "--results", file)
     assert not file.exists()
     assert "not allowed with" in refused(capsys, "runs", tmp_path, "--results", file, "--watch")
     assert "no such folder" in refused(capsys, "logs", tmp_path / "nowhere")
-    assert "holds no run" in refused(capsys, "logs", tmp_path)
     said = refused(capsys, "logs", tmp_path / "a")
     assert "was not launched through launch/submit.py" in said
     assert "metrics.jsonl" in said
@@ -365,6 +402,24 @@ def test_what_slurm_says_where_no_end_was_noted(tmp_path: Path, slurm: Any, caps
     lines = logged(capsys, tmp_path, "--all")
     assert lines.index("  step 0") < lines.index("  step 1")
     assert len([line for line in lines if "SLURM says" in line]) == 1  # of the newest start only
+
+
+def test_of_many_runs_the_first_that_failed_is_shown(
+    tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm(squeue=f"echo '{JOB}|FAILED'")
+    begun(tmp_path / "sweep" / "a", steps=1).finish({"loss": 1.0})
+    for name in ("b", "c"):
+        submitted(tmp_path / "sweep" / name, "6")
+    lines = logged(capsys, tmp_path / "sweep")  # nothing has failed
+    assert [line.split()[0] for line in lines if line.strip()][2:] == ["a", "b", "c"]
+    submitted(tmp_path / "sweep" / "c")
+    note(tmp_path / "sweep" / "c", 0, "start", host="node1")
+    log(tmp_path / "sweep" / "c", 0, "mae-dist: rank 0: no room")
+    note(tmp_path / "sweep" / "c", 0, "end", status=2)
+    lines = logged(capsys, tmp_path / "sweep")
+    assert lines[0] == f"{tmp_path / 'sweep' / 'c'}: failed: exit status 2"
+    assert "mae-dist: rank 0: no room" in lines
 
 
 def test_a_job_that_failed_before_its_tasks_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch import cluster, pipeline, preflight, sweep
+from launch import cluster, local, pipeline, preflight, snapshot, sweep
 from launch import submit as submission
 from launch.cluster import Cluster
-from launch.job import TOO_SHORT, marker, script_end, verdict
-from launch.place import SCRIPT_SETUP
-from mae_dist import config, jobs, models, sizes
+from mae_dist import config, folder, jobs, models, sizes
 from mae_dist.data.pack import from_synthetic, pack
-from mae_dist.stages import child
 
 ROOT = Path(__file__).parents[1]
 TEST = str(ROOT / "launch" / "clusters" / "test.yaml")
@@ -89,6 +87,7 @@ def test_shapes_that_the_cluster_has_not(shape: dict, said: str, monkeypatch: py
         ("gpus_per_node: many", "gpus_per_node"),
         ("memory: -1", "memory=-1: must be 0 or more"),
         ("[a, b]", "expected sections with keys"),
+        ("sbatch: {exclude: [node1, node2]}", "sbatch.exclude=.*: must be one value, or true"),
     ],
 )
 def test_cluster_files_that_cannot_be(line: str, said: str, tmp_path: Path) -> None:
@@ -110,6 +109,16 @@ def test_times(text: str, seconds: int) -> None:
     assert cluster.seconds_of(text) == seconds
 
 
+def test_every_number_of_nodes_of_a_range_is_checked(data: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.path={data}", f"out={tmp_path / 'run'}", "machine.parallel=hsdp", "machine.shards=4"]
+    chosen = config.load("pretrain", None, words)
+    preflight.check_shape(chosen, Cluster(nodes="4"))
+    with pytest.raises(ValueError, match="machine.shards=4: 6 processes do not divide"):
+        preflight.check_shape(chosen, Cluster(nodes="2-4", gpus_per_node=2))
+    with pytest.raises(ValueError, match="machine.shards=4: 5 processes do not divide"):
+        preflight.check_shape(chosen, Cluster(nodes="4-8"))
+
+
 # sizes
 
 
@@ -127,6 +136,42 @@ def test_a_full_disk_is_known_before(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     with pytest.raises(ValueError, match=r"1\.0 GB of disk are free, but 3 checkpoints of 0\.34 GB need"):
         preflight.check_disk(chosen)
+
+
+def strangers(path: str | Path, mode: int) -> bool:
+    """os.access for somebody to whom nothing belongs; these tests may be root's, who may do anything."""
+    return Path(path).stat().st_mode & mode == mode
+
+
+def test_tars_that_may_not_be_read_are_known_before(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "access", strangers)
+    index = preflight.open_split(str(data), "train")
+    for tar in index.tars:
+        tar.chmod(0o644)
+    preflight.check_readable(index)
+    index.tars[1].chmod(0o640)
+    with pytest.raises(ValueError, match=f"{index.tars[1]}: you may not read it; ask its owner"):
+        preflight.check_readable(index)
+
+
+def test_folders_that_may_not_be_written_are_known_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"out=/proc/nobody/run: nothing can be written in /proc; choose"):
+        preflight.check_writable(Path("/proc/nobody/run"))
+    (tmp_path / "file").touch(0o777)
+    with pytest.raises(ValueError, match="nothing can be written in .*file; choose"):
+        preflight.check_writable(tmp_path / "file" / "run")
+    others = tmp_path / "others"
+    others.mkdir()
+    others.chmod(0o755)
+    monkeypatch.setattr(preflight.os, "access", strangers)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={others / 'a' / 'run'}", "--dry-run"]
+    assert submission.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"submit: out={others / 'a' / 'run'}: nothing can be written in {others}; choose")
+    others.chmod(0o777)
+    preflight.check_writable(others / "a" / "run")
 
 
 # sweeps
@@ -154,6 +199,8 @@ def test_combinations() -> None:
         (["seed=1,2", "train.seed=3"], "train.seed: given more than once"),
         (["every=1,2"], "which one: checkpoint.every, track.every"),
         (["sede=1,2"], "sede: is no section.key"),
+        (["data.path=a/b,a-b"], "data.path=a/b and data.path=a-b would share the folder path-a-b"),
+        (["data.split=a,a_seed-1", "seed=1,1_seed-1"], "would share the folder split-a_seed-1_seed-1"),
     ],
 )
 def test_sweeps_that_cannot_be(words: list[str], said: str) -> None:
@@ -206,9 +253,51 @@ def test_fingerprints_follow_from_settings_and_foundations(tmp_path: Path) -> No
     }
 
 
+def test_where_it_is_typed_changes_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, receipts = tmp_path / "pipeline.yaml", []
+    file.write_text("out: runs/out\nstages:\n" + SMALL_PIPELINE)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        _, found = pipeline.load(str(file), [])
+        receipts.append([run.receipt[1] for stage in found for run in stage.runs if run.receipt])
+        words = found[0].runs[0].words
+        assert words[words.index("--out") + 1] == str(tmp_path / name / "runs" / "out" / "data")  # for any other folder
+    assert receipts[0] == receipts[1]
+    typed = ["data", "pack", "synthetic", "--out", "runs/out/data", "--train", "32", "--test", "16"]
+    expected = hashlib.sha256(json.dumps([typed, []], sort_keys=True).encode()).hexdigest()[:16]
+    assert receipts[0][0] == f"{expected}\n"  # as it has always been, so that what is done stays done
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("out: 5\nstages: {a: {run: report x}}", "out: 5: must be the path of a folder"),
+        ("out: [1]\nstages: {a: {run: report x}}", r"out: \[1\]: must be the path of a folder"),
+        ("out: x\nstages: {}", "must have `out: FOLDER` and `stages:`"),
+        ("out: x", "must have `out: FOLDER` and `stages:`"),
+        ("5", "must have `out: FOLDER` and `stages:`"),
+    ],
+)
+def test_files_that_are_no_pipelines(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"pipeline {file}: {said}"):
+        pipeline.load(str(file), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("  a: {run: report x, at_once: many}", "stage a: at_once: many: must be a number, 1 or more"),
+        ("  a: {run: report x, at_once: 0}", "stage a: at_once: 0: must be a number, 1 or more"),
+        ("  a: {run: 5}", "stage a: run: 5: must be words in one line"),
+        ("  a: {run: }", "stage a: run: None: must be words in one line"),
+        ("  a: {run: knn, sweep: [seed=1]}", "stage a: sweep: ['seed=1']: must be words in one line"),
+        ('  a: {run: "report \'x"}', "stage a: run: report 'x: No closing quotation; every quotation mark needs"),
+        ("  1: {runs: knn}", "stage 1: has no `run:`"),
+        ("  a/b: {run: report x}", "stage a/b: is no name for a stage"),
+        ("  code: {run: report x}", "stage code: is no name for a stage"),
         ("  a: {run: 'knn from={b}'}", "stage a: run: {b}: no stage above has this name; there are a, out"),
         ("  a: {runs: knn}", "stage a: has no `run:`"),
         ("  a: {run: knnn}", "stage a: run: knnn: no such verb; did you mean knn"),
@@ -219,7 +308,7 @@ def test_fingerprints_follow_from_settings_and_foundations(tmp_path: Path) -> No
     ],
 )
 def test_pipelines_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said.replace("{", r"\{").replace("...", r"\.\.\.")):
+    with pytest.raises(ValueError, match=re.escape(said)):
         stages(tmp_path, text)
 
 
@@ -230,18 +319,45 @@ def test_the_pipelines_that_come_with_it_can_be_read() -> None:
 
 @pytest.mark.slow
 def test_a_pipeline_walked_on_this_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "pipeline.yaml"
-    file.write_text(f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE)
+    file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
+    packing, _ = SMALL_PIPELINE.split("\n", 1)
+    file.write_text(f"out: {out}\nstages:\n{packing}")
     assert submission.main(["pipeline", str(file), "--local"]) == 0
-    assert "<html" in (tmp_path / "out" / "report.html").read_text()
-    assert "finished" in (tmp_path / "out" / "pipeline" / "pretrain" / "local.log").read_text()
+    (tar,) = (out / "data").glob("train-*.tar")
+    sound = tar.read_bytes()
+    tar.write_bytes(bytes(len(sound)))  # after it was packed, and before it is read
+    file.write_text(f"out: {out}\nstages:\n" + SMALL_PIPELINE)
+    capfd.readouterr()
+    assert submission.main(["pipeline", str(file), "--local"]) == 2
+    said = capfd.readouterr()
+    assert said.out.count("done already") == 1
+    line, where = said.err.splitlines()
+    assert line.startswith(
+        "submit: stage pretrain failed with status 2: train_000000.png in train-000000.tar: no sample"
+    )
+    assert where == f"all that it said is in {out / 'pipeline' / 'pretrain' / 'local.log'}"
+    tar.write_bytes(sound)
+    assert submission.main(["pipeline", str(file), "--local"]) == 0
+    assert "<html" in (out / "report.html").read_text()
+    assert "finished" in (out / "pipeline" / "pretrain" / "local.log").read_text()
     capfd.readouterr()
     assert submission.main(["pipeline", str(file), "--local"]) == 0
     assert capfd.readouterr().out.count("done already") == 5
-    file.write_text(
-        file.read_text().replace("train.seed=0,1", "train.seed=0,2").replace("model.pool=avg", "model.pool=mean")
+
+
+def test_a_failed_stage_names_the_line_that_mae_dist_logs_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [
+        "[rank1]: Traceback (most recent call last):", '[rank1]:   File "train.py", line 1, in fit',
+        "[rank1]: OSError: Input/output error", "mae-dist: rank 1 did not answer at step 4: hung or gone", "srun: done",
+    ]  # fmt: skip
+    monkeypatch.setattr(local, "step", lambda _: (1, said))
+    assert local.walk(list(stages(tmp_path, SMALL_PIPELINE).values())) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[0]
+        == "submit: stage data failed with status 1: OSError: Input/output error"
     )
-    assert submission.main(["pipeline", str(file), "--local"]) == 2
 
 
 # the command
@@ -309,199 +425,211 @@ def test_a_finished_run_and_a_strangers_folder_are_refused(data: Path, tmp_path:
         preflight.check("pretrain", chosen, Cluster())
 
 
-# what a task makes of the end of its process
+# queueing, without a SLURM behind the commands
 
 
-STARTED = {"told": False, "late": False, "ends": [1, 1], "before": [], "restarts": 2}
-
-
-@pytest.mark.parametrize(
-    ("status", "facts", "again", "said"),
-    [
-        (75, {"told": True}, True, "stopped and saved"),
-        (75, {"told": True, "late": True, "before": [TOO_SHORT]}, True, "stopped and saved"),
-        (-15, {"told": True}, True, "stopped"),
-        (-15, {"told": True, "late": True}, True, TOO_SHORT),
-        (-9, {"told": True, "late": True, "before": [TOO_SHORT]}, False, "twice in a row: ask for more time"),
-        (-15, {"told": True, "before": [TOO_SHORT, "stopped"]}, True, "stopped"),
-        (2, {}, False, ""),
-        (1, {"ends": [1, 2]}, False, ""),
-        (-9, {}, True, "a rank was lost, restart 1 of 2"),
-        (1, {"before": ["stopped", "a rank was lost, restart 1 of 2"]}, True, "a rank was lost, restart 2 of 2"),
-        (1, {"before": ["a rank was lost, 1", "a rank was lost, 2"]}, False, "a rank was lost 3 times since"),
-        (1, {"restarts": 0}, False, ""),
-    ],
-)
-def test_whether_a_job_starts_again(status: int, facts: dict, again: bool, said: str) -> None:
-    found, why = verdict(status, **(STARTED | facts))
-    assert found == again
-    assert said in why
-    assert bool(said) == bool(why)
-
-
-TASK = """
-import signal, sys
-from pathlib import Path
-from launch import job
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit(job.REQUEUE))  # submitit's handler, which requeues
-job.EARLY = 0.0
-run, child = sys.argv[1:3]
-made = job.Job(words=(), logs=run, run=run, ranks_per_node=1, ranked=False, stop_before_end=float(sys.argv[3]))
-job.Watch.command = lambda *_: [sys.executable, "-c", child]
-made()
-"""
-SAVES = """
-import signal, sys, time
-told = []
-signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
-signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
-print("ready", flush=True)
-while not told:
-    time.sleep(0.01)
-time.sleep({seconds})
-sys.exit(75)
-"""
-
-
-@dataclass
-class Task:
-    """Task 0 of job 7, or of element 3 of array 7, with a SLURM whose only answer is scontrol's."""
-
-    folder: Path
-    seconds_left: float
-    stop_before_end: float
-    child: str
-    scontrol: str | None = "echo JobId=7 JobState=RUNNING Restarts=0"
-    array: bool = False
-
-    def start(self) -> subprocess.Popen[bytes]:
-        tools = self.folder / "bin"
-        tools.mkdir(parents=True, exist_ok=True)
-        if self.scontrol is not None:
-            (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {self.folder}/asked\n{self.scontrol}\n')
-            (tools / "scontrol").chmod(0o755)
-        variables = {
-            "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1",
-            "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "SUBMITIT_EXECUTOR": "slurm",
-            "SLURM_JOB_END_TIME": str(time.time() + self.seconds_left), "PYTHONPATH": str(ROOT), "PATH": str(tools),
-        }  # fmt: skip
-        if self.array:
-            variables |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
-        command = [sys.executable, "-c", TASK, str(self.folder), self.child, str(self.stop_before_end)]
-        with (self.folder / "said").open("w") as said:
-            process = subprocess.Popen(command, env=variables, stdout=said, stderr=said)
-        while "ready" not in (self.folder / "said").read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
-        return process
-
-    def events(self) -> list[dict]:
-        return jobs.events(self.folder, "7_3" if self.array else "7")[0]
-
-
-def test_a_rank_that_slurm_has_told_early_has_all_the_time_to_save(tmp_path: Path) -> None:
-    """SLURM's signal may come half a minute before the job's own clock rings: that ring kills nobody."""
-    task = Task(tmp_path, seconds_left=4, stop_before_end=2.5, child=SAVES.format(seconds=2))
-    with task.start() as process:
-        time.sleep(0.5)
-        process.send_signal(signal.SIGUSR2)
-    assert [event.get("status") for event in task.events() if event["event"] == "end"] == [75]
-    assert [event["by"] for event in task.events() if event["event"] == "told"] == ["SIGUSR2"]
-
-
-def test_the_clock_stops_a_job_that_nobody_tells_and_kills_what_does_not_leave(tmp_path: Path) -> None:
-    task = Task(tmp_path, seconds_left=3, stop_before_end=2, child=SAVES.format(seconds=60))
-    with task.start():
-        pass
-    told, end, again = task.events()[1:]
-    assert (told["by"], end["status"]) == ("time limit", -9)
-    assert again["why"] == TOO_SHORT
-
-
-def test_an_element_of_an_array_asks_for_itself_and_believes_the_first_line(tmp_path: Path) -> None:
-    """The number of an array's last element is the array's: its other elements must not be taken for it."""
-    answer = "echo ArrayTaskId=3 JobState=RUNNING Restarts=0; echo ArrayTaskId=0 JobState=COMPLETED Restarts=0"
-    task = Task(tmp_path, 60, 1, SAVES.format(seconds=0), answer, array=True)
-    with task.start() as process:
-        process.send_signal(signal.SIGUSR2)
-    assert process.returncode == 75  # submitit was asked to requeue
-    assert (tmp_path / "asked").read_text() == "show job -o 7_3\n"
-    assert task.events()[-1]["why"] == "stopped and saved"
-
-
-def test_a_start_that_slurm_has_ended_does_not_pass_for_done(tmp_path: Path) -> None:
-    task = Task(tmp_path, 60, 1, SAVES.format(seconds=0), "echo JobState=COMPLETING Restarts=0")
-    with task.start() as process:
-        process.send_signal(signal.SIGUSR2)
-    assert process.returncode == 75
-    assert task.events()[-1]["why"] == "stopped and saved; by SLURM"
-
-
-@pytest.mark.parametrize("array", [False, True])
-def test_what_a_task_cannot_requeue_its_script_does(tmp_path: Path, array: bool) -> None:
-    """As in a container, where there is no scontrol: here submitit's handler fails for the lack of it."""
-    job = "7_3" if array else "7"
-    marker(tmp_path, job).touch()
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nkill $PPID\n')
-    (tools / "scontrol").chmod(0o755)
-    lines = [*SCRIPT_SETUP, "sh -c 'exit 1'", *script_end(str(tmp_path))]
-    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"} if array else {}
-    variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "0"} | ids
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, check=False)
-    assert done.returncode == -signal.SIGTERM  # as SLURM ends a job that it requeues
-    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
-    assert not marker(tmp_path, job).exists()
-    assert subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, check=False).returncode == 1
-
-
-@pytest.mark.slow
-def test_two_machines_without_slurm_stop_together_and_go_on(data: Path, tmp_path: Path) -> None:
-    """Both are this one, with a rank each."""
-    run, words = (
-        tmp_path / "run",
-        ["pretrain", f"data.path={data}", *SMALL, "mae.decoder_dim=32", "mae.decoder_heads=4"],
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with SLURM's commands, which any test may replace: sbatch takes every job, gives numbers from 1 on and
+    keeps what it was given as N.sbatch, with its environment as N.env; squeue knows no job. scancel notes its words.
+    """
+    commands = tmp_path / "slurm"
+    commands.mkdir()
+    command(commands, "sinfo", "echo 'main*|infinite|gpu:2|8|16000|4'")
+    command(commands, "srun", "exit 1")
+    command(commands, "sacct", "exit 1")
+    command(commands, "squeue", "exit 0")
+    command(commands, "scancel", f'echo "$@" > {commands}/cancelled')
+    command(
+        commands,
+        "sbatch",
+        f"""[ "$1" != --test-only ] || exit 0
+        n=$(($(ls {commands}/*.sbatch 2>/dev/null | wc -l) + 1))
+        cp "$1" {commands}/$n.sbatch; env > {commands}/$n.env; echo "Submitted batch job $n\"""",
     )
-    words += ["mae.decoder_depth=1", "train.steps=30", "track.every=1", "machine.workers=0", f"out={run}"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        head = f"localhost:{free.getsockname()[1]}"
-    variables = os.environ | {
-        "NODES": "2",
-        "HEAD": head,
-        "RANKS": "1",
-        "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def start() -> list[subprocess.Popen[str]]:
-        command = [ROOT / "launch" / "torchrun.sh", *words]
-        return [subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-
-    machines, deadline = start(), time.monotonic() + 120
-    while child.reached(run) < 3:
-        assert time.monotonic() < deadline
-        assert all(machine.poll() is None for machine in machines)
-        time.sleep(0.02)
-    for machine in machines:
-        machine.send_signal(signal.SIGTERM)
-    said = "".join(machine.communicate(timeout=60)[1] for machine in machines)
-    assert "was stopped and saved at step" in said
-    assert all(machine.returncode for machine in machines)
-    for machine in start():
-        assert machine.wait(timeout=120) == 0
-    assert (run / "result.json").exists()
-    first, second = (json.loads(line) for line in (run / "provenance.jsonl").read_text().splitlines())
-    assert first["world"] == second["world"] == 2
-    assert 0 < second["step"] == second["reached"]
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    return commands
 
 
-def test_torchrun_sh_says_what_it_needs() -> None:
-    script = str(ROOT / "launch" / "torchrun.sh")
-    assert "NODES=4 HEAD=node1" in subprocess.run([script, "--help"], capture_output=True, text=True).stdout
-    done = subprocess.run([script, "pretrain"], env=os.environ | {"NODES": "2"}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "torchrun.sh: NODES=2 needs HEAD=HOST, the machine at which they meet\n",
+def command(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def finish(run: Path, words: list[str]) -> None:
+    """Make the folder that of a finished run with these settings."""
+    run.mkdir(exist_ok=True)
+    chosen = config.load("pretrain", None, [*words, f"out={run}"])
+    fingerprint = preflight.open_split(chosen.data.path, "train").fingerprint
+    (run / "config.yaml").write_text(f"verb: pretrain\ndata_fingerprint: {fingerprint}\n{config.dump(chosen)}")
+    (run / "result.json").write_text('{"loss": 1.0}')
+
+
+def frozen(base: Path, name: str) -> config.RunConfig:
+    """The settings that the newest submission has written for the run `name`."""
+    code = max((base / "code").iterdir())
+    return config.load("pretrain", str(code / "settings" / f"{name}.yaml"), [])
+
+
+def test_of_a_sweep_only_what_is_not_done_is_queued(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a sweep"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={out}", "--sweep", "seed=0,1,2"]
+    assert submission.main(words) == 0
+    said = capsys.readouterr().out
+    assert "--array=0-2%3" in (slurm / "1.sbatch").read_text()
+    assert said.splitlines()[-1] == f"next: mae-dist runs '{out}' --watch | mae-dist logs '{out}' | scancel 1 2"
+    for seed in (0, 2):
+        finish(out / f"seed-{seed}", [*SMALL, f"data.path={data}", f"train.seed={seed}"])
+    assert submission.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("done already") == 2
+    assert "seed-0: done already, passed over" in said
+    assert "--array" not in (slurm / "3.sbatch").read_text()
+    assert [s.job for s in jobs.submissions(out / "seed-1")] == ["1_1", "3"]
+    assert [s.job for s in jobs.submissions(out / "seed-0")] == ["1_0"]
+    assert [s.job for s in jobs.submissions(out / "pipeline" / "results")] == ["2", "4"]
+    # another sweep into the same folder is refused, not passed over
+    assert submission.main([*words, "optim.base_lr=1"]) == 2
+    assert "optim.base_lr: 0.00015 -> 1.0" in capsys.readouterr().err
+    finish(out / "seed-1", [*SMALL, f"data.path={data}", "train.seed=1"])
+    (out / "results.md").touch()
+    before = sorted(out.rglob("*"))
+    assert submission.main(words) == 0
+    assert capsys.readouterr().out == f"pretrain: done already, passed over\nnext: mae-dist runs '{out}'\n"
+    assert sorted(out.rglob("*")) == before
+    assert not (slurm / "5.sbatch").exists()
+
+
+def test_settings_are_frozen_with_paths_that_hold_anywhere(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "data.path=set", "data.test_path=set", "out=run"]
+    assert submission.main(["pretrain", "--cluster", TEST, *words]) == 0
+    settings = frozen(tmp_path / "run", "pretrain")
+    assert (settings.out, settings.data.path, settings.data.test_path) == (str(tmp_path / "run"), *(str(data),) * 2)
+    # and the same command, as well as the same by hand, takes them for the same
+    (tmp_path / "run" / "config.yaml").write_text(
+        f"verb: pretrain\ndata_fingerprint: {preflight.open_split('set', 'train').fingerprint}\n{config.dump(settings)}"
     )
+    assert submission.main(["pretrain", "--cluster", TEST, *words]) == 0
+    assert (slurm / "2.sbatch").exists()
+
+
+def test_the_start_of_a_run_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "data.path=set", "out=run"]
+    chosen = config.load("probe", None, [*words, "from=start"])
+    frozen = folder.absolute(chosen)
+    assert frozen.start == str(tmp_path / "start")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"verb: probe\ndata_fingerprint: x\n{config.dump(frozen)}")
+    folder.refuse_others(tmp_path / "run", "probe", chosen, "x")
+    with pytest.raises(ValueError, match="from: .*/start -> .*/other"):
+        folder.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "from=other"]), "x")
+    assert folder.absolute(config.load("probe", None, [*words, "from=random"])).start == "random"
+
+
+def test_what_no_ranks_share_gets_the_share_of_one(tmp_path: Path, slurm: Path) -> None:
+    where = tmp_path / "cluster.yaml"
+    where.write_text(
+        "{gpus_per_node: 2, cpus_per_task: 3, memory: 12, nodes: 2, exclusive: true, time: '1:00:00',"
+        " sbatch: {no-kill: true, nice: 5, begin: now, spread-job: null, requeue: false}}"
+    )
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE.replace('--test 16"', '--test 16", memory: 9')
+    )
+    assert submission.main(["pipeline", str(file), "--cluster", str(where)]) == 0
+    scripts = [(slurm / f"{number}.sbatch").read_text() for number in (1, 2, 3, 4)]
+    asked = [{line for line in text.splitlines() if line.startswith("#SBATCH")} for text in scripts]
+    for lines in asked:
+        assert lines >= {"#SBATCH --no-kill", "#SBATCH --spread-job", "#SBATCH --nice=5", "#SBATCH --begin=now"}
+        assert not any("requeue" in line for line in lines)
+        assert "#SBATCH --cpus-per-task=3" in lines
+    assert [next(line for line in lines if "--mem=" in line)[14:] for lines in asked] == [
+        "9000M", "12000M", "12000M", "6000M",
+    ]  # fmt: skip
+    assert [any("exclusive" in line for line in lines) for lines in asked] == [False, True, True, False]
+    assert [any("gpus" in line for line in lines) for lines in asked] == [False, True, True, False]
+    assert [next(line for line in lines if "--nodes=" in line)[-1] for lines in asked] == ["1", "2", "2", "1"]
+
+
+def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("JOB_ID", "JOB_END_TIME", "RESTART_COUNT", "MEM_PER_NODE", "NTASKS", "CONF", "CLUSTERS"):
+        monkeypatch.setenv(f"SLURM_{name}", "7")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "vision")
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'run'}"]
+    assert submission.main(words) == 0
+    names = {line.partition("=")[0] for line in (slurm / "1.env").read_text().splitlines()}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_CONF", "SLURM_CLUSTERS"}
+    assert "SBATCH_ACCOUNT" in names
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_interrupted_halfway_nothing_stays_queued_or_written(
+    there: bool, data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "sweep"
+    if there:
+        (out / "old").mkdir(parents=True)
+    taking = (slurm / "sbatch").read_text()
+    command(slurm, "sbatch", f"""[ ! -e {slurm}/1.sbatch ] || kill -INT $PPID\n{taking}""")  # Ctrl-C at the second job
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={out}", "--sweep", "seed=0,1"]
+    before = signal.getsignal(signal.SIGINT)
+    assert submission.main(words) == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    assert capsys.readouterr().err == "submit: interrupted, nothing is queued\n"
+    assert (slurm / "cancelled").read_text().split() == ["1", "2"]
+    if there:
+        assert (out / "old").exists()
+        assert not (out / "code").exists()
+    else:
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_copy_that_fails_halfway_leaves_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = snapshot.shutil.copytree
+
+    def full(source: Path, *rest: Any, **more: Any) -> None:
+        copy(source, *rest, **more)
+        if Path(source).name == "launch":
+            raise shutil.Error([(f"{source}/job.py", "there", "[Errno 28] No space left on device: 'there'")])
+
+    monkeypatch.setattr(snapshot.shutil, "copytree", full)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'new' / 'run'}"]
+    assert submission.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"submit: {tmp_path / 'new' / 'run' / 'code'}")
+    assert said.endswith(": the code could not be copied: [Errno 28] No space left on device: 'there'\n")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    assert submission.main(words) == 2
+    assert not list((tmp_path / "new" / "run").iterdir())
+
+
+def test_where_slurm_is_silent_a_run_is_not_submitted_again(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={run}"]
+    assert submission.main(words) == 0
+    command(slurm, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    capsys.readouterr()
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={run}: whether job 1 of this run is still alive cannot be known (slurm_load_jobs error: Unable "
+        "to contact slurm controller); try again when SLURM answers\n"
+    )
+    command(slurm, "squeue", "echo '1|PENDING'")
+    assert submission.main(words) == 2
+    assert "job 1 of this run is PENDING; wait for it" in capsys.readouterr().err
+    command(slurm, "squeue", "[[ $* == *--me* ]] || { echo 'Invalid job id specified' >&2; exit 1; }")
+    assert submission.main(words) == 0  # SLURM has forgotten it

@@ -1,5 +1,7 @@
 """`mae-dist logs RUN [--lines N] [--all]`: what the newest job of a run said, the first failing rank first.
 
+Of a folder of runs, a sweep's or a pipeline's, the first that has failed is shown; else how all of them stand.
+
 When one rank fails the others soon say that it does not answer, and a launcher kills the rest; so the task that ended
 first with a cause of its own is shown in full, and each other task in one line. Reads only, and no torch.
 """
@@ -12,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist import folder, jobs
+from mae_dist.stages import runs
 from mae_dist.stages.data import Parser
-from mae_dist.stages.standing import STOPPED, Event, ended, endings, of_start, standing
+from mae_dist.stages.standing import STOPPED, Event, ended, endings, find, of_start, standing
 
 LINES = 40
 LOST = re.compile(r"does? not answer|did not answer|lost touch")
@@ -69,7 +72,7 @@ class Task:
 def main(argv: list[str]) -> int:
     """Run `mae-dist logs ARGV`; give the exit status."""
     parser = Parser(prog="mae-dist logs", description="What the newest job of a run said, the first failure first.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or of several")
     parser.add_argument("--lines", type=int, default=LINES, metavar="N", help=f"last lines to show (default: {LINES})")
     parser.add_argument("--all", action="store_true", help="all starts of the job, not only the newest")
     arguments = parser.parse_args(argv)
@@ -77,6 +80,11 @@ def main(argv: list[str]) -> int:
     if arguments.lines < 1:
         raise ValueError(f"--lines {arguments.lines}: must be 1 or more")
     submissions = jobs.submissions(run)
+    if not submissions and not (run / folder.CONFIG).is_file() and (below := list(find(run))):
+        failed = next((row.path for row in runs.look(below) if row.standing.state == "failed"), None)
+        if failed is None:
+            return runs.main([str(run)])
+        run, submissions = failed, jobs.submissions(failed)
     if not submissions:
         if not (run / folder.CONFIG).is_file():
             what = "holds no run of mae-dist" if run.is_dir() else "no such folder"

@@ -126,8 +126,8 @@ def name_of(path: Path, tops: list[Path]) -> str:
 
 
 def look(paths: list[Path]) -> list[Row]:
-    """How these runs stand; SLURM is asked once."""
-    submissions = newest_submissions(paths)
+    """How these runs stand; SLURM is asked once, and not of those that are finished."""
+    submissions = newest_submissions([path for path in paths if not (path / folder.RESULT).is_file()])
     states = jobs.states(submission.job for submission in submissions.values())
     return [_row(path, states) for path in paths]
 

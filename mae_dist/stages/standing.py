@@ -89,7 +89,7 @@ def _judge(run: Path, notes: dict[int, list[Event]], word: str, quiet: float) ->
         return ("requeued", asked or "", 1) if everything else ("queued", "", 0)
     if word in AT_WORK or (word == "COMPLETING" and len(ends) < max(1, len(notes))):
         return "running", "", 0
-    if word in ("COMPLETING", "") and asked is not None:
+    if asked is not None and (word == "COMPLETING" or (word == "" and not asked.endswith(jobs.BY_SLURM))):
         return "requeued", asked, 1
     failures = [end for end in ends.values() if end["status"] not in (0, *STOPPED)]
     if mistakes := [end for end in failures if end["status"] == 2]:
