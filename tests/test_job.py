@@ -1,4 +1,4 @@
-"""What a SLURM task does about signals, the clock and the end of its process, without SLURM; two machines without it."""
+"""What a SLURM task does about signals, the clock and how its process ends, without SLURM; two machines without it."""
 
 from __future__ import annotations
 
