@@ -615,6 +615,23 @@ def test_damaged_bytes_are_refused_in_one_sentence_or_do_no_harm(tmp_path: Path,
         refusal(path)
 
 
+def test_a_vit_without_a_class_token_is_refused_for_that(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    gap: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
+    for name, words in {"vit_tiny_patch16_224": gap, "vit_base_patch16_siglip_224": {}}.items():
+        torch.save(timm.create_model(name, **(sizes | words)).state_dict(), tmp_path / "gap.pth")
+        assert "without class token (cls_token)" in refusal(tmp_path / "gap.pth")
+    arrays = {name: array.numpy() for name, array in npz.theirs(import_model(classifier()))[0].items()}
+    positions = arrays.pop("Transformer/posembed_input/pos_embedding")[:, 1:]
+    del arrays["cls"]
+    gap = {f"params/{name}": array for name, array in arrays.items()} | {"pos_embedding": positions}
+    np.savez(tmp_path / "gap.npz", **gap)
+    assert "without class token (cls_token)" in refusal(tmp_path / "gap.npz")
+    no_embedding = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).state_dict()
+    torch.save(no_embedding, tmp_path / "deit3.pth")
+    assert "63 positions beside the class token's make no square" in refusal(tmp_path / "deit3.pth")
+
+
 class Hostile:
     """Touches a file when it is unpickled."""
 

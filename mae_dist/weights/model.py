@@ -193,6 +193,8 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     if not there:
         raise ValueError(f"{origin}: holds neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)")
     kind, (dim, channels, patch, width) = family[there[0]], state[there[0]].shape
+    if kind == "vit" and "backbone.cls_token" not in state:
+        raise ValueError(f"{origin}: a ViT without class token (cls_token), and ViTs here need one; try another model")
     depth = num_blocks("backbone.blocks", state)
     names = [
         name
@@ -210,7 +212,8 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     num = state[positions].shape[1] - (kind == "vit")
     side = math.isqrt(max(num, 0))
     if side * side != num or not num:
-        raise ValueError(f"{origin}: {num} positions make no square, so the size of its images cannot be told")
+        which = f"{num} positions beside the class token's" if kind == "vit" else f"{num} positions"
+        raise ValueError(f"{origin}: {which} make no square, so the size of its images cannot be told")
     return names[0], side * patch
 
 
