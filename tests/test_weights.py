@@ -26,6 +26,7 @@ from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.objectives import Objective
+from mae_dist.objectives.board import Board
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import Mae
@@ -85,6 +86,8 @@ def saved(objective: Objective, name: str, out: Path, size: int = 32, step: int 
     common = {"out": str(out), "data": data, "model": model, "train": train}
     if isinstance(objective, MAE):
         verb, config = "pretrain", schema.Pretrain(**common, mae=objective.settings)
+    elif isinstance(objective, Board):
+        verb, config = "probe", schema.Probe(**common, start="random", board=objective.settings)
     elif isinstance(objective, Probe):
         verb, config = "probe", schema.Probe(**common, start="random")
     else:
@@ -221,6 +224,24 @@ def test_a_probe_keeps_its_head_at_home(tmp_path: Path, say: Say) -> None:
     assert "left out: the probe's head" in said
     say("import", tmp_path / "own/model.safetensors", "--out", tmp_path / "run")
     assert same(state(tmp_path / "run"), dict(probe.state_dict()))
+
+
+def test_of_a_probe_board_the_backbone_is_exported_and_the_heads_are_named(tmp_path: Path, say: Say) -> None:
+    grids: list[dict[str, Any]] = [{"lars": (1.0, 2.0), "sgd": (0.1,), "features": ("cls", "mean")}, {"ridge": True}]
+    grids += [{"adamw": (1e-3,), "attentive": True}]
+    for number, grid in enumerate(grids):
+        folder = tmp_path / str(number)
+        board = randomised(Board(models.build("vit_demo4"), 5, schema.Board(**grid), chunk=2, seed=0))
+        backbone = {name: t for name, t in board.state_dict().items() if name.startswith("backbone.")}
+        origin = saved(board, "vit_demo4", folder / "origin")
+        for house, suffix in {"timm": ".pth", "hf": "", "safetensors": ""}.items():
+            said = say("export", origin, "--to", house, "--out", folder / f"{house}{suffix}")
+            assert "features 0" in said
+            assert ("left out: the probe board's heads, 6 in all (lars, sgd)" in said) == (number == 0)
+            assert ("left out: the probe board's heads, 2 in all (adamw)" in said) == (number == 2)
+            say("import", folder / f"{house}{suffix}", "--out", folder / f"run-{house}")
+            assert same(state(folder / f"run-{house}"), backbone)
+        assert "left out" not in say("export", folder / "run-safetensors", "--to", "fb", "--out", folder / "again.pth")
 
 
 def there(said: str) -> str:

@@ -1,6 +1,7 @@
 """Our own file: a folder with model.safetensors in our names, all settings as metadata, and a model card to read.
 
-It holds everything that a run's checkpoint has below `model.`, so that importing it is exporting it undone.
+It holds everything that a run's checkpoint has below `model.`, but for the heads of a probe board, so that importing it
+is exporting it undone.
 """
 
 from __future__ import annotations
