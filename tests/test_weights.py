@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mae_dist.objectives.mae import MAE
 from mae_dist.schema import Mae
 from mae_dist.stages import export, import_
 from mae_dist.weights import HOUSES, Found, Given, npz
+from mae_dist.weights.model import architecture
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 DECODER = Mae(decoder_dim=32, decoder_depth=2, decoder_heads=4, norm_pix=False, mask_ratio=0.5)
@@ -284,6 +286,23 @@ def test_timm_loads_strictly_and_computes_the_same(
         assert (features - expected).abs().max() < 1e-12 * expected.abs().max().clamp(min=1)
         logits = theirs(pixels)
     assert (logits - ours.head(expected)).abs().max() < 1e-11 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_every_backbone_has_the_names_and_shapes_of_timms_model_and_is_told_by_them(name: str) -> None:
+    with torch.device("meta"):
+        objective = Finetune(models.build(name), 7, drop_path=0.0, label_smoothing=0.0, seed=0)
+    size, ours = objective.backbone.image_size[0], official(objective)
+    settings = schema.Finetune(model=schema.Model(name=name, image_size=size))
+    model = export.Model("finetune", settings, dict(objective.state_dict()))
+    timms_name, words = HOUSES["timm"].architecture(model)
+    with torch.device("meta"):
+        make = timm.models.MlpMixer if timms_name == "MlpMixer" else partial(timm.create_model, timms_name)
+        theirs: Any = make(**words)
+    assert {n: t.shape for n, t in theirs.state_dict().items()} == {n: t.shape for n, t in ours.items()}
+    if model.is_vit:  # shapes do not tell it
+        assert {block.attn.num_heads for block in theirs.blocks} == {model.sizes["num_heads"]}
+    assert architecture(HOUSES["timm"].ours(theirs.state_dict()), None, "timm's") == (name, size)
 
 
 def transformed(line: str) -> nn.Module:
