@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import random
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,13 @@ from mae_dist.batch import Batch
 from mae_dist.checkpoint import RunDir
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.objectives import Objective
+from mae_dist.objectives.board import Board
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import Mae
 from mae_dist.stages import export, import_
-from mae_dist.weights import Found, npz
+from mae_dist.weights import HOUSES, Found, Given, npz
+from mae_dist.weights.model import architecture
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 DECODER = Mae(decoder_dim=32, decoder_depth=2, decoder_heads=4, norm_pix=False, mask_ratio=0.5)
@@ -82,6 +88,8 @@ def saved(objective: Objective, name: str, out: Path, size: int = 32, step: int 
     common = {"out": str(out), "data": data, "model": model, "train": train}
     if isinstance(objective, MAE):
         verb, config = "pretrain", schema.Pretrain(**common, mae=objective.settings)
+    elif isinstance(objective, Board):
+        verb, config = "probe", schema.Probe(**common, start="random", board=objective.settings)
     elif isinstance(objective, Probe):
         verb, config = "probe", schema.Probe(**common, start="random")
     else:
@@ -220,6 +228,24 @@ def test_a_probe_keeps_its_head_at_home(tmp_path: Path, say: Say) -> None:
     assert same(state(tmp_path / "run"), dict(probe.state_dict()))
 
 
+def test_of_a_probe_board_the_backbone_is_exported_and_the_heads_are_named(tmp_path: Path, say: Say) -> None:
+    grids: list[dict[str, Any]] = [{"lars": (1.0, 2.0), "sgd": (0.1,), "features": ("cls", "mean")}, {"ridge": True}]
+    grids += [{"adamw": (1e-3,), "attentive": True}]
+    for number, grid in enumerate(grids):
+        folder = tmp_path / str(number)
+        board = randomised(Board(models.build("vit_demo4"), 5, schema.Board(**grid), chunk=2, seed=0))
+        backbone = {name: t for name, t in board.state_dict().items() if name.startswith("backbone.")}
+        origin = saved(board, "vit_demo4", folder / "origin")
+        for house, suffix in {"timm": ".pth", "hf": "", "safetensors": ""}.items():
+            said = say("export", origin, "--to", house, "--out", folder / f"{house}{suffix}")
+            assert "features 0" in said
+            assert ("left out: the probe board's heads, 6 in all (lars, sgd)" in said) == (number == 0)
+            assert ("left out: the probe board's heads, 2 in all (adamw)" in said) == (number == 2)
+            say("import", folder / f"{house}{suffix}", "--out", folder / f"run-{house}")
+            assert same(state(folder / f"run-{house}"), backbone)
+        assert "left out" not in say("export", folder / "run-safetensors", "--to", "fb", "--out", folder / "again.pth")
+
+
 def there(said: str) -> str:
     """The line that an export says to type."""
     return said.split("use it:")[1].strip()
@@ -260,6 +286,23 @@ def test_timm_loads_strictly_and_computes_the_same(
         assert (features - expected).abs().max() < 1e-12 * expected.abs().max().clamp(min=1)
         logits = theirs(pixels)
     assert (logits - ours.head(expected)).abs().max() < 1e-11 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_every_backbone_has_the_names_and_shapes_of_timms_model_and_is_told_by_them(name: str) -> None:
+    with torch.device("meta"):
+        objective = Finetune(models.build(name), 7, drop_path=0.0, label_smoothing=0.0, seed=0)
+    size, ours = objective.backbone.image_size[0], official(objective)
+    settings = schema.Finetune(model=schema.Model(name=name, image_size=size))
+    model = export.Model("finetune", settings, dict(objective.state_dict()))
+    timms_name, words = HOUSES["timm"].architecture(model)
+    with torch.device("meta"):
+        make = timm.models.MlpMixer if timms_name == "MlpMixer" else partial(timm.create_model, timms_name)
+        theirs: Any = make(**words)
+    assert {n: t.shape for n, t in theirs.state_dict().items()} == {n: t.shape for n, t in ours.items()}
+    if model.is_vit:  # shapes do not tell it
+        assert {block.attn.num_heads for block in theirs.blocks} == {model.sizes["num_heads"]}
+    assert architecture(HOUSES["timm"].ours(theirs.state_dict()), None, "timm's") == (name, size)
 
 
 def transformed(line: str) -> nn.Module:
@@ -367,9 +410,11 @@ def test_names_of_big_vision_and_of_training_states_are_read() -> None:
 
 
 def import_model(objective: Objective) -> export.Model:
-    return export.Model("finetune", schema.Finetune(
-        data=schema.Data(mean=MEAN, std=STD), model=schema.Model(name="vit_demo4", image_size=32)
-    ), dict(objective.state_dict()))  # fmt: skip
+    data, model = schema.Data("x", mean=MEAN, std=STD), schema.Model(name="vit_demo4", image_size=32)
+    if isinstance(objective, MAE):
+        return export.Model("pretrain", schema.Pretrain("x", data, model, mae=objective.settings),
+                            dict(objective.state_dict()))  # fmt: skip
+    return export.Model("finetune", schema.Finetune("x", data, model, start="random"), dict(objective.state_dict()))
 
 
 def test_what_the_file_does_not_say_is_assumed_aloud(tmp_path: Path, say: Say) -> None:
@@ -443,9 +488,9 @@ def test_an_unlike_copy_is_not_left_lying(
         tensors, left_out = theirs(model)
         return tensors | {"decoder_pred.bias": tensors["decoder_pred.bias"] + 1e-3}, left_out
 
-    def forget(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Found:
+    def forget(tensors: dict[str, Tensor], facts: dict[str, Any], origin: str) -> Found:
         encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
-        return found(encoder, facts)
+        return found(encoder, facts, origin)
 
     cases = {"theirs": (slip, "features 0, pixel predictions 0.00"), "found": (forget, "lost")}
     for name, (slipping, complaint) in cases.items():
@@ -454,6 +499,177 @@ def test_an_unlike_copy_is_not_left_lying(
             assert main(["export", str(run), "--to", "fb", "--out", str(tmp_path / "x.pth")]) == 2
         assert complaint in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+NOT_THREE: list[Any] = [0.5, "x", {}, [0.5], [0.5] * 4, ["a", "b", "c"], [None] * 3, [math.nan] * 3, [10**400] * 3]
+NOT_COUNT: list[Any] = [0, 0.5, "x", True, [1]]
+NOT_SHARE: list[Any] = [0, 1, "x", [1], math.nan]
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "values", "option"),
+    [
+        ("pretrained_cfg", "mean", NOT_THREE, ["--mean", *MEAN]),
+        ("pretrained_cfg", "std", [*NOT_THREE, [0, 0, 0], [0.2, -0.2, 0.2]], ["--std", *STD]),
+        ("beside", "pretrained_cfg", [0.5, "x", "{", "[1]", "null", [1], True], []),
+        ("args", "mean", NOT_THREE[:2], ["--mean", *MEAN]),
+        ("args", "decoder_num_heads", NOT_COUNT, ["--decoder-heads", 4]),
+        ("args", "norm_pix_loss", [0, "x", [1]], ["--norm-pix"]),
+        ("args", "mask_ratio", NOT_SHARE, []),
+        ("metadata", "pretrained_cfg", ["nope", "[1]", "null", "[" * 100_000, '{"std": [0, 0, 0]}'], []),
+        (CONFIG, "model_type", [["vit"], {}, 1, None], []),
+        (CONFIG, "num_attention_heads", NOT_COUNT, []),
+        (CONFIG, "decoder_num_attention_heads", NOT_COUNT, ["--decoder-heads", 4]),
+        (CONFIG, "layer_norm_eps", [None, "x", [1], -1, True], []),
+        (CONFIG, "norm_pix_loss", [0, "x", [1]], ["--norm-pix"]),
+        (CONFIG, "mask_ratio", NOT_SHARE, []),
+        (PROCESSOR, "image_mean", NOT_THREE, ["--mean", *MEAN]),
+        (PROCESSOR, "image_std", [*NOT_THREE, [0.2, 0.2, 0.0]], ["--std", *STD]),
+        ("own", "data.std", [(0.2, 0.2, 0.0)], []),
+        ("own", "model.image_size", [31], []),
+        ("own", "mae.decoder_heads", [0, "x"], []),
+    ],
+)
+def test_what_a_file_says_wrongly_is_refused_by_its_name_unless_it_is_overruled(
+    tmp_path: Path, say: Say, capsys: pytest.CaptureFixture[str],
+    where: str, key: str, values: list[Any], option: list[Any],
+) -> None:  # fmt: skip
+    path = tmp_path / "told"
+    for value in values:
+        tell(path, where, key, value)
+        assert main(["import", str(path), "--out", str(tmp_path / "out")]) == 2, value
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert all(word in said for word in (str(path), key, *option[:1])), said
+    if option:
+        say("import", path, "--out", tmp_path / "out", *option)
+
+
+def tell(path: Path, where: str, key: str, value: Any) -> None:
+    """Write a file or folder to `path` that says so of its model."""
+    objective = mae()
+    if where in (CONFIG, PROCESSOR, "own"):
+        shutil.rmtree(path, ignore_errors=True)
+        house, model = HOUSES["safetensors" if where == "own" else "hf"], import_model(objective)
+        if where == "own":
+            section, _, name = key.partition(".")
+            changed = dataclasses.replace(getattr(model.config, section), **{name: value})
+            model = dataclasses.replace(model, config=dataclasses.replace(model.config, **{section: changed}))
+        house.write(house.theirs(model)[0], model, path)
+        if where != "own":
+            (path / where).write_text(json.dumps(json.loads((path / where).read_text()) | {key: value}))
+    elif where == "args":
+        torch.save({"model": official(objective), "args": argparse.Namespace(**{key: value})}, path)
+    elif where == "metadata":
+        save_file(official(classifier()), path, {key: value})
+    else:
+        beside = {key: value} if where == "beside" else {where: {key: value}}
+        torch.save({"state_dict": official(classifier())} | beside, path)
+
+
+def refusal(path: Path) -> str:
+    """What is said where `path` is refused, in one line that names it; "" where it is read."""
+    said = ""
+    try:
+        import_.read(path, Given())
+    except ValueError as error:
+        said = str(error)
+    assert not said or (said.startswith(str(path)) and len(said.splitlines()) == 1), said
+    return said
+
+
+ODD = [torch.tensor(1.0), torch.zeros(5), torch.zeros(3, 4), torch.zeros(1, 65, 3), torch.zeros(2, 3, 4, 4)]
+ODD += [torch.zeros(1, 1, 1, 1, 1), torch.zeros(0)]
+TELLING = ("patch_embed.proj.weight", "stem.proj.weight", "pos_embed", "blocks.0.mlp_tokens.fc1.weight", "head.bias",
+           "decoder_embed.weight", "cls_token", "mask_token")  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", [mae(), classifier(), classifier("mixer_demo4")], ids=["mae", "vit", "mixer"])
+def test_tensors_of_other_shapes_kinds_and_names_are_refused_by_their_name(
+    tmp_path: Path, objective: Objective
+) -> None:
+    path, good = tmp_path / "odd.pth", official(objective)
+
+    def said(changes: dict[str, Tensor]) -> str:
+        torch.save({"model": good | changes}, path)
+        return refusal(path)
+
+    assert not said({})
+    for name in (name for name in TELLING if name in good):
+        for tensor in (tensor for tensor in ODD if tensor.ndim != good[name].ndim):
+            assert name.partition(".")[0] in said({name: tensor})
+        for change in (
+            Tensor.to_sparse,
+            lambda t: t.to("meta"),
+            lambda t: torch.quantize_per_tensor(t, 1, 0, torch.qint8),
+        ):
+            assert f"{name} is sparse" in said({name: change(good[name])})
+    for name in ("blocks.foo.weight", "blocks.", "blocks.0", f"blocks.{'9' * 5000}.weight", "", "."):
+        assert "holds, unknown here" in said({name: torch.zeros(2)})
+    if isinstance(objective, MAE):
+        assert "holds, unknown here, decoder_blocks.foo.weight" in said({"decoder_blocks.foo.weight": torch.zeros(2)})
+
+
+def test_flax_arrays_of_other_shapes_are_refused_by_their_name(tmp_path: Path) -> None:
+    good = {name: array.numpy() for name, array in npz.theirs(import_model(classifier()))[0].items()}
+    attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1"
+    theirs = {f"{attention}/{part}/{leaf}": f"attn.{part[0]}." for part in ("query", "key", "value")
+              for leaf in ("kernel", "bias")}  # fmt: skip
+    theirs |= {"cls": "cls_token", "Transformer/posembed_input/pos_embedding": "pos_embed", "head/bias": "head",
+               "embedding/kernel": "patch_embed", "Transformer/encoderblock_0/LayerNorm_0/scale": "norm1"}  # fmt: skip
+    for name, ours in theirs.items():
+        for tensor in (tensor for tensor in ODD if tensor.ndim != good[name].ndim):
+            np.savez(tmp_path / "odd.npz", **(good | {name: tensor.numpy()}))  # pyright: ignore
+            assert ours in refusal(tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("kind", ["zip.pth", "pickle.pth", "safetensors", "npz", "compressed.npz", "own"])
+def test_damaged_bytes_are_refused_in_one_sentence_or_do_no_harm(tmp_path: Path, kind: str) -> None:
+    path, model = tmp_path / f"damaged.{kind}", import_model(classifier())
+    if kind.endswith("pth"):
+        content = {"state_dict": official(classifier()), "pretrained_cfg": {"mean": MEAN}}
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip.pth")
+    elif kind.endswith("npz"):
+        save = np.savez_compressed if kind == "compressed.npz" else np.savez
+        save(path, **{name: array.numpy() for name, array in npz.theirs(model)[0].items()})  # pyright: ignore
+    elif kind == "own":
+        HOUSES["safetensors"].write(dict(model.state), model, tmp_path / "whole")
+        shutil.move(tmp_path / "whole/model.safetensors", path)
+    else:
+        save_file(official(classifier()), path, {"pretrained_cfg": json.dumps({"mean": MEAN})})
+    whole, draw = path.read_bytes(), random.Random(0)
+    assert not refusal(path)
+    for number in range(32):
+        damaged, at, reach = bytearray(whole), draw.randrange(len(whole)), 1 << draw.randrange(1, 14)
+        at = (at, at % reach, -1 - at % reach)[number % 3]  # anywhere, near the beginning, near the end
+        if number % 4 == 0:
+            damaged = damaged[:at]
+        elif number % 4 == 1:
+            damaged[at : at + 64] = b"\xff" * len(damaged[at : at + 64])
+        else:
+            damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        refusal(path)
+    for at in (at for at in (whole.find(b"PK\1\2"), whole.find(b"PK\5\6"), len(whole) // 2) if at >= 0):
+        path.write_bytes(whole[:at] + b"\xff" * 200 + whole[at + 200 :])
+        refusal(path)
+
+
+def test_a_vit_without_a_class_token_is_refused_for_that(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    gap: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
+    for name, words in {"vit_tiny_patch16_224": gap, "vit_base_patch16_siglip_224": {}}.items():
+        torch.save(timm.create_model(name, **(sizes | words)).state_dict(), tmp_path / "gap.pth")
+        assert "without class token (cls_token)" in refusal(tmp_path / "gap.pth")
+    arrays = {name: array.numpy() for name, array in npz.theirs(import_model(classifier()))[0].items()}
+    positions = arrays.pop("Transformer/posembed_input/pos_embedding")[:, 1:]
+    del arrays["cls"]
+    gap = {f"params/{name}": array for name, array in arrays.items()} | {"pos_embedding": positions}
+    np.savez(tmp_path / "gap.npz", **gap)
+    assert "without class token (cls_token)" in refusal(tmp_path / "gap.npz")
+    no_embedding = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).state_dict()
+    torch.save(no_embedding, tmp_path / "deit3.pth")
+    assert "63 positions beside the class token's make no square" in refusal(tmp_path / "deit3.pth")
 
 
 class Hostile:
@@ -506,7 +722,8 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["unknown here", "ls1.gamma"]),
         (["import", variant("shape.pth", wrong)], ["blocks.0.attn.qkv.weight", "(2, 2)", "(384, 128)"]),
         (["import", tmp_path / "lone.pth", "--norm-pix"], ["lone.pth", "has no decoder"]),
-        (["import", fine, "--std", "0", "1", "1"], ["--std 0 1 1", "greater than 0"]),
+        (["import", fine, "--std", "0", "1", "1"], ["--std=[0.0, 1.0, 1.0]", "greater than 0"]),
+        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "finite"]),
         (["import", fine, "--decoder-heads", "5"], ["no 5 heads"]),
         (["import", fine, "--to", "x"], ["unrecognized arguments"]),
         (["export", tmp_path / "empty", "--to", "hf"], ["RUN=", "no config.yaml"]),

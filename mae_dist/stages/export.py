@@ -6,6 +6,7 @@ to the last bit nothing is left at PATH.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--out {path}: a file of {arguments.to} ends in {' or '.join(house.SUFFIXES)}")
     files.refuse_existing(path, "--out")
     dist.setup()
-    model = load(RunDir.existing(arguments.folder, "RUN"))
+    model, heads = without_board(load(RunDir.existing(arguments.folder, "RUN")))
     ours = build(model, arguments.folder)
     tensors, left_out = house.theirs(model)
     with files.whole(path, "--out") as temporary:
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         if any(gap != 0 for gap in gaps.values()):
             raise ValueError(f"--out {path}: read again it differs ({told(gaps)}); nothing is left of it")
     print(f"{path}: step {model.step:,} of {arguments.folder} for {arguments.to}, {len(tensors)} tensors")
-    for sentence in left_out:
+    for sentence in heads + left_out:
         print(f"  left out: {sentence}")
     print(f"  read again, largest difference on {NUM_IMAGES} images: {told(gaps)}")
     print(f"  use it:   {house.usage(model, path)}")
@@ -79,6 +80,17 @@ def load(run: RunDir) -> Model:
     verb, fingerprint, config = run.settings()
     named = {name: state[where] for name, where in stored.items()}
     return Model(verb, config, named, step_of(newest), fingerprint)
+
+
+def without_board(model: Model) -> tuple[Model, list[str]]:
+    """(The model, of a probe board the backbone alone, since no house has a place for many heads; what is left out.)"""
+    if model.verb != "probe" or not model.config.board.active:
+        return model, []
+    backbone = {name: tensor for name, tensor in model.state.items() if name.startswith("backbone.")}
+    num_heads = sum(name.startswith("linears.") and name.endswith(".bias") for name in model.state)
+    methods = [method for method in ("lars", "sgd", "adamw") if getattr(model.config.board, method)]
+    heads = f"the probe board's heads, {num_heads} in all ({', '.join(methods)}), which stay in the run"
+    return dataclasses.replace(model, state=backbone), [heads] if num_heads else []
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.stages.data import Parser
 from mae_dist.weights import Given, Model, Reading, files
-from mae_dist.weights.model import NORMS, shown
+from mae_dist.weights.model import NORMS
+from mae_dist.weights.said import checked
 
 SHOWN = 3
 """Names that a sentence lists."""
@@ -52,10 +53,9 @@ def main(argv: list[str]) -> int:
 
 def refuse_impossible(arguments: argparse.Namespace) -> None:
     """Numbers that can be neither statistics nor a count (ValueError)."""
-    if arguments.std and min(arguments.std) <= 0:
-        raise ValueError(f"--std {shown(arguments.std)}: must be greater than 0")
-    if arguments.decoder_heads is not None and arguments.decoder_heads < 1:
-        raise ValueError(f"--decoder-heads {arguments.decoder_heads}: must be 1 or more")
+    for name in ("mean", "std", "decoder_heads"):
+        if (value := getattr(arguments, name)) is not None:
+            checked(name, value, f"--{name.replace('_', '-')}")
 
 
 def said(reading: Reading) -> dict[str, list[str]]:
@@ -77,29 +77,39 @@ def build(model: Model, origin: str) -> Objective:
     norm that belongs to the other pooling may lie beside.
     """
     config, state = model.config, model.state
-    chosen = {name: value for name in ("pool", "position") if (value := getattr(config.model, name)) is not None}
-    with torch.device("meta"):
-        backbone = models.build(config.model.name, image_size=config.model.image_size, **chosen)
-        if model.has_decoder:
-            objective: Objective = MAE(backbone, dataclasses.replace(config.mae, predict=1.0), config.train.seed)
-        elif "head.bias" not in state:
-            objective = Objective(backbone, config.train.seed)
-        elif model.verb == "probe":
-            objective = Probe(backbone, len(state["head.bias"]), chunk=1, seed=config.train.seed)
-        else:
-            objective = Finetune(backbone, len(state["head.bias"]), drop_path=0.0, label_smoothing=0.0, seed=0)
-    expected = objective.state_dict()
+    try:
+        with torch.device("meta"):
+            objective = empty(model)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    expected, faults = objective.state_dict(), []
     unknown = [name for name in state if name not in expected and not name.startswith(NORMS)]
     for names, what in (([n for n in expected if n not in state], "lacks"), (unknown, "holds, unknown here,")):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise ValueError(f"{origin}: as {config.model.name} it {what} {', '.join(names[:SHOWN])}{more}")
+            faults.append(f"{what} {', '.join(names[:SHOWN])}{more}")
+    if faults:
+        raise ValueError(f"{origin}: as {config.model.name} it {' and '.join(faults)}")
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             shapes = f"{tuple(state[name].shape)}, and {config.model.name} has {tuple(tensor.shape)}"
             raise ValueError(f"{origin}: {name} is {shapes}")
     objective.load_state_dict({name: state[name] for name in expected}, assign=True)
     return objective.eval()
+
+
+def empty(model: Model) -> Objective:
+    """The objective with these settings, untrained. ValueError for settings that make none."""
+    config, state = model.config, model.state
+    chosen = {name: value for name in ("pool", "position") if (value := getattr(config.model, name)) is not None}
+    backbone = models.build(config.model.name, image_size=config.model.image_size, **chosen)
+    if model.has_decoder:
+        return MAE(backbone, dataclasses.replace(config.mae, predict=1.0), config.train.seed)
+    if "head.bias" not in state:
+        return Objective(backbone, config.train.seed)
+    if model.verb == "probe":
+        return Probe(backbone, len(state["head.bias"]), chunk=1, seed=config.train.seed)
+    return Finetune(backbone, len(state["head.bias"]), drop_path=0.0, label_smoothing=0.0, seed=0)
 
 
 def make_run(reading: Reading, source: Path, out: Path) -> None:

@@ -30,7 +30,7 @@ def read(path: Path, given: Given) -> Reading:
     """The model that a file or folder of any house holds; ``given``: what the user says of it.
 
     Raises ValueError, one sentence, for what is no checkpoint, would execute code, is of an architecture that
-    `models.BACKBONES` has not, or lacks what must be known.
+    `models.BACKBONES` has not, lacks what must be known, or says of itself what cannot be.
     """
     file, config = locate(path)
     kind = files.kind(file)
@@ -42,13 +42,15 @@ def read(path: Path, given: Given) -> Reading:
         tensors, facts = files.safetensors(file)
         if own.MARK in facts:
             return own.reading(tensors, facts, str(path), given)
-    preprocessor = file.with_name("preprocessor_config.json")
-    if config.get("model_type") in hf.KINDS:
-        return identify(hf.found(tensors, config, files.json_object(preprocessor), str(path)), str(path), given)
+    processor = file.with_name(hf.PROCESSOR)
+    if str(config.get("model_type")) in hf.KINDS:
+        return identify(hf.found(tensors, config, files.json_file(processor), str(path)), str(path), given)
     if hf.looks_like(tensors):
-        raise ValueError(f"{path}: has transformers' names but no config.json of vit_mae or vit beside it; give both")
+        raise ValueError(
+            f"{path}: transformers' names, but no config.json of model_type vit_mae or vit beside it; give both"
+        )
     house = fb if fb.looks_like(tensors, facts) else timm
-    return identify(house.found(tensors, facts | config), str(path), given)
+    return identify(house.found(tensors, facts | config, str(path)), str(path), given)
 
 
 def locate(path: Path) -> tuple[Path, dict]:
@@ -57,10 +59,10 @@ def locate(path: Path) -> tuple[Path, dict]:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
         known = path.name in files.IN_FOLDERS
-        return path, files.json_object(path.with_name("config.json")) if known else {}
+        return path, files.json_file(path.with_name("config.json")) if known else {}
     for name in files.IN_FOLDERS:
         if (path / name).is_file():
-            return path / name, files.json_object(path / "config.json")
+            return path / name, files.json_file(path / "config.json")
     if (path / "config.yaml").is_file():
         raise ValueError(f"{path}: is a run of mae-dist already; from={path} starts from it")
     raise ValueError(f"{path}: a folder without {' or '.join(files.IN_FOLDERS)}; give a checkpoint file")

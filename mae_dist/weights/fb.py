@@ -21,15 +21,19 @@ def looks_like(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bool:
     return facts.get("key") == "model" or any(name.startswith("decoder_") for name in tensors)
 
 
-def found(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Found:
+ARGUMENTS = {
+    "mean": "mean", "std": "std", "decoder_heads": "decoder_num_heads", "norm_pix": "norm_pix_loss",
+    "mask_ratio": "mask_ratio",
+}  # fmt: skip
+"""Our word -> theirs."""
+
+
+def found(tensors: dict[str, Tensor], facts: dict[str, Any], _: str) -> Found:
     """Theirs in our words. All the paper's decoders are 512 wide and have 16 heads."""
-    args = facts.get("args", {})
-    paper = "decoder_embed.weight" in tensors and len(tensors["decoder_embed.weight"]) == 512
-    return Found(
-        "fb", timm.ours(tensors), IMAGENET, mean=args.get("mean"), std=args.get("std"),
-        decoder_heads=args.get("decoder_num_heads", 16 if paper else None), norm_pix=args.get("norm_pix_loss"),
-        mask_ratio=args.get("mask_ratio"),
-    )  # fmt: skip
+    said = timm.arguments(facts, ARGUMENTS)
+    if "decoder_embed.weight" in tensors and tensors["decoder_embed.weight"].shape[:1] == (512,):
+        said = {"decoder_heads": ("the paper", 16)} | {name: pair for name, pair in said.items() if pair[1] is not None}
+    return Found("fb", timm.ours(tensors), IMAGENET, said)
 
 
 def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:

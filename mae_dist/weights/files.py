@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from mae_dist.weights.said import brief
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 """What the file with the tensors is called where a checkpoint is a folder."""
@@ -27,9 +29,10 @@ def kind(path: Path) -> str:
         head = stream.read(9)
     if head[8:] == b"{":
         return "safetensors"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return "npz" if all(name.endswith(".npy") for name in archive.namelist()) else "pth"
+    with naming_damage(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return "npz" if all(name.endswith(".npy") for name in archive.namelist()) else "pth"
     if head[:1] == b"\x80":  # PyTorch before 1.6: bare pickle
         return "pth"
     raise ValueError(f"{path}: no checkpoint: neither safetensors nor .npz nor a file that torch.save wrote")
@@ -55,31 +58,43 @@ def pth(path: Path) -> Any:
 
 def safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged: {one_line(error)}") from error
+    with naming_damage(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def npz(path: Path) -> dict[str, Tensor]:
     """Arrays of floats."""
+    with (
+        naming_damage(path, "damaged, or objects, which are never unpickled"),
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        arrays = {name: archive[name] for name in archive.files}
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+
+
+@contextmanager
+def naming_damage(path: Path, words: str = "damaged") -> Iterator[None]:
+    """Whatever damaged bytes raise becomes a ValueError that names the file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged, or objects, which are never unpickled: {one_line(error)}") from error
-    return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {words}: {one_line(error)}") from error
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def json_file(path: Path) -> dict[str, Any]:
     """What a small JSON file says; {} where there is none."""
-    if not path.is_file():
-        return {}
+    return json_object(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+def json_object(content: str | bytes, origin: str) -> dict[str, Any]:
+    """A JSON object, parsed; ValueError, which begins with `origin`, for anything else."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {one_line(error)}") from error
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not JSON: {one_line(error)}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{origin}: not a JSON object, but {brief(parsed)}")
+    return parsed
 
 
 def one_line(error: Exception) -> str:

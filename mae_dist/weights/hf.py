@@ -18,9 +18,16 @@ from torch import Tensor
 from mae_dist.models.layers import EPS
 from mae_dist.weights.model import HALF, IMAGENET, Found, Model
 from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
+from mae_dist.weights.said import checked
 
 KINDS = {"vit_mae": IMAGENET, "vit": HALF}
 """model_type -> the statistics of its image processor unless it says otherwise."""
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "num_heads": ("num_attention_heads", 12), "decoder_heads": ("decoder_num_attention_heads", None),
+    "norm_pix": ("norm_pix_loss", False), "mask_ratio": ("mask_ratio", None),
+}  # fmt: skip
+"""Our word -> (theirs, what it is unless config.json says otherwise)."""
+PROCESSOR = "preprocessor_config.json"
 SUFFIXES = ()
 TABLE = dictionary(
     {
@@ -82,14 +89,11 @@ def found(tensors: dict[str, Tensor], config: dict[str, Any], processor: dict[st
     for key, needed in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(key, needed) != needed:
             raise ValueError(f"{origin}: config.json has {key}={config[key]}, and models here have {needed}")
-    eps, mean, std = config.get("layer_norm_eps", 1e-12), processor.get("image_mean"), processor.get("image_std")
+    eps = checked("eps", config.get("layer_norm_eps", 1e-12), f"{origin}: config.json: layer_norm_eps")
     other = f"layer norms with epsilon {EPS:g}, the papers' (config.json says {eps:g})"
-    return Found(
-        "hf", ours(tensors), KINDS[config["model_type"]], mean=mean and tuple(mean), std=std and tuple(std),
-        num_heads=config.get("num_attention_heads", 12), decoder_heads=config.get("decoder_num_attention_heads"),
-        norm_pix=config.get("norm_pix_loss", False), mask_ratio=config.get("mask_ratio"),
-        assumed=() if eps == EPS else (other,),
-    )  # fmt: skip
+    said = {ours: (f"config.json: {name}", config.get(name, usual)) for ours, (name, usual) in SETTINGS.items()}
+    said |= {name: (f"{PROCESSOR}: image_{name}", processor.get(f"image_{name}")) for name in ("mean", "std")}
+    return Found("hf", ours(tensors), KINDS[config["model_type"]], said, () if eps == EPS else (other,))
 
 
 def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
@@ -144,7 +148,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     }  # fmt: skip
     path.mkdir()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", settings), ("preprocessor_config.json", processor)):
+    for name, content in (("config.json", settings), (PROCESSOR, processor)):
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,32 +13,39 @@ from torch import Tensor
 
 from mae_dist import models, schema
 from mae_dist.models.vit import class_and_grid
+from mae_dist.weights.said import Channels, checked
 
-Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NORMS = ("backbone.norm.", "backbone.fc_norm.")
+NDIM = {
+    "backbone.patch_embed.proj.weight": 4, "backbone.stem.proj.weight": 4, "backbone.pos_embed": 3,
+    "backbone.blocks.0.mlp_tokens.fc1.weight": 2, "decoder_embed.weight": 2, "head.bias": 1,
+}  # fmt: skip
+"""Dimensions of the tensors that tell what a model is."""
 SPARE = ("head", "pre_logits", "pooler")
 """What stands behind the features and may be left out."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file's tensors in our names, and what it says of itself; None is nothing.
+    """A file's tensors in our names, and what it says of itself.
 
-    ``usual`` are the image statistics of that house; ``assumed`` sentences of what its settings mean here.
+    ``usual`` are the image statistics of that house; ``said``: our word -> (field of the file, unchecked value, None
+    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here.
     """
 
     house: str
     state: dict[str, Tensor]
     usual: tuple[Channels, Channels]
-    mean: Channels | None = None
-    std: Channels | None = None
-    num_heads: int | None = None
-    decoder_heads: int | None = None
-    norm_pix: bool | None = None
-    mask_ratio: float | None = None
+    said: dict[str, tuple[str, Any]]
     assumed: tuple[str, ...] = ()
+
+    def says(self, name: str, origin: str) -> Any:
+        """What it says of `name`, or None. ValueError, naming file and field, where it is not what it must be."""
+        field, value = self.said.get(name, ("", None))
+        hint = f"; --{name.replace('_', '-')} overrules it" if name in Given.__dataclass_fields__ else ""
+        return None if value is None else checked(name, value, f"{origin}: {field}", hint)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,11 @@ def identify(what: Found, origin: str, given: Given) -> Reading:
     has_decoder = any(name.startswith("decoder_") for name in state)
     if not has_decoder:
         given.refuse_decoder(origin)
-    name, image_size = architecture(state, what.num_heads, origin)
+    for name, ndim in NDIM.items():
+        if name in state and state[name].ndim != ndim:
+            shape = tuple(state[name].shape)
+            raise ValueError(f"{origin}: {name.removeprefix('backbone.')} is {shape}, and must be {ndim}-dimensional")
+    name, image_size = architecture(state, what.says("num_heads", origin), origin)
     state, dropped = without_spare(state, has_decoder)
     if dropped:
         left_out.append(f"{', '.join(dropped)} (backbones here end with the features)")
@@ -156,7 +168,7 @@ def identify(what: Found, origin: str, given: Given) -> Reading:
         pool = "avg" if any(n.startswith(NORMS[1]) for n in state) else "cls"
         position = "sincos" if is_sincos(state["backbone.pos_embed"]) else "learned"
     model = schema.Model(name=name, image_size=image_size, pool=pool, position=position)
-    data, said, guessed = statistics(what, given)
+    data, said, guessed = statistics(what, given, origin)
     found = [f"{name} at {image_size} px" + (f", pool={pool}, {position} positions" if vit else ""), *said]
     assumed += guessed
     steps = schema.Train(steps=0)
@@ -177,11 +189,13 @@ def identify(what: Found, origin: str, given: Given) -> Reading:
 def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -> tuple[str, int]:
     """(name in models.BACKBONES, image size in pixels). ValueError when there is none."""
     family = {f"backbone.{stem}.proj.weight": kind for stem, kind in (("patch_embed", "vit"), ("stem", "mixer"))}
-    there = [name for name in family if name in state and state[name].ndim == 4]
+    there = [name for name in family if name in state]
     if not there:
         raise ValueError(f"{origin}: holds neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)")
     kind, (dim, channels, patch, width) = family[there[0]], state[there[0]].shape
-    depth = 1 + max((int(n.split(".")[2]) for n in state if n.startswith("backbone.blocks.")), default=-1)
+    if kind == "vit" and "backbone.cls_token" not in state:
+        raise ValueError(f"{origin}: a ViT without class token (cls_token), and ViTs here need one; try another model")
+    depth = num_blocks("backbone.blocks", state)
     names = [
         name
         for name, make in models.BACKBONES.items()
@@ -198,8 +212,15 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     num = state[positions].shape[1] - (kind == "vit")
     side = math.isqrt(max(num, 0))
     if side * side != num or not num:
-        raise ValueError(f"{origin}: {num} positions make no square, so the size of its images cannot be told")
+        which = f"{num} positions beside the class token's" if kind == "vit" else f"{num} positions"
+        raise ValueError(f"{origin}: {which} make no square, so the size of its images cannot be told")
     return names[0], side * patch
+
+
+def num_blocks(stack: str, state: dict[str, Tensor]) -> int:
+    """One more than the highest number of a block. What has no number is no block, and is refused as unknown later."""
+    numbers = (re.match(rf"{re.escape(stack)}\.([0-9]{{1,3}})\.", name) for name in state)
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
 
 def without_spare(state: dict[str, Tensor], has_decoder: bool) -> tuple[dict[str, Tensor], list[str]]:
@@ -221,11 +242,12 @@ def is_sincos(positions: Tensor) -> bool:
     return dim % 4 == 0 and torch.allclose(positions, class_and_grid(dim, (side, side)), rtol=0, atol=1e-5)
 
 
-def statistics(what: Found, given: Given) -> tuple[schema.Data, list[str], list[str]]:
+def statistics(what: Found, given: Given, origin: str) -> tuple[schema.Data, list[str], list[str]]:
     """(data section, what the file says, what is assumed) of mean and std."""
     found, assumed, values = [], [], {}
     for name, usual in zip(("mean", "std"), what.usual, strict=True):
-        said, told = getattr(what, name), getattr(given, name)
+        told = getattr(given, name)
+        said = None if told else what.says(name, origin)
         values[name] = told or said or usual
         if told or said:
             found.append(f"data.{name} {shown(values[name])}{' (given)' * bool(told)}")
@@ -242,24 +264,24 @@ def decoder(
     if "decoder_embed.weight" not in state:
         raise ValueError(f"{origin}: has a decoder, but lacks its decoder_embed.weight")
     dim = len(state["decoder_embed.weight"])
-    depth = 1 + max((int(n.split(".")[1]) for n in state if n.startswith("decoder_blocks.")), default=-1)
-    heads, norm_pix = given.decoder_heads or what.decoder_heads, what.norm_pix
+    depth = num_blocks("decoder_blocks", state)
+    heads = given.decoder_heads or what.says("decoder_heads", origin)
     if heads is None:
         heads = 16 if dim == 512 else max(1, dim // 32)
         assumed.append(f"mae.decoder_heads={heads}, 32 numbers a head as in the paper (--decoder-heads says otherwise)")
     if dim % heads or dim % 4:
         raise ValueError(f"{origin}: a decoder {dim} wide has no {heads} heads; give --decoder-heads")
-    if given.norm_pix is not None:
-        norm_pix = given.norm_pix
+    norm_pix = given.norm_pix
+    if norm_pix is not None:
         found.append(f"mae.norm_pix={str(norm_pix).lower()} (given)")
-    elif norm_pix is None:
+    elif (norm_pix := what.says("norm_pix", origin)) is None:
         norm_pix = True
         assumed.append("mae.norm_pix=true, which the file does not say (--no-norm-pix says otherwise)")
     else:
         found.append(f"mae.norm_pix={str(norm_pix).lower()}")
     mae = schema.Mae(norm_pix=norm_pix, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
-    if what.mask_ratio is not None:
-        mae = dataclasses.replace(mae, mask_ratio=what.mask_ratio)
+    if (mask_ratio := what.says("mask_ratio", origin)) is not None:
+        mae = dataclasses.replace(mae, mask_ratio=mask_ratio)
     return mae, [f"a decoder {dim} wide of {depth} blocks", *found], assumed
 
 

@@ -28,14 +28,15 @@ def lookup(name: str, table: dict[str, str], separator: str) -> tuple[str, str] 
 
 
 def join_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`attn.q`, `attn.k`, `attn.v` as the rows of one `attn.qkv`, where all three are there."""
-    joined = {}
-    for name, tensor in state.items():
-        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if ".attn.q." in name and all(part in state for part in parts):
-            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state[part] for part in parts])
-        elif not any(f".attn.{part}." in name and name.replace(f".attn.{part}.", ".attn.q.") in state for part in "kv"):
-            joined[name] = tensor
+    """`attn.q`, `attn.k`, `attn.v` as the rows of one `attn.qkv`, where all three are there, in one shape."""
+    joined = dict(state)
+    for name in state:
+        names = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        parts = [state[part] for part in names if part in state]
+        if ".attn.q." in name and len(parts) == 3 and len({part.shape for part in parts}) == 1 and parts[0].ndim:
+            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+            for part in names:
+                del joined[part]
     return joined
 
 

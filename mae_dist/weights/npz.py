@@ -92,7 +92,7 @@ def weight(kernel: Tensor, module: str) -> Tensor:
         return kernel.permute(3, 2, 0, 1).contiguous()
     if kernel.ndim == 3:  # (heads, head, out) of the projection, (in, heads, head) of the others
         kernel = kernel.flatten(0, 1) if module.endswith(".proj") else kernel.flatten(1)
-    return kernel.T.contiguous()
+    return kernel.T.contiguous() if kernel.ndim == 2 else kernel
 
 
 def kernel(weight: Tensor, module: str, num_heads: int) -> Tensor:
@@ -107,7 +107,7 @@ def kernel(weight: Tensor, module: str, num_heads: int) -> Tensor:
 def found(arrays: dict[str, Tensor]) -> Found:
     """Theirs in our words."""
     heads = next((a.shape[1] for n, a in arrays.items() if n.endswith("/query/kernel") and a.ndim == 3), None)
-    return Found("npz", ours(arrays), HALF, num_heads=heads)
+    return Found("npz", ours(arrays), HALF, {"num_heads": ("query/kernel", heads)})
 
 
 def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,6 +1,7 @@
 """Our own file: a folder with model.safetensors in our names, all settings as metadata, and a model card to read.
 
-It holds everything that a run's checkpoint has below `model.`, so that importing it is exporting it undone.
+It holds everything that a run's checkpoint has below `model.`, but for the heads of a probe board, so that importing it
+is exporting it undone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from mae_dist import __version__
 from mae_dist import config as configuration
+from mae_dist.weights.files import one_line
 from mae_dist.weights.model import Given, Model, Reading, shown
+from mae_dist.weights.said import brief
 
 MARK = "mae_dist"
 SUFFIXES = ()
@@ -26,8 +29,10 @@ def reading(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, g
     try:
         plain = yaml.safe_load(metadata["config"])
         verb, step, fingerprint = metadata["verb"], int(metadata["step"]), metadata["data_fingerprint"]
-    except (KeyError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{origin}: its metadata are not those that mae-dist wrote ({error})") from error
+        if not isinstance(plain, dict):
+            raise ValueError(f"settings are {brief(plain)}")
+    except (KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{origin}: its metadata are not those that mae-dist wrote ({one_line(error)})") from error
     config = configuration.from_dict(verb, plain, f"{origin}: metadata")
     if not hasattr(config, "mae"):
         given.refuse_decoder(origin)
@@ -36,6 +41,10 @@ def reading(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, g
         if told:
             changed = dataclasses.replace(getattr(config, section), **told)
             config = dataclasses.replace(config, **{section: changed})
+    try:
+        configuration.check(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
+    except ValueError as error:
+        raise ValueError(f"{origin}: metadata: {error}") from error
     found = [f"the {verb} run {config.out} at step {step}, with all its settings"]
     return Reading("safetensors", Model(verb, config, tensors, step, fingerprint), found)
 

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mae_dist.weights import files
 from mae_dist.weights.model import HALF, Found, Model
+from mae_dist.weights.said import brief
 
 SIZES = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 """Our word for a size -> timm's."""
@@ -37,12 +39,13 @@ def unwrap(content: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]
             facts = {name: value for name, value in content.items() if name != key} | {"key": key}
             content = content[key]
             break
-    args = facts.get("args")
-    facts["args"] = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     state = content if isinstance(content, dict) else {}
     tensors = {str(name).removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
         raise ValueError(f"{origin}: holds no state dict, neither bare nor below the key model or state_dict")
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_complex():
+            raise ValueError(f"{origin}: {name} is sparse, quantised, complex or empty; ask for a file of plain floats")
     return tensors, facts
 
 
@@ -52,13 +55,26 @@ def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n if n.startswith(outside) else f"backbone.{n}": t for n, t in tensors.items()}
 
 
-def found(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Found:
-    """Theirs in our words; statistics from pretrained_cfg, or from the arguments of timm's training."""
-    cfg = facts.get("pretrained_cfg", {})
-    cfg = json.loads(cfg) if isinstance(cfg, str) else cfg
-    args = facts.get("args", {})
-    mean, std = (cfg.get(name) or args.get(name) for name in ("mean", "std"))
-    return Found("timm", ours(tensors), HALF, mean=mean and tuple(mean), std=std and tuple(std))
+def arguments(facts: dict[str, Any], names: dict[str, str]) -> dict[str, tuple[str, Any]]:
+    """What a training's arguments, where they are kept, say of our `names` -> theirs (see `Found.said`)."""
+    args = facts.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    return {ours: (f"args.{theirs}", args.get(theirs)) for ours, theirs in names.items()}
+
+
+def found(tensors: dict[str, Tensor], facts: dict[str, Any], origin: str) -> Found:
+    """Theirs in our words; statistics from pretrained_cfg, or from the arguments of timm's training.
+
+    Raises ValueError for a pretrained_cfg without fields.
+    """
+    cfg = facts.get("pretrained_cfg")
+    if isinstance(cfg, str):
+        cfg = files.json_object(cfg, f"{origin}: pretrained_cfg")
+    if not isinstance(cfg, dict | None):
+        raise ValueError(f"{origin}: pretrained_cfg={brief(cfg)}: must be an object with mean and std, or left out")
+    said = arguments(facts, {"mean": "mean", "std": "std"})
+    said |= {name: (f"pretrained_cfg.{name}", cfg[name]) for name in said if cfg and cfg.get(name) is not None}
+    return Found("timm", ours(tensors), HALF, said)
 
 
 def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,0 +1,51 @@
+"""What files, and the command line, say of a model beside its tensors: taken only where it is what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from textwrap import shorten
+from typing import Any
+
+Channels = tuple[float, float, float]
+LARGEST = 1e30
+"""Of numbers that float32 can reckon with."""
+
+
+def is_number(value: Any, above: float = -LARGEST, below: float = LARGEST) -> bool:
+    """Whether this is a number between two others; what is not finite lies between none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number from 1 on."""
+    return isinstance(value, int) and is_number(value, 0)
+
+
+def are_channels(value: Any, above: float = -LARGEST) -> bool:
+    """Whether these are three numbers, each greater than `above`."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(is_number(number, above) for number in value)
+
+
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "mean": ("three finite numbers", are_channels),
+    "std": ("three finite numbers greater than 0", lambda value: are_channels(value, above=0)),
+    "norm_pix": ("true or false", lambda value: isinstance(value, bool)),
+    "decoder_heads": ("a whole number from 1 on", is_count),
+    "num_heads": ("a whole number from 1 on", is_count),
+    "mask_ratio": ("a number between 0 and 1", lambda value: is_number(value, 0, 1)),
+    "eps": ("a number greater than 0", lambda value: is_number(value, 0)),
+}
+"""What is said -> what it must be, in words and as a test."""
+
+
+def checked(name: str, value: Any, field: str, hint: str = "") -> Any:
+    """What is said of `name`, in our types. ValueError, naming the `field`, where it is not what it must be."""
+    needed, holds = RULES[name]
+    if not holds(value):
+        raise ValueError(f"{field}={brief(value)}: must be {needed}{hint}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def brief(value: Any) -> str:
+    """Any value in one short line."""
+    return shorten(repr(value), 60, placeholder=" ...")
