@@ -572,18 +572,21 @@ def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
 
 @pytest.mark.parametrize("there", [True, False])
 def test_interrupted_halfway_nothing_stays_queued_or_written(
-    there: bool, data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+    there: bool, data: Path, tmp_path: Path, slurm: Path
 ) -> None:
+    """As a process of its own, which has no other thread that could take the signal, and does not ignore it."""
     out = tmp_path / "new" / "sweep"
     if there:
         (out / "old").mkdir(parents=True)
     taking = (slurm / "sbatch").read_text()
     command(slurm, "sbatch", f"""[ ! -e {slurm}/1.sbatch ] || kill -INT $PPID\n{taking}""")  # Ctrl-C at the second job
     words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={out}", "--sweep", "seed=0,1"]
-    before = signal.getsignal(signal.SIGINT)
-    assert submission.main(words) == 130
-    assert signal.getsignal(signal.SIGINT) == before
-    assert capsys.readouterr().err == "submit: interrupted, nothing is queued\n"
+    typed = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from launch import submit; sys.exit(submit.main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", typed, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "submit: interrupted, nothing is queued\n")
     assert (slurm / "cancelled").read_text().split() == ["1", "2"]
     if there:
         assert (out / "old").exists()
