@@ -15,7 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,8 @@ def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Pa
         snapshot.take(code)
         for stage in waiting:
             freeze(stage, places[stage.name], code)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for sbatch's number
-            try:
+            with undisturbed():  # until sbatch has given its number
                 queued[stage.name] = enqueue(stage, places[stage.name], code, queued)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             note(stage, places[stage.name], queued[stage.name])
     except BaseException:
         if queued:
@@ -181,6 +179,23 @@ def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Pa
                 path.rmdir()
         raise
     return queued
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. Processes that are started in it never get it, as they inherit the mask,
+    which alone would not do here: a thread of NumPy's could take the signal.
+    """
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def number(names: list[str]) -> str:

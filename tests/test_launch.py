@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -574,7 +573,7 @@ def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
 def test_interrupted_halfway_nothing_stays_queued_or_written(
     there: bool, data: Path, tmp_path: Path, slurm: Path
 ) -> None:
-    """As a process of its own, which has no other thread that could take the signal, and does not ignore it."""
+    """As a process of its own, which does not ignore the signal as one in the background does."""
     out = tmp_path / "new" / "sweep"
     if there:
         (out / "old").mkdir(parents=True)
