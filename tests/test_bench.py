@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mae_dist.__main__ import main
+from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.stages import benches
 
 
@@ -48,6 +49,21 @@ def test_the_benches_of_steps_give_times_and_a_ratio(
         <= ratio
         <= max(a / b for a, b in zip(one, other, strict=True))
     )
+
+
+@pytest.mark.slow
+def test_the_bench_of_the_board_compares_steps_and_whole_commands(tmp_path: Path) -> None:
+    pack(from_synthetic(200, 20), tmp_path / "set", shard_size=100)
+    words = [f"data.path={tmp_path / 'set'}", "train.steps=8", "train.global_batch=64", "machine.workers=0"]
+    assert main(["bench", "board", *words, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench-board.json").read_text())
+    steps, whole = found["samples"]["step"], found["samples"]["whole"]
+    assert list(steps) == list(whole) == ["one head", "30 heads", "30 heads, features kept"]
+    assert all(0 < steps[name][0] < whole[name][0] for name in steps)
+    ratios = {measure["what"]: measure["value"] for measure in found["measures"] if measure["at_most"] == 1.2}
+    for what, seconds in (("step", steps), ("whole command", whole)):
+        expected = seconds["30 heads"][0] / seconds["one head"][0]
+        assert ratios[f"{what}: 30 heads, ratio to one head"] == pytest.approx(expected)
 
 
 def test_a_run_is_made_to_look_as_at_a_far_step(tmp_path: Path) -> None:
