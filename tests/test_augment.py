@@ -49,6 +49,20 @@ def test_rand_augment_is_timms_under_the_samples_seed_and_leaves_no_trace() -> N
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # pyright: ignore
 
 
+@pytest.mark.parametrize("recipe", ["rand-m10-n4-inc1-p1", "rand-m15-n2-mmax15-p1", "rand-m15-n4-mmax15-inc1-p1"])
+def test_the_largest_magnitudes_are_taken(recipe: str) -> None:
+    """Posterize keeps no bit there, which Pillow 13 would refuse."""
+    ours = augment.rand_augment(recipe, 24, MEAN, seed=3)
+    found = [ours(pixels(), 0, id_) for id_ in range(100)]
+    assert any(not image.any() for image in found) == ("inc1" in recipe)
+
+
+def test_posterize_keeps_the_highest_bits() -> None:
+    for bits in range(9):
+        kept = np.asarray(augment.posterize(Image.fromarray(pixels()), bits))
+        assert np.array_equal(kept, pixels() >> (8 - bits) << (8 - bits))
+
+
 def test_a_recipe_that_timm_does_not_know_is_refused() -> None:
     for recipe in ("strong", "rand-mx", "augmix-m3", "rand-m9-x7"):
         with pytest.raises(ValueError, match=rf"view\.randaugment={recipe}: timm does not understand it"):

@@ -12,11 +12,12 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mae_dist import rng
@@ -49,25 +50,36 @@ def rand_augment(recipe: str, size: int, mean: tuple[float, float, float], seed:
     Moves reach 0.45 of the image's side, and what comes in from outside has the mean colour, as in timm's training.
     Raises ValueError for a string that timm does not understand.
     """
-    from timm.data.auto_augment import rand_augment_transform  # a second of imports that few runs need
+    from timm.data import auto_augment  # a second of imports that few runs need
 
     colour = tuple(min(255, round(255 * channel)) for channel in mean)
     hints = {"translate_const": int(size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC}
     try:
         if not PATTERN.fullmatch(recipe):  # timm passes over what it cannot read
             raise ValueError("expected rand-m<magnitude>-...")
-        transform = rand_augment_transform(recipe, hints)
+        transform = auto_augment.rand_augment_transform(recipe, hints)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
             f"view.randaugment={recipe}: timm does not understand it ({error or 'unknown part'}); "
             f"try rand-m9-mstd0.5-inc1"
         ) from error
 
+    for op in transform.ops:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize
+
     def augment(pixels: UInt8[np.ndarray, "h w 3"], epoch: int, id_: int) -> UInt8[np.ndarray, "h w 3"]:
         with seeded(seed, rng.Purpose.AUGMENT, epoch, id_):
             return np.asarray(transform(Image.fromarray(pixels)))
 
     return augment
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each channel. At full magnitude timm keeps none: Pillow 13 refuses that, those before it
+    gave black, which is what the papers' runs have seen.
+    """
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def erase(
