@@ -3,6 +3,7 @@
     RUN/
       config.yaml        verb, fingerprint of the data, and every resolved setting
       provenance.jsonl   one line a start: time, git, versions, device, world, command, step
+      ends.jsonl         one line an end before the run was finished, where there was time to say why
       metrics.jsonl      written by `track`
       pictures/          reconstructions
       checkpoints/
@@ -28,7 +29,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ import yaml
 from torch import Tensor
 
 from mae_dist import config as configuration
-from mae_dist import dist, folder
+from mae_dist import dist, folder, jobs
 from mae_dist.folder import step_of, write_text
 from mae_dist.schema import RunConfig
+from mae_dist.stop import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,19 @@ class RunDir:
             line = {"step": step, "data_fingerprint": self.settings()[1]} | before | provenance(device)
             with (self.path / "provenance.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def noting_end(self) -> Iterator[None]:
+        """Note what ends the block early: told to stop, or failed, and in which words."""
+        try:
+            yield
+        except BaseException as error:
+            if dist.is_main():
+                state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+                why = " ".join(str(error).split()) or type(error).__name__
+                with suppress(OSError), (self.path / folder.ENDS).open("a") as stream:  # the disk may be full
+                    stream.write(json.dumps({"time": jobs.now(), "state": state, "why": why}) + "\n")
+            raise
 
     def started(self, before: int) -> dict[str, Any]:
         """The line of provenance of the start that made the step `before`; {} when there is none."""

@@ -22,7 +22,7 @@ from mae_dist.schema import RANDOM, RunConfig
 
 log = logging.getLogger(__name__)
 
-CONFIG, RESULT, CODE, REVISION = "config.yaml", "result.json", "code", "REVISION"
+CONFIG, RESULT, ENDS, CODE, REVISION = "config.yaml", "result.json", "ends.jsonl", "code", "REVISION"
 BEFORE_THE_RUN = {jobs.FOLDER, CODE}
 """What a launcher puts into the folder before the run has begun: what became of its jobs, and the code that runs."""
 TAIL = 2**16

@@ -77,6 +77,7 @@ def fit(
     gc.collect()
     gc.freeze()  # a full collection would stop all threads for as long as it takes to look at what is there by now
     with (
+        run.noting_end(),
         dist.naming_lost_ranks(lambda: f"step {step + 1}"),
         stop.Flag() as flag,
         track.Tracker(run.path, config, verb, step, total, num_samples) as tracker,

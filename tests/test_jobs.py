@@ -19,6 +19,7 @@ from mae_dist.__main__ import main
 from mae_dist.checkpoint import RunDir
 from mae_dist.stages import logs
 from mae_dist.stages.standing import find, standing
+from mae_dist.stop import Stopped
 
 JOB = "7"
 TRACE = """\
@@ -175,6 +176,23 @@ def test_the_reason_of_a_stop_and_of_a_requeue_is_told(tmp_path: Path) -> None:
     note(tmp_path, 0, "requeue", why="time limit")
     for states in ({JOB: "PENDING"}, {JOB: "COMPLETING"}, {}):  # the last: SLURM does not answer
         assert str(standing(tmp_path, states)) == "requeued (1): time limit"
+
+
+def test_a_run_without_slurm_says_itself_how_it_ended(tmp_path: Path) -> None:
+    (tmp_path / "provenance.jsonl").write_text("{}\n")
+    os.utime(tmp_path / "provenance.jsonl", (time.time() - 60, time.time() - 60))
+    assert str(standing(tmp_path, {})) == "running"
+    run = RunDir(tmp_path)
+    with pytest.raises(ValueError, match="out of luck"), run.noting_end():
+        raise ValueError("out of luck,\nand of time")
+    assert str(standing(tmp_path, {})) == "failed: out of luck, and of time"
+    with pytest.raises(Stopped), run.noting_end():
+        raise Stopped("pretrain was stopped and saved at step 3 of 9")
+    assert str(standing(tmp_path, {})) == "stopped: pretrain was stopped and saved at step 3 of 9"
+    os.utime(tmp_path / "provenance.jsonl", (time.time() + 1, time.time() + 1))  # started again
+    assert str(standing(tmp_path, {})) == "running"
+    lines = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
+    assert [line["state"] for line in lines] == ["failed", "stopped"]
 
 
 def test_what_slurm_did_not_start_again_has_stopped(tmp_path: Path) -> None:

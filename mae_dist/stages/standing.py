@@ -63,13 +63,13 @@ def find(top: Path) -> Iterator[Path]:
 def standing(run: Path, states: Mapping[str, str], quiet: float = QUIET) -> Standing:
     """How the run stands, where SLURM has said ``states`` of jobs.
 
-    A run that SLURM knows nothing of, for it was not submitted or there is no SLURM here, is running if its metrics,
-    checkpoints or notes of starts have changed within ``quiet`` seconds, else stopped: nobody is asked for processes,
-    which may be another machine's.
+    A run that SLURM knows nothing of, for it was not submitted or there is no SLURM here, is as it has noted at its end
+    itself. If it has not, it is running if its metrics, checkpoints or notes of starts have changed within ``quiet``
+    seconds, else stopped: nobody is asked for processes, which may be another machine's.
     """
     finished, submissions = (run / folder.RESULT).is_file(), jobs.submissions(run)
     if not submissions:
-        return Standing("finished" if finished else _by_age(run, quiet))
+        return Standing("finished") if finished else _own_word(run) or Standing(_by_age(run, quiet))
     newest = submissions[-1]
     notes = last_start(jobs.events(Path(newest.logs), newest.job))
     requeues = max((event["start"] for events in notes.values() for event in events), default=0)
@@ -143,6 +143,15 @@ def newest_submissions(runs: list[Path]) -> dict[Path, Submission]:
     """The newest submission of each run that has one."""
     found = ((run, jobs.submissions(run)) for run in runs)
     return {run: submissions[-1] for run, submissions in found if submissions}
+
+
+def _own_word(run: Path) -> Standing | None:
+    """How the run has said that it ended, unless it has been started again since."""
+    ends, starts = run / folder.ENDS, run / "provenance.jsonl"
+    lines = folder.recent(ends)
+    if not lines or (starts.is_file() and starts.stat().st_mtime > ends.stat().st_mtime):
+        return None
+    return Standing(lines[-1]["state"], lines[-1]["why"])
 
 
 def _by_age(run: Path, quiet: float) -> str:
