@@ -20,6 +20,8 @@ State is tensors only, in safetensors, so that reading one never executes anythi
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -32,7 +34,7 @@ import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -49,6 +51,10 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
 MANIFEST = "manifest.json"
+PATIENCE = 100.0
+"""Seconds to wait for the end of a process that is at work in a run; NFS forgets a dead machine's locks after 90."""
+_claims: dict[Path, IO[str]] = {}
+"""Locked files of the runs that this process is at work in; closing one would give its run away."""
 PIECE = 2**25
 """Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""
 
@@ -71,13 +77,41 @@ class RunDir:
     def open(self, verb: str, config: RunConfig, data_fingerprint: str) -> bool:
         """Start, or go on in, this folder with these settings; False when the run is finished already.
 
-        Raises ValueError, on every rank alike, when the folder holds another run or something else.
+        Raises ValueError, on every rank alike, when the folder holds another run or something else, when another
+        process is at work in it, or when it cannot be written.
         """
         dist.on_main(lambda: folder.refuse_others(self.path, verb, config, data_fingerprint))
         if dist.on_main(self.result):
             return False
+        dist.on_main(self._claim)
         dist.on_main(lambda: self._prepare(verb, config, data_fingerprint))
         return True
+
+    def _claim(self) -> None:
+        """Be the only process that writes here, until this one ends. One that has just been killed may still be ending,
+        and a network file system remembers the locks of a dead machine for a while: so this waits, and says so.
+        """
+        if self.path.absolute() in _claims:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / folder.LOCK).open("a+")
+        except OSError as error:
+            raise ValueError(f"out={self.path}: cannot be written ({error.strerror}); choose another folder") from error
+        deadline, told = time.monotonic() + PATIENCE, False
+        while not _locked(lock):
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise ValueError(f"out={self.path}: {holder} is at work in this run; end it, or choose another folder")
+            if not told:
+                log.warning("%s: %s is at work in this run; waiting for its end for %g s", self.path, holder, PATIENCE)
+                told = True
+            time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        _claims[self.path.absolute()] = lock
 
     def _prepare(self, verb: str, config: RunConfig, data_fingerprint: str) -> None:
         """Make the folder, config.yaml before all else, and clear what an unfinished save left."""
@@ -264,6 +298,17 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
         if there[name] != tensor.shape:
             raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+
+
+def _locked(stream: IO[str]) -> bool:
+    """Lock the file for this process, which no child of it inherits; whether that was possible. True as well where the
+    file system knows no locks.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

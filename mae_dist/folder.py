@@ -23,8 +23,10 @@ from mae_dist.schema import RANDOM, RunConfig
 log = logging.getLogger(__name__)
 
 CONFIG, RESULT, ENDS, CODE, REVISION = "config.yaml", "result.json", "ends.jsonl", "code", "REVISION"
-BEFORE_THE_RUN = {jobs.FOLDER, CODE}
-"""What a launcher puts into the folder before the run has begun: what became of its jobs, and the code that runs."""
+LOCK = ".lock"
+"""The file that the process at work in a run holds locked; it says which process that is."""
+BEFORE_THE_RUN = {jobs.FOLDER, CODE, LOCK}
+"""What is in the folder before the run has begun: what became of its jobs, the code that runs, who has claimed it."""
 TAIL = 2**16
 """Bytes of the end of a metrics.jsonl that `recent` reads."""
 
@@ -81,11 +83,15 @@ def absolute(config: Any) -> Any:
 
 
 def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
-    """Raise ValueError if the folder `path` holds anything but the same run, or what a launcher puts there before."""
+    """Raise ValueError if the folder `path` holds anything but the same run, or what a launcher puts there before. A
+    run that has not made a step has nothing to lose, and may be begun anew with other settings.
+    """
     if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_THE_RUN):
         return
     if not (path / CONFIG).is_file():
         raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
+    if not (checkpoints(path) or recent(path / "metrics.jsonl") or result(path)):
+        return
     old_verb, old_data, old = settings(path)
     if old_verb != verb:
         changes = [f"verb: {old_verb} -> {verb}"]

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -314,8 +316,44 @@ def test_what_does_not_fit_the_model_is_refused_by_name(tmp_path: Path) -> None:
     assert (state["model.weight"] == 1).all()
 
 
+def test_a_run_that_has_made_no_step_may_be_begun_with_other_settings(tmp_path: Path) -> None:
+    opened(tmp_path)
+    other = settings(tmp_path, "train.seed=1")
+    assert RunDir(tmp_path).open("pretrain", other, DATA)
+    assert RunDir(tmp_path).settings()[2].train.seed == 1
+
+
+WORKS = """
+import sys, time
+from mae_dist.checkpoint import RunDir
+RunDir(sys.argv[1])._claim()
+print("claimed", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_only_one_process_is_at_work_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another is waited for, and refused by its name if it stays; one that was killed holds nothing."""
+    command = [sys.executable, "-c", WORKS, str(tmp_path / "run")]
+    with subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        monkeypatch.setattr(checkpoint, "PATIENCE", 0.3)
+        with pytest.raises(ValueError, match=rf"out=\S+run: process {other.pid} on \S+ is at work in this run; end it"):
+            opened(tmp_path / "run")
+        assert not (tmp_path / "run" / "config.yaml").exists()
+        monkeypatch.setattr(checkpoint, "PATIENCE", 30)
+        threading.Timer(0.5, other.kill).start()
+        opened(tmp_path / "run")
+    impatient = f"from mae_dist import checkpoint; checkpoint.PATIENCE = 0\n{WORKS}"
+    command = [sys.executable, "-c", impatient, str(tmp_path / "run"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"process {os.getpid()} on " in done.stderr
+
+
 def test_other_settings_are_refused_by_field(tmp_path: Path) -> None:
     opened(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
     other = settings(tmp_path, "train.seed=1", "mae.mask_ratio=0.5")
     with pytest.raises(ValueError, match=r"train\.seed: 0 -> 1; mae\.mask_ratio: 0\.75 -> 0\.5") as error:
         RunDir(tmp_path).open("pretrain", other, DATA)
