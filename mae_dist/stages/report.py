@@ -49,7 +49,7 @@ class Run:
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     starts: list[dict[str, Any]]
-    rewinds: list[dict[str, Any]]
+    incidents: list[incidents.Incident]
     num_unreadable: int
 
     @property
@@ -114,10 +114,11 @@ def _read_run(path: Path, name: str, style: int) -> Run:
     if "verb" not in config:
         raise ValueError(f"{file}: has no key `verb`, which says what the run did; restore it or leave the run out")
     result = _mapping(path / "result.json", json.loads) if (path / "result.json").is_file() else {}
-    files = [read_lines(path / f"{kind}.jsonl") for kind in ("metrics", "provenance", "rewinds")]
-    (metrics, starts, rewinds), bad = zip(*files, strict=True)
+    files = [read_lines(path / f"{kind}.jsonl") for kind in ("metrics", "provenance", "rewinds", "ends")]
+    (metrics, starts, rewinds, ends), bad = zip(*files, strict=True)
+    found = incidents.of(starts, rewinds, ends, incidents.notes(path))
     metrics = [line for line in metrics if _finite(line.get("step"))]
-    return Run(path, name, style, file.read_text("utf-8"), config, metrics, result, starts, rewinds, sum(bad))
+    return Run(path, name, style, file.read_text("utf-8"), config, metrics, result, starts, found, sum(bad))
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -372,9 +373,8 @@ def _picture(run: Run, kind: str, step: int, file: Path) -> str:
 def _incidents(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
-        found = incidents.of(run.starts, run.rewinds)
-        if shown := found[-SHOWN_INCIDENTS:]:
-            heading = f"<h3>{_named(run)}: the last {len(shown)} of {len(found)}</h3>"
+        if shown := run.incidents[-SHOWN_INCIDENTS:]:
+            heading = f"<h3>{_named(run)}: the last {len(shown)} of {len(run.incidents)}</h3>"
             rows = ([escape(cell) for cell in one] for one in shown)
             parts.append(heading + _table(incidents.Incident._fields, rows, first_number=3))
     return _section("Incidents", "\n".join(parts))

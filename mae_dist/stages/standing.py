@@ -76,6 +76,8 @@ def standing(run: Path, states: Mapping[str, str], quiet: float = QUIET) -> Stan
     state, why, again = _judge(run, notes, states.get(newest.job, ""), quiet)
     if finished:
         state, why, again = "finished", "", 0
+    elif state == "failed" and (own := _own_word(run)):
+        why = own.why
     return Standing(state, why, requeues + again, newest.job)
 
 
