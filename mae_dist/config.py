@@ -13,7 +13,8 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from mae_dist.schema import (
     RESULT_SECTIONS,
@@ -51,13 +52,13 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
 
 def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Sequence[str]) -> T:
     """Read `file` and `key=value` overrides into a frozen dataclass of knobs; ValueError in one sentence, which begins
-    with ``needs`` and ends with ``hint`` when a field is missing.
+    with ``needs`` and ends with ``hint`` when a field is missing. An override may say `none`, as --help does, for null.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config = OmegaConf.structured(schema)
+    config, kinds = OmegaConf.structured(schema), _kinds(schema)
     layers = []
     if file is not None:
         if not Path(file).is_file():
@@ -69,8 +70,10 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
+        name, _, value = override.partition("=")
+        absent = value.strip().lower() == "none" and NoneType in get_args(kinds.get(name))
         try:
-            layers.append((f"{override}: ", OmegaConf.from_dotlist([override])))
+            layers.append((f"{override}: ", OmegaConf.from_dotlist([f"{name}=null" if absent else override])))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
     for origin, layer in layers:
@@ -314,6 +317,14 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
         else:
             rows.append((prefix + item.name, value, item.metadata["help"]))
     return sorted(rows, key=lambda row: "." in row[0])
+
+
+def _kinds(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """The types of all fields by `section.key`."""
+    kinds = {}
+    for name, kind in get_type_hints(schema).items():
+        kinds |= _kinds(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return kinds
 
 
 def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:

@@ -231,6 +231,25 @@ def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
         assert load(verb, "model.pool=avg").model.pool == "avg"
 
 
+@pytest.mark.parametrize("none", ["none", "None", "NONE", "null"])
+def test_none_is_said_as_help_shows_it(none: str) -> None:
+    file = ROOT / "configs/finetune/imagenet_vit_b16.yaml"
+    words = ("view.randaugment", "train.steps", "train.clip", "model.pool", "data.mean")
+    loaded = load("finetune", *(f"{word}={none}" for word in words), file=file)
+    assert (loaded.view.randaugment, loaded.train.clip, loaded.model.pool, loaded.data.mean) == (None,) * 4
+
+
+def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
+    """Neither in a file, which has YAML's word, nor for a setting that needs a value."""
+    assert load("pretrain", "track.project=none").track.project == "none"
+    for word in ("train.epochs=none", "train.precision=none"):
+        with pytest.raises(ValueError, match=r"none"):
+            load("pretrain", word)
+    (tmp_path / "file.yaml").write_text("train: {clip: none}")
+    with pytest.raises(ValueError, match=r"train\.clip: Value 'none'"):
+        load("pretrain", file=tmp_path / "file.yaml")
+
+
 def test_missing_fields_are_named() -> None:
     with pytest.raises(ValueError, match=r"data\.path=\.\.\., from=\.\.\., out=\.\.\."):
         config.load("probe", None, ["model.name=vit_ti4"])
