@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mae_dist.schema import (
     RESULT_SECTIONS,
@@ -300,10 +300,12 @@ def changed(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(verb: str) -> str:
-    """One line a field that the verb reads, `section.key = default  meaning`, for --help."""
-    lines = []
+    """One line a field that the verb reads, `section.key  default  one of VALUES: meaning`, for --help."""
+    lines, kinds = [], _kinds(SCHEMAS[verb])
     for name, (default, text) in _heeded(SCHEMAS[verb]).items():
         shown = "(required)" if default == "???" else "none" if default is None else str(default)
+        if choices := _choices(kinds[name]):
+            text = f"{'any' if isinstance(default, tuple) else 'one'} of {', '.join(choices)}: {text}"
         lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
     return "\n".join(lines)
 
@@ -325,6 +327,13 @@ def _kinds(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     for name, kind in get_type_hints(schema).items():
         kinds |= _kinds(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
     return kinds
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a type allows, within a tuple too; () where it allows any."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for part in get_args(kind) for choice in _choices(part))
 
 
 def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:

@@ -223,6 +223,17 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
     assert {"model.name", "train.precision", "view.test_crop"} <= listed
 
 
+def test_help_names_the_values_of_a_choice() -> None:
+    """In the line of the knob, within an optional one and a tuple too, and nowhere else."""
+    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.describe(verb).splitlines()}
+    assert " one of resized, resized_clamped, pad, center: " in lines["view.crop"]
+    assert " one of cls, avg: " in lines["model.pool"]
+    assert " any of cls, mean, both: " in lines["board.features"]
+    assert " one of drop, token: " in lines["mae.hidden"]
+    free = ("train.clip", "machine.micro_batch", "view.scale", "data.path", "board.blocks")
+    assert not any(" one of " in lines[name] or " any of " in lines[name] for name in free)
+
+
 def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
     """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
     assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
