@@ -321,7 +321,7 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
     return sorted(rows, key=lambda row: "." in row[0])
 
 
-def _kinds(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+def _kinds(schema: Any, prefix: str = "") -> dict[str, Any]:
     """The types of all fields by `section.key`."""
     kinds = {}
     for name, kind in get_type_hints(schema).items():
@@ -338,7 +338,7 @@ def _choices(kind: Any) -> tuple[str, ...]:
 
 def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
     """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
-    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD[schema]}
+    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD.get(schema, ())}
 
 
 def _given(name: str, value: Any) -> str:
@@ -355,17 +355,21 @@ def _one_line(error: Exception) -> str:
 
 
 def _explain(error: Exception, schema: type[Any], origin: str) -> str:
-    """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for an unknown one."""
+    """OmegaConf's message in one sentence: where, the field, what is wrong; what to write for an unknown one."""
     from omegaconf.errors import ConfigKeyError
 
     lines = [line.strip() for line in str(error).splitlines()]
-    name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
-    if name and origin.startswith(f"{_shown(name)}="):
+    name = _shown(next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), ""))
+    if name and origin.startswith(f"{name}="):
         origin = ""
     if not isinstance(error, ConfigKeyError):
         text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
-        return origin + (f"{_shown(name)}: {text}" if name else text)
-    known = [field for field, _, _ in _fields(schema())]
-    sections = sorted({field.partition(".")[0] for field in known})
-    near = difflib.get_close_matches(name, map(_shown, known if "." in name else sections), n=1)
-    return f"{origin}{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+        return origin + (f"{name}: {text}" if name else text)
+    here = [_shown(field) for field in _heeded(schema)]
+    near = [field for field in here if field.endswith(f".{name}")]  # its section is missing
+    verbs = [verb for verb, other in SCHEMAS.items() if any(name in _shown(f).split(".") for f in _heeded(other))]
+    if verbs and not near:
+        return f"{origin}{name} is for {', '.join(verbs)}; leave it out"
+    known = here if "." in name else sorted({field.partition(".")[0] for field in here})
+    near = near or difflib.get_close_matches(name, known, n=1)
+    return f"{origin}{name}: there is no such setting" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -223,6 +223,25 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
     assert {"model.name", "train.precision", "view.test_crop"} <= listed
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "message"),
+    [
+        ("pretrain", "seed=1", "seed: there is no such setting; did you mean train.seed?"),
+        ("pretrain", "every=1", "every: there is no such setting; did you mean checkpoint.every or track.every?"),
+        ("probe", "decoder=cross", "decoder is for pretrain; leave it out"),
+        ("pretrain", "drop_path=0.1", "drop_path is for finetune; leave it out"),
+        ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: mix is for finetune; leave it out"),
+        ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: mae is for pretrain; leave it out"),
+        ("pretrain", "from=random", "from is for probe, finetune, knn; leave it out"),
+        ("knn", "optim.name=lars", "optim.name=lars: optim is for pretrain, probe, finetune; leave it out"),
+        ("knn", "mixed.mixup=0.8", "mixed.mixup=0.8: mixed: there is no such setting"),
+    ],
+)
+def test_a_name_in_the_wrong_place_is_told_its_own(verb: str, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        load(verb, word)
+
+
 def test_help_names_the_values_of_a_choice() -> None:
     """In the line of the knob, within an optional one and a tuple too, and nowhere else."""
     lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.describe(verb).splitlines()}
