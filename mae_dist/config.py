@@ -13,7 +13,8 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mae_dist.schema import (
     RESULT_SECTIONS,
@@ -51,13 +52,13 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
 
 def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Sequence[str]) -> T:
     """Read `file` and `key=value` overrides into a frozen dataclass of knobs; ValueError in one sentence, which begins
-    with ``needs`` and ends with ``hint`` when a field is missing.
+    with ``needs`` and ends with ``hint`` when a field is missing. An override may say `none`, as --help does, for null.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config = OmegaConf.structured(schema)
+    config, kinds = OmegaConf.structured(schema), _kinds(schema)
     layers = []
     if file is not None:
         if not Path(file).is_file():
@@ -69,8 +70,10 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
+        name, _, value = override.partition("=")
+        absent = value.strip().lower() == "none" and NoneType in get_args(kinds.get(name))
         try:
-            layers.append((f"{override}: ", OmegaConf.from_dotlist([override])))
+            layers.append((f"{override}: ", OmegaConf.from_dotlist([f"{name}=null" if absent else override])))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
     for origin, layer in layers:
@@ -297,10 +300,12 @@ def changed(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(verb: str) -> str:
-    """One line a field that the verb reads, `section.key = default  meaning`, for --help."""
-    lines = []
+    """One line a field that the verb reads, `section.key  default  one of VALUES: meaning`, for --help."""
+    lines, kinds = [], _kinds(SCHEMAS[verb])
     for name, (default, text) in _heeded(SCHEMAS[verb]).items():
         shown = "(required)" if default == "???" else "none" if default is None else str(default)
+        if choices := _choices(kinds[name]):
+            text = f"{'any' if isinstance(default, tuple) else 'one'} of {', '.join(choices)}: {text}"
         lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
     return "\n".join(lines)
 
@@ -316,9 +321,24 @@ def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
     return sorted(rows, key=lambda row: "." in row[0])
 
 
+def _kinds(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of all fields by `section.key`."""
+    kinds = {}
+    for name, kind in get_type_hints(schema).items():
+        kinds |= _kinds(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return kinds
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a type allows, within a tuple too; () where it allows any."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for part in get_args(kind) for choice in _choices(part))
+
+
 def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
     """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
-    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD[schema]}
+    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD.get(schema, ())}
 
 
 def _given(name: str, value: Any) -> str:
@@ -335,17 +355,21 @@ def _one_line(error: Exception) -> str:
 
 
 def _explain(error: Exception, schema: type[Any], origin: str) -> str:
-    """OmegaConf's message in one sentence: where, the field, what is wrong; the nearest name for an unknown one."""
+    """OmegaConf's message in one sentence: where, the field, what is wrong; what to write for an unknown one."""
     from omegaconf.errors import ConfigKeyError
 
     lines = [line.strip() for line in str(error).splitlines()]
-    name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
-    if name and origin.startswith(f"{_shown(name)}="):
+    name = _shown(next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), ""))
+    if name and origin.startswith(f"{name}="):
         origin = ""
     if not isinstance(error, ConfigKeyError):
         text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
-        return origin + (f"{_shown(name)}: {text}" if name else text)
-    known = [field for field, _, _ in _fields(schema())]
-    sections = sorted({field.partition(".")[0] for field in known})
-    near = difflib.get_close_matches(name, map(_shown, known if "." in name else sections), n=1)
-    return f"{origin}{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+        return origin + (f"{name}: {text}" if name else text)
+    here = [_shown(field) for field in _heeded(schema)]
+    near = [field for field in here if field.endswith(f".{name}")]  # its section is missing
+    verbs = [verb for verb, other in SCHEMAS.items() if any(name in _shown(f).split(".") for f in _heeded(other))]
+    if verbs and not near:
+        return f"{origin}{name} is for {', '.join(verbs)}; leave it out"
+    known = here if "." in name else sorted({field.partition(".")[0] for field in here})
+    near = near or difflib.get_close_matches(name, known, n=1)
+    return f"{origin}{name}: there is no such setting" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -46,7 +46,7 @@ class Data:
 class View:
     crop: Literal["resized", "resized_clamped", "pad", "center"] = knob(
         "resized",
-        "training crop: torchvision's RandomResizedCrop; the same clamped to the image (MAE's probe); shift; none",
+        "trained on torchvision's RandomResizedCrop; one clamped to the image (MAE's probe); a shift; the test crop",
     )
     scale: tuple[float, float] = knob((0.2, 1.0), "area of a resized crop, as a share of the image")
     ratio: tuple[float, float] = knob((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
@@ -62,7 +62,7 @@ class Model:
     name: str = knob("???", "a name of mae_dist.models.BACKBONES")
     image_size: int = knob(224, "pixels a side")
     pool: Literal["cls", "avg"] | None = knob(
-        None, "what the head reads: class token, or mean of the patch tokens; none: a ViT's cls, a Mixer's avg"
+        None, "the head reads the class token, or the mean of patch tokens; none: a ViT's cls, a Mixer's avg"
     )
     position: Literal["sincos", "learned"] | None = knob(
         None, "fixed sin-cos positions, or trained ones that start there; none: sincos (a Mixer has neither)"
@@ -77,7 +77,7 @@ class Model:
 class Mae:
     mask_ratio: float = knob(0.75, "share of patches hidden")
     masking: Literal["random", "block", "grid"] = knob(
-        "random", "which patches: any; rectangles (BEiT's); all but one of every 2 x 2"
+        "random", "hidden are any patches; rectangles (BEiT's); all but one of every 2 x 2"
     )
     hidden: Literal["drop", "token"] = knob(
         "drop", "hidden patches are absent from the encoder, or a learned token is in their places (SimMIM)"
@@ -149,7 +149,7 @@ class Board:
     adamw: tuple[float, ...] = knob((), "base_lr of each head trained by AdamW with optim.betas")
     weight_decay: tuple[float, ...] = knob((0.0,), "each rate is tried with each of these")
     features: tuple[Literal["cls", "mean", "both"], ...] = knob(
-        ("cls",), "what heads read: class token, mean of the patch tokens, or one after the other"
+        ("cls",), "heads read the class token, the mean of the patch tokens, or one after the other"
     )
     blocks: tuple[int, ...] = knob((), "after which blocks, 1 for the first; none given: the last")
     attentive: bool = knob(False, "a learned query that attends to the last block's patches too, for each AdamW head")

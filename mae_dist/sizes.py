@@ -5,6 +5,7 @@ launcher can say how large a checkpoint will be.
 from __future__ import annotations
 
 import difflib
+import re
 
 VIT_SIZES = {
     "ti": {"dim": 192, "depth": 12, "num_heads": 3},
@@ -38,12 +39,27 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def size_of(name: str) -> dict[str, int]:
-    """The sizes of a model; ValueError with the nearest name for one that does not exist."""
+    """The sizes of a model; ValueError with the nearest name, or names, for one that does not exist."""
+    if not isinstance(name, str):
+        raise ValueError(f"model.name={name!r}: must be a name, vit_b16 for example; `mae-dist models` lists them")
     if name not in SIZES:
-        near = difflib.get_close_matches(name, SIZES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`mae-dist models` lists them"
-        raise ValueError(f"model.name={name}: no such model; {hint}")
+        near = _near(name)
+        meant = f"did you mean {'one of ' if len(near) > 1 else ''}{', '.join(near)}?"
+        raise ValueError(f"model.name={name}: no such model; {meant if near else '`mae-dist models` lists them'}")
     return SIZES[name]
+
+
+def _near(name: str) -> list[str]:
+    """The models that a wrong name, timm's for example, may mean: of its size, with its patch where it has a number."""
+    plain = re.sub(r"[\W_]", "", name.lower())
+    families = {_family(known) for known in SIZES if plain.startswith(_family(known))}
+    families |= set() if families else {_family(known) for known in difflib.get_close_matches(name, SIZES, n=1)}
+    near = [known for known in SIZES if _family(known) in families]
+    return [known for known in near if str(SIZES[known]["patch"]) in re.findall(r"\d+", name)] or near
+
+
+def _family(name: str) -> str:
+    return name.replace("_", "").rstrip("0123456789")
 
 
 def default_image_size(patch: int) -> int:

@@ -223,12 +223,61 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
     assert {"model.name", "train.precision", "view.test_crop"} <= listed
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "message"),
+    [
+        ("pretrain", "seed=1", "seed: there is no such setting; did you mean train.seed?"),
+        ("pretrain", "every=1", "every: there is no such setting; did you mean checkpoint.every or track.every?"),
+        ("probe", "decoder=cross", "decoder is for pretrain; leave it out"),
+        ("pretrain", "drop_path=0.1", "drop_path is for finetune; leave it out"),
+        ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: mix is for finetune; leave it out"),
+        ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: mae is for pretrain; leave it out"),
+        ("pretrain", "from=random", "from is for probe, finetune, knn; leave it out"),
+        ("knn", "optim.name=lars", "optim.name=lars: optim is for pretrain, probe, finetune; leave it out"),
+        ("knn", "mixed.mixup=0.8", "mixed.mixup=0.8: mixed: there is no such setting"),
+    ],
+)
+def test_a_name_in_the_wrong_place_is_told_its_own(verb: str, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        load(verb, word)
+
+
+def test_help_names_the_values_of_a_choice() -> None:
+    """In the line of the knob, within an optional one and a tuple too, and nowhere else."""
+    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.describe(verb).splitlines()}
+    assert " one of resized, resized_clamped, pad, center: " in lines["view.crop"]
+    assert " one of cls, avg: " in lines["model.pool"]
+    assert " any of cls, mean, both: " in lines["board.features"]
+    assert " one of drop, token: " in lines["mae.hidden"]
+    free = ("train.clip", "machine.micro_batch", "view.scale", "data.path", "board.blocks")
+    assert not any(" one of " in lines[name] or " any of " in lines[name] for name in free)
+
+
 def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
     """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
     assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
     assert load("pretrain", "model.pool=cls").model.pool == "cls"
     for verb in ("probe", "finetune", "knn"):
         assert load(verb, "model.pool=avg").model.pool == "avg"
+
+
+@pytest.mark.parametrize("none", ["none", "None", "NONE", "null"])
+def test_none_is_said_as_help_shows_it(none: str) -> None:
+    file = ROOT / "configs/finetune/imagenet_vit_b16.yaml"
+    words = ("view.randaugment", "train.steps", "train.clip", "model.pool", "data.mean")
+    loaded = load("finetune", *(f"{word}={none}" for word in words), file=file)
+    assert (loaded.view.randaugment, loaded.train.clip, loaded.model.pool, loaded.data.mean) == (None,) * 4
+
+
+def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
+    """Neither in a file, which has YAML's word, nor for a setting that needs a value."""
+    assert load("pretrain", "track.project=none").track.project == "none"
+    for word in ("train.epochs=none", "train.precision=none"):
+        with pytest.raises(ValueError, match=r"none"):
+            load("pretrain", word)
+    (tmp_path / "file.yaml").write_text("train: {clip: none}")
+    with pytest.raises(ValueError, match=r"train\.clip: Value 'none'"):
+        load("pretrain", file=tmp_path / "file.yaml")
 
 
 def test_missing_fields_are_named() -> None:

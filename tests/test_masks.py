@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -171,6 +172,16 @@ def test_what_cannot_be_is_refused_in_a_sentence(settings: Mae, message: str) ->
     assert "\n" not in str(error.value)
 
 
-def test_an_odd_grid_is_refused_for_grid_masks() -> None:
-    with torch.device("meta"), pytest.raises(ValueError, match=r"the grid even \(not 7 x 7\)"):
-        MAE(models.build("vit_ti4", image_size=28), Mae(masking="grid"), seed=0)
+@pytest.mark.parametrize(
+    ("grid", "ratio", "wrong"),
+    [
+        ((8, 8), 0.6, "mae.mask_ratio must be 0.75 (not 0.6)"),
+        ((7, 8), 0.75, "the grid must be even (not 7 x 8; try another model.image_size)"),
+        ((7, 7), 0.6, "mae.mask_ratio must be 0.75 (not 0.6) and the grid must be even (not 7 x 7; "
+         "try another model.image_size)"),
+    ],
+)  # fmt: skip
+def test_of_a_grid_mask_only_what_is_wrong_is_named(grid: tuple[int, int], ratio: float, wrong: str) -> None:
+    message = f"mae.masking=grid: shows one patch of every 2 x 2, so {wrong}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        masks.num_visible("grid", grid, ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mae_dist import models
+from mae_dist import models, sizes
 from mae_dist.models.backbone import patchify, take, unpatchify
 from mae_dist.models.layers import AttentionBlock, depth_scale, initialise, sincos_positions
 from mae_dist.models.vit import ViT, resize_positions
@@ -116,11 +117,32 @@ def test_build_takes_overrides_and_initialises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("vit_b_16", "did you mean vit_b16"), ("resnet", "`mae-dist models` lists them")]
+    ("name", "hint"),
+    [
+        ("vit_b_16", "did you mean vit_b16?"),
+        ("ViT-B/16", "did you mean vit_b16?"),
+        ("vti_b16", "did you mean vit_b16?"),
+        ("vit_base_patch16_224", "did you mean vit_b16?"),
+        ("vit_huge_patch14_224", "did you mean vit_h14?"),
+        ("mixer_s16_224", "did you mean mixer_s16?"),
+        ("vit_demo5", "did you mean vit_demo4?"),
+        ("vitb", "did you mean one of vit_b2, vit_b4, vit_b8, vit_b14, vit_b16, vit_b32?"),
+        ("vit_tiny", "did you mean one of vit_ti2, vit_ti4, vit_ti8, vit_ti14, vit_ti16, vit_ti32?"),
+        ("mixer_base", "did you mean one of mixer_b16, mixer_b32?"),
+        ("resnet", "`mae-dist models` lists them"),
+        ("", "`mae-dist models` lists them"),
+    ],
 )
-def test_unknown_names_get_a_hint(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unknown_names_get_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"model.name={name}: no such model; {hint}") + "$"):
         models.build(name)
+
+
+@pytest.mark.parametrize("name", [None, 16, ["vit_b16"]])
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    """As users have it: without the checks of types that tests wrap around every function."""
+    with pytest.raises(ValueError, match=rf"^model\.name={re.escape(repr(name))}: must be a name, vit_b16 for"):
+        unwrap(sizes.size_of)(name)
 
 
 @pytest.mark.parametrize(("size", "hint"), [(34, "try 32 or 36$"), (3, "try 4$")])
@@ -143,7 +165,11 @@ def test_image_sizes_that_do_not_fit(size: int, hint: str) -> None:
         ({"dim": 130}, "model.dim=130: must be divisible by num_heads=4 and by 4"),
         ({"num_heads": 5}, "model.dim=128: must be divisible by num_heads=5 and by 4"),
         ({"num_heads": 2, "dim": 66}, "model.dim=66: must be divisible by num_heads=2 and by 4"),
-        ({"pol": "avg"}, "model.pol=avg: vit_demo4 has none; leave it out"),
+        (
+            {"num_classes": 10},
+            "model.num_classes=10: vit_demo4 has none; leave it out (it has patch, dim, depth, num_heads, image_size, "
+            "channels, pool, position, qkv_bias)",
+        ),
     ],
 )
 def test_impossible_models_are_refused_in_one_sentence(override: dict[str, Any], message: str) -> None:

@@ -704,7 +704,16 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
     torch.save({"model": lone}, tmp_path / "lone.pth")
     torch.save({"model": {"x": torch.zeros(2)}}, tmp_path / "x.pth")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
+    common = {"data": schema.Data(path="x"), "model": schema.Model(name="vit_demo4")}
+    RunDir(tmp_path / "knn").open("knn", schema.KnnRun(str(tmp_path / "knn"), **common, start=str(run)), "abc")
+    RunDir(tmp_path / "chance").open("knn", schema.KnnRun(str(tmp_path / "chance"), **common, start="random"), "abc")
+    RunDir(tmp_path / "begun").open("pretrain", schema.Pretrain(str(tmp_path / "begun"), **common), "abc")
     cases: list[tuple[list[object], list[str]]] = [
+        (["export", tmp_path / "knn", "--to", "timm", "--out", tmp_path / "out.pth"],
+         [f"/knn: a knn run trains nothing; export its from={run} instead"]),
+        (["export", tmp_path / "chance", "--to", "timm", "--out", tmp_path / "out.pth"], ["export one that trains"]),
+        (["export", tmp_path / "begun", "--to", "timm", "--out", tmp_path / "out.pth"],
+         ["/begun: has no checkpoint yet; wait for its first, or give its pretrain command again"]),
         (["import", tmp_path / "none.pth"], ["none.pth", "no such file"]),
         (["import", tmp_path / "text.pth"], ["text.pth", "no checkpoint"]),
         (["import", tmp_path / "short.pth"], ["short.pth", "no checkpoint"]),

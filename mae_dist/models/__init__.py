@@ -32,7 +32,7 @@ def build(name: str, *, seed: int = 0, **overrides: Any) -> Backbone:
     known = signature(BACKBONES[name]).parameters
     for key, value in overrides.items():
         if key not in known:
-            raise ValueError(f"model.{key}={value}: {name} has none; leave it out")
+            raise ValueError(f"model.{key}={value}: {name} has none; leave it out (it has {', '.join(known)})")
         pair = key == "image_size" and isinstance(value, tuple) and len(value) == 2
         numbers = value if pair else (value,)
         if key in (*SIZES[name], "image_size", "channels") and not all(isinstance(n, int) and n > 0 for n in numbers):

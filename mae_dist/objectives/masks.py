@@ -41,11 +41,12 @@ def num_visible(kind: str, grid: tuple[int, int], mask_ratio: float) -> int:
     visible = int(num * (1 - mask_ratio))
     if not 0 < visible < num:
         raise ValueError(f"mae.mask_ratio={mask_ratio}: of {num} patches some must be hidden and some visible")
-    if kind == "grid" and (mask_ratio != 0.75 or grid[0] % 2 or grid[1] % 2):
-        raise ValueError(
-            f"mae.masking=grid: shows one patch of every 2 x 2, so mae.mask_ratio must be 0.75 (not {mask_ratio}) and "
-            f"the grid even (not {grid[0]} x {grid[1]})"
-        )
+    if kind == "grid":
+        needs = [f"mae.mask_ratio must be 0.75 (not {mask_ratio})"] if mask_ratio != 0.75 else []
+        if grid[0] % 2 or grid[1] % 2:
+            needs.append(f"the grid must be even (not {grid[0]} x {grid[1]}; try another model.image_size)")
+        if needs:
+            raise ValueError(f"mae.masking=grid: shows one patch of every 2 x 2, so {' and '.join(needs)}")
     return visible
 
 

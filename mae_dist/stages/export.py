@@ -20,6 +20,7 @@ from mae_dist.checkpoint import RunDir
 from mae_dist.folder import step_of
 from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
+from mae_dist.schema import RANDOM
 from mae_dist.stages.data import Parser
 from mae_dist.stages.import_ import build, read
 from mae_dist.weights import HOUSES, Given, Model, files
@@ -67,9 +68,13 @@ def main(argv: list[str]) -> int:
 
 def load(run: RunDir) -> Model:
     """The model in a run's newest checkpoint, with its averaged weights where it has them."""
+    verb, fingerprint, config = run.settings()
+    if verb == "knn":
+        trained = "one that trains" if config.start == RANDOM else f"its from={config.start}"
+        raise ValueError(f"RUN={run.path}: a knn run trains nothing; export {trained} instead")
     newest = run.newest()
     if newest is None:
-        raise ValueError(f"RUN={run.path}: has no checkpoint yet")
+        raise ValueError(f"RUN={run.path}: has no checkpoint yet; wait for its first, or give its {verb} command again")
     if run.result() is None:
         log.warning("RUN=%s: this run is not finished; exporting its checkpoint %s", run.path, newest.name)
     shapes = checkpoint.names_in(newest)
@@ -77,7 +82,6 @@ def load(run: RunDir) -> Model:
     stored = {name: checkpoint.trained(shapes, name) for name in names}
     state = {name: torch.empty(shapes[name]) for name in stored.values()}
     checkpoint.load(newest, state)
-    verb, fingerprint, config = run.settings()
     named = {name: state[where] for name, where in stored.items()}
     return Model(verb, config, named, step_of(newest), fingerprint)
 

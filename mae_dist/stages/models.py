@@ -66,9 +66,13 @@ def main(argv: list[str]) -> int:
 def mae_settings(words: list[str]) -> Mae:
     """The section `mae` with `mae.field=value` words applied (ValueError for others)."""
     for word in words:
+        name, _, value = word.partition("=")
+        if name in ("image_size", "model.image_size"):
+            raise ValueError(f"{word}: pixels a side are an option here; write --image-size {value}")
         if not word.startswith("mae."):
             raise ValueError(
-                f"{word}: of the settings only those of mae change this table, for example mae.decoder_depth=4"
+                f"{word}: of the settings only those of mae change this table, for example mae.decoder_depth=4; "
+                "--image-size does too"
             )
     return config.load("pretrain", None, ["data.path=.", "out=.", "model.name=.", *words]).mae
 
