@@ -208,6 +208,8 @@ def test_decoders_that_only_we_have_are_left_out_aloud_and_kept_at_home(
         said = say("export", origin, "--to", house, "--out", tmp_path / f"{house}{suffix}")
         assert "left out: the decoder (" in said
         assert "--to safetensors keeps it" in said
+        if house == "fb":
+            official_loads(there(said))
     assert "pixel predictions 0" in say("export", origin, "--to", "safetensors", "--out", tmp_path / "own")
     say("import", tmp_path / "own", "--out", tmp_path / "run")
     assert same(state(tmp_path / "run"), dict(objective.state_dict()))
@@ -249,6 +251,22 @@ def test_of_a_probe_board_the_backbone_is_exported_and_the_heads_are_named(tmp_p
 def there(said: str) -> str:
     """The line that an export says to type."""
     return said.split("use it:")[1].strip()
+
+
+class Official(timm.models.VisionTransformer):
+    """`models_vit.VisionTransformer` of the official MAE code, which says pooling in another way."""
+
+    def __init__(self, global_pool: bool, **words: Any):
+        super().__init__(global_pool="avg" if global_pool else "token", **words)
+
+
+def official_loads(line: str) -> None:
+    """The line loads strictly into the official fine-tuning model."""
+    vit = argparse.Namespace(VisionTransformer=Official)
+    assert str(eval(line, {"models_vit": vit, "partial": partial, "nn": nn, "torch": torch})) == KEYS_MATCH
+
+
+KEYS_MATCH = "<All keys matched successfully>"
 
 
 def images(size: int = 32) -> Tensor:

@@ -59,10 +59,11 @@ SUFFIXES = (".pth",)
 
 def usage(model: Model, path: Path) -> str:
     """What to type over there."""
-    sizes, mae, config = model.sizes, getattr(model.config, "mae", None), model.config.model
+    sizes, config = model.sizes, model.config.model
     words = [f"img_size={config.image_size}", f"patch_size={sizes['patch']}", f"embed_dim={sizes['dim']}"]
     words += [f"depth={sizes['depth']}", f"num_heads={sizes['num_heads']}"]
-    if mae is not None and model.has_decoder:
+    if "decoder_pred.weight" in theirs(model)[0]:
+        mae = model.config.mae
         words += [f"decoder_embed_dim={mae.decoder_dim}", f"decoder_depth={mae.decoder_depth}"]
         words += [f"decoder_num_heads={mae.decoder_heads}", f"norm_pix_loss={mae.norm_pix}"]
         kind = "models_mae.MaskedAutoencoderViT"
