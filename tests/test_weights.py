@@ -520,6 +520,7 @@ def test_an_unlike_copy_is_not_left_lying(
 
 
 NOT_THREE: list[Any] = [0.5, "x", {}, [0.5], [0.5] * 4, ["a", "b", "c"], [None] * 3, [math.nan] * 3, [10**400] * 3]
+NOT_THREE += [[123.7, 116.3, 103.5], [-0.1, 0, 0]]
 NOT_COUNT: list[Any] = [0, 0.5, "x", True, [1]]
 NOT_SHARE: list[Any] = [0, 1, "x", [1], math.nan]
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -544,7 +545,8 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         (CONFIG, "mask_ratio", NOT_SHARE, []),
         (PROCESSOR, "image_mean", NOT_THREE, ["--mean", *MEAN]),
         (PROCESSOR, "image_std", [*NOT_THREE, [0.2, 0.2, 0.0]], ["--std", *STD]),
-        ("own", "data.std", [(0.2, 0.2, 0.0)], []),
+        ("own", "data.mean", [(123.0, 117.0, 104.0)], ["--mean", *MEAN]),
+        ("own", "data.std", [(0.2, 0.2, 0.0), (58.0, 57.0, 57.0)], ["--std", *STD]),
         ("own", "model.image_size", [31], []),
         ("own", "mae.decoder_heads", [0, "x"], []),
     ],
@@ -741,7 +743,9 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["import", variant("shape.pth", wrong)], ["blocks.0.attn.qkv.weight", "(2, 2)", "(384, 128)"]),
         (["import", tmp_path / "lone.pth", "--norm-pix"], ["lone.pth", "has no decoder"]),
         (["import", fine, "--std", "0", "1", "1"], ["--std=[0.0, 1.0, 1.0]", "greater than 0"]),
-        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "finite"]),
+        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "three numbers from 0 to 1"]),
+        (["import", fine, "--mean", "123", "117", "104"], ["--mean=[123.0, 117.0, 104.0]", "divide by 255"]),
+        (["import", fine, "--std", "58", "57", "57"], ["--std=[58.0, 57.0, 57.0]", "divide by 255"]),
         (["import", fine, "--decoder-heads", "5"], ["no 5 heads"]),
         (["import", fine, "--to", "x"], ["unrecognized arguments"]),
         (["export", tmp_path / "empty", "--to", "hf"], ["RUN=", "no config.yaml"]),
