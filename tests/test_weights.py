@@ -723,6 +723,10 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
     lone = {name: tensor for name, tensor in good.items() if not name.startswith(("decoder_", "mask_"))}
     torch.save({"model": lone}, tmp_path / "lone.pth")
     torch.save({"model": {"x": torch.zeros(2)}}, tmp_path / "x.pth")
+    nan = {"norm.bias": torch.full((128,), math.nan), "blocks.1.norm1.bias": torch.full((128,), math.inf)}
+    broken = mae()
+    broken.backbone.blocks[1].norm1.bias.data[3] = math.nan
+    diverged = saved(broken, "vit_demo4", tmp_path / "diverged")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
     cases: list[tuple[list[object], list[str]]] = [
         (["import", tmp_path / "none.pth"], ["none.pth", "no such file"]),
@@ -741,6 +745,8 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["import", variant("no.pth", {}, ("pos_embed",))], ["lacks pos_embed"]),
         (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["unknown here", "ls1.gamma"]),
         (["import", variant("shape.pth", wrong)], ["blocks.0.attn.qkv.weight", "(2, 2)", "(384, 128)"]),
+        (["import", variant("nan.pth", nan)], ["nan.pth: backbone.blocks.1.norm1.bias holds NaN or inf"]),
+        (["export", diverged, "--to", "hf"], [f"{diverged}: backbone.blocks.1.norm1.bias holds NaN or inf"]),
         (["import", tmp_path / "lone.pth", "--norm-pix"], ["lone.pth", "has no decoder"]),
         (["import", fine, "--std", "0", "1", "1"], ["--std=[0.0, 1.0, 1.0]", "greater than 0"]),
         (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "three numbers from 0 to 1"]),
