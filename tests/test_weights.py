@@ -687,9 +687,21 @@ def test_a_vit_without_a_class_token_is_refused_for_that(tmp_path: Path) -> None
     gap = {f"params/{name}": array for name, array in arrays.items()} | {"pos_embedding": positions}
     np.savez(tmp_path / "gap.npz", **gap)
     assert "without class token (cls_token)" in refusal(tmp_path / "gap.npz")
-    no_embedding = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).state_dict()
-    torch.save(no_embedding, tmp_path / "deit3.pth")
-    assert "63 positions beside the class token's make no square" in refusal(tmp_path / "deit3.pth")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"no_embed_class": True}, "without position for its class token (no_embed_class: pos_embed has 64 for 8 x 8 "),
+        ({"no_embed_class": True, "init_values": 1e-4}, "with LayerScale (ls1.gamma), which"),
+        ({"reg_tokens": 4}, "with registers (reg_token), which"),
+        ({"no_embed_class": True, "reg_tokens": 4, "init_values": 1e-4}, "with registers (reg_token) and LayerScale ("),
+    ],
+)
+def test_parts_of_other_vits_are_refused_by_what_they_are(tmp_path: Path, words: dict[str, Any], reason: str) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    torch.save(timm.create_model("vit_tiny_patch16_224", **sizes, **words).state_dict(), tmp_path / "other.pth")
+    assert f"a ViT {reason}" in refusal(tmp_path / "other.pth")
 
 
 class Hostile:
@@ -743,7 +755,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["import", variant("less.pth", {}, ("blocks.1.norm1.bias", "norm.weight", "decoder_norm.bias"))],
          ["lacks", "backbone.blocks.1.norm1.bias", "decoder_norm.bias"]),
         (["import", variant("no.pth", {}, ("pos_embed",))], ["lacks pos_embed"]),
-        (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["unknown here", "ls1.gamma"]),
+        (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["LayerScale", "ls1.gamma"]),
         (["import", variant("shape.pth", wrong)], ["blocks.0.attn.qkv.weight", "(2, 2)", "(384, 128)"]),
         (["import", variant("nan.pth", nan)], ["nan.pth: backbone.blocks.1.norm1.bias holds NaN or inf"]),
         (["export", diverged, "--to", "hf"], [f"{diverged}: backbone.blocks.1.norm1.bias holds NaN or inf"]),
