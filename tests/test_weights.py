@@ -8,10 +8,12 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +188,20 @@ def test_round_trip_of_a_mixer(tmp_path: Path, say: Say) -> None:
     block |= {f"{mix}_mixing/Dense_{n}/{leaf}" for mix in ("token", "channel") for n in (0, 1)
               for leaf in ("kernel", "bias")}  # fmt: skip
     expected = {f"MixerBlock_{number}/{part}" for number in range(4) for part in block}  # vit_jax's models_mixer.py
+    line = HOUSES["npz"].usage(export.load(RunDir(runs[0])), tmp_path / "file-1.npz")
+    made: dict[str, Any] = {}
+
+    class MlpMixer:
+        def __init__(self, patches: Any, **words: Any):
+            made.update(words, patch=patches["size"])
+
+        def apply(self, variables: dict[str, Any], images: str, train: bool) -> bool:
+            return set(variables["params"].files) == names and bool(images) and not train
+
+    jax = SimpleNamespace(models_mixer=SimpleNamespace(MlpMixer=MlpMixer), checkpoint=np)
+    assert eval(line, {"vit_jax": jax, "ml_collections": SimpleNamespace(ConfigDict=dict), "images": "some"})
+    assert made == {"patch": (4, 4), "num_classes": 7, "num_blocks": 4, "hidden_dim": 128, "tokens_mlp_dim": 64,
+                    "channels_mlp_dim": 512}  # fmt: skip
     expected |= {f"{part}/{leaf}" for part in ("stem", "head") for leaf in ("kernel", "bias")}
     assert names == expected | {"pre_head_layer_norm/scale", "pre_head_layer_norm/bias"}
 
@@ -450,6 +466,11 @@ def test_what_the_file_does_not_say_is_assumed_aloud(tmp_path: Path, say: Say) -
     assert kept["format"] == "fb"
     assert "mae.norm_pix=false (given)" in kept["found"]
     args = argparse.Namespace(norm_pix_loss=False, mask_ratio=0.6, model="mae_vit_base_patch16")
+    bare = {f"module.{name}": tensor for name, tensor in official(classifier()).items()}
+    for number, content in enumerate((bare, {"model": bare})):
+        torch.save(content, tmp_path / "bare.pth")
+        said = say("import", tmp_path / "bare.pth", "--out", tmp_path / f"bare-{number}")
+        assert ("since its weights lie below the key model, timm's have 0.5 (--mean" in said) == (number == 1)
     training = {"model": official(mae()), "args": args, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}}
     torch.save(training, tmp_path / "training.pth")
     assert "found:    mae.norm_pix=false" in say("import", tmp_path / "training.pth", "--out", tmp_path / "training")
@@ -480,7 +501,10 @@ def test_imported_runs_are_starts(tmp_path: Path, say: Say) -> None:
     objective = mae()
     torch.save({"model": official(objective)}, tmp_path / "fb.pth")
     run = tmp_path / "run"
-    say("import", tmp_path / "fb.pth", "--out", run, "--decoder-heads", 4, "--mean", *MEAN, "--std", *STD)
+    said = say("import", tmp_path / "fb.pth", "--out", run, "--decoder-heads", 4, "--mean", *MEAN, "--std", *STD)
+    following = said.split("next: mae-dist ")[1].partition("  (")[0].replace("DATA", str(tmp_path / "data"))
+    say(*shlex.split(following), "knn.k=5", "train.precision=fp32", "machine.processes=1")
+    assert RunDir(tmp_path / "run-knn").result()
     shared = ["model.name=vit_demo4", "model.image_size=32", f"data.path={tmp_path / 'data'}", "train.precision=fp32",
               "machine.processes=1", f"from={run}"]  # fmt: skip
     say("knn", *shared, f"out={tmp_path / 'knn'}", "model.pool=avg", "knn.k=5")
@@ -740,7 +764,12 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
     broken.backbone.blocks[1].norm1.bias.data[3] = math.nan
     diverged = saved(broken, "vit_demo4", tmp_path / "diverged")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
+    transformers = HOUSES["hf"].theirs(import_model(mae()))[0]
+    for name in ("lone.bin", "pytorch_model.bin"):
+        torch.save(transformers, tmp_path / name)
     cases: list[tuple[list[object], list[str]]] = [
+        (["import", tmp_path / "lone.bin"], ["lone.bin", "give the folder that holds both"]),
+        (["import", tmp_path / "pytorch_model.bin"], ["without their config.json; give the folder that holds both"]),
         (["import", tmp_path / "none.pth"], ["none.pth", "no such file"]),
         (["import", tmp_path / "text.pth"], ["text.pth", "no checkpoint"]),
         (["import", tmp_path / "short.pth"], ["short.pth", "no checkpoint"]),
@@ -769,6 +798,9 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["export", tmp_path / "empty", "--to", "hf"], ["RUN=", "no config.yaml"]),
         (["export", run, "--to", "keras"], ["--to", "invalid choice", "keras"]),
         (["export", run, "--to", "fb", "--out", tmp_path / "x.bin"], ["x.bin", "ends in .pth"]),
+        (["export", run, "--to", "hf", "--out", tmp_path / "x.pth"],
+         ["x.pth: hf is a folder", f"try --out {tmp_path / 'x'}, or --to timm or fb or npz"]),
+        (["export", run, "--to", "safetensors", "--out", tmp_path / "x.safetensors"], ["safetensors is a folder"]),
         (["export", pooled, "--to", "hf"], ["--to hf", "model.pool=avg"]),
         (["export", pooled, "--to", "npz", "--out", tmp_path / "out.npz"], ["--to npz", "fc_norm"]),
         (["export", mixer, "--to", "hf"], ["--to hf", "no Mixer"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import shlex
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ def main(argv: list[str]) -> int:
         for sentence in sentences:
             print(f"  {title + ':':9s} {sentence}")
     names = f"model.name={config.model.name} model.image_size={config.model.image_size} model.pool={reading.model.pool}"
-    print(f"next: mae-dist knn data.path=... {names} from={arguments.out} out=...")
+    start, out = (shlex.quote(f"{name}={arguments.out}{more}") for name, more in (("from", ""), ("out", "-knn")))
+    print(
+        f"next: mae-dist knn {names} {start} {out} data.path=DATA  (a folder of `mae-dist data`; needs no config file)"
+    )
     return 0
 
 

@@ -34,7 +34,8 @@ class Found:
     """A file's tensors in our names, and what it says of itself.
 
     ``usual`` are the image statistics of that house; ``said``: our word -> (field of the file, unchecked value, None
-    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here.
+    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here; ``why_usual``: how it is told
+    that it is of that house, where that is a guess.
     """
 
     house: str
@@ -42,6 +43,7 @@ class Found:
     usual: tuple[Channels, Channels]
     said: dict[str, tuple[str, Any]]
     assumed: tuple[str, ...] = ()
+    why_usual: str = ""
 
     def says(self, name: str, origin: str) -> Any:
         """What it says of `name`, or None. ValueError, naming file and field, where it is not what it must be."""
@@ -268,7 +270,7 @@ def statistics(what: Found, given: Given, origin: str) -> tuple[schema.Data, lis
         if told or said:
             found.append(f"data.{name} {shown(values[name])}{' (given)' * bool(told)}")
         else:
-            assumed.append(f"data.{name} {shown(usual)}, as usual there (--{name} says otherwise)")
+            assumed.append(f"data.{name} {shown(usual)}, as usual there{what.why_usual} (--{name} says otherwise)")
     return schema.Data(path="(imported)", **values), found, assumed
 
 
