@@ -761,7 +761,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
     torch.save({"model": {"x": torch.zeros(2)}}, tmp_path / "x.pth")
     nan = {"norm.bias": torch.full((128,), math.nan), "blocks.1.norm1.bias": torch.full((128,), math.inf)}
     broken = mae()
-    broken.backbone.blocks[1].norm1.bias.data[3] = math.nan
+    broken.get_parameter("backbone.blocks.1.norm1.bias").data[3] = math.nan
     diverged = saved(broken, "vit_demo4", tmp_path / "diverged")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
     transformers = HOUSES["hf"].theirs(import_model(mae()))[0]

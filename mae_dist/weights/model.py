@@ -34,8 +34,8 @@ class Found:
     """A file's tensors in our names, and what it says of itself.
 
     ``usual`` are the image statistics of that house; ``said``: our word -> (field of the file, unchecked value, None
-    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here; ``why_usual``: how it is told
-    that it is of that house, where that is a guess.
+    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here; ``why_usual``: how the house
+    was told, where that is a guess.
     """
 
     house: str
