@@ -8,10 +8,12 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +188,20 @@ def test_round_trip_of_a_mixer(tmp_path: Path, say: Say) -> None:
     block |= {f"{mix}_mixing/Dense_{n}/{leaf}" for mix in ("token", "channel") for n in (0, 1)
               for leaf in ("kernel", "bias")}  # fmt: skip
     expected = {f"MixerBlock_{number}/{part}" for number in range(4) for part in block}  # vit_jax's models_mixer.py
+    line = HOUSES["npz"].usage(export.load(RunDir(runs[0])), tmp_path / "file-1.npz")
+    made: dict[str, Any] = {}
+
+    class MlpMixer:
+        def __init__(self, patches: Any, **words: Any):
+            made.update(words, patch=patches["size"])
+
+        def apply(self, variables: dict[str, Any], images: str, train: bool) -> bool:
+            return set(variables["params"].files) == names and bool(images) and not train
+
+    jax = SimpleNamespace(models_mixer=SimpleNamespace(MlpMixer=MlpMixer), checkpoint=np)
+    assert eval(line, {"vit_jax": jax, "ml_collections": SimpleNamespace(ConfigDict=dict), "images": "some"})
+    assert made == {"patch": (4, 4), "num_classes": 7, "num_blocks": 4, "hidden_dim": 128, "tokens_mlp_dim": 64,
+                    "channels_mlp_dim": 512}  # fmt: skip
     expected |= {f"{part}/{leaf}" for part in ("stem", "head") for leaf in ("kernel", "bias")}
     assert names == expected | {"pre_head_layer_norm/scale", "pre_head_layer_norm/bias"}
 
@@ -208,6 +224,8 @@ def test_decoders_that_only_we_have_are_left_out_aloud_and_kept_at_home(
         said = say("export", origin, "--to", house, "--out", tmp_path / f"{house}{suffix}")
         assert "left out: the decoder (" in said
         assert "--to safetensors keeps it" in said
+        if house == "fb":
+            official_loads(there(said))
     assert "pixel predictions 0" in say("export", origin, "--to", "safetensors", "--out", tmp_path / "own")
     say("import", tmp_path / "own", "--out", tmp_path / "run")
     assert same(state(tmp_path / "run"), dict(objective.state_dict()))
@@ -249,6 +267,22 @@ def test_of_a_probe_board_the_backbone_is_exported_and_the_heads_are_named(tmp_p
 def there(said: str) -> str:
     """The line that an export says to type."""
     return said.split("use it:")[1].strip()
+
+
+class Official(timm.models.VisionTransformer):
+    """`models_vit.VisionTransformer` of the official MAE code, which says pooling in another way."""
+
+    def __init__(self, global_pool: bool, **words: Any):
+        super().__init__(global_pool="avg" if global_pool else "token", **words)
+
+
+def official_loads(line: str) -> None:
+    """The line loads strictly into the official fine-tuning model."""
+    vit = argparse.Namespace(VisionTransformer=Official)
+    assert str(eval(line, {"models_vit": vit, "partial": partial, "nn": nn, "torch": torch})) == KEYS_MATCH
+
+
+KEYS_MATCH = "<All keys matched successfully>"
 
 
 def images(size: int = 32) -> Tensor:
@@ -432,6 +466,11 @@ def test_what_the_file_does_not_say_is_assumed_aloud(tmp_path: Path, say: Say) -
     assert kept["format"] == "fb"
     assert "mae.norm_pix=false (given)" in kept["found"]
     args = argparse.Namespace(norm_pix_loss=False, mask_ratio=0.6, model="mae_vit_base_patch16")
+    bare = {f"module.{name}": tensor for name, tensor in official(classifier()).items()}
+    for number, content in enumerate((bare, {"model": bare})):
+        torch.save(content, tmp_path / "bare.pth")
+        said = say("import", tmp_path / "bare.pth", "--out", tmp_path / f"bare-{number}")
+        assert ("since its weights lie below the key model, timm's have 0.5 (--mean" in said) == (number == 1)
     training = {"model": official(mae()), "args": args, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}}
     torch.save(training, tmp_path / "training.pth")
     assert "found:    mae.norm_pix=false" in say("import", tmp_path / "training.pth", "--out", tmp_path / "training")
@@ -462,7 +501,10 @@ def test_imported_runs_are_starts(tmp_path: Path, say: Say) -> None:
     objective = mae()
     torch.save({"model": official(objective)}, tmp_path / "fb.pth")
     run = tmp_path / "run"
-    say("import", tmp_path / "fb.pth", "--out", run, "--decoder-heads", 4, "--mean", *MEAN, "--std", *STD)
+    said = say("import", tmp_path / "fb.pth", "--out", run, "--decoder-heads", 4, "--mean", *MEAN, "--std", *STD)
+    following = said.split("next: mae-dist ")[1].partition("  (")[0].replace("DATA", str(tmp_path / "data"))
+    say(*shlex.split(following), "knn.k=5", "train.precision=fp32", "machine.processes=1")
+    assert RunDir(tmp_path / "run-knn").result()
     shared = ["model.name=vit_demo4", "model.image_size=32", f"data.path={tmp_path / 'data'}", "train.precision=fp32",
               "machine.processes=1", f"from={run}"]  # fmt: skip
     say("knn", *shared, f"out={tmp_path / 'knn'}", "model.pool=avg", "knn.k=5")
@@ -502,6 +544,7 @@ def test_an_unlike_copy_is_not_left_lying(
 
 
 NOT_THREE: list[Any] = [0.5, "x", {}, [0.5], [0.5] * 4, ["a", "b", "c"], [None] * 3, [math.nan] * 3, [10**400] * 3]
+NOT_THREE += [[123.7, 116.3, 103.5], [-0.1, 0, 0]]
 NOT_COUNT: list[Any] = [0, 0.5, "x", True, [1]]
 NOT_SHARE: list[Any] = [0, 1, "x", [1], math.nan]
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -526,7 +569,8 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         (CONFIG, "mask_ratio", NOT_SHARE, []),
         (PROCESSOR, "image_mean", NOT_THREE, ["--mean", *MEAN]),
         (PROCESSOR, "image_std", [*NOT_THREE, [0.2, 0.2, 0.0]], ["--std", *STD]),
-        ("own", "data.std", [(0.2, 0.2, 0.0)], []),
+        ("own", "data.mean", [(123.0, 117.0, 104.0)], ["--mean", *MEAN]),
+        ("own", "data.std", [(0.2, 0.2, 0.0), (58.0, 57.0, 57.0)], ["--std", *STD]),
         ("own", "model.image_size", [31], []),
         ("own", "mae.decoder_heads", [0, "x"], []),
     ],
@@ -667,9 +711,21 @@ def test_a_vit_without_a_class_token_is_refused_for_that(tmp_path: Path) -> None
     gap = {f"params/{name}": array for name, array in arrays.items()} | {"pos_embedding": positions}
     np.savez(tmp_path / "gap.npz", **gap)
     assert "without class token (cls_token)" in refusal(tmp_path / "gap.npz")
-    no_embedding = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).state_dict()
-    torch.save(no_embedding, tmp_path / "deit3.pth")
-    assert "63 positions beside the class token's make no square" in refusal(tmp_path / "deit3.pth")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"no_embed_class": True}, "without position for its class token (no_embed_class: pos_embed has 64 for 8 x 8 "),
+        ({"no_embed_class": True, "init_values": 1e-4}, "with LayerScale (ls1.gamma), which"),
+        ({"reg_tokens": 4}, "with registers (reg_token), which"),
+        ({"no_embed_class": True, "reg_tokens": 4, "init_values": 1e-4}, "with registers (reg_token) and LayerScale ("),
+    ],
+)
+def test_parts_of_other_vits_are_refused_by_what_they_are(tmp_path: Path, words: dict[str, Any], reason: str) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    torch.save(timm.create_model("vit_tiny_patch16_224", **sizes, **words).state_dict(), tmp_path / "other.pth")
+    assert f"a ViT {reason}" in refusal(tmp_path / "other.pth")
 
 
 class Hostile:
@@ -703,17 +759,26 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
     lone = {name: tensor for name, tensor in good.items() if not name.startswith(("decoder_", "mask_"))}
     torch.save({"model": lone}, tmp_path / "lone.pth")
     torch.save({"model": {"x": torch.zeros(2)}}, tmp_path / "x.pth")
+    nan = {"norm.bias": torch.full((128,), math.nan), "blocks.1.norm1.bias": torch.full((128,), math.inf)}
+    broken = mae()
+    broken.get_parameter("backbone.blocks.1.norm1.bias").data[3] = math.nan
+    diverged = saved(broken, "vit_demo4", tmp_path / "diverged")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
     common = {"data": schema.Data(path="x"), "model": schema.Model(name="vit_demo4")}
     RunDir(tmp_path / "knn").open("knn", schema.KnnRun(str(tmp_path / "knn"), **common, start=str(run)), "abc")
     RunDir(tmp_path / "chance").open("knn", schema.KnnRun(str(tmp_path / "chance"), **common, start="random"), "abc")
     RunDir(tmp_path / "begun").open("pretrain", schema.Pretrain(str(tmp_path / "begun"), **common), "abc")
+    transformers = HOUSES["hf"].theirs(import_model(mae()))[0]
+    for name in ("lone.bin", "pytorch_model.bin"):
+        torch.save(transformers, tmp_path / name)
     cases: list[tuple[list[object], list[str]]] = [
         (["export", tmp_path / "knn", "--to", "timm", "--out", tmp_path / "out.pth"],
          [f"/knn: a knn run trains nothing; export its from={run} instead"]),
         (["export", tmp_path / "chance", "--to", "timm", "--out", tmp_path / "out.pth"], ["export one that trains"]),
         (["export", tmp_path / "begun", "--to", "timm", "--out", tmp_path / "out.pth"],
          ["/begun: has no checkpoint yet; wait for its first, or give its pretrain command again"]),
+        (["import", tmp_path / "lone.bin"], ["lone.bin", "give the folder that holds both"]),
+        (["import", tmp_path / "pytorch_model.bin"], ["without their config.json; give the folder that holds both"]),
         (["import", tmp_path / "none.pth"], ["none.pth", "no such file"]),
         (["import", tmp_path / "text.pth"], ["text.pth", "no checkpoint"]),
         (["import", tmp_path / "short.pth"], ["short.pth", "no checkpoint"]),
@@ -728,16 +793,23 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path: Path, capsys: 
         (["import", variant("less.pth", {}, ("blocks.1.norm1.bias", "norm.weight", "decoder_norm.bias"))],
          ["lacks", "backbone.blocks.1.norm1.bias", "decoder_norm.bias"]),
         (["import", variant("no.pth", {}, ("pos_embed",))], ["lacks pos_embed"]),
-        (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["unknown here", "ls1.gamma"]),
+        (["import", variant("more.pth", {"blocks.0.ls1.gamma": torch.ones(128)})], ["LayerScale", "ls1.gamma"]),
         (["import", variant("shape.pth", wrong)], ["blocks.0.attn.qkv.weight", "(2, 2)", "(384, 128)"]),
+        (["import", variant("nan.pth", nan)], ["nan.pth: backbone.blocks.1.norm1.bias holds NaN or inf"]),
+        (["export", diverged, "--to", "hf"], [f"{diverged}: backbone.blocks.1.norm1.bias holds NaN or inf"]),
         (["import", tmp_path / "lone.pth", "--norm-pix"], ["lone.pth", "has no decoder"]),
         (["import", fine, "--std", "0", "1", "1"], ["--std=[0.0, 1.0, 1.0]", "greater than 0"]),
-        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "finite"]),
+        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "three numbers from 0 to 1"]),
+        (["import", fine, "--mean", "123", "117", "104"], ["--mean=[123.0, 117.0, 104.0]", "divide by 255"]),
+        (["import", fine, "--std", "58", "57", "57"], ["--std=[58.0, 57.0, 57.0]", "divide by 255"]),
         (["import", fine, "--decoder-heads", "5"], ["no 5 heads"]),
         (["import", fine, "--to", "x"], ["unrecognized arguments"]),
         (["export", tmp_path / "empty", "--to", "hf"], ["RUN=", "no config.yaml"]),
         (["export", run, "--to", "keras"], ["--to", "invalid choice", "keras"]),
         (["export", run, "--to", "fb", "--out", tmp_path / "x.bin"], ["x.bin", "ends in .pth"]),
+        (["export", run, "--to", "hf", "--out", tmp_path / "x.pth"],
+         ["x.pth: hf is a folder", f"try --out {tmp_path / 'x'}, or --to timm or fb or npz"]),
+        (["export", run, "--to", "safetensors", "--out", tmp_path / "x.safetensors"], ["safetensors is a folder"]),
         (["export", pooled, "--to", "hf"], ["--to hf", "model.pool=avg"]),
         (["export", pooled, "--to", "npz", "--out", tmp_path / "out.npz"], ["--to npz", "fc_norm"]),
         (["export", mixer, "--to", "hf"], ["--to hf", "no Mixer"]),

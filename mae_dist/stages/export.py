@@ -41,6 +41,12 @@ def main(argv: list[str]) -> int:
     house, path = HOUSES[arguments.to], arguments.out
     if house.SUFFIXES and path.suffix not in house.SUFFIXES:
         raise ValueError(f"--out {path}: a file of {arguments.to} ends in {' or '.join(house.SUFFIXES)}")
+    if not house.SUFFIXES and path.suffix in files.SUFFIXES:
+        of_files = " or ".join(name for name in HOUSES if HOUSES[name].SUFFIXES)
+        raise ValueError(
+            f"--out {path}: {arguments.to} is a folder, whose name does not end in {path.suffix}; try --out "
+            f"{path.with_suffix('')}, or --to {of_files} for one file"
+        )
     files.refuse_existing(path, "--out")
     dist.setup()
     model, heads = without_board(load(RunDir.existing(arguments.folder, "RUN")))

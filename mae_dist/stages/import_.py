@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import shlex
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ def main(argv: list[str]) -> int:
         for sentence in sentences:
             print(f"  {title + ':':9s} {sentence}")
     names = f"model.name={config.model.name} model.image_size={config.model.image_size} model.pool={reading.model.pool}"
-    print(f"next: mae-dist knn data.path=... {names} from={arguments.out} out=...")
+    start, out = (shlex.quote(f"{name}={arguments.out}{more}") for name, more in (("from", ""), ("out", "-knn")))
+    print(
+        f"next: mae-dist knn {names} {start} {out} data.path=DATA  (a folder of `mae-dist data`; needs no config file)"
+    )
     return 0
 
 
@@ -73,8 +77,8 @@ def read(path: Path, given: Given) -> Reading:
 def build(model: Model, origin: str) -> Objective:
     """The objective with these settings and tensors, for a forward pass.
 
-    Raises ValueError when tensors are missing, of another shape, or more than the model has a place for; only a final
-    norm that belongs to the other pooling may lie beside.
+    Raises ValueError when tensors are missing, of another shape, not finite, or more than the model has a place for;
+    only a final norm that belongs to the other pooling may lie beside.
     """
     config, state = model.config, model.state
     try:
@@ -94,6 +98,9 @@ def build(model: Model, origin: str) -> Objective:
         if state[name].shape != tensor.shape:
             shapes = f"{tuple(state[name].shape)}, and {config.model.name} has {tuple(tensor.shape)}"
             raise ValueError(f"{origin}: {name} is {shapes}")
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{origin}: {name} holds NaN or inf, with which nothing can be computed; try another file")
     objective.load_state_dict({name: state[name] for name in expected}, assign=True)
     return objective.eval()
 

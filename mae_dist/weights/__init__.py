@@ -19,6 +19,7 @@ from types import ModuleType
 
 from mae_dist.weights import fb, files, hf, npz, own, timm
 from mae_dist.weights.model import Found, Given, Model, Reading, identify
+from mae_dist.weights.said import brief
 
 HOUSES: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": own}
 """What `--to` knows."""
@@ -45,9 +46,13 @@ def read(path: Path, given: Given) -> Reading:
     processor = file.with_name(hf.PROCESSOR)
     if str(config.get("model_type")) in hf.KINDS:
         return identify(hf.found(tensors, config, files.json_file(processor), str(path)), str(path), given)
+    if hf.looks_like(tensors) and config:
+        kind = brief(config.get("model_type"))
+        raise ValueError(f"{path}: config.json: model_type={kind}: must be vit_mae or vit; try another model")
     if hf.looks_like(tensors):
         raise ValueError(
-            f"{path}: transformers' names, but no config.json of model_type vit_mae or vit beside it; give both"
+            f"{path}: weights of transformers without their config.json; give the folder that holds both, config.json "
+            f"and {' or '.join(files.IN_FOLDERS)}"
         )
     house = fb if fb.looks_like(tensors, facts) else timm
     return identify(house.found(tensors, facts | config, str(path)), str(path), given)

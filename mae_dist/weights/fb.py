@@ -26,6 +26,8 @@ ARGUMENTS = {
     "mask_ratio": "mask_ratio",
 }  # fmt: skip
 """Our word -> theirs."""
+WRAPPED = ": taken for the official MAE code's file since its weights lie below the key model, timm's have 0.5"
+"""Names of an encoder alone are timm's too."""
 
 
 def found(tensors: dict[str, Tensor], facts: dict[str, Any], _: str) -> Found:
@@ -33,7 +35,8 @@ def found(tensors: dict[str, Tensor], facts: dict[str, Any], _: str) -> Found:
     said = timm.arguments(facts, ARGUMENTS)
     if "decoder_embed.weight" in tensors and tensors["decoder_embed.weight"].shape[:1] == (512,):
         said = {"decoder_heads": ("the paper", 16)} | {name: pair for name, pair in said.items() if pair[1] is not None}
-    return Found("fb", timm.ours(tensors), IMAGENET, said)
+    told = any(name.startswith("decoder_") for name in tensors)
+    return Found("fb", timm.ours(tensors), IMAGENET, said, why_usual="" if told else WRAPPED)
 
 
 def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
@@ -59,10 +62,11 @@ SUFFIXES = (".pth",)
 
 def usage(model: Model, path: Path) -> str:
     """What to type over there."""
-    sizes, mae, config = model.sizes, getattr(model.config, "mae", None), model.config.model
+    sizes, config = model.sizes, model.config.model
     words = [f"img_size={config.image_size}", f"patch_size={sizes['patch']}", f"embed_dim={sizes['dim']}"]
     words += [f"depth={sizes['depth']}", f"num_heads={sizes['num_heads']}"]
-    if mae is not None and model.has_decoder:
+    if "decoder_pred.weight" in theirs(model)[0]:
+        mae = model.config.mae
         words += [f"decoder_embed_dim={mae.decoder_dim}", f"decoder_depth={mae.decoder_depth}"]
         words += [f"decoder_num_heads={mae.decoder_heads}", f"norm_pix_loss={mae.norm_pix}"]
         kind = "models_mae.MaskedAutoencoderViT"

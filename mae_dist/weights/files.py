@@ -22,6 +22,9 @@ from mae_dist.weights.said import brief
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 """What the file with the tensors is called where a checkpoint is a folder."""
 
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
+"""What names of single files end in."""
+
 
 def kind(path: Path) -> str:
     """ "safetensors", "npz" or "pth", by content. ValueError for anything else."""

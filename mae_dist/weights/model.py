@@ -23,6 +23,8 @@ NDIM = {
     "backbone.blocks.0.mlp_tokens.fc1.weight": 2, "decoder_embed.weight": 2, "head.bias": 1,
 }  # fmt: skip
 """Dimensions of the tensors that tell what a model is."""
+FOREIGN = {"reg_token": "registers", "register_tokens": "registers", "ls1.gamma": "LayerScale"}
+"""Tensor -> the part of a ViT that it belongs to, and that ours do not have."""
 SPARE = ("head", "pre_logits", "pooler")
 """What stands behind the features and may be left out."""
 
@@ -32,7 +34,8 @@ class Found:
     """A file's tensors in our names, and what it says of itself.
 
     ``usual`` are the image statistics of that house; ``said``: our word -> (field of the file, unchecked value, None
-    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here.
+    being nothing), see `said.RULES`; ``assumed`` sentences of what its settings mean here; ``why_usual``: how the house
+    was told, where that is a guess.
     """
 
     house: str
@@ -40,6 +43,7 @@ class Found:
     usual: tuple[Channels, Channels]
     said: dict[str, tuple[str, Any]]
     assumed: tuple[str, ...] = ()
+    why_usual: str = ""
 
     def says(self, name: str, origin: str) -> Any:
         """What it says of `name`, or None. ValueError, naming file and field, where it is not what it must be."""
@@ -196,6 +200,8 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     if kind == "vit" and "backbone.cls_token" not in state:
         raise ValueError(f"{origin}: a ViT without class token (cls_token), and ViTs here need one; try another model")
     depth = num_blocks("backbone.blocks", state)
+    if kind == "vit":
+        refuse_foreign_parts(state, origin)
     names = [
         name
         for name, make in models.BACKBONES.items()
@@ -212,9 +218,21 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     num = state[positions].shape[1] - (kind == "vit")
     side = math.isqrt(max(num, 0))
     if side * side != num or not num:
+        if kind == "vit" and num > 0 and (grid := math.isqrt(num + 1)) ** 2 == num + 1:
+            raise ValueError(
+                f"{origin}: a ViT without position for its class token (no_embed_class: pos_embed has {num + 1} for "
+                f"{grid} x {grid} patches), and ViTs here have one; try another model"
+            )
         which = f"{num} positions beside the class token's" if kind == "vit" else f"{num} positions"
         raise ValueError(f"{origin}: {which} make no square, so the size of its images cannot be told")
     return names[0], side * patch
+
+
+def refuse_foreign_parts(state: dict[str, Tensor], origin: str) -> None:
+    """Parts of other ViTs (DeiT III, DINOv2) are refused by what they are called (ValueError)."""
+    parts = [f"{what} ({part})" for part, what in FOREIGN.items() if any(name.endswith(f".{part}") for name in state)]
+    if parts:
+        raise ValueError(f"{origin}: a ViT with {' and '.join(parts)}, which ViTs here do not have; try another model")
 
 
 def num_blocks(stack: str, state: dict[str, Tensor]) -> int:
@@ -252,7 +270,7 @@ def statistics(what: Found, given: Given, origin: str) -> tuple[schema.Data, lis
         if told or said:
             found.append(f"data.{name} {shown(values[name])}{' (given)' * bool(told)}")
         else:
-            assumed.append(f"data.{name} {shown(usual)}, as usual there (--{name} says otherwise)")
+            assumed.append(f"data.{name} {shown(usual)}, as usual there{what.why_usual} (--{name} says otherwise)")
     return schema.Data(path="(imported)", **values), found, assumed
 
 

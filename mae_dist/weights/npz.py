@@ -145,7 +145,12 @@ def write(tensors: dict[str, Tensor], _: Model, path: Path) -> None:
 def usage(model: Model, path: Path) -> str:
     """What reads it."""
     if not model.is_vit:
-        return f"numpy.load('{path}') has the arrays of vit_jax.models_mixer.MlpMixer"
+        sizes = model.sizes
+        words = f"ml_collections.ConfigDict({{'size': ({sizes['patch']}, {sizes['patch']})}}), "
+        words += f"num_classes={model.num_classes}, num_blocks={sizes['depth']}, hidden_dim={sizes['dim']}, "
+        words += f"tokens_mlp_dim={sizes['token_hidden']}, channels_mlp_dim={sizes['channel_hidden']}"
+        params = f"{{'params': vit_jax.checkpoint.load('{path}')}}"
+        return f"vit_jax.models_mixer.MlpMixer({words}).apply({params}, images, train=False)"
     from mae_dist.weights import timm
 
     return timm.usage(model, path)

@@ -18,7 +18,7 @@ from mae_dist import __version__
 from mae_dist import config as configuration
 from mae_dist.weights.files import one_line
 from mae_dist.weights.model import Given, Model, Reading, shown
-from mae_dist.weights.said import brief
+from mae_dist.weights.said import brief, checked
 
 MARK = "mae_dist"
 SUFFIXES = ()
@@ -41,6 +41,9 @@ def reading(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, g
         if told:
             changed = dataclasses.replace(getattr(config, section), **told)
             config = dataclasses.replace(config, **{section: changed})
+    for name in ("mean", "std"):
+        if (value := getattr(config.data, name)) is not None:
+            checked(name, value, f"{origin}: metadata: data.{name}", f"; --{name} overrules it")
     try:
         configuration.check(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
     except ValueError as error:

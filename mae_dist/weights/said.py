@@ -21,14 +21,15 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and is_number(value, 0)
 
 
-def are_channels(value: Any, above: float = -LARGEST) -> bool:
-    """Whether these are three numbers, each greater than `above`."""
-    return isinstance(value, list | tuple) and len(value) == 3 and all(is_number(number, above) for number in value)
+def are_channels(value: Any) -> bool:
+    """Whether these are three numbers from 0 to 1."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(is_number(n) and 0 <= n <= 1 for n in value)
 
 
+OF_BYTES = " (those of pixels from 0 to 255: divide by 255)"
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "mean": ("three finite numbers", are_channels),
-    "std": ("three finite numbers greater than 0", lambda value: are_channels(value, above=0)),
+    "mean": (f"three numbers from 0 to 1{OF_BYTES}", are_channels),
+    "std": (f"three numbers greater than 0 and up to 1{OF_BYTES}", lambda value: are_channels(value) and all(value)),
     "norm_pix": ("true or false", lambda value: isinstance(value, bool)),
     "decoder_heads": ("a whole number from 1 on", is_count),
     "num_heads": ("a whole number from 1 on", is_count),
