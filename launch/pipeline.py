@@ -221,5 +221,5 @@ def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, 
 
 
 def as_word(value: Any) -> str:
-    """A value of the file as on a command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value for a key=value, which is read as YAML: text stays text, though YAML has 24:00:00 for a number."""
+    return json.dumps(value, default=str)

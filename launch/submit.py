@@ -118,7 +118,7 @@ def where(options: argparse.Namespace, stage: Stage) -> Cluster:
     flags = {name: getattr(options, name) for name in ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")}
     if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
         flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
-    words = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    words = [f"{name}={pipeline.as_word(value)}" for name, value in flags.items() if value is not None]
     words += ["torchrun=true"] if options.torchrun else []
     if not stage.ranked:
         words += clusters.one_rank(clusters.load(options.cluster, words))

@@ -108,6 +108,15 @@ def test_times(text: str, seconds: int) -> None:
     assert cluster.seconds_of(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("typed", "seconds"), [("24:00:00", 86400), ("1:00:00", 3600), ("1-00:00:00", 86400), ("90", 5400), ("90:00", 5400)]
+)
+def test_times_that_are_typed(typed: str, seconds: int) -> None:
+    options = submission.parse(["pretrain", "--cluster", TEST, "--time", typed, "--nodes", "3", "--gpus-per-node", "0"])
+    place = submission.where(options, pipeline.Stage("pretrain", "pretrain", ()))
+    assert (cluster.seconds_of(place.time), place.nodes, place.gpus_per_node) == (seconds, "3", 0)
+
+
 def test_every_number_of_nodes_of_a_range_is_checked(data: Path, tmp_path: Path) -> None:
     words = [*SMALL, f"data.path={data}", f"out={tmp_path / 'run'}", "machine.parallel=hsdp", "machine.shards=4"]
     chosen = config.load("pretrain", None, words)
@@ -236,6 +245,8 @@ def test_stages_wait_for_those_they_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert found["report"].runs[0].words[1:4] == (*(f"{out}/{n}" for n in ("pretrain", "knn/seed-0", "knn/seed-1")),)
     assert found["pretrain"].shape == ("nodes=2",)
+    timed = stages(tmp_path, SMALL_PIPELINE.replace("nodes: 2", "time: '24:00:00'"))["pretrain"]
+    assert cluster.load(TEST, list(timed.shape)).time == "24:00:00"
     assert found["knn"].runs[1].config.start == f"{out}/pretrain"
     assert found["knn"].home == out / "knn"
 
