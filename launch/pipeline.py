@@ -34,7 +34,7 @@ from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist import folder, jobs
 from mae_dist.data.index import open_split
-from mae_dist.schema import SCHEMAS
+from mae_dist.schema import RANDOM, SCHEMAS
 from mae_dist.stages import VERBS
 
 KEYS = {"run", "sweep", "at_once"}
@@ -153,6 +153,10 @@ def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, S
             run_of(f"{name}/{part}" if part else name, own / part, verb, config_file, settings + chosen)
             for part, chosen in several
         ]
+        made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
+        for run in runs:
+            if (start := Path(getattr(run.config, "start", RANDOM))) in made:
+                preflight.check_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:

@@ -65,9 +65,20 @@ def check_start(config: Any) -> None:
         raise ValueError(f"from={start}: no run lies there; give the out= folder of an earlier run, or random")
     if not folder.checkpoints(Path(start)):
         raise ValueError(f"from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    was = folder.settings(Path(start))[2].model.name
+    check_model(config, folder.settings(Path(start))[2])
+
+
+def check_model(config: Any, origin: Any) -> None:
+    """The run that `from=` names, with the settings ``origin``, must have the same model; a Mixer's also its size."""
+    was = origin.model.name
     if was != config.model.name:
-        raise ValueError(f"model.name={config.model.name}: the run from={start} has {was}; set model.name={was}")
+        raise ValueError(f"model.name={config.model.name}: the run from={config.start} has {was}; set model.name={was}")
+    size, side = config.model.image_size, origin.model.image_size
+    if size != side and "num_heads" not in sizes.size_of(was):
+        raise ValueError(
+            f"model.image_size={size}: the run from={config.start} has {side}, to which a Mixer is bound; "
+            f"set model.image_size={side}"
+        )
 
 
 def check_folder(verb: str, config: Any) -> None:

@@ -120,9 +120,10 @@ def where(options: argparse.Namespace, stage: Stage) -> Cluster:
         flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
     words = [f"{name}={pipeline.as_word(value)}" for name, value in flags.items() if value is not None]
     words += ["torchrun=true"] if options.torchrun else []
-    if not stage.ranked:
-        words += clusters.one_rank(clusters.load(options.cluster, words))
-    return clusters.load(options.cluster, [*words, *stage.shape])
+    place = clusters.load(options.cluster, words)
+    words += [] if stage.ranked else clusters.one_rank(place)
+    with naming(stage, options):
+        return clusters.load(options.cluster, [*words, *stage.shape])
 
 
 def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None:
@@ -139,7 +140,8 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
     preflight.check_writable(base)
     preflight.check_idle(run.folder for stage in waiting for run in stage.waiting)
     for stage in waiting:
-        check(stage, places[stage.name], {other.name for other in waiting})
+        with naming(stage, options):
+            check(stage, places[stage.name], {other.name for other in waiting})
     scripts = {stage.name: script(stage, places[stage.name]) for stage in waiting}
     if options.dry_run:
         for stage in waiting:
@@ -148,8 +150,9 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
         return
     slurm.leave_allocation()
     for stage in waiting:
-        clusters.check_real(places[stage.name])
-        slurm.rehearse(scripts[stage.name])
+        with naming(stage, options):
+            clusters.check_real(places[stage.name])
+            slurm.rehearse(scripts[stage.name])
     code = snapshot.place(base.absolute())
     queued = queue(waiting, places, base.absolute(), code)
     for stage in waiting:
@@ -157,6 +160,15 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
     numbers = " ".join(map(number, queued.values()))
     print(f"code  {code} ({(code / 'REVISION').read_text().strip()})")
     print(f"next: mae-dist runs {home} --watch | mae-dist logs {home} | scancel {numbers}")
+
+
+@contextmanager
+def naming(stage: Stage, options: argparse.Namespace) -> Iterator[None]:
+    """What is wrong with a stage of a pipeline begins with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name}: {error}" if options.verb == "pipeline" else str(error)) from error
 
 
 def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:

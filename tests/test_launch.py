@@ -299,6 +299,15 @@ def test_files_that_are_no_pipelines(text: str, said: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            SMALL_PIPELINE + "  a: {run: 'knn from={pretrain} data.path={data} model.name=vit_ti4', sweep: seed=0}",
+            "/pretrain has vit_demo4; set model.name=vit_demo4",
+        ),
+        (
+            SMALL_PIPELINE.replace("vit_demo4", "mixer_demo4")
+            + "  a: {run: 'finetune from={pretrain} data.path={data} model.name=mixer_demo4 model.image_size=64'}",
+            "/pretrain has 32, to which a Mixer is bound; set model.image_size=32",
+        ),
         ("  a: {run: report x, at_once: many}", "stage a: at_once: many: must be a number, 1 or more"),
         ("  a: {run: report x, at_once: 0}", "stage a: at_once: 0: must be a number, 1 or more"),
         ("  a: {run: 5}", "stage a: run: 5: must be words in one line"),
@@ -565,6 +574,24 @@ def test_what_no_ranks_share_gets_the_share_of_one(tmp_path: Path, slurm: Path) 
     assert [any("exclusive" in line for line in lines) for lines in asked] == [False, True, True, False]
     assert [any("gpus" in line for line in lines) for lines in asked] == [False, True, True, False]
     assert [next(line for line in lines if "--nodes=" in line)[-1] for lines in asked] == ["1", "2", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (0, "nodes=0: must be a number"),
+        (9, "train.global_batch=16: 18 processes are more"),
+        (5, "nodes=5: partition main has 4"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_begins_with_its_name(
+    nodes: int, said: str, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE.replace("nodes: 2", f"nodes: {nodes}"))
+    assert submission.main(["pipeline", str(file), "--cluster", TEST]) == 2
+    assert capsys.readouterr().err.startswith(f"submit: stage pretrain: {said}")
+    assert not (slurm / "1.sbatch").exists()
 
 
 def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
