@@ -132,6 +132,10 @@ ENDS = [
     ("PENDING", (None, None), 1, "requeued (2)"),
     ("COMPLETING", (None, 75), 0, "running"),
     ("COMPLETED", (75, 75), 1, "stopped, requeued 1 time"),
+    ("COMPLETED", (0, 75), 0, "stopped"),
+    ("COMPLETED", (0, 0), 1, "finished, requeued 1 time"),  # of a stage that makes no run
+    ("CANCELLED", (0, None), 0, "stopped: cancelled"),
+    ("", (0,), 0, "finished"),
     ("CANCELLED", (-15, -9), 0, "stopped: cancelled"),
     ("CANCELLED", (), 0, "stopped: cancelled"),
     ("CANCELLED", (2, -9), 0, "failed: exit status 2"),
