@@ -103,7 +103,7 @@ def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
     stages = [Stage(options.verb, options.verb, tuple(runs), at_once=options.at_once)]
     if len(runs) > 1 and (stages[0].waiting or not (base / "results.md").exists()):
         words = ("runs", str(base.absolute()), "--results", str(base.absolute() / "results.md"))
-        table = Run("results", base / pipeline.RECORDS / "results", words)
+        table = Run("results", base / jobs.RECORDS / "results", words)
         stages.append(Stage("results", "runs", (table,), (options.verb,), whatever_came=True))
     return base, stages
 

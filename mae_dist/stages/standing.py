@@ -108,7 +108,7 @@ def _judge(run: Path, notes: dict[int, list[Event]], word: str, quiet: float) ->
     if word == "FAILED":
         return "failed", "SLURM says FAILED", 0
     if not everything and not word:
-        return "unknown", "SLURM does not know the job", 0
+        return "unknown", "SLURM does not know the job, or does not answer", 0
     return ("stopped" if word else _by_age(run, quiet)), told, 0
 
 
