@@ -632,6 +632,37 @@ def test_interrupted_halfway_nothing_stays_queued_or_written(
         assert not (tmp_path / "new").exists()
 
 
+def test_interrupted_early_it_just_ends() -> None:
+    """Ctrl-C comes when it imports the first of its modules."""
+    typed = f"""
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "launch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", typed], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-2, "", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_reads_only_the_beginning_gets_no_error(
+    unbuffered: str, data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'run'}"]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "launch" / "submit.py", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (slurm / "1.sbatch").exists()
+
+
 @pytest.mark.usefixtures("slurm")
 def test_a_copy_that_fails_halfway_leaves_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
