@@ -704,3 +704,53 @@ def test_where_slurm_is_silent_a_run_is_not_submitted_again(
     assert "job 1 of this run is PENDING; wait for it" in capsys.readouterr().err
     command(slurm, "squeue", "[[ $* == *--me* ]] || { echo 'Invalid job id specified' >&2; exit 1; }")
     assert submission.main(words) == 0  # SLURM has forgotten it
+
+
+def test_where_slurm_is_not_set_up_it_says_what_to_try(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={run}"]
+    command(
+        slurm, "sinfo", "echo 'sinfo: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host' >&2; exit 1"
+    )
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        "submit: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host; is SLURM set up in this shell? "
+        "try `module load slurm`, or set SLURM_CONF\n"
+    )
+    jobs.note_submission(run, jobs.Submission("12", str(run / jobs.FOLDER), "1", 1, jobs.now()))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={run}: whether job 12 of this run is still alive cannot be known, as there is no squeue here; "
+        "submit from a login node of its cluster\n"
+    )
+
+
+def test_all_that_lives_of_a_sweep_is_named(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "pretrain",
+        "--cluster",
+        TEST,
+        *SMALL,
+        f"data.path={data}",
+        f"out={tmp_path / 'a'}",
+        "--sweep",
+        "seed=0,1,2",
+    ]
+    assert submission.main(words) == 0
+    command(slurm, "squeue", "printf '%s\\n' '1_0|FAILED' '1_1|RUNNING' '1_2|PENDING' '2|PENDING'")
+    capsys.readouterr()
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={tmp_path / 'a' / 'seed-1'}: job 1_1 of this run is RUNNING, and 2 more live; "
+        "wait for them, or end them: scancel 1 2\n"
+    )
+
+
+def test_a_folder_is_no_cluster_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--cluster {tmp_path}: is a folder; there are .*test.yaml"):
+        cluster.load(str(tmp_path), [])
