@@ -94,7 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
     parser.add_argument("--local", action="store_true", help="a pipeline on this machine, one stage after another")
-    parser.add_argument("--dry-run", action="store_true", help="print what sbatch would get; queue and write nothing")
+    dry = "print what sbatch would get; queue and write nothing, and ask SLURM nothing, so partitions are not checked"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser.parse_intermixed_args(argv)
 

@@ -394,7 +394,9 @@ def test_help_and_the_script_need_no_torch_and_no_slurm(data: Path, tmp_path: Pa
         )  # fmt: skip
         return done.stdout
 
-    assert "--sweep" in say("--help")
+    said = " ".join(say("--help").split())
+    assert "--sweep" in said
+    assert "so partitions are not checked" in said
     words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", "out=run"]
     text = say(*words, "--nodes", "2", "--dry-run")
     for line in ("--nodes=2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@20", "--requeue", "--mem=4000M"):
