@@ -20,6 +20,9 @@ EARLY = 30.0
 ANSWER = 20.0
 """Seconds in which a command of SLURM must answer."""
 
+NO_CONFIG = ("resolve_ctls_from_dns_srv", "configuration source", "unable to status file")
+"""Words of SLURM's commands when they do not know where its controller is."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -72,8 +75,9 @@ class Cluster:
 def load(file: str, overrides: list[str]) -> Cluster:
     """The cluster of a file, some of its fields overruled. ValueError names field and value."""
     if not Path(file).is_file():
+        what = "is a folder" if Path(file).is_dir() else "no such file"
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
-        raise ValueError(f"--cluster {file}: no such file; there are {known}: copy one and say where you are")
+        raise ValueError(f"--cluster {file}: {what}; there are {known}: copy one and say where you are")
     cluster = configuration.read(Cluster, f"cluster {file} needs", "see launch/clusters/example.yaml", file, overrides)
     check_fields(cluster)
     return cluster
@@ -173,7 +177,9 @@ def ask(*command: str, said: str = "") -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(f"{command[0]}: no answer in {ANSWER:g} s; is SLURM's controller down?") from None
     if done.returncode:
-        raise ValueError(one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}")
+        text = one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}"
+        lost = any(word in text for word in NO_CONFIG)
+        raise ValueError(text + "; is SLURM set up in this shell? try `module load slurm`, or set SLURM_CONF" * lost)
     return done.stdout
 
 

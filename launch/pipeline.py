@@ -34,13 +34,11 @@ from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist import folder, jobs
 from mae_dist.data.index import open_split
-from mae_dist.schema import SCHEMAS
+from mae_dist.schema import RANDOM, SCHEMAS
 from mae_dist.stages import VERBS
 
 KEYS = {"run", "sweep", "at_once"}
-RECORDS = "pipeline"
-"""The folder beside the stages' that says which are done, and has the logs of those that make no run."""
-TAKEN = ("out", RECORDS, jobs.FOLDER, folder.CODE)
+TAKEN = ("out", jobs.RECORDS, jobs.FOLDER, folder.CODE)
 """What no stage can be called: its folder, or {name}, is something else's."""
 
 
@@ -153,10 +151,14 @@ def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, S
             run_of(f"{name}/{part}" if part else name, own / part, verb, config_file, settings + chosen)
             for part, chosen in several
         ]
+        made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
+        for run in runs:
+            if (start := Path(getattr(run.config, "start", RANDOM))) in made:
+                preflight.check_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:
-        runs = [Run(name, out / RECORDS / name, tuple(words), own if f"{{{name}}}" in given["run"] else None)]
+        runs = [Run(name, out / jobs.RECORDS / name, tuple(words), own if f"{{{name}}}" in given["run"] else None)]
     runs = [with_receipt(run, out, typed, [before[need] for need in needs]) for run in runs]
     shape = [f"{key}={as_word(given[key])}" for key in given if key in shapes]
     fingerprint = " ".join(str(run.receipt) for run in runs).replace(str(out), typed)
@@ -191,7 +193,7 @@ def with_receipt(run: Run, out: Path, typed: str, needs: list[Stage]) -> Run:
             what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)
     receipt = hashlib.sha256(text.encode()).hexdigest()[:16] + "\n"
-    return dataclasses.replace(run, receipt=(str(out / RECORDS / run.name / "done"), receipt))
+    return dataclasses.replace(run, receipt=(str(out / jobs.RECORDS / run.name / "done"), receipt))
 
 
 def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, Stage]) -> tuple[list[str], list[str]]:
@@ -221,5 +223,5 @@ def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, 
 
 
 def as_word(value: Any) -> str:
-    """A value of the file as on a command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value for a key=value, which is read as YAML: text stays text, though YAML has 24:00:00 for a number."""
+    return json.dumps(value, default=str)

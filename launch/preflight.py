@@ -65,9 +65,20 @@ def check_start(config: Any) -> None:
         raise ValueError(f"from={start}: no run lies there; give the out= folder of an earlier run, or random")
     if not folder.checkpoints(Path(start)):
         raise ValueError(f"from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    was = folder.settings(Path(start))[2].model.name
+    check_model(config, folder.settings(Path(start))[2])
+
+
+def check_model(config: Any, origin: Any) -> None:
+    """The run that `from=` names, with the settings ``origin``, must have the same model; a Mixer's also its size."""
+    was = origin.model.name
     if was != config.model.name:
-        raise ValueError(f"model.name={config.model.name}: the run from={start} has {was}; set model.name={was}")
+        raise ValueError(f"model.name={config.model.name}: the run from={config.start} has {was}; set model.name={was}")
+    size, side = config.model.image_size, origin.model.image_size
+    if size != side and "num_heads" not in sizes.size_of(was):
+        raise ValueError(
+            f"model.image_size={size}: the run from={config.start} has {side}, to which a Mixer is bound; "
+            f"set model.image_size={side}"
+        )
 
 
 def check_folder(verb: str, config: Any) -> None:
@@ -92,18 +103,23 @@ def check_idle(runs: Iterable[Path]) -> None:
     owners = {submission.job: run for run in runs for submission in jobs.submissions(run)}
     states = jobs.states(owners)
     if owners and not states:  # they are forgotten, or nobody answers
+        name, run = list(owners.items())[-1]
+        unknown = f"out={run}: whether job {name} of this run is still alive cannot be known"
+        if shutil.which("squeue") is None:
+            raise ValueError(f"{unknown}, as there is no squeue here; submit from a login node of its cluster")
         try:
             ask("squeue", "-h", "--me", "-o", "%i")
         except ValueError as error:
-            name, run = list(owners.items())[-1]
-            raise ValueError(
-                f"out={run}: whether job {name} of this run is still alive cannot be known ({error}); "
-                f"try again when SLURM answers"
-            ) from error
-    for name, state in states.items():
-        if state in ALIVE:
-            run = owners[name]
-            raise ValueError(f"out={run}: job {name} of this run is {state}; wait for it, or end it: scancel {name}")
+            raise ValueError(f"{unknown} ({error}); try again when SLURM answers") from error
+    if alive := [name for name in owners if states.get(name) in ALIVE]:
+        name, it, more, end = alive[0], "it", "", alive[0]
+        if len(alive) > 1:
+            it, more = "them", f", and {len(alive) - 1} more live"
+            end = " ".join(dict.fromkeys(job.partition("_")[0] for job in alive))
+        raise ValueError(
+            f"out={owners[name]}: job {name} of this run is {states[name]}{more}; "
+            f"wait for {it}, or end {it}: scancel {end}"
+        )
 
 
 def check_writable(path: Path) -> None:

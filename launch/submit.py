@@ -7,21 +7,25 @@ the settings are resolved there, so that nothing that is edited later changes a 
 
 from __future__ import annotations
 
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this folder is on it, not the one around it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins Ctrl-C just ends it, without a word
+
 import argparse
 import dataclasses
 import logging
+import os
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # as a script, this folder is on the path, and not the one that it is in
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cluster as clusters
 from launch import local, pipeline, preflight, slurm, snapshot, sweep
@@ -46,12 +50,15 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = parse(argv)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         base, stages = stages_of(options)
         if options.local:
             if options.verb != "pipeline":
                 raise ValueError(f"--local: is for a pipeline; on this machine a run is `mae-dist {options.verb} ...`")
             return local.walk(stages)
-        submit(stages, base, options)
+        with until_enough_is_read():
+            submit(stages, base, options)
         return 0
     except (ValueError, OSError) as error:
         if options.debug:
@@ -61,6 +68,16 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("submit: interrupted, nothing is queued", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def until_enough_is_read() -> Iterator[None]:
+    """Whoever reads what is printed in it, `| head` say, may leave before the end."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -77,7 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
     parser.add_argument("--local", action="store_true", help="a pipeline on this machine, one stage after another")
-    parser.add_argument("--dry-run", action="store_true", help="print what sbatch would get; queue and write nothing")
+    dry = "print what sbatch would get; queue and write nothing, and ask SLURM nothing, so partitions are not checked"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser.parse_intermixed_args(argv)
 
@@ -103,7 +121,7 @@ def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
     stages = [Stage(options.verb, options.verb, tuple(runs), at_once=options.at_once)]
     if len(runs) > 1 and (stages[0].waiting or not (base / "results.md").exists()):
         words = ("runs", str(base.absolute()), "--results", str(base.absolute() / "results.md"))
-        table = Run("results", base / pipeline.RECORDS / "results", words)
+        table = Run("results", base / jobs.RECORDS / "results", words)
         stages.append(Stage("results", "runs", (table,), (options.verb,), whatever_came=True))
     return base, stages
 
@@ -118,45 +136,57 @@ def where(options: argparse.Namespace, stage: Stage) -> Cluster:
     flags = {name: getattr(options, name) for name in ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")}
     if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
         flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
-    words = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    words = [f"{name}={pipeline.as_word(value)}" for name, value in flags.items() if value is not None]
     words += ["torchrun=true"] if options.torchrun else []
-    if not stage.ranked:
-        words += clusters.one_rank(clusters.load(options.cluster, words))
-    return clusters.load(options.cluster, [*words, *stage.shape])
+    place = clusters.load(options.cluster, words)
+    words += [] if stage.ranked else clusters.one_rank(place)
+    with naming(stage, options):
+        return clusters.load(options.cluster, [*words, *stage.shape])
 
 
 def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None:
-    """Check all stages, then queue those that are not done, in their order; all of them or none."""
-    for stage in stages:
-        for name in [run.name for run in stage.runs if run.done] if stage.waiting else [stage.name]:
-            print(f"{name}: done already, passed over")
+    """Check all stages, then queue those that are not done, in their order; all of them or none. Speaks after that."""
     waiting = [stage for stage in stages if stage.waiting]
     home = shlex.quote(str(base))
     if not waiting:
+        tell_done(stages)
         print(f"next: mae-dist runs {home}")
         return
     places = {stage.name: where(options, stage) for stage in waiting}
     preflight.check_writable(base)
     preflight.check_idle(run.folder for stage in waiting for run in stage.waiting)
     for stage in waiting:
-        check(stage, places[stage.name], {other.name for other in waiting})
+        with naming(stage, options):
+            check(stage, places[stage.name], {other.name for other in waiting})
     scripts = {stage.name: script(stage, places[stage.name]) for stage in waiting}
     if options.dry_run:
+        tell_done(stages)
         for stage in waiting:
             num = len(stage.waiting)
             print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{scripts[stage.name]}")
         return
     slurm.leave_allocation()
     for stage in waiting:
-        clusters.check_real(places[stage.name])
-        slurm.rehearse(scripts[stage.name])
+        with naming(stage, options):
+            clusters.check_real(places[stage.name])
+            slurm.rehearse(scripts[stage.name])
     code = snapshot.place(base.absolute())
     queued = queue(waiting, places, base.absolute(), code)
+    tell_done(stages)
     for stage in waiting:
         tell(stage, places[stage.name], queued[stage.name])
     numbers = " ".join(map(number, queued.values()))
     print(f"code  {code} ({(code / 'REVISION').read_text().strip()})")
     print(f"next: mae-dist runs {home} --watch | mae-dist logs {home} | scancel {numbers}")
+
+
+@contextmanager
+def naming(stage: Stage, options: argparse.Namespace) -> Iterator[None]:
+    """What is wrong with a stage of a pipeline begins with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name}: {error}" if options.verb == "pipeline" else str(error)) from error
 
 
 def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:
@@ -273,6 +303,13 @@ def saving(config: Any, place: Cluster) -> Any:
     if config.checkpoint.minutes is not None:
         return config
     return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, minutes=place.lose_at_most))
+
+
+def tell_done(stages: list[Stage]) -> None:
+    """Say what was reached before."""
+    for stage in stages:
+        for name in [run.name for run in stage.runs if run.done] if stage.waiting else [stage.name]:
+            print(f"{name}: done already, passed over")
 
 
 def tell(stage: Stage, place: Cluster, names: list[str]) -> None:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER, SUBMITTED = "jobs", "submitted.jsonl"
+RECORDS = "pipeline"
+"""The folder beside the stages' that says which are done, and has the logs of those that make no run."""
 BY_SLURM = "; by SLURM"
 """How a note of a requeue ends that SLURM was doing by itself; if it then knows the job no more, it has not done it."""
 PATIENCE = 10.0
@@ -77,8 +79,8 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     if missing := wanted - found.keys():
         numbers = ",".join(sorted({arrays[job] for job in missing}))
         record = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", numbers)
-        # those of an array that never started share one line, 12_[3-7%2] for example
-        shared = {job.partition("_")[0]: state for job, state in record.items() if "[" in job}
+        # those of an array that never started share one line, 12_[3-7%2] for example, or 12 if it was cancelled at once
+        shared = {job.partition("_")[0]: state for job, state in record.items() if "[" in job or "_" not in job}
         record = {job: shared[array] for job, array in arrays.items() if array in shared} | record
         found = record | found
     return {job: found[job] for job in wanted if job in found}

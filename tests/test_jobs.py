@@ -94,12 +94,13 @@ def test_slurm_is_asked_for_jobs_and_those_of_arrays(slurm: Any) -> None:
     slurm(
         squeue="printf '%s\\n' '1|PENDING' '2_2|RUNNING' '9|RUNNING'",
         # sacct finds those of an array that never started by the array's number alone, and in one line
-        sacct="""[ "${@: -1}" = 2,3,4,5,6 ] || exit 1
-            printf '%s\\n' '2_0|FAILED' '2_[1,3-7%2]|CANCELLED by 1000' '3|COMPLETED' '4|OUT_OF_MEMORY' '5|'""",
+        sacct="""[ "${@: -1}" = 2,3,4,5,6,73 ] || exit 1
+            printf '%s\\n' '73|CANCELLED' '2_0|FAILED'
+            printf '%s\\n' '2_[1,3-7%2]|CANCELLED by 1000' '3|COMPLETED' '4|OUT_OF_MEMORY' '5|'""",
     )
     expected = {"1": "PENDING", "2_2": "RUNNING", "2_0": "FAILED", "2_3": "CANCELLED"}
-    expected |= {"3": "COMPLETED", "4": "OUT_OF_MEMORY"}
-    assert jobs.states(["1", "2_2", "2_0", "2_3", "3", "4", "5", "6"]) == expected
+    expected |= {"3": "COMPLETED", "4": "OUT_OF_MEMORY", "73_0": "CANCELLED"}
+    assert jobs.states(["1", "2_2", "2_0", "2_3", "3", "4", "5", "6", "73_0"]) == expected
 
 
 def test_without_slurm_or_an_answer_nothing_is_known(slurm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +133,10 @@ ENDS = [
     ("PENDING", (None, None), 1, "requeued (2)"),
     ("COMPLETING", (None, 75), 0, "running"),
     ("COMPLETED", (75, 75), 1, "stopped, requeued 1 time"),
+    ("COMPLETED", (0, 75), 0, "stopped"),
+    ("COMPLETED", (0, 0), 1, "finished, requeued 1 time"),  # of a stage that makes no run
+    ("CANCELLED", (0, None), 0, "stopped: cancelled"),
+    ("", (0,), 0, "finished"),
     ("CANCELLED", (-15, -9), 0, "stopped: cancelled"),
     ("CANCELLED", (), 0, "stopped: cancelled"),
     ("CANCELLED", (2, -9), 0, "failed: exit status 2"),
@@ -145,7 +150,7 @@ ENDS = [
     ("NODE_FAIL", (1, None), 3, "failed, requeued 3 times: NODE_FAIL"),
     ("", (75, 75), 0, "stopped"),
     ("", (1, 1), 0, "failed: exit status 1"),
-    ("", (), 0, "unknown: SLURM does not know the job"),
+    ("", (), 0, "unknown: SLURM does not know the job, or does not answer"),
 ]
 
 
@@ -262,7 +267,7 @@ def test_the_table(tmp_path: Path, slurm: Any, capsys: pytest.CaptureFixture[str
     assert rows["epochs"] == ["pretrain", "running", "100/939", "2.0000", "320", "2.8", "min", "2.0", "h", JOB]
     assert (rows["slow"][1], rows["gone"][1]) == ("running", "stopped")
     assert rows["done"] == ["pretrain", "finished", "7/7", "2.0000", "320", "test_loss", "0.25"]
-    assert rows["waiting"] == ["unknown:", "SLURM", "does", "not", "know", "the", "job", "8"]
+    assert " ".join(rows["waiting"]) == "unknown: SLURM does not know the job, or does not answer 8"
     assert rows["hurt"][0] == "damaged"
     assert "job" not in table(capsys, runs / "here")["run"]  # nor any other column that would be empty
 
@@ -312,6 +317,10 @@ def test_the_results_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
         run = begun(tmp_path / f"seed{seed}", f"train.seed={seed}", "machine.workers=1", "data.mean=[0,0,0]")
         run.finish({"verb": "pretrain", "loss": 1.0, "test_loss": loss, "bad": 0})
     begun(tmp_path / "seed2", "train.seed=2")
+    submitted(tmp_path / "seed3")
+    for stage in ("results", "data"):  # of the launcher, and no runs
+        submitted(tmp_path / "pipeline" / stage, "8")
+    jobs.note(tmp_path / "pipeline" / "data" / jobs.FOLDER, "8", 0, "end", 0, status=0)
     file = tmp_path / "new" / "sweep.md"
     assert main(["runs", str(tmp_path), "--results", str(file)]) == 0
     assert file.read_text() == capsys.readouterr().out
@@ -323,7 +332,7 @@ def test_the_results_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "| seed1 | 1 | 0.25 | 1 |",
         "| seed0 | 0 | 0.5 | 1 |",
         "",
-        "Not finished: seed2 (running).",
+        "Not finished: seed2 (running), seed3 (unknown: SLURM does not know the job, or does not answer).",
     ]
 
 

@@ -108,6 +108,15 @@ def test_times(text: str, seconds: int) -> None:
     assert cluster.seconds_of(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("typed", "seconds"), [("24:00:00", 86400), ("1:00:00", 3600), ("1-00:00:00", 86400), ("90", 5400), ("90:00", 5400)]
+)
+def test_times_that_are_typed(typed: str, seconds: int) -> None:
+    options = submission.parse(["pretrain", "--cluster", TEST, "--time", typed, "--nodes", "3", "--gpus-per-node", "0"])
+    place = submission.where(options, pipeline.Stage("pretrain", "pretrain", ()))
+    assert (cluster.seconds_of(place.time), place.nodes, place.gpus_per_node) == (seconds, "3", 0)
+
+
 def test_every_number_of_nodes_of_a_range_is_checked(data: Path, tmp_path: Path) -> None:
     words = [*SMALL, f"data.path={data}", f"out={tmp_path / 'run'}", "machine.parallel=hsdp", "machine.shards=4"]
     chosen = config.load("pretrain", None, words)
@@ -236,6 +245,8 @@ def test_stages_wait_for_those_they_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert found["report"].runs[0].words[1:4] == (*(f"{out}/{n}" for n in ("pretrain", "knn/seed-0", "knn/seed-1")),)
     assert found["pretrain"].shape == ("nodes=2",)
+    timed = stages(tmp_path, SMALL_PIPELINE.replace("nodes: 2", "time: '24:00:00'"))["pretrain"]
+    assert cluster.load(TEST, list(timed.shape)).time == "24:00:00"
     assert found["knn"].runs[1].config.start == f"{out}/pretrain"
     assert found["knn"].home == out / "knn"
 
@@ -288,6 +299,15 @@ def test_files_that_are_no_pipelines(text: str, said: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            SMALL_PIPELINE + "  a: {run: 'knn from={pretrain} data.path={data} model.name=vit_ti4', sweep: seed=0}",
+            "/pretrain has vit_demo4; set model.name=vit_demo4",
+        ),
+        (
+            SMALL_PIPELINE.replace("vit_demo4", "mixer_demo4")
+            + "  a: {run: 'finetune from={pretrain} data.path={data} model.name=mixer_demo4 model.image_size=64'}",
+            "/pretrain has 32, to which a Mixer is bound; set model.image_size=32",
+        ),
         ("  a: {run: report x, at_once: many}", "stage a: at_once: many: must be a number, 1 or more"),
         ("  a: {run: report x, at_once: 0}", "stage a: at_once: 0: must be a number, 1 or more"),
         ("  a: {run: 5}", "stage a: run: 5: must be words in one line"),
@@ -374,7 +394,9 @@ def test_help_and_the_script_need_no_torch_and_no_slurm(data: Path, tmp_path: Pa
         )  # fmt: skip
         return done.stdout
 
-    assert "--sweep" in say("--help")
+    said = " ".join(say("--help").split())
+    assert "--sweep" in said
+    assert "so partitions are not checked" in said
     words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", "out=run"]
     text = say(*words, "--nodes", "2", "--dry-run")
     for line in ("--nodes=2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@20", "--requeue", "--mem=4000M"):
@@ -556,6 +578,24 @@ def test_what_no_ranks_share_gets_the_share_of_one(tmp_path: Path, slurm: Path) 
     assert [next(line for line in lines if "--nodes=" in line)[-1] for lines in asked] == ["1", "2", "2", "1"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (0, "nodes=0: must be a number"),
+        (9, "train.global_batch=16: 18 processes are more"),
+        (5, "nodes=5: partition main has 4"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_begins_with_its_name(
+    nodes: int, said: str, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE.replace("nodes: 2", f"nodes: {nodes}"))
+    assert submission.main(["pipeline", str(file), "--cluster", TEST]) == 2
+    assert capsys.readouterr().err.startswith(f"submit: stage pretrain: {said}")
+    assert not (slurm / "1.sbatch").exists()
+
+
 def test_of_the_allocation_that_one_submits_from_jobs_learn_nothing(
     data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,6 +632,37 @@ def test_interrupted_halfway_nothing_stays_queued_or_written(
         assert not (out / "code").exists()
     else:
         assert not (tmp_path / "new").exists()
+
+
+def test_interrupted_early_it_just_ends() -> None:
+    """Ctrl-C comes when it imports the first of its modules."""
+    typed = f"""
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "launch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+runpy.run_path({str(ROOT / "launch" / "submit.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", typed], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-2, "", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_reads_only_the_beginning_gets_no_error(
+    unbuffered: str, data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={tmp_path / 'run'}"]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "launch" / "submit.py", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (slurm / "1.sbatch").exists()
 
 
 @pytest.mark.usefixtures("slurm")
@@ -635,3 +706,53 @@ def test_where_slurm_is_silent_a_run_is_not_submitted_again(
     assert "job 1 of this run is PENDING; wait for it" in capsys.readouterr().err
     command(slurm, "squeue", "[[ $* == *--me* ]] || { echo 'Invalid job id specified' >&2; exit 1; }")
     assert submission.main(words) == 0  # SLURM has forgotten it
+
+
+def test_where_slurm_is_not_set_up_it_says_what_to_try(
+    data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", "--cluster", TEST, *SMALL, f"data.path={data}", f"out={run}"]
+    command(
+        slurm, "sinfo", "echo 'sinfo: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host' >&2; exit 1"
+    )
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        "submit: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host; is SLURM set up in this shell? "
+        "try `module load slurm`, or set SLURM_CONF\n"
+    )
+    jobs.note_submission(run, jobs.Submission("12", str(run / jobs.FOLDER), "1", 1, jobs.now()))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={run}: whether job 12 of this run is still alive cannot be known, as there is no squeue here; "
+        "submit from a login node of its cluster\n"
+    )
+
+
+def test_all_that_lives_of_a_sweep_is_named(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "pretrain",
+        "--cluster",
+        TEST,
+        *SMALL,
+        f"data.path={data}",
+        f"out={tmp_path / 'a'}",
+        "--sweep",
+        "seed=0,1,2",
+    ]
+    assert submission.main(words) == 0
+    command(slurm, "squeue", "printf '%s\\n' '1_0|FAILED' '1_1|RUNNING' '1_2|PENDING' '2|PENDING'")
+    capsys.readouterr()
+    assert submission.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"submit: out={tmp_path / 'a' / 'seed-1'}: job 1_1 of this run is RUNNING, and 2 more live; "
+        "wait for them, or end them: scancel 1 2\n"
+    )
+
+
+def test_a_folder_is_no_cluster_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--cluster {tmp_path}: is a folder; there are .*test.yaml"):
+        cluster.load(str(tmp_path), [])

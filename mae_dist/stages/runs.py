@@ -185,7 +185,8 @@ def write_results(tops: list[Path], file: Path) -> int:
 
     Raises ValueError when none is finished: nothing is written then.
     """
-    rows = look(list(dict.fromkeys(path for top in tops for path in find(top))))
+    paths = dict.fromkeys(path for top in tops for path in find(top))
+    rows = look([path for path in paths if is_run(path)])
     finished = [row for row in rows if row.standing.state == "finished"]
     if not finished:
         raise ValueError(f"none of the {len(rows)} runs is finished; see mae-dist runs" if rows else nothing(tops))
@@ -197,6 +198,11 @@ def write_results(tops: list[Path], file: Path) -> int:
     folder.write_text(file, text)
     print(text, end="")
     return 0
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run, queued ones too; not a launcher's stage that makes none, such as this very table's."""
+    return (path / folder.CONFIG).is_file() or path.parent.name != jobs.RECORDS
 
 
 def markdown(rows: dict[str, Row]) -> str:

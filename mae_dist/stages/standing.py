@@ -105,11 +105,12 @@ def _judge(run: Path, notes: dict[int, list[Event]], word: str, quiet: float) ->
         first = min(failures, key=lambda end: (end["status"] == -signal.SIGTERM, end["time"], end["status"] == 1))
         return "failed", ended(first["status"]), 0
     if ends and len(ends) == len(notes):
-        return "stopped", told, 0
+        well = all(end["status"] == 0 for end in ends.values())
+        return ("finished", "", 0) if well else ("stopped", told, 0)
     if word == "FAILED":
         return "failed", "SLURM says FAILED", 0
     if not everything and not word:
-        return "unknown", "SLURM does not know the job", 0
+        return "unknown", "SLURM does not know the job, or does not answer", 0
     return ("stopped" if word else _by_age(run, quiet)), told, 0
 
 
