@@ -547,6 +547,7 @@ def test_the_start_of_a_run_may_be_named_from_anywhere(tmp_path: Path, monkeypat
     assert frozen.start == str(tmp_path / "start")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(f"verb: probe\ndata_fingerprint: x\n{config.dump(frozen)}")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
     folder.refuse_others(tmp_path / "run", "probe", chosen, "x")
     with pytest.raises(ValueError, match="from: .*/start -> .*/other"):
         folder.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "from=other"]), "x")

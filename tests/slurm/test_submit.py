@@ -35,9 +35,10 @@ def test_a_job_that_fails_names_its_reason(launch: Launch, tmp_path: Path) -> No
         tar.write_bytes(content)
     launched.wait(lambda: launched.slurm.state(launched.job) == "FAILED", "failure")
     said = mae_dist("logs", launched.run)
-    assert "exit status 2" in said.splitlines()[0]
-    assert "could not be read" in said
-    assert "failed" in mae_dist("runs", launched.run)
+    assert "failed: " in said.splitlines()[0]
+    assert "exit status 2" in said
+    for told in (said.splitlines()[0], mae_dist("runs", launched.run)):
+        assert "samples could not be read, more than data.max_bad" in told
     assert launched.starts() == 1  # a mistake is not repeated
 
 
