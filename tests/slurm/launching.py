@@ -20,7 +20,7 @@ from mae_dist.stages.standing import standing
 
 ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
-STEPS = 100
+STEPS = 60
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", f"train.steps={STEPS}",

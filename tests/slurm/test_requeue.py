@@ -16,7 +16,7 @@ from mae_dist.stages import audit
 from .launching import NODES, Launch, Launched
 
 pytestmark = pytest.mark.slow
-STRIKE = 30
+STRIKE = 20
 """The step after which a run is disturbed."""
 
 
@@ -27,11 +27,11 @@ PACE = 0.1
 @pytest.fixture(scope="module")
 def patient(launch: Launch) -> Launched:
     """The run that meets its time limit, on a slow machine and nodes of its own; it goes on while others are tested.
-    SLURM signals 60 to 90 s after a start, in which no more than 60 of its 100 steps can be made.
+    SLURM signals 60 to 90 s after a start, in which no more than 29 of its 60 steps can be made.
     """
     return launch(
         "time-limit", "track.wandb=offline", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
-        nodes=NODES[2:], slow=1.5,
+        nodes=NODES[2:], slow=3.0,
     )  # fmt: skip
 
 
