@@ -29,6 +29,7 @@ from typing import NoReturn
 
 import submitit
 
+from launch.cluster import EARLY
 from launch.place import Place, end_of_job, meet, state_of
 from mae_dist import folder, jobs
 from mae_dist.stop import REQUEUE
@@ -38,8 +39,6 @@ SIGNAL = "USR2"
 TOLD = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 PATIENCE = 0.8
 """Share of the time before the end in which the ranks must have saved; after it they are killed, and requeued."""
-EARLY = 30.0
-"""Seconds by which SLURM may signal before it was asked to: it looks at time limits twice a minute."""
 MISTAKE = 2
 """Exit status of mae-dist after a user's mistake, which starting again would repeat."""
 FAREWELL = 5.0
