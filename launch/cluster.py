@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist import config as configuration
-from mae_dist.schema import knob
+from mae_dist.schema import setting
 
 EARLY = 30.0
 """Seconds by which SLURM may signal before it was asked to: it looks at time limits twice a minute."""
@@ -26,24 +26,24 @@ NO_CONFIG = ("resolve_ctls_from_dns_srv", "configuration source", "unable to sta
 
 @dataclass(frozen=True)
 class Cluster:
-    partition: str | None = knob(None, "SLURM partition; none: the cluster's default")
-    account: str | None = knob(None, "account that pays")
-    qos: str | None = knob(None, "quality of service")
-    constraint: str | None = knob(None, "features that the nodes must have, a100 for example")
-    nodes: str = knob("1", "nodes; 1-4: as many of them as are free, again at every requeue")
-    gpus_per_node: int = knob(0, "GPUs of each node, one rank each")
-    tasks_per_node: int | None = knob(None, "ranks of each node; none: one a GPU")
-    cpus_per_task: int | None = knob(None, "CPU cores of each rank")
-    memory: float | None = knob(None, "GB of each node; none: the partition's default; 0: all")
-    time: str = knob("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
-    start_up: float = knob(60.0, "seconds from the start of a job to its first step")
-    stop_before_end: float = knob(180.0, "seconds before the time limit at which a run saves and requeues itself")
-    lose_at_most: float = knob(30.0, "minutes of work to lose where nothing warns; runs save that often")
-    torchrun: bool = knob(False, "one task and torchrun on each node, instead of one task a rank")
-    exclusive: bool = knob(False, "share the nodes with nobody")
-    setup: tuple[str, ...] = knob((), "shell lines of the job before its tasks start: modules, environments")
-    python: str | None = knob(None, "what runs Python in a task, 'apptainer exec --nv X.sif python'; none: this one")
-    srun: tuple[str, ...] = knob((), "more words for srun, --container-image=... of pyxis for example")
+    partition: str | None = setting(None, "SLURM partition; none: the cluster's default")
+    account: str | None = setting(None, "account that pays")
+    qos: str | None = setting(None, "quality of service")
+    constraint: str | None = setting(None, "features that the nodes must have, a100 for example")
+    nodes: str = setting("1", "nodes; 1-4: as many of them as are free, again at every requeue")
+    gpus_per_node: int = setting(0, "GPUs of each node, one rank each")
+    tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU")
+    cpus_per_task: int | None = setting(None, "CPU cores of each rank")
+    memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all")
+    time: str = setting("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
+    start_up: float = setting(60.0, "seconds from the start of a job to its first step")
+    stop_before_end: float = setting(180.0, "seconds before the time limit at which a run saves and requeues itself")
+    lose_at_most: float = setting(30.0, "minutes of work to lose where nothing warns; runs save that often")
+    torchrun: bool = setting(False, "one task and torchrun on each node, instead of one task a rank")
+    exclusive: bool = setting(False, "share the nodes with nobody")
+    setup: tuple[str, ...] = setting((), "shell lines of the job before its tasks start: modules, environments")
+    python: str | None = setting(None, "what runs Python in a task, 'apptainer exec --nv X.sif python'; none: this one")
+    srun: tuple[str, ...] = setting((), "more words for srun, --container-image=... of pyxis for example")
     env: dict[str, str] = field(default_factory=dict, metadata={"help": "environment variables of the tasks"})
     sbatch: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "more options of sbatch, without dashes; true: one without a value"}

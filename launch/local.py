@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from launch.pipeline import Run, Stage
-from mae_dist.stages.logs import Task, cause_in
-from mae_dist.stop import REQUEUE
+from mae_dist.monitor.logs import Task, cause_in
+from mae_dist.signals import REQUEUE
 
 ROOT = Path(__file__).parents[1]
 LOG = "local.log"

@@ -4,7 +4,7 @@
     stages:
       data:     {run: "data pack cifar100 --out {data}", gpus_per_node: 0}
       pretrain: {run: "pretrain configs/pretrain/cifar100_vit_ti4.yaml data.path={data}", nodes: 2}
-      finetune: {run: "finetune configs/finetune/cifar100_vit_ti4.yaml data.path={data} from={pretrain}",
+      finetune: {run: "finetune configs/finetune/cifar100_vit_ti4.yaml data.path={data} init_from={pretrain}",
                  sweep: "train.seed=0,1,2"}
       report:   {run: "report {pretrain} {finetune} --out {out}/report.html", gpus_per_node: 0}
 
@@ -32,13 +32,13 @@ import yaml
 from launch import preflight, sweep
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import folder, jobs
+from mae_dist.cli import VERBS
 from mae_dist.data.index import open_split
+from mae_dist.run import jobs, layout
 from mae_dist.schema import RANDOM, SCHEMAS
-from mae_dist.stages import VERBS
 
 KEYS = {"run", "sweep", "at_once"}
-TAKEN = ("out", jobs.RECORDS, jobs.FOLDER, folder.CODE)
+TAKEN = ("out", jobs.RECORDS, jobs.FOLDER, layout.CODE)
 """What no stage can be called: its folder, or {name}, is something else's."""
 
 
@@ -64,7 +64,7 @@ class Run:
             return False
         same = Path(self.receipt[0]).read_text() == self.receipt[1]
         there = self.makes is None or self.makes.exists()
-        return same and there and (self.config is None or folder.result(self.folder) is not None)
+        return same and there and (self.config is None or layout.result(self.folder) is not None)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def with_receipt(run: Run, out: Path, typed: str, needs: list[Stage]) -> Run:
     """
     what: list[Any] = [word.replace(str(out), typed) for word in run.words]
     if run.config is not None:
-        what = [run.words[0], configuration.decisive(run.config) | {"from": None}]
+        what = [run.words[0], configuration.result_settings(run.config) | {"from": None}]
         if Path(run.config.data.path) not in [made.makes for need in needs for made in need.runs]:
             what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)

@@ -13,9 +13,10 @@ from typing import Any
 
 from launch.cluster import Cluster, ask
 from mae_dist import config as configuration
-from mae_dist import folder, jobs, sizes
+from mae_dist import model_sizes
 from mae_dist.data.index import ShardIndex, open_split
-from mae_dist.schema import RANDOM, Finetune, Pretrain
+from mae_dist.run import jobs, layout
+from mae_dist.schema import RANDOM, FinetuneConfig, PretrainConfig
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 SPARE = 2**30
@@ -43,7 +44,7 @@ def deciding(verb: str, config: Any) -> list[ShardIndex]:
 
 def check_shape(config: Any, cluster: Cluster) -> None:
     """The model's name; ranks of every number of nodes that SLURM may choose against the settings."""
-    sizes.size_of(config.model.name)
+    model_sizes.size_of(config.model.name)
     least, most = cluster.nodes_range
     for nodes in range(least, most + 1):
         configuration.check_world(config, nodes * cluster.ranks_per_node)
@@ -57,26 +58,28 @@ def check_readable(index: ShardIndex) -> None:
 
 
 def check_start(config: Any) -> None:
-    """The run that `from=` names must have something to start from."""
+    """The run that `init_from=` names must have something to start from."""
     start = getattr(config, "start", RANDOM)
     if start == RANDOM:
         return
-    if not (Path(start) / folder.CONFIG).is_file():
-        raise ValueError(f"from={start}: no run lies there; give the out= folder of an earlier run, or random")
-    if not folder.checkpoints(Path(start)):
-        raise ValueError(f"from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    check_model(config, folder.settings(Path(start))[2])
+    if not (Path(start) / layout.CONFIG).is_file():
+        raise ValueError(f"init_from={start}: no run lies there; give the out= folder of an earlier run, or random")
+    if not layout.checkpoints(Path(start)):
+        raise ValueError(f"init_from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
+    check_model(config, layout.settings(Path(start))[2])
 
 
 def check_model(config: Any, origin: Any) -> None:
-    """The run that `from=` names, with the settings ``origin``, must have the same model; a Mixer's also its size."""
+    """The run of `init_from`, whose settings are ``origin``, must have the same model, and for a Mixer the same size."""
     was = origin.model.name
     if was != config.model.name:
-        raise ValueError(f"model.name={config.model.name}: the run from={config.start} has {was}; set model.name={was}")
-    size, side = config.model.image_size, origin.model.image_size
-    if size != side and "num_heads" not in sizes.size_of(was):
         raise ValueError(
-            f"model.image_size={size}: the run from={config.start} has {side}, to which a Mixer is bound; "
+            f"model.name={config.model.name}: the run init_from={config.init_from} has {was}; set model.name={was}"
+        )
+    size, side = config.model.image_size, origin.model.image_size
+    if size != side and "num_heads" not in model_sizes.size_of(was):
+        raise ValueError(
+            f"model.image_size={size}: the run init_from={config.init_from} has {side}, to which a Mixer is bound; "
             f"set model.image_size={side}"
         )
 
@@ -90,12 +93,12 @@ def check_folder(verb: str, config: Any) -> None:
 def finished(verb: str, config: Any) -> bool:
     """Whether this very run is finished; ValueError if its folder is another run's, or is no run's at all."""
     out = Path(config.out)
-    if (out / folder.CONFIG).is_file():
-        old = folder.settings(out)[2].data
+    if (out / layout.CONFIG).is_file():
+        old = layout.settings(out)[2].data
         data = dataclasses.replace(config.data, mean=config.data.mean or old.mean, std=config.data.std or old.std)
         config = dataclasses.replace(config, data=data)
-    folder.refuse_others(out, verb, config, "-".join(index.fingerprint for index in deciding(verb, config)))
-    return folder.result(out) is not None
+    layout.refuse_others(out, verb, config, "-".join(index.fingerprint for index in deciding(verb, config)))
+    return layout.result(out) is not None
 
 
 def check_idle(runs: Iterable[Path]) -> None:
@@ -147,8 +150,8 @@ def check_disk(config: Any) -> None:
 
 def state_bytes(config: Any) -> int:
     """About the bytes of a checkpoint: parameters in fp32, their two moments, their average if there is one."""
-    backbone = sizes.num_parameters(config.model.name, config.model.image_size)
-    decoder = 13 * config.mae.decoder_depth * config.mae.decoder_dim**2 if isinstance(config, Pretrain) else 0
-    if isinstance(config, Pretrain | Finetune):
+    backbone = model_sizes.num_parameters(config.model.name, config.model.image_size)
+    decoder = 13 * config.mae.decoder_depth * config.mae.decoder_dim**2 if isinstance(config, PretrainConfig) else 0
+    if isinstance(config, PretrainConfig | FinetuneConfig):
         return 4 * (backbone + decoder) * (3 + bool(config.train.ema))
     return 4 * backbone

@@ -14,9 +14,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.cluster import Cluster, ask, one_line
-from launch.job import SIGNAL, Job, script_end
 from launch.pipeline import Stage
-from launch.place import SCRIPT_SETUP
+from launch.slurm_task import SCRIPT_SETUP
+from launch.task_runner import SIGNAL, JobSpec, script_end
 
 FOR_EVER = 10**6
 """Times that submitit lets a job time out: when to stop is not its decision."""
@@ -26,7 +26,7 @@ DEAF = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
 """Runs a command to which these signals do nothing until it listens: early ones would end it."""
 
 
-def submit(jobs: Sequence[Job], cluster: Cluster, stage: Stage, code: Path, after: str | None) -> list[str]:
+def submit(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, after: str | None) -> list[str]:
     """Queue the jobs of a stage (several: as an array); their names, "12" or "12_0", "12_1", ...
 
     ``after`` is a dependency in SLURM's words. Raises ValueError with sbatch's reason; nothing is queued then.
@@ -43,7 +43,7 @@ def submit(jobs: Sequence[Job], cluster: Cluster, stage: Stage, code: Path, afte
         raise ValueError(f"sbatch refuses: {one_line(str(error))}") from error
 
 
-def script(jobs: Sequence[Job], cluster: Cluster, stage: Stage, code: Path) -> str:
+def script(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path) -> str:
     """The script that `submit` hands to sbatch, but for what it waits for."""
     command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(jobs[0].logs)}"
     chosen = parameters(jobs[0], cluster, stage, code, after=None)
@@ -69,7 +69,7 @@ def leave_allocation() -> None:
             del os.environ[name]
 
 
-def parameters(job: Job, cluster: Cluster, stage: Stage, code: Path, after: str | None) -> dict[str, Any]:
+def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: str | None) -> dict[str, Any]:
     """A job's options in submitit's words."""
     tasks = job.tasks_per_node
     cpus = (cluster.cpus_per_task or 0) * cluster.ranks_per_node // tasks or None

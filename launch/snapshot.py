@@ -6,13 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
-from mae_dist.folder import CODE, REVISION, revision
+from mae_dist.run.layout import CODE, REVISION, revision
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mae_dist", "launch")
 
 
-def place(folder: Path) -> Path:
+def new_snapshot_dir(folder: Path) -> Path:
     """Where the next copy for the run or runs in `folder` will lie: `folder`/code/TIME."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     wanted = (folder / CODE / name for name in (stamp, *(f"{stamp}-{i}" for i in range(1, 1000))))

@@ -30,10 +30,10 @@ from typing import Any
 from launch import cluster as clusters
 from launch import local, pipeline, preflight, slurm, snapshot, sweep
 from launch.cluster import Cluster
-from launch.job import Job
 from launch.pipeline import Run, Stage
+from launch.task_runner import JobSpec
 from mae_dist import config as configuration
-from mae_dist import folder, jobs
+from mae_dist.run import jobs, layout
 from mae_dist.schema import SCHEMAS
 
 DESCRIPTION = """\
@@ -170,7 +170,7 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
         with naming(stage, options):
             clusters.check_real(places[stage.name])
             slurm.rehearse(scripts[stage.name])
-    code = snapshot.place(base.absolute())
+    code = snapshot.new_snapshot_dir(base.absolute())
     queued = queue(waiting, places, base.absolute(), code)
     tell_done(stages)
     for stage in waiting:
@@ -245,10 +245,10 @@ def check(stage: Stage, place: Cluster, waiting: set[str]) -> None:
                 preflight.check(stage.verb, run.config, place)
 
 
-def jobs_of(stage: Stage, place: Cluster, code: Path) -> list[Job]:
+def jobs_of(stage: Stage, place: Cluster, code: Path) -> list[JobSpec]:
     """The jobs of a stage, which find their settings beside the code."""
     return [
-        Job(
+        JobSpec(
             words=(stage.verb, str(settings_file(code, run))) if run.config else run.words,
             logs=str((stage.home / jobs.FOLDER).absolute()), ranks_per_node=place.ranks_per_node,
             stop_before_end=place.stop_before_end, run=str(run.folder.absolute()) if run.config else None,
@@ -278,7 +278,7 @@ def freeze(stage: Stage, place: Cluster, code: Path) -> None:
         if run.config is not None:
             file = settings_file(code, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(configuration.dump(folder.absolute(saving(run.config, place))))
+            file.write_text(configuration.dump(layout.absolute(saving(run.config, place))))
 
 
 def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:

@@ -54,7 +54,7 @@ def completed(verb: str, key: str) -> str:
     """`seed` -> `train.seed`."""
     if "." in key or key in ("out", "from"):
         return key
-    known = [line.split()[0] for line in configuration.describe(verb).splitlines()]
+    known = [line.split()[0] for line in configuration.settings_help(verb).splitlines()]
     matches = [name for name in known if name.partition(".")[2] == key]
     if len(matches) == 1:
         return matches[0]

@@ -8,14 +8,13 @@ started it already. Help and config errors are answered without importing torch.
 from __future__ import annotations
 
 import importlib
-import keyword
 import logging
 import os
 import sys
 
 from mae_dist import __version__, config, schema
-from mae_dist.stages import VERBS
-from mae_dist.stop import REQUEUE, Stopped
+from mae_dist.cli import VERBS
+from mae_dist.signals import REQUEUE, Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist report RUN [RUN ...]
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE + "\n".join(f"  {verb:10s} {text}" for verb, text in VERBS.items()))
+        print(USAGE + "\n".join(f"  {name:10s} {verb.summary}" for name, verb in VERBS.items()))
         return 0
     if argv[0] in ("-V", "--version"):
         print(__version__)
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        advice = "try machine.micro_batch=auto, machine.recompute=1 or machine.parallel=fsdp"
+        advice = "try machine.micro_batch=auto, machine.activation_checkpointing=1 or machine.strategy=fsdp"
         print(f"mae-dist: rank {rank} ran out of GPU memory; {advice}; the same command goes on", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -88,10 +87,10 @@ def dispatch(verb: str, words: list[str]) -> int:
             f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
         )
     if verb not in schema.SCHEMAS:
-        module = verb + "_" * keyword.iskeyword(verb)
-        return importlib.import_module(f"mae_dist.stages.{module}").main(words)
+        return importlib.import_module(VERBS[verb].module).main(words)
     if "-h" in words or "--help" in words:
-        print(f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]\n\n{VERBS[verb]}\n\n{config.describe(verb)}")
+        usage = f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]"
+        print(f"{usage}\n\n{VERBS[verb].summary}\n\n{config.settings_help(verb)}")
         return 0
     if dashed := [word for word in words if word.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
@@ -102,7 +101,7 @@ def dispatch(verb: str, words: list[str]) -> int:
     if processes > 1:
         config.check_world(settings, processes)
         return launcher.spawn([verb, *words], processes, settings.machine.restarts)
-    importlib.import_module(f"mae_dist.stages.{verb}").run(settings)
+    importlib.import_module(VERBS[verb].module).run(settings)
     if dist.is_main():
         conclude(verb, settings.out)
     return 0
@@ -110,7 +109,7 @@ def dispatch(verb: str, words: list[str]) -> int:
 
 def conclude(verb: str, out: str) -> None:
     """Say what came out and where it lies."""
-    from mae_dist.checkpoint import RunDir
+    from mae_dist.run.directory import RunDir
 
     result = RunDir(out).result() or {}
     numbers = "  ".join(f"{name} {_shown(value)}" for name, value in result.items() if name != "verb")

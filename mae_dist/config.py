@@ -1,4 +1,4 @@
-"""Settings: how they are read, checked, compared and written. The knobs themselves are in `schema`.
+"""Settings: how they are read, checked, compared and written. The settings themselves are in `schema`.
 
 Promises: a key that does not exist, a value of the wrong type and values that contradict each other are refused here,
 in one sentence, before anything else happens. Imports no torch, so that a mistake is answered in a fraction of a second
@@ -20,13 +20,13 @@ from mae_dist.schema import (
     RESULT_SECTIONS,
     SCHEMAS,
     WHERE_DATA_LIES,
-    Finetune,
-    KnnRun,
-    Mae,
-    Pretrain,
-    Probe,
+    FinetuneConfig,
+    KnnRunConfig,
+    MaeConfig,
+    PretrainConfig,
+    ProbeConfig,
     RunConfig,
-    Train,
+    TrainConfig,
 )
 
 T = TypeVar("T")
@@ -51,8 +51,9 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
 
 
 def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Sequence[str]) -> T:
-    """Read `file` and `key=value` overrides into a frozen dataclass of knobs; ValueError in one sentence, which begins
-    with ``needs`` and ends with ``hint`` when a field is missing. An override may say `none`, as --help does, for null.
+    """Read `file` and `key=value` overrides into a frozen dataclass of settings; ValueError in one sentence, which
+    begins with ``needs`` and ends with ``hint`` when a field is missing. An override may say `none`, as --help does,
+    for null.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -79,15 +80,13 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     for origin, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{origin}expected sections with keys, found a list")
-        if "from" in layer:  # `from` is Python's word, so the field is called start
-            layer["start"] = layer.pop("from")  # pyright: ignore
         try:
             if OmegaConf.select(layer, "track.wandb") is False:  # YAML reads a bare off as false
                 OmegaConf.update(layer, "track.wandb", "off")
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
             raise ValueError(_explain(error, schema, origin)) from error
-    missing = sorted(_shown(name) for name in OmegaConf.missing_keys(config))
+    missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
     result = OmegaConf.to_object(config)
@@ -103,42 +102,43 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
     if verb not in SCHEMAS:
         raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
     try:
-        named = {"start" if key == "from" else key: value for key, value in plain.items()}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), named))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, SCHEMAS[verb], f"{origin}: ")) from error
 
 
 POSITIVE = {
-    "train.epochs", "train.steps", "train.global_batch", "train.clip", "machine.processes", "machine.micro_batch",
+    "train.epochs", "train.steps", "train.global_batch", "train.clip_grad", "machine.processes", "machine.micro_batch",
     "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
     "checkpoint.minutes",
     "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
     "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
-    "mae.decoder_heads", "mae.predict", "board.lars", "board.sgd", "board.adamw", "board.blocks", "board.held_out",
+    "mae.decoder_heads", "mae.predict", "heads.lars", "heads.sgd", "heads.adamw", "heads.blocks", "heads.held_out",
     "train.ema", "optim.layer_decay",
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "machine.workers", "machine.recompute", "machine.restarts", "checkpoint.max_skipped", "view.pad", "optim.min_lr",
+    "machine.workers", "machine.activation_checkpointing", "machine.restarts", "checkpoint.max_skipped", "view.pad",
+    "optim.min_lr",
     "optim.warmup_epochs", "optim.weight_decay", "train.seed", "mae.decoder_depth",
-    "board.weight_decay",
+    "heads.weight_decay",
 }  # fmt: skip
 AT_MOST_ONE = {
-    "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.erase", "mix.mixup",
+    "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.random_erasing",
+    "mix.mixup",
     "mix.cutmix", "mix.prob", "mix.switch", "optim.layer_decay", "data.mean", "data.std",
 }  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "board.held_out", "train.ema"}
+LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "heads.held_out", "train.ema"}
 
 OF_FINETUNE = {"model.drop_path", "model.train_blocks", "train.label_smoothing", "train.loss"}
 OF_TRAINING = {
-    "train.reduce", "train.clip", "train.ema", "view.crop", "view.scale", "view.ratio", "view.pad", "view.flip",
-    "view.randaugment", "view.erase",
+    "train.reduce_dtype", "train.clip_grad", "train.ema", "view.crop", "view.scale", "view.ratio", "view.pad",
+    "view.flip", "view.randaugment", "view.random_erasing",
 }  # fmt: skip
-UNREAD: dict[type[RunConfig], set[str]] = {
-    Pretrain: OF_FINETUNE,
-    Probe: OF_FINETUNE | {"optim.layer_decay"},
-    Finetune: set(),
-    KnnRun: OF_FINETUNE | OF_TRAINING,
+UNUSED_BY: dict[type[RunConfig], set[str]] = {
+    PretrainConfig: OF_FINETUNE,
+    ProbeConfig: OF_FINETUNE | {"optim.layer_decay"},
+    FinetuneConfig: set(),
+    KnnRunConfig: OF_FINETUNE | OF_TRAINING,
 }
 """What a verb does not read of the sections model, view, train and optim, which it shares with others. The length of a
 run and its batch may be said to knn too, which misleads nobody: it trains nothing.
@@ -151,14 +151,14 @@ def check(config: RunConfig) -> None:
     if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
     check_ranges(values)
-    if isinstance(config, Pretrain) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
+    if isinstance(config, PretrainConfig) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
         raise ValueError(
             "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
             "and choose avg in probe, knn or finetune"
         )
     for name, value in changed(config).items():
-        if name in UNREAD[type(config)]:
-            verbs = [verb for verb, schema in SCHEMAS.items() if name in _heeded(schema)]
+        if name in UNUSED_BY[type(config)]:
+            verbs = [verb for verb, schema in SCHEMAS.items() if name in _used_fields(schema)]
             raise ValueError(f"{_given(name, value)}: is for {', '.join(verbs)}; leave it out")
     train = config.train
     if train.seed >= 2**32:
@@ -167,7 +167,7 @@ def check(config: RunConfig) -> None:
         low, high = values.get(name, (1.0, 1.0))
         if not 0 < low <= high or (name == "view.scale" and high > 1):
             raise ValueError(f"{name}=[{low}, {high}]: must be two positive numbers, small then large, scale up to 1")
-    if isinstance(config, Pretrain):
+    if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     warmup = values.get("optim.warmup_epochs", 0)
     if train.steps is None and warmup and warmup >= train.epochs:
@@ -180,8 +180,8 @@ def check(config: RunConfig) -> None:
             value = values.get(name)
             if value is not None and (value < 2 or (value % 2 and name == "train.global_batch")):
                 raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
-    if "board.lars" in values:
-        check_board(config)
+    if "heads.lars" in values:
+        check_heads(config)
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
 
@@ -206,7 +206,7 @@ def check_ranges(values: dict[str, Any]) -> None:
             raise ValueError(f"{given}: must be less than 1")
 
 
-def check_mae(mae: Mae) -> None:
+def check_mae(mae: MaeConfig) -> None:
     """Refuse numbers out of range, and a decoder whose width its heads and positions do not divide (ValueError)."""
     check_ranges({f"mae.{name}": value for name, value, _ in _fields(mae)})
     if mae.decoder_dim % math.lcm(mae.decoder_heads, 4):
@@ -221,22 +221,24 @@ def group(config: RunConfig) -> int:
     return 2 if mix is not None and mix.enabled else 1
 
 
-def check_board(config: Any) -> None:
-    """Refuse a board on which heads would be missing or in each other's way, or settings without one (ValueError)."""
-    board = config.board
+def check_heads(config: Any) -> None:
+    """Refuse heads that would be missing or affect each other, and settings for heads where there are none."""
+    heads = config.heads
     for name, value in changed(config).items():
-        if not board.active and name.startswith("board."):
-            raise ValueError(f"{_given(name, value)}: there is no head to try it on; give board.lars=[lr, ...], say")
-        if board.active and name in ("optim.name", "optim.weight_decay"):
-            own = "board.weight_decay" if name == "optim.weight_decay" else "board.lars, board.sgd, board.adamw"
-            raise ValueError(f"{_given(name, value)}: heads of a board have their own ({own}); leave it out")
+        if not heads.active and name.startswith("heads."):
+            raise ValueError(f"{_given(name, value)}: there is no head to try it on; give heads.lars=[lr, ...], say")
+        if heads.active and name in ("optim.name", "optim.weight_decay"):
+            own = "heads.weight_decay" if name == "optim.weight_decay" else "heads.lars, heads.sgd, heads.adamw"
+            raise ValueError(f"{_given(name, value)}: several heads have their own ({own}); leave it out")
     for name in ("features", "weight_decay"):
-        if board.active and not getattr(board, name):
-            raise ValueError(f"board.{name}=[]: nothing to try; give at least one, or leave it out")
-    if board.attentive and not board.adamw:
-        raise ValueError("board.attentive=true: these heads are trained by AdamW; give board.adamw=[lr, ...]")
-    if board.active and config.train.clip is not None:
-        raise ValueError(f"train.clip={config.train.clip:g}: heads of a board would clip each other; leave it out")
+        if heads.active and not getattr(heads, name):
+            raise ValueError(f"heads.{name}=[]: nothing to try; give at least one, or leave it out")
+    if heads.attentive and not heads.adamw:
+        raise ValueError("heads.attentive=true: these heads are trained by AdamW; give heads.adamw=[lr, ...]")
+    if heads.active and config.train.clip_grad is not None:
+        raise ValueError(
+            f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; leave it out"
+        )
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -248,13 +250,13 @@ def check_world(config: RunConfig, world: int) -> None:
             f"of one step; start at most {most} processes or raise train.global_batch"
         )
     shards = config.machine.shards
-    if shards is not None and config.machine.parallel != "hsdp":
-        raise ValueError(f"machine.shards={shards}: is for machine.parallel=hsdp, not {config.machine.parallel}")
-    if config.machine.parallel == "hsdp" and shards is not None and world % shards:
+    if shards is not None and config.machine.strategy != "hsdp":
+        raise ValueError(f"machine.shards={shards}: is for machine.strategy=hsdp, not {config.machine.strategy}")
+    if config.machine.strategy == "hsdp" and shards is not None and world % shards:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
 
 
-def total_steps(train: Train, num_samples: int) -> int:
+def total_steps(train: TrainConfig, num_samples: int) -> int:
     """Optimizer steps of a run over `num_samples` images an epoch."""
     if train.steps is not None:
         return train.steps
@@ -262,9 +264,8 @@ def total_steps(train: Train, num_samples: int) -> int:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dict in the order of the schema, with the user's word `from`."""
-    plain = dataclasses.asdict(config)
-    return {_shown(key): value for key, value in plain.items()}
+    """Plain nested dict in the order of the schema."""
+    return dataclasses.asdict(config)
 
 
 def dump(config: RunConfig) -> str:
@@ -276,20 +277,20 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(listed, sort_keys=False)
 
 
-def decisive(config: RunConfig) -> dict[str, Any]:
+def result_settings(config: RunConfig) -> dict[str, Any]:
     """The flat `section.key -> value` that decides the result of a run."""
     flat = {}
     for name, values in to_dict(config).items():
         if name in RESULT_SECTIONS:
             flat |= {f"{name}.{k}": v for k, v in values.items() if not (name == "data" and k in WHERE_DATA_LIES)}
-        elif name == "from":
-            flat["from"] = values
+        elif name == "init_from":
+            flat["init_from"] = values
     return flat
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The result-changing fields in which two configs differ, each as 'field: old -> new'."""
-    before, after = decisive(old), decisive(new)
+    before, after = result_settings(old), result_settings(new)
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in after if before.get(k) != after.get(k)]
 
 
@@ -299,14 +300,14 @@ def changed(config: RunConfig) -> dict[str, Any]:
     return {name: value for (name, value, _), (_, default, _) in pairs if value != default}
 
 
-def describe(verb: str) -> str:
+def settings_help(verb: str) -> str:
     """One line a field that the verb reads, `section.key  default  one of VALUES: meaning`, for --help."""
     lines, kinds = [], _kinds(SCHEMAS[verb])
-    for name, (default, text) in _heeded(SCHEMAS[verb]).items():
+    for name, (default, text) in _used_fields(SCHEMAS[verb]).items():
         shown = "(required)" if default == "???" else "none" if default is None else str(default)
         if choices := _choices(kinds[name]):
             text = f"{'any' if isinstance(default, tuple) else 'one'} of {', '.join(choices)}: {text}"
-        lines.append(f"  {_shown(name):24s} {shown:22s} {text}")
+        lines.append(f"  {name:24s} {shown:22s} {text}")
     return "\n".join(lines)
 
 
@@ -336,18 +337,14 @@ def _choices(kind: Any) -> tuple[str, ...]:
     return tuple(choice for part in get_args(kind) for choice in _choices(part))
 
 
-def _heeded(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
+def _used_fields(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
     """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
-    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNREAD.get(schema, ())}
+    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNUSED_BY.get(schema, ())}
 
 
 def _given(name: str, value: Any) -> str:
     """A setting as a command line has it."""
     return f"{name}={list(value) if isinstance(value, tuple) else value}"
-
-
-def _shown(name: str) -> str:
-    return "from" if name == "start" else name
 
 
 def _one_line(error: Exception) -> str:
@@ -359,15 +356,15 @@ def _explain(error: Exception, schema: type[Any], origin: str) -> str:
     from omegaconf.errors import ConfigKeyError
 
     lines = [line.strip() for line in str(error).splitlines()]
-    name = _shown(next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), ""))
+    name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
     if name and origin.startswith(f"{name}="):
         origin = ""
     if not isinstance(error, ConfigKeyError):
         text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
         return origin + (f"{name}: {text}" if name else text)
-    here = [_shown(field) for field in _heeded(schema)]
+    here = list(_used_fields(schema))
     near = [field for field in here if field.endswith(f".{name}")]  # its section is missing
-    verbs = [verb for verb, other in SCHEMAS.items() if any(name in _shown(f).split(".") for f in _heeded(other))]
+    verbs = [verb for verb, other in SCHEMAS.items() if any(name in f.split(".") for f in _used_fields(other))]
     if verbs and not near:
         return f"{origin}{name} is for {', '.join(verbs)}; leave it out"
     known = here if "." in name else sorted({field.partition(".")[0] for field in here})

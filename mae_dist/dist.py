@@ -138,14 +138,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest that any rank has. Travels between CPUs, so that no rank waits for its device."""
     box = torch.tensor(value)
     if world() > 1:
@@ -167,7 +167,7 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
-def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do something on rank 0 and give its result (a plain object), or its error as a ValueError, to every rank."""
     if world() == 1:
         return action()
@@ -189,7 +189,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def second_group() -> dist.ProcessGroup | None:
+def background_group() -> dist.ProcessGroup | None:
     """A group of all ranks' CPUs, for work in the background: its messages never mix with the loop's."""
     if world() == 1:
         return None
@@ -199,7 +199,7 @@ def second_group() -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def naming_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
+def name_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
     """Turn a collective that failed into RankLostError: who did not answer, and at ``what()`` the others were."""
     try:
         yield
@@ -210,10 +210,10 @@ def naming_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
         if world() == 1 or not (isinstance(error, dist.DistError) or symptom):
             raise
         log.debug("a collective failed", exc_info=error)
-        raise RankLostError(_roll_call(what())) from error
+        raise RankLostError(_find_missing_ranks(what())) from error
 
 
-def _roll_call(what: str) -> str:
+def _find_missing_ranks(what: str) -> str:
     """Ask who is still there; one sentence from the first of the survivors, nothing from the others."""
     here, everyone = rank(), world()
     answered = {here}

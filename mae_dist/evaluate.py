@@ -32,7 +32,7 @@ def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.devi
             [objective(batch).loss.double().sum(), torch.tensor(float(batch.size), device=device).double()]
         )
     objective.train()
-    loss, count = dist.sum_(total).tolist()
+    loss, count = dist.all_reduce_sum(total).tolist()
     return loss / count
 
 
@@ -44,7 +44,7 @@ def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.devic
     for batch in batches:
         counts += hits(objective(batch).prediction, batch.labels)
     objective.train()
-    return percentages(dist.sum_(counts))
+    return percentages(dist.all_reduce_sum(counts))
 
 
 def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, 3]:
@@ -115,7 +115,7 @@ class Ridge:
         No penalty is less than the rounding of the variances, so that features which are all the same, of a backbone
         that has collapsed, give the classes' shares.
         """
-        gram, cross = dist.sum_(self.gram.clone()), dist.sum_(self.cross.clone())
+        gram, cross = dist.all_reduce_sum(self.gram.clone()), dist.all_reduce_sum(self.cross.clone())
         count, mean, share = gram[-1, -1], gram[-1, :-1] / gram[-1, -1], cross[-1] / gram[-1, -1]
         covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
         penalty = torch.tensor(penalties, dtype=torch.float64, device=gram.device) * covariance.diagonal().mean()

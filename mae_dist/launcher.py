@@ -16,11 +16,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mae_dist import stop
+from mae_dist import signals
 
 log = logging.getLogger(__name__)
 
-DELIBERATE = (2, stop.REQUEUE, 130)
+DELIBERATE = (2, signals.REQUEUE, 130)
 """Exit statuses after which starting again would only repeat them: a user's error, stopped and saved, interrupted."""
 
 
@@ -65,5 +65,5 @@ def run(argv: list[str], config: LaunchConfig) -> int:
         return failure.exitcode
     except SignalException as error:  # the ranks were told, and waited for
         log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
-        return stop.REQUEUE
+        return signals.REQUEUE
     return 0

@@ -21,24 +21,24 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from mae_dist.schema import Optim
+from mae_dist.schema import OptimConfig
 
 TOKENS = ("cls_token", "pos_embed")
 """Spared from weight decay in fine-tuning (timm's rule); in pretraining the official code decays the tokens."""
 
 
-def peak_lr(optim: Optim, global_batch: int) -> float:
+def peak_lr(optim: OptimConfig, global_batch: int) -> float:
     """The linear scaling rule (Goyal et al. 2017): base_lr * global_batch / 256."""
     return optim.base_lr * global_batch / 256
 
 
-def schedule(optim: Optim, peak: float, epochs: float) -> ParamScheduler:
+def schedule(optim: OptimConfig, peak: float, epochs: float) -> ParamScheduler:
     """lr over progress in [0, 1): linear warmup from 0, then half a cosine (Loshchilov and Hutter 2017) or a straight
     line down to min_lr.
     """
     warmup = min(optim.warmup_epochs / epochs, 1.0)
-    decay = CosineParamScheduler if optim.decay == "cosine" else LinearParamScheduler
-    falling = decay(peak, optim.min_lr)
+    curve = CosineParamScheduler if optim.schedule == "cosine" else LinearParamScheduler
+    falling = curve(peak, optim.min_lr)
     if warmup == 0:
         return falling
     parts = [LinearParamScheduler(0.0, peak), falling]
@@ -59,13 +59,13 @@ def layer_of(name: str, depth: int) -> int:
     return int(block[1]) + 1 if block else depth + 1
 
 
-def param_groups(objective: nn.Module, optim: Optim, depth: int, spare_tokens: bool) -> list[dict[str, Any]]:
+def param_groups(objective: nn.Module, optim: OptimConfig, depth: int, no_decay_tokens: bool) -> list[dict[str, Any]]:
     """Trainable parameters by (lr_scale, weight_decay); biases and one-dimensional ones are not decayed."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = parameter.ndim <= 1 or (spare_tokens and name.rpartition(".")[2] in TOKENS)
+        spared = parameter.ndim <= 1 or (no_decay_tokens and name.rpartition(".")[2] in TOKENS)
         decay = 0.0 if spared else optim.weight_decay
         scale = optim.layer_decay ** (depth + 1 - layer_of(name, depth))
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
@@ -73,7 +73,7 @@ def param_groups(objective: nn.Module, optim: Optim, depth: int, spare_tokens: b
     return list(groups.values())
 
 
-def build(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` says, or that each group says itself by `rule`."""
     by_rule: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
@@ -84,10 +84,10 @@ def build(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         else torch.optim.AdamW(own, lr=0.0, betas=optim.betas, fused=True)
         for rule, own in by_rule.items()
     ]
-    return parts[0] if len(parts) == 1 else Together(parts)
+    return parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers that step as one: each has its own groups; moments and `found_inf` are shared."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
@@ -148,7 +148,7 @@ def step(
     return norm
 
 
-class Average:
+class EMA:
     """Exponential moving average of the trained parameters (Polyak and Juditsky 1992), beside them on the device and
     sharded as they are: average = decay * average + (1 - decay) * weights after each step. Of nothing when `decay` is
     None.
@@ -178,7 +178,7 @@ class Average:
             torch._foreach_add_(values, away)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """In here the objective has the averaged weights."""
         self._swap()
         try:
@@ -240,7 +240,7 @@ class LARS(torch.optim.Optimizer):
                 parameter.copy_(moved)
 
 
-def prime(optimizer: torch.optim.Optimizer) -> None:
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the optimizer's moments without moving a parameter, so that a checkpoint can be loaded into them."""
     set_lr(optimizer, 0.0)
     for group in optimizer.param_groups:

@@ -1,9 +1,9 @@
 """Placing an objective on the machine, from outside the model: precision, recomputation, compilation, DDP, FSDP2, HSDP.
 
-The order is written once, in `place`: recompute inside, compile around it, then shard or replicate. Weights, moments
-and the sums of gradients are fp32 (`train.reduce` says otherwise for the sums). Under autocast the matrices of a block
-are used in 16 bits, so FSDP2 gathers them in 16 bits, while norms, tokens and positions stay fp32 as they do under DDP:
-every strategy computes the same numbers but for the order of float sums.
+The order is written once, in `parallelize`: activation checkpointing inside, compile around it, then shard or
+replicate. Weights, moments and the sums of gradients are fp32 (`train.reduce_dtype` says otherwise for the sums). Under
+autocast the matrices of a block are used in 16 bits, so FSDP2 gathers them in 16 bits, while norms, tokens and
+positions stay fp32 as they do under DDP: every strategy computes the same numbers but for the order of float sums.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from mae_dist import dist
 from mae_dist.batch import Batch
 from mae_dist.models.layers import Block
 from mae_dist.objectives import Objective
-from mae_dist.schema import Machine, Train
+from mae_dist.schema import MachineConfig, TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_MICRO_BATCH = 256
 """What `machine.micro_batch=auto` means on CPUs, where there is no memory limit to try."""
 
 
-def sharded(machine: Machine) -> bool:
+def sharded(machine: MachineConfig) -> bool:
     """Whether ranks share one copy of the model."""
-    return machine.parallel != "ddp" and dist.world() > 1
+    return machine.strategy != "ddp" and dist.world() > 1
 
 
-def skeleton(machine: Machine) -> AbstractContextManager:
+def meta_init(machine: MachineConfig) -> AbstractContextManager:
     """Build an objective in here: without storage where ranks will share it, so that none ever holds all of it."""
     return torch.device("meta") if sharded(machine) else nullcontext()
 
 
-def place(objective: Objective, machine: Machine, train: Train, device: torch.device) -> nn.Module:
+def parallelize(objective: Objective, machine: MachineConfig, train: TrainConfig, device: torch.device) -> nn.Module:
     """Put the objective on the device as `machine` says; give the module to call. The objective keeps the parameters.
 
     An objective without storage is filled with the same bits that it would have had with storage.
     """
-    recompute(objective, machine.recompute)
+    checkpoint_activations(objective, machine.activation_checkpointing)
     if machine.compile:
         for block in blocks_of(objective):
             block.compile()
     if sharded(machine):
         shard(objective, mesh(machine, device), train)
         objective.to_empty(device=device)
-        objective.initialise(fill)
+        objective.initialise(copy_into)
         return objective
     objective.to(device)
     if dist.world() == 1:
         return objective
     ids = [device] if device.type == "cuda" else None
     replica = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
-    if train.reduce == "bf16":
+    if train.reduce_dtype == "bf16":
         replica.register_comm_hook(None, bf16_compress_hook)
     return replica
 
@@ -75,16 +75,16 @@ def blocks_of(objective: nn.Module) -> list[Block]:
     return [module for module in objective.modules() if isinstance(module, Block)]
 
 
-def recompute(objective: nn.Module, every: int) -> None:
+def checkpoint_activations(objective: nn.Module, every: int) -> None:
     """Activation checkpointing (Chen et al. 2016) of every `every`-th block; 0: of none."""
     for number, block in enumerate(blocks_of(objective)):
         if every and number % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def mesh(machine: Machine, device: torch.device) -> DeviceMesh:
+def mesh(machine: MachineConfig, device: torch.device) -> DeviceMesh:
     """All ranks in a row, or, for HSDP, copies x ranks that share a copy."""
-    if machine.parallel == "fsdp":
+    if machine.strategy == "fsdp":
         return init_device_mesh(device.type, (dist.world(),))
     shards = machine.shards or dist.local_world()
     if dist.world() % shards:
@@ -92,11 +92,11 @@ def mesh(machine: Machine, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.world() // shards, shards), mesh_dim_names=("copies", "shards"))
 
 
-def shard(objective: nn.Module, where: DeviceMesh, train: Train) -> None:
+def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
     """FSDP2 (Zhao et al. 2023, per parameter): one group for what is a matrix in each block, one for all the rest."""
     # of outputs that are views: nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    reduce = torch.bfloat16 if train.reduce == "bf16" else torch.float32
+    reduce = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
     rest = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     matrices = MixedPrecisionPolicy(DTYPES.get(train.precision), reduce, cast_forward_inputs=False)
     for block in blocks_of(objective):
@@ -106,7 +106,7 @@ def shard(objective: nn.Module, where: DeviceMesh, train: Train) -> None:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def copy_into(parameter: Tensor, value: Tensor) -> None:
     """Copy this rank's part of `value`, which every rank has computed, into a parameter."""
     if isinstance(parameter, DTensor):
         spread = distribute_tensor(
@@ -117,7 +117,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def lay_out_buckets(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
+def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
     """Have DDP lay out its buckets before the first step, by a pass over the first batch that leaves no trace; the same
     stream.
 
@@ -128,7 +128,7 @@ def lay_out_buckets(module: nn.Module, stream: Iterator[Batch], name: str, devic
     if first is None:
         return stream
     before = [buffer.clone() for buffer in module.buffers()]
-    with precision(name, device):
+    with autocast(name, device):
         loss = module(first).loss.sum()
     loss.backward()
     module.zero_grad()
@@ -137,7 +137,7 @@ def lay_out_buckets(module: nn.Module, stream: Iterator[Batch], name: str, devic
     return itertools.chain([first], stream)
 
 
-def accumulate(module: nn.Module, last: bool) -> AbstractContextManager:
+def sync_gradients(module: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients meet on the last micro-batch of a step only."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
@@ -146,7 +146,7 @@ def accumulate(module: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def precision(name: str, device: torch.device) -> AbstractContextManager:
+def autocast(name: str, device: torch.device) -> AbstractContextManager:
     """The arithmetic of forward passes; weights and gradients stay fp32."""
     if name == "fp32":
         return nullcontext()
@@ -161,7 +161,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def micro_batch(
-    objective: nn.Module, machine: Machine, share: int, example: Callable[[int], Batch], device: torch.device
+    objective: nn.Module, machine: MachineConfig, share: int, example: Callable[[int], Batch], device: torch.device
 ) -> int:
     """Images that a rank computes at once: as set, or, for `auto`, the most of its `share` that fits on every GPU.
 
@@ -173,7 +173,7 @@ def micro_batch(
     if device.type == "cpu":
         return min(share, CPU_MICRO_BATCH)
     trial = copy.deepcopy(objective).to_empty(device=device)
-    recompute(trial, machine.recompute)
+    checkpoint_activations(trial, machine.activation_checkpointing)
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
     moments = torch.empty(size, dtype=torch.uint8, device=device)
@@ -185,7 +185,7 @@ def micro_batch(
     found = most_that_fits(share, attempt)
     del trial, trained, moments
     torch.cuda.empty_cache()
-    return -dist.largest(-found)
+    return -dist.all_reduce_max(-found)
 
 
 def most_that_fits(share: int, attempt: Callable[[int], None]) -> int:
@@ -199,6 +199,6 @@ def most_that_fits(share: int, attempt: Callable[[int], None]) -> int:
             if size == 1:
                 raise ValueError(
                     "machine.micro_batch=auto: not even one image fits into the memory of this GPU; "
-                    "try machine.recompute=1, or machine.parallel=fsdp with machine.micro_batch=1"
+                    "try machine.activation_checkpointing=1, or machine.strategy=fsdp with machine.micro_batch=1"
                 ) from None
             size = math.ceil(size / 2)

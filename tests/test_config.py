@@ -16,19 +16,19 @@ NEEDED = ["data.path=d", "out=o", "model.name=vit_ti4"]
 
 
 def load(verb: str, *overrides: str, file: Path | None = None):
-    start = ["from=random"] if verb != "pretrain" else []
+    start = ["init_from=random"] if verb != "pretrain" else []
     return config.load(verb, file, [*NEEDED, *start, *overrides])
 
 
 def load_file(verb: str, name: str, folder: str | None = None):
-    start = ["from=random"] if verb != "pretrain" else []
+    start = ["init_from=random"] if verb != "pretrain" else []
     return config.load(verb, ROOT / f"configs/{folder or verb}/{name}.yaml", ["data.path=d", "out=o", *start])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
     verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
-    loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["from=r"]))
+    loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["init_from=r"]))
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
     text = " ".join(head)
     assert f"mae-dist {verb}" in text or f"mae_dist {verb}" in text
@@ -49,7 +49,7 @@ def test_pretraining_on_imagenet_is_the_papers(name: str) -> None:
     assert (loaded.mae.mask_ratio, loaded.mae.norm_pix, loaded.mae.predict) == (0.75, True, 1)
     assert (loaded.mae.decoder_dim, loaded.mae.decoder_depth, loaded.mae.decoder_heads) == (512, 8, 16)
     assert (loaded.view.crop, loaded.view.scale, loaded.model.drop_path) == ("resized", (0.2, 1), 0)
-    assert (loaded.train.clip, loaded.train.ema) == (None, None)
+    assert (loaded.train.clip_grad, loaded.train.ema) == (None, None)
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("vit_b16", 90), ("vit_l16", 50), ("vit_h14", 50)])
@@ -83,7 +83,7 @@ def test_finetuning_on_imagenet_is_the_official_codes(
     assert (loaded.train.epochs, loaded.train.global_batch, loaded.optim.warmup_epochs) == (epochs, 1024, 5)
     assert (loaded.optim.betas, loaded.optim.weight_decay, loaded.optim.min_lr) == ((0.9, 0.999), 0.05, 1e-6)
     assert loaded.optim.layer_decay == decay
-    assert (loaded.view.randaugment, loaded.view.erase) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (loaded.view.randaugment, loaded.view.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (loaded.mix.mixup, loaded.mix.cutmix, loaded.mix.prob, loaded.mix.switch) == (0.8, 1.0, 1.0, 0.5)
     assert (loaded.train.loss, loaded.train.label_smoothing) == ("softmax", 0.1)
 
@@ -108,9 +108,9 @@ def test_a_mixer_from_scratch_is_big_visions() -> None:
     """mlp_mixer_i1k.py: lr 1e-3, a straight line to 1e-5 of it after 10,000 steps, sigmoid loss."""
     loaded = load_file("finetune", "imagenet_mixer_b16", "scratch")
     assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(1e-3)
-    assert (loaded.train.epochs, loaded.train.global_batch, loaded.train.clip) == (300, 4096, 1)
+    assert (loaded.train.epochs, loaded.train.global_batch, loaded.train.clip_grad) == (300, 4096, 1)
     assert loaded.optim.warmup_epochs * 1_281_167 / 4096 == pytest.approx(10_000, rel=1e-3)
-    assert (loaded.optim.decay, loaded.optim.min_lr, loaded.optim.weight_decay) == ("linear", 1e-8, 0.1)
+    assert (loaded.optim.schedule, loaded.optim.min_lr, loaded.optim.weight_decay) == ("linear", 1e-8, 0.1)
     assert (loaded.train.loss, loaded.mix.mixup, loaded.mix.cutmix) == ("sigmoid", 0.5, 0)
     assert loaded.view.randaugment == "rand-m15-n2-mmax15-p1"
     assert (loaded.model.drop_path, loaded.optim.layer_decay) == (0.1, 1)
@@ -166,19 +166,19 @@ def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> No
         ("finetune", "model.drop_path=1", "less than 1"),
         ("finetune", "train.label_smoothing=1.1", "between 0 and 1"),
         ("finetune", "mix.mixup=2", "between 0 and 1"),
-        ("finetune", "view.erase=-1", "0 or more"),
-        ("pretrain", "train.clip=0", "greater than 0"),
-        ("pretrain", "machine.recompute=-1", "0 or more"),
+        ("finetune", "view.random_erasing=-1", "0 or more"),
+        ("pretrain", "train.clip_grad=0", "greater than 0"),
+        ("pretrain", "machine.activation_checkpointing=-1", "0 or more"),
         ("pretrain", "checkpoint.keep=0", "greater than 0"),
         ("pretrain", "track.evaluate_every=0", "greater than 0"),
-        ("probe", "board.held_out=1", "less than 1"),
+        ("probe", "heads.held_out=1", "less than 1"),
         ("knn", "knn.k=0", "greater than 0"),
         ("knn", "knn.temperature=inf", "finite"),
         ("pretrain", "train.epochs=inf", "finite"),
         ("pretrain", "optim.base_lr=nan", "finite"),
         ("pretrain", "optim.betas=[0.9,nan]", "finite"),
         ("pretrain", "machine.timeout=inf", "finite"),
-        ("probe", "board.lars=[0.1,inf]", "finite"),
+        ("probe", "heads.lars=[0.1,inf]", "finite"),
     ],
 )
 def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> None:
@@ -204,9 +204,9 @@ def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> 
         ("knn", ["view.flip=0"], "view.flip=0.0: is for pretrain, probe, finetune;"),
         ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
         ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
-        ("probe", ["board.blocks=[6]"], "board.blocks=[6]: there is no head to try it on; give board.lars=[lr, ...]"),
-        ("probe", ["board.lars=[1]", "optim.name=adamw"], "optim.name=adamw: heads of a board have their own"),
-        ("probe", ["board.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: heads of a board have their"),
+        ("probe", ["heads.blocks=[6]"], "heads.blocks=[6]: there is no head to try it on; give heads.lars=[lr, ...]"),
+        ("probe", ["heads.lars=[1]", "optim.name=adamw"], "optim.name=adamw: heads of a board have their own"),
+        ("probe", ["heads.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: heads of a board have their"),
     ],
 )
 def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: str) -> None:
@@ -217,7 +217,7 @@ def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: 
 @pytest.mark.parametrize("verb", config.SCHEMAS)
 def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
     assert load(verb, "model.drop_path=0", "train.loss=softmax") == load(verb)
-    listed = {line.split()[0] for line in config.describe(verb).splitlines()}
+    listed = {line.split()[0] for line in config.settings_help(verb).splitlines()}
     assert ("model.drop_path" in listed) == (verb == "finetune")
     assert ("view.crop" in listed) == (verb != "knn")
     assert {"model.name", "train.precision", "view.test_crop"} <= listed
@@ -232,7 +232,7 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
         ("pretrain", "drop_path=0.1", "drop_path is for finetune; leave it out"),
         ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: mix is for finetune; leave it out"),
         ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: mae is for pretrain; leave it out"),
-        ("pretrain", "from=random", "from is for probe, finetune, knn; leave it out"),
+        ("pretrain", "init_from=random", "from is for probe, finetune, knn; leave it out"),
         ("knn", "optim.name=lars", "optim.name=lars: optim is for pretrain, probe, finetune; leave it out"),
         ("knn", "mixed.mixup=0.8", "mixed.mixup=0.8: mixed: there is no such setting"),
     ],
@@ -243,13 +243,13 @@ def test_a_name_in_the_wrong_place_is_told_its_own(verb: str, word: str, message
 
 
 def test_help_names_the_values_of_a_choice() -> None:
-    """In the line of the knob, within an optional one and a tuple too, and nowhere else."""
-    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.describe(verb).splitlines()}
+    """In the line of the setting, within an optional one and a tuple too, and nowhere else."""
+    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.settings_help(verb).splitlines()}
     assert " one of resized, resized_clamped, pad, center: " in lines["view.crop"]
     assert " one of cls, avg: " in lines["model.pool"]
-    assert " any of cls, mean, both: " in lines["board.features"]
+    assert " any of cls, mean, both: " in lines["heads.features"]
     assert " one of drop, token: " in lines["mae.hidden"]
-    free = ("train.clip", "machine.micro_batch", "view.scale", "data.path", "board.blocks")
+    free = ("train.clip_grad", "machine.micro_batch", "view.scale", "data.path", "heads.blocks")
     assert not any(" one of " in lines[name] or " any of " in lines[name] for name in free)
 
 
@@ -264,9 +264,9 @@ def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
 @pytest.mark.parametrize("none", ["none", "None", "NONE", "null"])
 def test_none_is_said_as_help_shows_it(none: str) -> None:
     file = ROOT / "configs/finetune/imagenet_vit_b16.yaml"
-    words = ("view.randaugment", "train.steps", "train.clip", "model.pool", "data.mean")
+    words = ("view.randaugment", "train.steps", "train.clip_grad", "model.pool", "data.mean")
     loaded = load("finetune", *(f"{word}={none}" for word in words), file=file)
-    assert (loaded.view.randaugment, loaded.train.clip, loaded.model.pool, loaded.data.mean) == (None,) * 4
+    assert (loaded.view.randaugment, loaded.train.clip_grad, loaded.model.pool, loaded.data.mean) == (None,) * 4
 
 
 def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_missing_fields_are_named() -> None:
-    with pytest.raises(ValueError, match=r"data\.path=\.\.\., from=\.\.\., out=\.\.\."):
+    with pytest.raises(ValueError, match=r"data\.path=\.\.\., init_from=\.\.\., out=\.\.\."):
         config.load("probe", None, ["model.name=vit_ti4"])
 
 
@@ -301,7 +301,7 @@ def test_only_what_changes_the_result_counts_as_different() -> None:
     assert config.differences(old, load("finetune", "machine.workers=1", "out=p", "data.path=e", "track.every=3")) == []
     changed = config.differences(old, load("finetune", "train.seed=7", "optim.base_lr=1"))
     assert changed == ["train.seed: 0 -> 7", "optim.base_lr: 0.0005 -> 1.0"]
-    other = config.differences(old, config.load("finetune", None, [*NEEDED, "from=elsewhere"]))
+    other = config.differences(old, config.load("finetune", None, [*NEEDED, "init_from=elsewhere"]))
     assert other == ["from: random -> elsewhere"]
 
 

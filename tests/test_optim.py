@@ -13,9 +13,9 @@ from mae_dist import models, optim
 from mae_dist.models.backbone import Backbone
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
-from mae_dist.schema import Mae, Optim
+from mae_dist.schema import MaeConfig, OptimConfig
 
-PRETRAIN = Optim(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
+PRETRAIN = OptimConfig(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
 
 
 def test_lr_of_vit_b_pretraining() -> None:
@@ -37,7 +37,7 @@ def test_lr_of_finetuning(base: float, peak: float, epochs: int) -> None:
     """He et al. 2022, table 9, with the official code's rates of B, then of L and H: batch 1024, 5 epochs of warmup,
     half a cosine to 1e-6; 1251 steps an epoch.
     """
-    settings, steps = Optim(base_lr=base, min_lr=1e-6, warmup_epochs=5.0), 1251
+    settings, steps = OptimConfig(base_lr=base, min_lr=1e-6, warmup_epochs=5.0), 1251
     assert optim.peak_lr(settings, 1024) == pytest.approx(peak)
     lr = optim.schedule(settings, peak, float(epochs))
     for step in (0, 1, 2 * steps, 5 * steps - 1, 5 * steps, 6 * steps, 27 * steps, epochs * steps - 1):
@@ -48,21 +48,21 @@ def test_lr_of_finetuning(base: float, peak: float, epochs: int) -> None:
 
 
 def test_lr_ends_at_min_lr_and_starts_at_the_peak_without_warmup() -> None:
-    lr = optim.schedule(Optim(min_lr=1e-6), 1e-3, 100.0)
+    lr = optim.schedule(OptimConfig(min_lr=1e-6), 1e-3, 100.0)
     assert lr(0.0) == pytest.approx(1e-3)
     assert lr(0.5) == pytest.approx((1e-3 + 1e-6) / 2)
     assert lr(1 - 1e-9) == pytest.approx(1e-6)
 
 
 def test_warmup_longer_than_the_run_is_all_warmup() -> None:
-    lr = optim.schedule(Optim(warmup_epochs=40.0), 1.0, 10.0)
+    lr = optim.schedule(OptimConfig(warmup_epochs=40.0), 1.0, 10.0)
     assert [lr(p) for p in (0.0, 0.5, 0.999)] == pytest.approx([0, 0.5, 0.999])
 
 
 def test_linear_decay_of_mixer_b_from_scratch() -> None:
     """big_vision's mlp_mixer_i1k.py: 1e-3 at batch 4096, 10,000 steps of warmup, a straight line to 1e-5 of it."""
     steps = 1_281_167 / 4096
-    settings = Optim(base_lr=6.25e-5, min_lr=1e-8, decay="linear", warmup_epochs=10_000 / steps)
+    settings = OptimConfig(base_lr=6.25e-5, min_lr=1e-8, schedule="linear", warmup_epochs=10_000 / steps)
     peak, total = optim.peak_lr(settings, 4096), round(300 * steps)
     assert peak == pytest.approx(1e-3)
     lr = optim.schedule(settings, peak, total / steps)
@@ -92,7 +92,7 @@ def test_layer_decay_of_vits(name: str, decay: float, depth: int, peak: float) -
     with torch.device("meta"):
         backbone = models.BACKBONES[f"vit_{name}"](position="learned", pool="avg")
         objective = Finetune(backbone, 10, drop_path=0.0, label_smoothing=0.0, seed=0)
-    groups = optim.param_groups(objective, Optim(layer_decay=decay), backbone.depth, spare_tokens=True)
+    groups = optim.param_groups(objective, OptimConfig(layer_decay=decay), backbone.depth, no_decay_tokens=True)
     scales = names_by(objective, groups, "lr_scale")
     assert set(scales) == {name for name, _ in objective.named_parameters()}
     last = depth + 1
@@ -110,8 +110,8 @@ def test_layer_decay_of_vits(name: str, decay: float, depth: int, peak: float) -
 def test_weight_decay_of_pretraining_spares_biases_and_norms_only() -> None:
     """The official code decays class and mask token; its positions are fixed."""
     with torch.device("meta"):
-        objective = MAE(models.BACKBONES["vit_b16"](), Mae(), seed=0)
-    groups = optim.param_groups(objective, Optim(weight_decay=0.05), 12, spare_tokens=False)
+        objective = MAE(models.BACKBONES["vit_b16"](), MaeConfig(), seed=0)
+    groups = optim.param_groups(objective, OptimConfig(weight_decay=0.05), 12, no_decay_tokens=False)
     decay = names_by(objective, groups, "weight_decay")
     assert "backbone.pos_embed" not in decay
     assert "decoder_pos_embed" not in decay
@@ -125,7 +125,7 @@ def test_weight_decay_of_pretraining_spares_biases_and_norms_only() -> None:
 def test_weight_decay_of_finetuning_spares_tokens_and_positions_too() -> None:
     with torch.device("meta"):
         objective = Finetune(vit_b(), 10, drop_path=0.0, label_smoothing=0.0, seed=0)
-    groups = optim.param_groups(objective, Optim(weight_decay=0.05, layer_decay=0.65), 12, spare_tokens=True)
+    groups = optim.param_groups(objective, OptimConfig(weight_decay=0.05, layer_decay=0.65), 12, no_decay_tokens=True)
     for name, value in names_by(objective, groups, "weight_decay").items():
         spared = name.endswith("bias") or "norm" in name or name in ("backbone.cls_token", "backbone.pos_embed")
         assert value == (0.0 if spared else 0.05), name
@@ -134,7 +134,7 @@ def test_weight_decay_of_finetuning_spares_tokens_and_positions_too() -> None:
 def test_a_probe_trains_its_head_only() -> None:
     with torch.device("meta"):
         objective = Probe(vit_b(), 10, chunk=1, seed=0)
-    groups = optim.param_groups(objective, Optim(weight_decay=0.0), 12, spare_tokens=True)
+    groups = optim.param_groups(objective, OptimConfig(weight_decay=0.0), 12, no_decay_tokens=True)
     assert set(names_by(objective, groups, "lr_scale")) == {"head.weight", "head.bias"}
 
 
@@ -205,10 +205,10 @@ def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
         torch.manual_seed(0)
         layer = nn.Linear(3, 2)
         before = [p.clone() for p in layer.parameters()]
-        settings = Optim(name=name, weight_decay=0.1)  # pyright: ignore
-        optimizer = optim.build(settings, optim.param_groups(layer, settings, 0, spare_tokens=False))
+        settings = OptimConfig(name=name, weight_decay=0.1)  # pyright: ignore
+        optimizer = optim.build(settings, optim.param_groups(layer, settings, 0, no_decay_tokens=False))
         if primed:
-            optim.prime(optimizer)
+            optim.init_optimizer_state(optimizer)
             assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
             assert all(p.grad is None for p in layer.parameters())
             assert {frozenset(s) for s in optimizer.state.values()} == {
@@ -227,8 +227,8 @@ def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     groups = [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.1}]
-    optimizer = optim.build(Optim(name=name), groups)  # pyright: ignore
-    optim.prime(optimizer)
+    optimizer = optim.build(OptimConfig(name=name), groups)  # pyright: ignore
+    optim.init_optimizer_state(optimizer)
     optim.set_lr(optimizer, 0.1)
     scale = optim.LossScale(torch.device("cpu"), enabled=False)
 
@@ -261,8 +261,8 @@ def test_the_loss_scale_halves_and_doubles_and_does_not_enter_the_update() -> No
     moved = []
     for enabled in (False, True):
         weight = torch.nn.Parameter(torch.ones(3, 2))
-        optimizer = optim.build(Optim(), [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0}])
-        optim.prime(optimizer)
+        optimizer = optim.build(OptimConfig(), [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0}])
+        optim.init_optimizer_state(optimizer)
         optim.set_lr(optimizer, 0.1)
         own = optim.LossScale(torch.device("cpu"), enabled)
         weight.grad = torch.arange(6.0).reshape(3, 2) * own.scale
@@ -275,7 +275,7 @@ def test_the_loss_scale_halves_and_doubles_and_does_not_enter_the_update() -> No
 def test_the_average_follows_by_its_formula_and_stands_still_with_a_skipped_step() -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    average = optim.Average(layer, 0.9)
+    average = optim.EMA(layer, 0.9)
     assert list(average.tensors()) == ["weight"]
     with torch.no_grad():
         layer.weight.fill_(5.0)
@@ -295,16 +295,16 @@ def test_the_average_follows_by_its_formula_and_stands_still_with_a_skipped_step
 
 def test_averaged_weights_are_lent_and_come_back() -> None:
     layer = nn.Linear(3, 2)
-    average, weight = optim.Average(layer, 0.9), layer.weight.detach().clone()
+    average, weight = optim.EMA(layer, 0.9), layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1.0)
-    with average.in_place():
+    with average.swapped_in():
         assert torch.equal(layer.weight, weight)
     assert torch.equal(layer.weight, weight + 1)
     assert torch.equal(average.tensors()["weight"], weight)
 
 
 def test_without_a_decay_there_is_no_average() -> None:
-    average = optim.Average(nn.Linear(3, 2), None)
+    average = optim.EMA(nn.Linear(3, 2), None)
     average.update(torch.tensor(True))
     assert average.tensors() == {}

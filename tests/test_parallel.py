@@ -11,14 +11,14 @@ from mae_dist import models, parallel
 from mae_dist.batch import Batch
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
-from mae_dist.schema import Machine, Mae, Train
+from mae_dist.schema import MachineConfig, MaeConfig, TrainConfig
 
 CPU = torch.device("cpu")
 
 
 def mae(seed: int = 0) -> MAE:
     backbone = models.build("vit_demo4", image_size=32, seed=seed)
-    return MAE(backbone, Mae(decoder_dim=32, decoder_depth=2, decoder_heads=4), seed=seed)
+    return MAE(backbone, MaeConfig(decoder_dim=32, decoder_depth=2, decoder_heads=4), seed=seed)
 
 
 def batch(size: int = 6) -> Batch:
@@ -36,7 +36,7 @@ def test_recomputing_blocks_gives_the_same_gradients() -> None:
     plain = gradients(mae())
     for every in (1, 2, 3):
         objective = mae()
-        parallel.recompute(objective, every)
+        parallel.checkpoint_activations(objective, every)
         changed = [i for i, block in enumerate(parallel.blocks_of(objective)) if "forward" in vars(block)]
         assert changed == list(range(0, 6, every))
         found = gradients(objective)
@@ -47,7 +47,9 @@ def test_recomputing_blocks_gives_the_same_gradients() -> None:
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients_and_names() -> None:
     plain, objective = gradients(mae()), mae()
-    parallel.place(objective, Machine(compile=True, recompute=2), Train(precision="fp32"), CPU)
+    parallel.parallelize(
+        objective, MachineConfig(compile=True, activation_checkpointing=2), TrainConfig(precision="fp32"), CPU
+    )
     found = gradients(objective)
     assert found.keys() == plain.keys()
     for name in plain:
@@ -70,7 +72,7 @@ def test_what_is_built_without_storage_gets_the_same_bits() -> None:
         objective.to_empty(device=CPU)
         for tensor in objective.state_dict().values():
             tensor.fill_(7)
-        objective.initialise(parallel.fill)  # pyright: ignore
+        objective.initialise(parallel.copy_into)  # pyright: ignore
         state = expected.state_dict()
         assert objective.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in objective.state_dict().items())
@@ -102,7 +104,7 @@ def test_auto_on_a_cpu_is_a_number() -> None:
         raise AssertionError("nothing to try on a CPU")
 
     for wanted, share, expected in (("auto", 1000, 256), ("auto", 10, 10), (7, 1000, 7)):
-        assert parallel.micro_batch(mae(), Machine(micro_batch=wanted), share, example, CPU) == expected
+        assert parallel.micro_batch(mae(), MachineConfig(micro_batch=wanted), share, example, CPU) == expected
 
 
 @pytest.mark.gpu
@@ -115,6 +117,6 @@ def test_auto_on_a_gpu_finds_a_size_that_works() -> None:
         one = Batch(*(part[:1].to(device) for part in batch()))
         return Batch(*(part.expand(size, *part.shape[1:]) for part in one))
 
-    found = parallel.micro_batch(copy.deepcopy(objective), Machine(micro_batch="auto"), 2**20, example, device)
+    found = parallel.micro_batch(copy.deepcopy(objective), MachineConfig(micro_batch="auto"), 2**20, example, device)
     objective.to(device)(example(found)).loss.sum().backward()
     assert 1 <= found <= 2**20

@@ -70,7 +70,7 @@ class Features:
                 first = number * self.shard + int((~finite).nonzero()[0])
                 raise RankError(
                     f"{self.index.describe(first)}: its features are not finite; try train.precision=fp32, or look at "
-                    f"the run that from= names"
+                    f"the run that init_from= names"
                 )
             facts = torch.cat([torch.stack([part.labels, part.bad.long()], 1) for part in parts])
             try:

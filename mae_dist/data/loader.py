@@ -1,8 +1,9 @@
 """From a plan of (epochs, ids) to batches on the device.
 
-Two sources with one face. `Resident` holds a split of small, equally large images in memory as uint8 and makes views
-of whole batches on the device. `Streamed` reads and decodes by byte offset in worker processes. Either way what a
-batch holds depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never what.
+Two sources with one interface. `InMemorySource` holds a split of small, equally large images in memory as uint8 and
+makes views of whole batches on the device. `TarSource` reads and decodes by byte offset in worker processes. Either way
+what a batch holds depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never
+what.
 
 Knows no order and no model: it is told what to fetch.
 """
@@ -24,7 +25,7 @@ from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from mae_dist import stop
+from mae_dist import signals
 from mae_dist.batch import Batch, to_device
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
@@ -49,16 +50,16 @@ class Source(Protocol):
 
 
 def open_source(
-    index: ShardIndex, device: torch.device, workers: int, one_by_one: bool = False, quiet: bool = False
-) -> Resident | Streamed:
+    index: ShardIndex, device: torch.device, workers: int, needs_pil: bool = False, quiet: bool = False
+) -> InMemorySource | TarSource:
     """The source that suits the split: resident when its images are equally large, fit, and are shown in batches."""
     size = index.dataset.image_size
-    if not one_by_one and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
-        return Resident(index, device, quiet)
-    return Streamed(index, device, workers)
+    if not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
+        return InMemorySource(index, device, quiet)
+    return TarSource(index, device, workers)
 
 
-class Resident:
+class InMemorySource:
     """All images of a split as uint8 in the device's memory: images (n, h, w, 3), labels (n,), bad (n,)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
@@ -86,7 +87,7 @@ class Resident:
             yield Batch(images, self.labels[where], where, torch.from_numpy(epochs).to(self.device), self.bad[where])
 
 
-class Streamed:
+class TarSource:
     """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, workers: int):
@@ -163,7 +164,7 @@ def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iter
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    stop.ignore_once()
+    signals.ignore_once()
 
 
 def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:

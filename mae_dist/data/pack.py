@@ -4,8 +4,8 @@ Promises: the same input gives the same bytes, and a folder that is there is who
 renamed last). Small sources (cifar100, synthetic) are written in their own order; class folders by a fixed permutation,
 so that shards are not sorted by class.
 
-Knows no model, no view and no progress bar: whoever wants one passes a `Tick`. Imports no torch; webdataset, which
-does, is imported when the first shard is written.
+Knows no model, no view and no progress bar: whoever wants one passes a `ProgressCallback`. Imports no torch;
+webdataset, which does, is imported when the first shard is written.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAX_BAD = 0.01
 PACK_EPOCH = 2**32 - 1
 """The epoch of the permutation of class folders: one that no run reaches."""
 
-Tick = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, of how much)."""
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """The Tick of those who want no progress bar."""
+def no_progress(what: str, done: int, total: int) -> None:
+    """The ProgressCallback of those who want no progress bar."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Source:
     pictures: Callable[[str], Iterator[Picture]]
 
 
-def pack(source: Source, out: Path, shard_size: int = 5000, tick: Tick = silent) -> index.Dataset:
+def pack(source: Source, out: Path, shard_size: int = 5000, tick: ProgressCallback = no_progress) -> index.Dataset:
     """Write `source` as a data set into the new folder `out`: {split}-000000.tar and .idx, ..., and dataset.json.
 
     Members are named {split}_{number}[-{name}].{extension} and .cls, at most `shard_size` samples a tar (fewer when a
@@ -93,7 +93,7 @@ def pack(source: Source, out: Path, shard_size: int = 5000, tick: Tick = silent)
     return dataset
 
 
-def _write(source: Source, folder: Path, shard_size: int, tick: Tick) -> index.Dataset:
+def _write(source: Source, folder: Path, shard_size: int, tick: ProgressCallback) -> index.Dataset:
     from webdataset.writer import ShardWriter
 
     splits: dict[str, list[index.Shard]] = {}
@@ -199,7 +199,7 @@ def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
 # --- CIFAR-100's archive
 
 
-def from_cifar100(archive: Path | None = None, tick: Tick = silent) -> Source:
+def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progress) -> Source:
     """CIFAR-100, or the data of any archive in its layout, in the archive's order and with the fine labels only.
 
     Without `archive` the official file is downloaded. Raises ValueError as `data.cifar` does.

@@ -32,7 +32,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class View:
     """How samples are shown: `settings`, size in pixels, channel statistics, seed, and whether it is training."""
 
-    settings: schema.View
+    settings: schema.ViewConfig
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -55,22 +55,22 @@ class View:
         return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
 
     @property
-    def one_by_one(self) -> bool:
+    def needs_pil(self) -> bool:
         """Whether images must be shown one at a time, as PIL's, because a library augments them."""
         return self.training and self.settings.randaugment is not None
 
     def augment(self) -> augment.Augment | None:
         """What happens to the pixels of a crop in training, if anything; ValueError for what timm does not know."""
-        if not self.one_by_one:
+        if not self.needs_pil:
             return None
         return augment.rand_augment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
 
     def finish(self, images: Float[Tensor, "b c h w"], epochs: np.ndarray, ids: np.ndarray) -> Float[Tensor, "b c h w"]:
         """Pixels in 0..1 as the model takes them: normalised, in training perhaps partly erased."""
         images = normalise(images, self.mean, self.std)
-        if not self.training or not self.settings.erase:
+        if not self.training or not self.settings.random_erasing:
             return images
-        return augment.erase(images, self.settings.erase, self.seed, epochs, ids)
+        return augment.erase(images, self.settings.random_erasing, self.seed, epochs, ids)
 
     def _draw(self, epochs: np.ndarray, ids: np.ndarray, num: int) -> np.ndarray:
         return rng.uniform(self.seed, rng.Purpose.CROP, epochs, ids, num)

@@ -1,4 +1,4 @@
-"""The table of backbones and `build`, which makes any of them by name; `mae_dist.sizes` has the numbers."""
+"""The table of backbones and `build`, which makes any of them by name; `mae_dist.model_sizes` has the numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+from mae_dist.model_sizes import SIZES, default_image_size, size_of
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import initialise
 from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
-from mae_dist.sizes import SIZES, default_image_size, size_of
 
 
 def _constructor(name: str) -> partial[Backbone]:

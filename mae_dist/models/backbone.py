@@ -92,9 +92,9 @@ class Backbone(nn.Module):
         self,
         images: Float[Tensor, "b c h w"],
         visible: Int[Tensor, "b k"] | None = None,
-        stand_in: Float[Tensor, "1 1 d"] | None = None,
+        encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Tokens as the first block takes them: prefix, then patches. ``visible``, ``stand_in``: see `encode`."""
+        """Tokens as the first block takes them: prefix, then patches. Arguments: see `encode`."""
         raise NotImplementedError
 
     def decoder_block(self, dim: int, num_heads: int) -> Block:
@@ -106,15 +106,15 @@ class Backbone(nn.Module):
         images: Float[Tensor, "b c h w"],
         visible: Int[Tensor, "b k"] | None = None,
         scale: Float[Tensor, "depth two b"] | None = None,
-        stand_in: Float[Tensor, "1 1 d"] | None = None,
+        encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Prefix and patch tokens after the last norm.
 
-        With `visible` nothing else of the image is looked at: the other patches are absent or, with a `stand_in`, that
-        token is in their places. ``scale``: see `layers.Block`.
+        With `visible` nothing else of the image is looked at: the other patches are absent or, with an
+        `encoder_mask_token`, that token is in their places. ``scale``: see `layers.Block`.
         """
-        x = self.embed(images, visible, stand_in)
-        present = visible if stand_in is None else None
+        x = self.embed(images, visible, encoder_mask_token)
+        present = visible if encoder_mask_token is None else None
         for number, block in enumerate(self.blocks):
             x = block(x, None if scale is None else scale[number], present)
         return self.norm(x)
@@ -140,13 +140,13 @@ class Backbone(nn.Module):
         return self.fc_norm(tokens[:, self.num_prefix :].mean(1) if self.pool == "avg" else tokens[:, 0])
 
     def _patches(
-        self, images: Tensor, visible: Tensor | None, stand_in: Tensor | None, embed: nn.Module
+        self, images: Tensor, visible: Tensor | None, encoder_mask_token: Tensor | None, embed: nn.Module
     ) -> Float[Tensor, "b n d"]:
         patches = patchify(images, self.patch)
         if visible is None:
             return embed(patches)
         tokens = embed(take(patches, visible))
-        if stand_in is None:
+        if encoder_mask_token is None:
             return tokens
-        grid = stand_in.to(tokens.dtype).expand(len(images), self.num_patches, -1)
+        grid = encoder_mask_token.to(tokens.dtype).expand(len(images), self.num_patches, -1)
         return grid.scatter(1, repeat(visible, "b k -> b k d", d=self.dim), tokens)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 EPS = 1e-6
 """Epsilon of every LayerNorm (the papers' value, not torch's)."""
-TOKENS = ("cls_token", "mask_token", "stand_in", "query")
+TOKENS = ("cls_token", "mask_token", "encoder_mask_token", "query")
 """Parameters that stand for a token and start as N(0, 0.02)."""
 
 

@@ -93,6 +93,6 @@ class Mixer(Backbone):
         self,
         images: Float[Tensor, "b c h w"],
         visible: Int[Tensor, "b k"] | None = None,
-        stand_in: Float[Tensor, "1 1 d"] | None = None,
+        encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        return self._patches(images, visible, stand_in, self.stem)
+        return self._patches(images, visible, encoder_mask_token, self.stem)

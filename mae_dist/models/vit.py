@@ -73,11 +73,11 @@ class ViT(Backbone):
         self,
         images: Float[Tensor, "b c h w"],
         visible: Int[Tensor, "b k"] | None = None,
-        stand_in: Float[Tensor, "1 1 d"] | None = None,
+        encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
-        if visible is not None and stand_in is None:
+        if visible is not None and encoder_mask_token is None:
             positions = take(positions, visible)
-        x = self._patches(images, visible, stand_in, self.patch_embed) + positions
+        x = self._patches(images, visible, encoder_mask_token, self.patch_embed) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([cls, x], 1)

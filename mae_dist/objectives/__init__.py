@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import Fill, initialise
-from mae_dist.schema import Optim
+from mae_dist.schema import OptimConfig
 
 
 class Output(NamedTuple):
@@ -35,7 +35,7 @@ class Objective(nn.Module):
         """The same for everything but the backbone."""
         initialise(self, self.seed, skip=self.backbone, fill=fill)
 
-    def groups(self, optim: Optim) -> list[dict[str, Any]] | None:  # noqa: ARG002
+    def groups(self, optim: OptimConfig) -> list[dict[str, Any]] | None:  # noqa: ARG002
         """Groups of parameters with lr_scale, weight_decay and, each, the `rule` that trains it (see `optim.build`).
         None: those of `optim.param_groups`.
         """

@@ -14,9 +14,9 @@ from mae_dist.batch import Batch
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import Fill, depth_scale, single
 from mae_dist.objectives import Objective, Output, mixing
-from mae_dist.schema import Mix
+from mae_dist.schema import MixConfig
 
-UNMIXED = Mix()
+UNMIXED = MixConfig()
 
 
 class Classifier(Objective):
@@ -49,7 +49,7 @@ class Finetune(Classifier):
 
     def __init__(
         self, backbone: Backbone, num_classes: int, *, drop_path: float, label_smoothing: float, seed: int,
-        loss: str = "softmax", mix: Mix = UNMIXED,
+        loss: str = "softmax", mix: MixConfig = UNMIXED,
     ):  # fmt: skip
         super().__init__(backbone, num_classes, 2e-5, seed, -math.log(num_classes) if loss == "sigmoid" else 0.0)
         self.drop_path, self.label_smoothing, self.loss, self.mix = drop_path, label_smoothing, loss, mix
@@ -126,9 +126,9 @@ class GlobalBatchNorm(nn.Module):
         """All of `x`, normalised with the statistics of those that count: none: all."""
         if self.training:
             weight = torch.ones_like(x[:, :1]) if counts is None else counts[:, None].to(x)
-            count = dist.sum_(weight.sum()).clamp(min=1)
-            mean = dist.sum_((weight * x).sum(0)) / count
-            variance = dist.sum_((weight * (x - mean).square()).sum(0)) / count
+            count = dist.all_reduce_sum(weight.sum()).clamp(min=1)
+            mean = dist.all_reduce_sum((weight * x).sum(0)) / count
+            variance = dist.all_reduce_sum((weight * (x - mean).square()).sum(0)) / count
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)

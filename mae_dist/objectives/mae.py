@@ -19,7 +19,7 @@ from mae_dist.models.backbone import Backbone, patchify, take, unpatchify
 from mae_dist.models.layers import EPS, CrossBlock, sincos_positions, single
 from mae_dist.objectives import Objective, Output, masks
 from mae_dist.objectives.masks import Mask
-from mae_dist.schema import Mae
+from mae_dist.schema import MaeConfig
 
 
 def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -34,7 +34,7 @@ class MAE(Objective):
     Raises ValueError for settings that are impossible or go with no such backbone.
     """
 
-    def __init__(self, backbone: Backbone, settings: Mae, seed: int):
+    def __init__(self, backbone: Backbone, settings: MaeConfig, seed: int):
         check_mae(settings)
         super().__init__(backbone, seed)
         self.settings, dim = settings, settings.decoder_dim
@@ -48,7 +48,7 @@ class MAE(Objective):
         if whole and not cross and settings.predict < 1:
             raise ValueError(f"mae.predict={settings.predict}: mae.hidden=token has all patches in its decoder already")
         if whole:
-            self.stand_in = nn.Parameter(torch.zeros(1, 1, backbone.dim))
+            self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, backbone.dim))
         if cross:
             blocks = [CrossBlock(dim, backbone.dim, settings.decoder_heads) for _ in range(settings.decoder_depth)]
         else:
@@ -89,11 +89,14 @@ class MAE(Objective):
 
     def predict(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b p ppc"]:
         """Pixels of the patches that `predicted` lists."""
-        stand_in = self.stand_in if self.settings.hidden == "token" else None
-        latent, wanted = self.backbone.encode(images, mask.visible, stand_in=stand_in), self.predicted(mask)
+        encoder_mask_token = self.encoder_mask_token if self.settings.hidden == "token" else None
+        latent, wanted = (
+            self.backbone.encode(images, mask.visible, encoder_mask_token=encoder_mask_token),
+            self.predicted(mask),
+        )
         if self.settings.decoder == "cross":
             x = self._across(latent, wanted)
-        elif stand_in is not None:
+        elif encoder_mask_token is not None:
             x = self._whole(latent, wanted)
         else:
             x = self._full(latent, mask.visible, wanted)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mae_dist import rng
 from mae_dist.batch import Batch
-from mae_dist.schema import Mix
+from mae_dist.schema import MixConfig
 
 ATTEMPTS = 32
 """Pairs of uniform numbers from which a Beta is drawn. For alpha up to 1 at least every second is accepted, so none is
@@ -37,7 +37,7 @@ def smoothed(
 
 
 def mix(
-    batch: Batch, targets: Float[Tensor, "b classes"], settings: Mix, seed: int
+    batch: Batch, targets: Float[Tensor, "b classes"], settings: MixConfig, seed: int
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
     """Images and targets, mixed pair by pair (Zhang et al. 2018, eq. 1; Yun et al. 2019, eq. 1), on their device.
 
@@ -54,7 +54,7 @@ def mix(
 
 
 def pixel_weights(
-    draws: Float[Tensor, "pairs draws"], settings: Mix, size: tuple[int, int]
+    draws: Float[Tensor, "pairs draws"], settings: MixConfig, size: tuple[int, int]
 ) -> Float[Tensor, "pairs h w"]:
     """How much of each pixel of a pair is its own: lambda, or 0 within CutMix's box and 1 around it."""
     height, width = size

@@ -1,29 +1,29 @@
-"""`mae-dist finetune CONFIG.yaml from=RUN data.path=... out=RUN2`: backbone and head trained on labels."""
+"""`mae-dist finetune CONFIG.yaml init_from=RUN data.path=... out=RUN2`: backbone and head trained on labels."""
 
 from __future__ import annotations
 
 from mae_dist import parallel
 from mae_dist.objectives import classify
-from mae_dist.schema import Finetune
-from mae_dist.stages.opening import Opening, num_classes, open_run
+from mae_dist.schema import FinetuneConfig
+from mae_dist.stages.setup import Setup, num_classes, prepare_run
 from mae_dist.stages.supervised import train_and_test
 
 
-def run(config: Finetune) -> None:
+def run(config: FinetuneConfig) -> None:
     """Fine-tune until done; running it again goes on."""
-    opened = open_run("finetune", config, labels=True, build=build)
+    opened = prepare_run("finetune", config, labels=True, build=build)
     if opened is None:
         return
-    opening, objective = opened
-    opening = opening.settled(objective)
-    train_and_test("finetune", opening, objective, num_micro=opening.num_micro)
+    setup, objective = opened
+    setup = setup.with_micro_batch(objective)
+    train_and_test("finetune", setup, objective, num_micro=setup.num_micro)
 
 
-def build(opening: Opening) -> classify.Finetune:
+def build(setup: Setup) -> classify.Finetune:
     """The objective that the settings describe."""
-    config = opening.config
-    with parallel.skeleton(config.machine):
+    config = setup.config
+    with parallel.meta_init(config.machine):
         return classify.Finetune(
-            opening.backbone, num_classes(opening.train), drop_path=config.model.drop_path, mix=config.mix,
+            setup.backbone, num_classes(setup.train), drop_path=config.model.drop_path, mix=config.mix,
             label_smoothing=config.train.label_smoothing, loss=config.train.loss, seed=config.train.seed,
         )  # fmt: skip

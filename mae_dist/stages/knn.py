@@ -1,4 +1,4 @@
-"""`mae-dist knn CONFIG.yaml from=RUN data.path=... out=RUN2`: weighted nearest neighbours on frozen features."""
+"""`mae-dist knn CONFIG.yaml init_from=RUN data.path=... out=RUN2`: weighted nearest neighbours on frozen features."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import dataclasses
 import torch
 
 from mae_dist import dist, evaluate, parallel
-from mae_dist.schema import KnnRun
-from mae_dist.stages.opening import num_classes, open_run
+from mae_dist.schema import KnnRunConfig
+from mae_dist.stages.setup import num_classes, prepare_run
 
 
-def run(config: KnnRun) -> None:
+def run(config: KnnRunConfig) -> None:
     """Compute features of both splits, let the training ones vote, write result.json."""
-    machine = dataclasses.replace(config.machine, parallel="ddp", shards=None)  # nothing to share
-    opened = open_run("knn", dataclasses.replace(config, machine=machine), True, lambda opening: opening.backbone)
+    machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # nothing to share
+    opened = prepare_run("knn", dataclasses.replace(config, machine=machine), True, lambda setup: setup.backbone)
     if opened is None:
         return
-    opening, backbone = opened
-    assert opening.test is not None
-    opening.run.note_start(0, opening.device)
-    opening.begin(backbone)
-    backbone = backbone.to(opening.device)
-    train, test = opening.source(opening.train), opening.source(opening.test)
-    with torch.no_grad(), parallel.precision(config.train.precision, opening.device):
-        bank = evaluate.features(backbone, backbone.dim, opening.evaluation_batches(train), opening.device)
-        queries = evaluate.features(backbone, backbone.dim, opening.evaluation_batches(test), opening.device)
+    setup, backbone = opened
+    assert setup.test is not None
+    setup.run.record_launch(0, setup.device)
+    setup.begin(backbone)
+    backbone = backbone.to(setup.device)
+    train, test = setup.source(setup.train), setup.source(setup.test)
+    with torch.no_grad(), parallel.autocast(config.train.precision, setup.device):
+        bank = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(train), setup.device)
+        queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test), setup.device)
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
-    counts = evaluate.knn(bank, queries, num_classes(opening.train), config.knn.k, config.knn.temperature)
-    opening.run.finish({"verb": "knn"} | evaluate.percentages(dist.sum_(counts)))
+    counts = evaluate.knn(bank, queries, num_classes(setup.train), config.knn.k, config.knn.temperature)
+    setup.run.finish({"verb": "knn"} | evaluate.percentages(dist.all_reduce_sum(counts)))

@@ -17,11 +17,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from mae_dist.weights import fb, files, hf, npz, own, timm
-from mae_dist.weights.model import Found, Given, Model, Reading, identify
-from mae_dist.weights.said import brief
+from mae_dist.weights import fb, files, hf, native, npz, timm
+from mae_dist.weights.checks import brief
+from mae_dist.weights.identify import Found, Given, Model, Reading, identify
 
-HOUSES: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": own}
+HOUSES: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": native}
 """What `--to` knows."""
 
 __all__ = ["HOUSES", "Found", "Given", "Model", "Reading", "read"]
@@ -41,8 +41,8 @@ def read(path: Path, given: Given) -> Reading:
         tensors, facts = timm.unwrap(files.pth(file), str(path))
     else:
         tensors, facts = files.safetensors(file)
-        if own.MARK in facts:
-            return own.reading(tensors, facts, str(path), given)
+        if native.MARK in facts:
+            return native.reading(tensors, facts, str(path), given)
     processor = file.with_name(hf.PROCESSOR)
     if str(config.get("model_type")) in hf.KINDS:
         return identify(hf.found(tensors, config, files.json_file(processor), str(path)), str(path), given)
@@ -69,5 +69,5 @@ def locate(path: Path) -> tuple[Path, dict]:
         if (path / name).is_file():
             return path / name, files.json_file(path / "config.json")
     if (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: is a run of mae-dist already; from={path} starts from it")
+        raise ValueError(f"{path}: is a run of mae-dist already; init_from={path} starts from it")
     raise ValueError(f"{path}: a folder without {' or '.join(files.IN_FOLDERS)}; give a checkpoint file")

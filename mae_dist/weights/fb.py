@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mae_dist.weights import timm
-from mae_dist.weights.model import IMAGENET, Found, Model
+from mae_dist.weights.identify import IMAGENET, Found, Model
 
 
 def looks_like(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mae_dist.weights.said import brief
+from mae_dist.weights.checks import brief
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 """What the file with the tensors is called where a checkpoint is a folder."""

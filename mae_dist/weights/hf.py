@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist.models.layers import EPS
-from mae_dist.weights.model import HALF, IMAGENET, Found, Model
+from mae_dist.weights.checks import checked
+from mae_dist.weights.identify import HALF, IMAGENET, Found, Model
 from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
-from mae_dist.weights.said import checked
 
 KINDS = {"vit_mae": IMAGENET, "vit": HALF}
 """model_type -> the statistics of its image processor unless it says otherwise."""

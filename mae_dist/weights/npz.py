@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mae_dist.weights.model import HALF, Found, Model
+from mae_dist.weights.identify import HALF, Found, Model
 from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
 
 SUFFIXES = (".npz",)

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist.weights import files
-from mae_dist.weights.model import HALF, Found, Model
-from mae_dist.weights.said import brief
+from mae_dist.weights.checks import brief
+from mae_dist.weights.identify import HALF, Found, Model
 
 SIZES = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 """Our word for a size -> timm's."""

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from mae_dist import jobs
-from mae_dist.stages import child
-from mae_dist.stages.standing import standing
+from mae_dist.monitor.status import run_status
+from mae_dist.run import jobs
+from mae_dist.verify import processes
 
 ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
@@ -30,17 +30,17 @@ SLOW = """\
 # Steps of this machine take longer, without computing: a run waits each time it asks for signals.
 import time
 
-from mae_dist import stop
+from mae_dist import signals
 
 
-class Slow(stop.Flag):
+class Slow(signals.StopFlag):
     def __getattribute__(self, name):
         if name == "requested":
             time.sleep({seconds})
         return super().__getattribute__(name)
 
 
-stop.Flag = Slow
+signals.StopFlag = Slow
 """
 
 
@@ -85,7 +85,7 @@ class Launched:
 
     def state(self) -> str:
         """As `mae-dist runs` has it."""
-        return standing(self.run, jobs.states([self.job])).state
+        return run_status(self.run, jobs.states([self.job])).state
 
     def said(self, task: int) -> str:
         return jobs.log_file(self.logs, self.job, task).read_text()
@@ -105,7 +105,7 @@ class Launched:
         self.slurm.wait(condition, f"{self.run.name}: {what}", seconds)
 
     def reach(self, step: int) -> None:
-        self.wait(lambda: child.reached(self.run) >= step, f"step {step}")
+        self.wait(lambda: processes.reached(self.run) >= step, f"step {step}")
 
     def finish(self, seconds: float = 180) -> None:
         self.wait((self.run / "result.json").exists, "the end", seconds)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from mae_dist.checkpoint import RunDir
-from mae_dist.stages import audit
+from mae_dist.run.directory import RunDir
+from mae_dist.verify import audit
 
 from .launching import NODES, Launch, Launched
 

@@ -91,10 +91,10 @@ stages:
     nodes: 2
     tasks_per_node: 1
   knn:
-    run: knn data.path={{data}} from={{pretrain}} {small} model.pool=avg
+    run: knn data.path={{data}} init_from={{pretrain}} {small} model.pool=avg
     tasks_per_node: 1
   finetune:
-    run: finetune data.path={{data}} from={{pretrain}} {small} model.pool=avg train.steps=5
+    run: finetune data.path={{data}} init_from={{pretrain}} {small} model.pool=avg train.steps=5
     sweep: train.seed=0,1
     tasks_per_node: 1
   report:
@@ -125,7 +125,7 @@ out: {out}
 stages:
   data: {{run: "data pack synthetic --out {{data}} --train 64 --test 32"}}
   pretrain: {{run: "pretrain data.path={{data}} data.split=dev {small} train.steps=4"}}
-  knn: {{run: "knn data.path={{data}} from={{pretrain}} {small}"}}
+  knn: {{run: "knn data.path={{data}} init_from={{pretrain}} {small}"}}
 """)
     submit("pipeline", file, "--cluster", cluster_file)
     slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 120)

@@ -1,0 +1,56 @@
+"""What every verb of the command line shares: which there are, the argument parser, how durations are shown."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple, NoReturn
+
+
+class Verb(NamedTuple):
+    """A verb: its module, with `run(config)` if the verb has a schema, else `main(argv)`; and its line in --help."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "pretrain": Verb("mae_dist.stages.pretrain", "masked autoencoder pretraining on images without labels"),
+    "knn": Verb("mae_dist.stages.knn", "nearest neighbours on frozen features: a measure without training"),
+    "probe": Verb("mae_dist.stages.probe", "linear probe: a linear head on a frozen backbone"),
+    "finetune": Verb("mae_dist.stages.finetune", "train backbone and head on labels"),
+    "report": Verb("mae_dist.monitor.report", "one HTML file from one or more runs: curves, pictures, numbers"),
+    "runs": Verb("mae_dist.monitor.runs", "a table of runs: status, step, loss, speed, result"),
+    "logs": Verb("mae_dist.monitor.logs", "the output of the newest job of a run, the first failing rank first"),
+    "ckpt": Verb("mae_dist.commands.ckpt", "list, inspect and verify the checkpoints of a run"),
+    "replay": Verb("mae_dist.commands.replay", "compute a past step again: samples, crops, masks and losses"),
+    "data": Verb("mae_dist.commands.data", "pack archives and folders into tars, index existing tars, show a data set"),
+    "models": Verb("mae_dist.commands.models", "all models: parameters, operations and activation memory"),
+    "import": Verb(
+        "mae_dist.commands.import_weights", "make a run from an official MAE, timm, transformers or Flax checkpoint"
+    ),
+    "export": Verb(
+        "mae_dist.commands.export_weights", "write a run's weights in another format, read them back and compare"
+    ),
+    "chaos": Verb("mae_dist.verify.chaos", "inject faults into a run and compare it with an undisturbed one"),
+    "demo": Verb("mae_dist.commands.demo", "all of the above on the embedded data set, in minutes"),
+    "certify": Verb("mae_dist.verify.certify", "compare the same short run on 1 to 4 ranks, DDP, FSDP2, resumed, ..."),
+    "bench": Verb(
+        "mae_dist.verify.bench", "measure a cost: resuming, ordering, saving, scaling, Mixer, decoder, probe heads"
+    ),
+}
+"""All verbs, in the order of --help. Nothing is imported before a verb is chosen."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ValueError where it would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit that fits."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

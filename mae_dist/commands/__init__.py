@@ -1,0 +1,1 @@
+"""Verbs that make no run: data sets, models, weights in and out, checkpoints, replay, the demo."""

@@ -1,0 +1,294 @@
+"""The verb `mae-dist data`: pack sources into shards, index tars of other people, show what a data set holds.
+
+Each action ends by printing what it wrote, where, and what to type next. What a user got wrong becomes a ValueError of
+one sentence. The work itself is in `data.pack` and `data.index`. Imports no torch by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mae_dist import image_grid
+from mae_dist.cli import Parser
+from mae_dist.data import index
+from mae_dist.data.pack import ProgressCallback, Source, from_cifar100, from_folder, from_synthetic, pack
+
+LOOKED_AT = 2000
+"""Images of a split whose size `show` reads (evenly spaced)."""
+ROWS, COLUMNS, TILE = 8, 10, 96
+
+
+def main(argv: list[str]) -> int:
+    """Run `mae-dist data ARGV`; give the exit status. Raises ValueError for what a user got wrong."""
+    arguments = _parser().parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mae-dist data", description="Make, index and look at data sets of ordinary tars.")
+    actions = parser.add_subparsers(required=True, metavar="{pack,index,show}")
+
+    packing = actions.add_parser("pack", help="write a source as tars with indexes and a dataset.json")
+    kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,synthetic}")
+    cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or any archive in the layout of its python version")
+    cifar100.add_argument("--source", type=Path, help="cifar-100-python.tar.gz (default: download it)")
+    cifar100.set_defaults(run=_pack_cifar100)
+    folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet) or SOURCE/CLASS/")
+    folder.add_argument("--source", type=Path, required=True, help="the folder")
+    folder.add_argument("--test-share", type=float, default=0.0, help="share to hold out as test (without splits)")
+    folder.set_defaults(run=_pack_folder)
+    synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
+    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
+    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
+    synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
+    synthetic.set_defaults(run=_pack_synthetic)
+    for kind in (cifar100, folder, synthetic):
+        kind.add_argument("--out", type=Path, required=True, help="the new folder")
+        kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
+
+    indexing = actions.add_parser("index", help="index tars that are there already")
+    indexing.add_argument("tars", nargs="+", metavar="GLOB", help="the tars, for example 'data/train-*.tar'")
+    indexing.add_argument("--split", default="train", help="what they are called in dataset.json (default train)")
+    indexing.add_argument("--out", type=Path, help="folder of index and dataset.json (default: beside the tars)")
+    indexing.set_defaults(run=_index)
+
+    showing = actions.add_parser("show", help="counts, classes, sizes, and a sheet of samples")
+    showing.add_argument("folder", type=Path, metavar="DIR", help="folder with a dataset.json")
+    showing.add_argument("--split", help="split to look into (default: train, or the first)")
+    showing.add_argument("--out", type=Path, help="the sheet (default: DIR/sheet-SPLIT.png)")
+    showing.set_defaults(run=_show)
+    return parser
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A ProgressCallback that draws bars on a terminal's stderr, and nothing anywhere else."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        tasks = {}
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done)
+
+        yield tick
+
+
+def _pack_cifar100(arguments: argparse.Namespace) -> None:
+    with _progress() as tick:
+        _pack(from_cifar100(arguments.source, tick), arguments, tick)
+
+
+def _pack_folder(arguments: argparse.Namespace) -> None:
+    with _progress() as tick:
+        _pack(from_folder(arguments.source, arguments.test_share), arguments, tick)
+
+
+def _pack_synthetic(arguments: argparse.Namespace) -> None:
+    with _progress() as tick:
+        _pack(from_synthetic(arguments.train, arguments.test, arguments.seed), arguments, tick)
+
+
+def _pack(source: Source, arguments: argparse.Namespace, tick: ProgressCallback) -> None:
+    dataset = pack(source, arguments.out, arguments.shard_size, tick)
+    _report(dataset, arguments.out)
+
+
+def _report(dataset: index.Dataset, folder: Path) -> None:
+    print(f"wrote {folder}/{index.FILE}: {dataset.name}, {_facts(dataset)}")
+    _print_splits(dataset)
+    print(f"next: mae-dist data show {folder}")
+    print(f"      mae-dist pretrain CONFIG.yaml data.path={folder}")
+
+
+def _facts(dataset: index.Dataset) -> str:
+    facts = ["no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"]
+    if dataset.image_size is not None:
+        facts.append("{1} x {0} pixels".format(*dataset.image_size))
+    if dataset.mean is not None and dataset.std is not None:
+        facts.append("mean {:.4f} {:.4f} {:.4f}".format(*dataset.mean))
+        facts.append("std {:.4f} {:.4f} {:.4f}".format(*dataset.std))
+    return ", ".join(facts)
+
+
+def _print_splits(dataset: index.Dataset) -> None:
+    for split, shards in dataset.splits.items():
+        samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
+        size = sum(shard.num_bytes for shard in shards) / 1e6
+        unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""
+        print(f"  {split:8s} {samples:9,d} images in {len(shards)} tars, {size:,.1f} MB{unlabelled}")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    tars = sorted(Path(os.path.abspath(name)) for pattern in arguments.tars for name in glob.glob(pattern))
+    if not tars:
+        raise ValueError(f"{' '.join(arguments.tars)}: no file matches")
+    folders = {tar.parent for tar in tars}
+    if arguments.out is None and len(folders) > 1:
+        raise ValueError(f"the tars lie in {len(folders)} folders; say with --out DIR where their index should lie")
+    folder = tars[0].parent if arguments.out is None else arguments.out
+    twins = [stem for stem, count in Counter(tar.stem for tar in tars).items() if count > 1]
+    if twins:
+        raise ValueError(
+            f"{twins[0]}.tar is there twice, in two folders; index one folder a time, with an --out for each"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
+        with _progress() as tick:
+            dataset = _merge(before, arguments.split, tars, folder, tick)
+        dataset.save(folder)
+    except PermissionError as error:
+        raise ValueError(f"{folder}: cannot be written; say with --out DIR where the index should lie") from error
+    _report(dataset, folder)
+
+
+def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, tick: ProgressCallback) -> index.Dataset:
+    """`before` with `split` made of `tars`, whose indexes are written into `folder`.
+
+    What was known of the replaced split is forgotten: mean and std if it was train, names of too few classes.
+    """
+    shards, num_classes = [], 0
+    for number, tar in enumerate(tars):
+        shard, labels = index.build(tar, folder / f"{tar.stem}.idx")
+        shards.append(shard if tar.parent == Path(os.path.abspath(folder)) else replace(shard, tar=str(tar)))
+        num_classes = max(num_classes, int(labels.max()) + 1)
+        tick("index", number + 1, len(tars))
+    others = {name: known for name, known in before.splits.items() if name != split}
+    if others or before.classes:
+        num_classes = max(num_classes, before.num_classes or 0)
+    size = _common_size(shards, tars, folder, tick)
+    return index.Dataset(
+        name=before.name,
+        splits=before.splits | {split: shards},
+        num_classes=num_classes or None,
+        classes=before.classes if num_classes == before.num_classes else None,
+        image_size=size if not others or size == before.image_size else None,
+        mean=before.mean if split != "train" else None,
+        std=before.std if split != "train" else None,
+    )
+
+
+def _common_size(
+    shards: list[index.Shard], tars: list[Path], folder: Path, tick: ProgressCallback
+) -> tuple[int, int] | None:
+    """(height, width) if all images share it. Only headers are read, and those only until two differ."""
+    data = index.ShardIndex(tars, [folder / f"{tar.stem}.idx" for tar in tars], shards, index.Dataset(""))
+    first = _size(data.read(0))
+    for sample in range(1, len(data)):
+        if first is None or _size(data.read(sample)) != first:
+            return None
+        tick("sizes", sample + 1, len(data))
+    return first
+
+
+def _size(sample: index.Sample) -> tuple[int, int] | None:
+    """(height, width) of a stored image, None if it cannot be told."""
+    try:
+        if sample.extension == "npy":
+            height, width = np.load(io.BytesIO(sample.image), allow_pickle=False).shape[:2]
+        else:
+            with Image.open(io.BytesIO(sample.image)) as image:
+                width, height = image.size
+        return height, width
+    except Exception:  # decoders raise whatever they like at a broken header
+        return None
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    dataset = index.Dataset.load(arguments.folder)
+    split = arguments.split or ("train" if "train" in dataset.splits else next(iter(dataset.splits), "train"))
+    data = index.open_split(str(arguments.folder), split)
+    with _progress() as tick:
+        labels = np.empty(len(data), dtype=np.int64)
+        for sample in range(len(data)):
+            labels[sample] = data.label(sample)
+            tick("labels", sample + 1, len(data))
+        looked_at = _evenly(np.arange(len(data)), LOOKED_AT)
+        sizes: Counter[tuple[int, int] | None] = Counter()
+        for number, sample in enumerate(looked_at):
+            sizes[_size(data.read(int(sample)))] += 1
+            tick("sizes", number + 1, len(looked_at))
+    print(f"{arguments.folder}: {dataset.name}, {_facts(dataset)}")
+    _print_splits(dataset)
+    _print_classes(split, labels, dataset.classes)
+    _print_sizes(split, sizes, len(looked_at))
+    target = arguments.out
+    if target is None:
+        target = (arguments.folder if os.access(arguments.folder, os.W_OK) else Path()) / f"sheet-{split}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sheet(data, labels, dataset.classes).save(target)
+    print(f"wrote {target}: samples of {split}")
+    print(f"next: mae-dist pretrain CONFIG.yaml data.path={arguments.folder}")
+
+
+def _evenly(values: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `values`, evenly spaced."""
+    return values[np.linspace(0, len(values) - 1, min(count, len(values))).astype(np.int64)]
+
+
+def _class_name(label: int, classes: list[str] | None) -> str:
+    return classes[label] if classes is not None and label < len(classes) else str(label)
+
+
+def _print_classes(split: str, labels: np.ndarray, classes: list[str] | None) -> None:
+    counts = Counter(labels[labels >= 0].tolist()).most_common()
+    if not counts:
+        return
+    largest = ", ".join(f"{_class_name(label, classes)} {count}" for label, count in counts[:5])
+    print(f"  {split}: {len(counts)} classes of {counts[-1][1]} to {counts[0][1]} images; largest: {largest}")
+
+
+def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], looked_at: int) -> None:
+    unreadable = sizes.pop(None, 0)
+    common = ", ".join(f"{width} x {height} ({count})" for (height, width), count in _known(sizes).most_common(5))
+    more = f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+    broken = f"; {unreadable} unreadable" if unreadable else ""
+    print(f"  {split}: width x height of {looked_at} looked at: {common}{more}{broken}")
+
+
+def _known(sizes: Counter[tuple[int, int] | None]) -> Counter[tuple[int, int]]:
+    return Counter({size: count for size, count in sizes.items() if size is not None})
+
+
+def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None) -> Image.Image:
+    """ROWS samples of up to COLUMNS classes, a class a column; samples from everywhere if most classes are smaller."""
+    present = np.unique(labels[labels >= 0])
+    if 0 < len(present) * ROWS <= len(data):
+        shown = _evenly(present, COLUMNS)
+        columns = [_evenly(np.flatnonzero(labels == label), ROWS) for label in shown]
+        captions = [_class_name(int(label), classes) for label in shown]
+    else:
+        columns, captions = np.array_split(_evenly(np.arange(len(data)), ROWS * COLUMNS), COLUMNS), []
+    blank = np.full((1, 1, 3), 255, dtype=np.uint8)
+    rows = [
+        [_pixels(data.read(int(column[row]))) if row < len(column) else blank for column in columns]
+        for row in range(max(len(column) for column in columns))
+    ]
+    return image_grid.sheet(rows, captions, TILE)
+
+
+def _pixels(sample: index.Sample) -> np.ndarray:
+    """uint8 (height, width, 3); a grey square for what cannot be decoded."""
+    try:
+        if sample.extension == "npy":
+            return np.array(Image.fromarray(np.load(io.BytesIO(sample.image), allow_pickle=False)).convert("RGB"))
+        return np.array(Image.open(io.BytesIO(sample.image)).convert("RGB"))
+    except Exception:  # as in _size
+        return np.full((1, 1, 3), 128, dtype=np.uint8)

@@ -1,0 +1,1 @@
+"""Looking at runs while they run and afterwards. Nothing in this folder imports torch."""

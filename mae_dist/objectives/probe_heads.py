@@ -1,0 +1,250 @@
+"""The probe board: many heads on one frozen backbone, side by side, so that the features of a batch are computed once.
+
+No head knows of another: losses are added, so that gradients stay apart, and a head that diverges is given zero
+gradients from then on while the others go on. Heads that read the same numbers are computed as one wide matrix. Heads
+are fp32 whatever the precision of the backbone. Samples that are held out stay in the stream, but nothing is learned
+from them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mae_dist import dist, rng, schema
+from mae_dist.batch import Batch
+from mae_dist.models.backbone import Backbone
+from mae_dist.models.layers import Fill, initialise, single
+from mae_dist.objectives import Objective, Output
+from mae_dist.objectives.classify import GlobalBatchNorm, draw_head
+
+LIMIT = 1e15
+"""A sample's loss, or the norm of a gradient, from which on a head has diverged. Sums of such are still finite."""
+HEAD_DIM = 64
+"""Channels of one attention head of attentive pooling."""
+ATTENTIVE = "attentive"
+SGD: dict[str, Any] = {"rule": "lars", "trust": None}
+RULES: dict[str, dict[str, Any]] = {"lars": {"rule": "lars"}, "sgd": SGD, "adamw": {"rule": "adamw"}}
+"""How `optim.build` is told of a method."""
+
+
+def held_out(seed: int, share: float, ids: Any) -> Any:
+    """Which samples are held out: a pure function of (seed, id), bool (n,), NumPy or torch like `ids`."""
+    return rng.bits(seed, rng.Purpose.HELD_OUT, 0, ids, 1)[:, 0] < math.ceil(share * 2**32)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A row of the board: how it is found (lars, sgd, adamw, ridge, knn), and the features that it reads.
+
+    ``base_lr`` is for 256 images; ``weight_decay`` is the penalty, relative to the mean variance, of ridge regression.
+    """
+
+    method: str
+    base_lr: float | None
+    weight_decay: float | None
+    features: str
+    block: int
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.base_lr is None else f" lr {self.base_lr:g}"
+        word = "penalty" if self.method == "ridge" else "wd"
+        decay = "" if self.weight_decay is None else f" {word} {self.weight_decay:g}"
+        return f"{self.method}{rate}{decay} on {self.features} of block {self.block}"
+
+    @property
+    def reads(self) -> tuple[int, str, bool]:
+        """Block, features, and whether they are batch-normed: what heads that are computed together have in common."""
+        return self.block, self.features, self.method == "lars"
+
+
+class AttentivePool(nn.Module):
+    """Multi-head cross-attention of one learned query to patch tokens (the attentive probe of Chen et al. 2023,
+    "Context autoencoder"). A bias of keys would change nothing, one of values is the following layer's.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.num_heads = max(1, dim // HEAD_DIM)
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+
+    def look_for(self) -> Float[Tensor, "heads d"]:
+        """Each attention head's query seen through the keys: its product with a token is the token's score."""
+        query, key = (rearrange(p, "(h c) ... -> h c ...", h=self.num_heads) for p in (self.query, self.key.weight))
+        return torch.einsum("hc,hcd->hd", query, key) / math.sqrt(query.shape[1])
+
+    def values(self) -> Float[Tensor, "heads c d"]:
+        """The map to values, by attention head."""
+        return rearrange(self.value.weight, "(h c) d -> h c d", h=self.num_heads)
+
+
+def attend(pools: list[AttentivePool], tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b pools d"]:
+    """What each pool makes of the tokens. Tokens are averaged before they are mapped to values, which is the same."""
+    scores = tokens @ torch.cat([pool.look_for() for pool in pools]).T
+    mixed = scores.softmax(1).transpose(1, 2) @ tokens
+    values = torch.cat([pool.values() for pool in pools])
+    return rearrange(torch.einsum("bkd,kcd->bkc", mixed, values), "b (a h) c -> b a (h c)", a=len(pools))
+
+
+class ProbeHeads(Objective):
+    """The heads that `settings` describe, over ``width`` features a sample, which lie in `columns` by (block, kind).
+
+    Patch tokens, for attentive pooling, are the last columns. A batch holds images, of which features are computed
+    `chunk` at a time, or features. Of the last block they are what the backbone's own pooling would give; for others
+    see `Backbone.layers`. Raises ValueError for a class token or a block that the backbone does not have.
+    """
+
+    dead: Tensor
+
+    def __init__(self, backbone: Backbone, num_classes: int, settings: schema.HeadsConfig, *, chunk: int, seed: int):
+        super().__init__(backbone.requires_grad_(False), seed)
+        kinds = [kind for kind in ("cls", "mean") if {kind, "both"} & set(settings.features)]
+        if "cls" in kinds and not backbone.num_prefix:
+            chosen = ", ".join(settings.features)
+            raise ValueError(f"heads.features=[{chosen}]: this model has no class token; set heads.features=[mean]")
+        self.blocks = sorted(set(settings.blocks or (backbone.depth,)))
+        if self.blocks[-1] > backbone.depth:
+            raise ValueError(f"heads.blocks={list(settings.blocks)}: this model has blocks 1 to {backbone.depth}")
+        self.settings, self.chunk, dim = settings, chunk, backbone.dim
+        self.reads = list(product(self.blocks, dict.fromkeys(settings.features)))
+        self.columns: dict[tuple[int, str], slice] = {}
+        for number, (block, kind) in enumerate(product(self.blocks, kinds)):
+            self.columns[block, kind] = slice(number * dim, (number + 1) * dim)
+        for block in self.blocks:
+            first = self.columns[block, kinds[0]].start
+            self.columns[block, "both"] = slice(first, first + len(kinds) * dim)
+        self.num_columns = len(self.blocks) * len(kinds) * dim
+        self.width = self.num_columns + settings.attentive * backbone.num_patches * dim
+        self.heads = self._heads()
+        sizes = [dim if h.features == ATTENTIVE else self._size(h.block, h.features) for h in self.heads]
+        self.linears = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
+        self.pools = nn.ModuleList(AttentivePool(dim) for head in self.heads if head.features == ATTENTIVE)
+        normed = self.reads if settings.lars else []
+        norms = {f"{kind}_{block}": GlobalBatchNorm(self._size(block, kind)) for block, kind in normed}
+        self.norms = nn.ModuleDict(norms)
+        self.register_buffer("dead", torch.zeros(len(self.heads), dtype=torch.bool))
+        self.initialise_rest()
+        for number in range(len(self.heads)):
+            for _, parameter in self.parameters_of(number):
+                parameter.register_hook(partial(self._spare, number))
+
+    def _heads(self) -> list[Head]:
+        """All heads, those that are computed together beside each other."""
+        settings, found = self.settings, []
+        for block, kind in self.reads:
+            for methods in (("lars",), ("sgd", "adamw")):
+                rates = [(method, rate) for method in methods for rate in getattr(settings, method)]
+                found += [Head(*rate, decay, kind, block) for rate, decay in product(rates, settings.weight_decay)]
+        pooled = product(settings.adamw, settings.weight_decay) if settings.attentive else ()
+        return found + [Head("adamw", *rate, ATTENTIVE, self.backbone.depth) for rate in pooled]
+
+    def _size(self, block: int, kind: str) -> int:
+        columns = self.columns[block, kind]
+        return columns.stop - columns.start
+
+    def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
+        """Every head starts as a probe's does, with the same numbers, whatever stands beside it."""
+        for linear in self.linears:
+            assert isinstance(linear, nn.Linear)
+            draw_head(linear, 0.01, self.seed, fill)
+        for pool in self.pools:
+            initialise(pool, self.seed, fill=fill)
+
+    def parameters_of(self, number: int) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of a head, named."""
+        parts: list[nn.Module] = [self.linears[number]]
+        if self.heads[number].features == ATTENTIVE:
+            parts.append(self.pools[number - len(self.heads)])
+        return [pair for part in parts for pair in part.named_parameters()]
+
+    def groups(self, optim: schema.OptimConfig) -> list[dict[str, Any]]:
+        """Each head with its own rule, rate and weight decay; the schedule of `optim` is scaled to its rate."""
+        groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+        for number, head in enumerate(self.heads):
+            assert head.base_lr is not None
+            assert head.weight_decay is not None
+            for _, parameter in self.parameters_of(number):
+                decay, scale = head.weight_decay if parameter.ndim > 1 else 0.0, head.base_lr / optim.base_lr
+                group = groups.setdefault((head.method, scale, decay), {"params": []})
+                group |= {"lr_scale": scale, "weight_decay": decay} | RULES[head.method]
+                group["params"].append(parameter)
+        return list(groups.values())
+
+    def _spare(self, number: int, gradient: Tensor) -> Tensor:
+        """No gradient for a head that has diverged, so that neither norm nor step of the others is touched."""
+        alive = ~self.dead[number] & (gradient.norm() < LIMIT)
+        return torch.where(alive, gradient, torch.zeros_like(gradient))
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Float[Tensor, "b width"]:
+        """Those that a batch holds, or those of its images."""
+        if batch.images.ndim == 2:
+            return batch.images
+        self.backbone.eval()
+        return torch.cat([self.rows(images) for images in batch.images.split(self.chunk)])
+
+    def rows(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b width"]:
+        """The features of images, which are computed at once."""
+        backbone, prefix = self.backbone, self.backbone.num_prefix
+        numbers = {*self.blocks, backbone.depth} if self.settings.attentive else set(self.blocks)
+        found = []
+        for number, tokens in zip(sorted(numbers), backbone.layers(images, numbers), strict=True):
+            last_norm = backbone.fc_norm if number == backbone.depth else nn.Identity()
+            if (number, "cls") in self.columns:
+                found.append(last_norm(tokens[:, 0]))
+            if (number, "mean") in self.columns:
+                found.append(last_norm(tokens[:, prefix:].mean(1)))
+            if number == backbone.depth and self.settings.attentive:
+                found.append(last_norm(tokens[:, prefix:]).flatten(1))
+        return torch.cat([single(part) for part in found], 1)
+
+    def logits(
+        self, rows: Float[Tensor, "b width"], trained: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b heads classes"]:
+        """What each head says of features. In training, batch norm learns from those that are `trained` on (all)."""
+        found, number = [], 0
+        for (block, kind, normed), together in groupby(self.heads, key=lambda head: head.reads):
+            linears = self.linears[number : number + len(list(together))]
+            number += len(linears)
+            weight, bias = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+            if kind == ATTENTIVE:
+                tokens = rearrange(rows[:, self.num_columns :], "b (n d) -> b n d", d=self.backbone.dim)
+                pooled = attend(list(self.pools), tokens)  # pyright: ignore
+                found.append(torch.einsum("bad,acd->bac", pooled, torch.stack(weight)) + torch.stack(bias))
+                continue
+            x = rows[:, self.columns[block, kind]]
+            x = self.norms[f"{kind}_{block}"](x, trained) if normed else x
+            wide = F.linear(x, torch.cat(weight), torch.cat(bias))
+            found.append(rearrange(wide, "b (a c) -> b a c", a=len(linears)))
+        return torch.cat(found, 1)
+
+    def forward(self, batch: Batch) -> Output:
+        """The sum of all heads' cross-entropies for each sample, and their logits (b, heads, classes)."""
+        rows = self.features(batch)
+        with torch.autocast(rows.device.type, enabled=False):
+            trained = ~held_out(self.seed, self.settings.held_out, batch.ids)
+            logits = self.logits(rows, trained)
+            labels = repeat(batch.labels, "b -> (b a)", a=len(self.heads))
+            loss = F.cross_entropy(rearrange(logits, "b a c -> (b a) c"), labels, reduction="none")
+            loss = rearrange(loss, "(b a) -> b a", a=len(self.heads))
+            if self.training:
+                self.dead |= self._diverged(loss.detach(), rows)
+                loss = loss * (trained.float() / (1 - self.settings.held_out))[:, None]  # they count for the others
+            return Output(torch.where(self.dead, 0, loss).sum(1), logits)
+
+    def _diverged(self, loss: Float[Tensor, "b heads"], rows: Float[Tensor, "b width"]) -> Bool[Tensor, " heads"]:
+        """Heads whose loss is out of bounds on any rank. None where features are to blame: then the step is skipped."""
+        found = torch.cat([~(loss < LIMIT).all(0), ~rows.isfinite().all()[None]]).float()
+        found = dist.all_reduce_sum(found) > 0
+        return found[:-1] & ~found[-1]

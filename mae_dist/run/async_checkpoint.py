@@ -1,0 +1,86 @@
+"""Checkpoints in the background: copied at a step boundary, written by a thread while training goes on, one at a time.
+
+A save that fails (a full disk) is told, and the run goes on with the checkpoints that are there; only the last one must
+succeed. Ranks write together, over a group of their own. Knows no model and no loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from mae_dist import dist
+from mae_dist.run.directory import RunDir
+from mae_dist.schema import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+LAST_WAIT = 5.0
+"""Seconds that a run which ends with an error waits for a save to end."""
+
+
+class AsyncSaver:
+    """Saves into `run`; a context manager. ``stall``: seconds for which the last `save` kept the loop waiting."""
+
+    def __init__(self, run: RunDir, settings: CheckpointConfig, pinned: bool):
+        self.run, self.settings, self.stall, self.began = run, settings, 0.0, time.perf_counter()
+        self.group = dist.background_group()
+        self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.thread:
+            self.thread.join(LAST_WAIT)
+        self.stager.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether more work would be lost now than `checkpoint.minutes` allows, as this rank's clock has it."""
+        minutes = self.settings.minutes
+        return minutes is not None and time.perf_counter() - self.began > 60 * minutes
+
+    def take_stall(self) -> float:
+        """The stall, once."""
+        stall, self.stall = self.stall, 0.0
+        return stall
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Begin to save `state` as step `step`; it may change as soon as this returns."""
+        self.began = began = time.perf_counter()
+        self.wait(last=False)
+        staged = self.stager.stage(state)
+        assert isinstance(staged, dict)
+        self.thread = threading.Thread(target=self._write, args=(step, staged), daemon=True)
+        self.thread.start()
+        self.stall = time.perf_counter() - began
+
+    def wait(self, last: bool = True) -> None:
+        """Wait for the save in flight. Raises its ValueError when it was the `last`; else warns."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        error, self.error = self.error, None
+        if isinstance(error, ValueError) and not last:
+            if dist.is_main():
+                log.warning("%s the run goes on", error)
+        elif error is not None:
+            raise error
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        try:
+            self.run.save(step, state, self.settings.keep, self.settings.keep_every, self.group)
+        except BaseException as error:  # told by `wait`, in the loop's thread
+            self.error = error

@@ -1,0 +1,267 @@
+"""`mae-dist probe` with a grid: a board of many heads on one frozen backbone, of which one is chosen and tested.
+
+Heads are trained on the training split less a held-out part, on which they are then compared, with ridge regression and
+nearest neighbours where asked for. Only the best sees the test split, once. heads.md and heads.json have every row.
+Without random augmentation features are computed once and kept in the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from mae_dist import config as configuration
+from mae_dist import dist, evaluate, parallel, schema
+from mae_dist.batch import Batch
+from mae_dist.data.features import Features
+from mae_dist.data.loader import Source
+from mae_dist.objectives.probe_heads import Head, ProbeHeads, held_out
+from mae_dist.run.checkpoint import MANIFEST
+from mae_dist.run.layout import write_text
+from mae_dist.stages.setup import Setup, build_setup, num_classes
+from mae_dist.train import fit
+
+log = logging.getLogger(__name__)
+
+PENALTIES = tuple(10.0**power for power in range(-6, 2))
+"""Of ridge regression, each a multiple of the features' mean variance."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Rows of the board that are computed together, from features (b, width) to scores (b, rows, classes)."""
+
+    heads: list[Head]
+    score: Callable[[Tensor], Tensor]
+
+
+def run(config: schema.ProbeConfig) -> None:
+    """Train, compare, choose, test; running it again goes on."""
+    machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # heads are small: nothing to share
+    setup = build_setup("probe", dataclasses.replace(config, machine=machine), labels=True)
+    objective = build(setup)
+    held, rest = divide(setup)
+    if not setup.run.open("probe", setup.config, setup.data_fingerprint):
+        return
+    view, precision = setup.config.view, setup.config.train.precision
+    fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment)
+    source = stored(setup, objective) if fixed else setup.source(setup.train, training=True)
+    numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
+    with dist.name_lost_ranks(lambda: "the comparison of heads"), parallel.autocast(precision, setup.device):
+        contests = [Contest(objective.heads, objective.logits)] if objective.heads else []
+        contests += closed_forms(setup, objective, setup.evaluation_batches(source, rest))
+        counts = count(objective, contests, setup.evaluation_batches(source, held))
+        conclude(setup, objective, contests, counts, numbers)
+
+
+def build(setup: Setup) -> ProbeHeads:
+    """The objective that the settings describe."""
+    config = setup.config
+    return ProbeHeads(
+        setup.backbone, num_classes(setup.train), config.heads, chunk=setup.micro_batch, seed=config.train.seed
+    )
+
+
+def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the training samples that are held out, and of the others (ValueError unless there are both)."""
+    share, num_samples = setup.config.heads.held_out, len(setup.train)
+    chosen = held_out(setup.config.train.seed, share, np.arange(num_samples))
+    if chosen.all() or not chosen.any():
+        raise ValueError(
+            f"heads.held_out={share:g}: {chosen.sum()} of the {num_samples} training samples would be held out"
+        )
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
+    """What is to be done where nothing is trained."""
+    setup.run.record_launch(0, setup.device)
+    setup.begin(objective.backbone)
+    objective.to(setup.device)
+    return {}
+
+
+def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray) -> dict[str, float]:
+    """Fit the heads; evaluations on the way look at the held-out part."""
+    config, num_samples = setup.config, len(setup.train)
+    total = configuration.total_steps(config.train, num_samples)
+    contest = Contest(objective.heads, objective.logits)
+
+    def look(step: int) -> dict[str, float]:
+        if step == total:  # when all rows are compared
+            return {}
+        counts = count(objective, [contest], setup.evaluation_batches(source, held))
+        top1 = 100 * float((counts[:, 0] / counts[:, 2]).max())
+        return {"held_out_top1": top1, "diverged": int(objective.dead.sum())}
+
+    return fit(
+        run=setup.run, verb="probe", config=config, objective=objective, no_decay_tokens=True,
+        begin=lambda: setup.begin(objective.backbone),
+        batches=lambda steps: setup.training_batches(source, 1, steps), num_micro=1,  # batch norm sees all of it
+        num_samples=num_samples, describe=setup.train.describe, evaluate=look, device=setup.device,
+    )  # fmt: skip
+
+
+def stored(setup: Setup, objective: ProbeHeads) -> Features:
+    """The features of the training split, computed and written where they are missing.
+
+    Raises ValueError when what is there came from another state of the start, or the disk has no room.
+    """
+    folder = setup.run.path / "features"
+    features = Features(folder / setup.train.fingerprint, setup.train, objective.width, setup.device)
+    start = "random" if setup.start is None else (setup.start.path / MANIFEST).read_text()
+    key = hashlib.sha256(start.encode()).hexdigest()
+
+    def settle() -> list[int]:
+        file, missing = folder / "start.txt", features.missing()
+        if file.is_file() and file.read_text().strip() != key:
+            raise ValueError(
+                f"{folder}: holds features of another checkpoint of init_from={setup.config.init_from}, which "
+                f"has gone on since; choose another out="
+            )
+        folder.mkdir(exist_ok=True)
+        write_text(file, key + "\n")
+        needed, free = features.num_bytes * len(missing) // features.num_shards, shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(
+                f"{folder}: features take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, or leave "
+                f"out heads.attentive or some of heads.blocks"
+            )
+        if missing:
+            size = f"{len(setup.train):,} samples x {objective.width:,} numbers"
+            log.info("features: %s = %.1f MB, to %s", size, features.num_bytes / 1e6, folder)
+        return missing
+
+    if dist.run_on_rank0(settle):
+        setup.begin(objective.backbone)
+        objective.to(setup.device).backbone.eval()
+        precision = parallel.autocast(setup.config.train.precision, setup.device)
+        with dist.name_lost_ranks(lambda: "the computation of features"), torch.no_grad(), precision:
+            images, view = setup.source(setup.train), setup.view(training=False)
+            features.fill(images, view, objective.rows, dist.rank(), dist.world())
+            dist.barrier()
+    return features
+
+
+@torch.no_grad()
+def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) -> list[Contest]:
+    """Ridge regression and nearest neighbours, as the settings ask, on each kind of feature; all ranks together."""
+    settings, classes = setup.config.heads, num_classes(setup.train)
+    if not (settings.ridge or settings.knn):
+        return []
+    slices = {read: objective.columns[read] for read in objective.reads}
+    ridges = {
+        read: evaluate.Ridge(columns.stop - columns.start, classes, setup.device) for read, columns in slices.items()
+    }
+    kept: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        rows = objective.features(batch)[:, : objective.num_columns]
+        for read, ridge in ridges.items() if settings.ridge else ():
+            ridge.add(rows[:, slices[read]], batch.labels)
+        if settings.knn:
+            kept.append(rows)
+            labels.append(batch.labels)
+    contests = []
+    for (block, kind), ridge in ridges.items() if settings.ridge else ():
+        heads = [Head("ridge", None, penalty, kind, block) for penalty in PENALTIES]
+        contests.append(Contest(heads, linear(slices[block, kind], *ridge.solve(PENALTIES))))
+    if settings.knn:
+        rows, marks = dist.gather(torch.cat(kept)), dist.gather(torch.cat(labels))
+        for (block, kind), columns in slices.items():
+            bank = nn.functional.normalize(rows[:, columns], dim=1)
+            contests.append(Contest([Head("knn", None, None, kind, block)], neighbours(columns, bank, marks, classes)))
+    return contests
+
+
+def linear(columns: slice, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """Scores of several linear maps of the same columns: weight (rows, d, classes), bias (rows, classes)."""
+    return lambda rows: torch.einsum("bd,kdc->bkc", rows[:, columns].double(), weight) + bias
+
+
+def neighbours(columns: slice, bank: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """Scores by the neighbours' votes."""
+    knn = schema.KnnConfig()
+    return lambda rows: evaluate.votes((bank, labels), rows[:, columns], classes, knn.k, knn.temperature)[:, None]
+
+
+@torch.no_grad()
+def count(objective: ProbeHeads, contests: list[Contest], batches: Iterable[Batch]) -> Int[Tensor, "rows 3"]:
+    """`evaluate.hits` of every row over all ranks' batches."""
+    objective.eval()
+    counts = torch.zeros(sum(len(c.heads) for c in contests), 3, dtype=torch.int64, device=objective.dead.device)
+    for batch in batches:
+        rows = objective.features(batch)
+        with torch.autocast(rows.device.type, enabled=False):
+            scores = [score for contest in contests for score in contest.score(rows).unbind(1)]
+        counts += torch.stack([evaluate.hits(score, batch.labels) for score in scores])
+    objective.train()
+    return dist.all_reduce_sum(counts)
+
+
+def conclude(
+    setup: Setup, objective: ProbeHeads, contests: list[Contest], counts: Int[Tensor, "rows 3"],
+    numbers: dict[str, float],
+) -> None:  # fmt: skip
+    """Choose by the held-out part, test what was chosen, write heads.md, heads.json and result.json.
+
+    Raises ValueError when there is nothing to choose from.
+    """
+    assert setup.test is not None
+    dead = objective.dead.tolist() + [False] * (len(counts) - len(objective.dead))
+    heads = [(contest, place) for contest in contests for place in range(len(contest.heads))]
+    rows = [
+        {"name": contest.heads[place].name} | dataclasses.asdict(contest.heads[place])
+        | {"held_out_top1": 100 * hit / total, "diverged": gone}
+        for (contest, place), (hit, _, total), gone in zip(heads, counts.tolist(), dead, strict=True)
+    ]  # fmt: skip
+    if all(dead):
+        raise ValueError("every head of the board diverged; give lower rates in heads.lars, heads.sgd, heads.adamw")
+    best = max(range(len(rows)), key=lambda i: (not dead[i], rows[i]["held_out_top1"]))
+    contest, place = heads[best]
+    alone = Contest([contest.heads[place]], lambda features: contest.score(features)[:, place : place + 1])
+    tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test)))[0]
+    low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
+    result = {"verb": "probe", "chosen": rows[best]["name"], "held_out_top1": rows[best]["held_out_top1"]}
+    result |= evaluate.percentages(tested) | {"interval": [round(low, 4), round(high, 4)]}
+    result |= {"num_held_out": int(counts[best, 2]), "diverged": sum(dead), "table": "heads.md"}
+    if dist.is_main():
+        write_text(setup.run.path / "heads.json", json.dumps(result | {"rows": rows}, indent=1) + "\n")
+        write_text(setup.run.path / "heads.md", markdown(setup.config, result, rows))
+    setup.run.finish(numbers | result)
+
+
+def markdown(config: schema.ProbeConfig, result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table for people, the best first."""
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:g}"
+
+    low, high = result["interval"]
+    lines = [
+        f"# Probe board of {config.model.name} from {config.init_from}",
+        "",
+        f"Chosen on {result['num_held_out']:,} held-out training images: **{result['chosen']}**. Of the "
+        f"{result['num_test_images']:,} test images, looked at once, with it alone: top-1 {result['top1']:.2f} % "
+        f"(95 % interval {low:.2f} to {high:.2f}), top-5 {result['top5']:.2f} %.",
+        "",
+        "| held-out top-1 % | method | base lr | weight decay | features | block |",
+        "|---:|---|---:|---:|---|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["diverged"], -row["held_out_top1"])):
+        top1 = "diverged" if row["diverged"] else f"{row['held_out_top1']:.2f}"
+        values = (row["method"], cell(row["base_lr"]), cell(row["weight_decay"]), row["features"], str(row["block"]))
+        lines.append(f"| {' | '.join((top1, *values))} |")
+    lines += ["", "The weight decay of ridge regression is its penalty, as a multiple of the features' mean variance."]
+    return "\n".join(lines) + "\n"

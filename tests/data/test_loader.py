@@ -1,0 +1,176 @@
+"""Loader: a batch depends on its (epochs, ids) alone; bad samples are replaced and named, cut shards refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Tars
+
+from mae_dist import schema
+from mae_dist.batch import Batch
+from mae_dist.data import index, loader
+from mae_dist.data.order import Order, plan
+from mae_dist.data.views import View
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+
+
+def view(crop: str = "resized", size: int = 24, training: bool = True) -> View:
+    return View(schema.ViewConfig(crop=crop), size, MEAN, STD, seed=3, training=training)  # pyright: ignore
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def steps(data: index.ShardIndex, first: int, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(plan(Order(1, data.counts, 2), range(first, last), 6, 2, 0, 1))
+
+
+@pytest.mark.parametrize(("workers", "start"), [(0, 2), (1, 0), (2, 0), (2, 3)])
+def test_streamed_batches_depend_on_neither_workers_nor_start(tars: Tars, workers: int, start: int) -> None:
+    data = tars([4, 5, 3], size=None, extension="jpg")
+    whole = list(loader.TarSource(data, CPU, 0).batches(steps(data, 0, 5), view()))
+    batches = list(loader.TarSource(data, CPU, workers).batches(iter(steps(data, start, 5)), view()))
+    assert len(whole) == 10
+    assert len(batches) == 10 - 2 * start
+    assert all(same(a, b) for a, b in zip(batches, whole[2 * start :], strict=True))
+    for batch, (epochs, ids) in zip(whole, steps(data, 0, 5), strict=True):
+        assert batch.ids.tolist() == ids.tolist()
+        assert batch.epochs.tolist() == epochs.tolist()
+        assert batch.labels.tolist() == (ids % 3).tolist()
+        assert batch.images.shape == (3, 3, 24, 24)
+        assert batch.images.dtype == torch.float32
+        assert not batch.bad.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_the_same_on_any_number_of_ranks_from_any_step(tars: Tars, workers: int) -> None:
+    """Every pixel, box, id and epoch of the global batch; 7 images a step, which none of the worlds divides."""
+    data = tars([4, 5, 3], size=None, extension="jpg")
+    order = Order(1, data.counts, 2)
+
+    def stream(first: int, world: int, workers: int, micro: int) -> list[Batch]:
+        ranks = [
+            list(loader.TarSource(data, CPU, workers).batches(plan(order, range(first, 5), 7, micro, r, world), view()))
+            for r in range(world)
+        ]
+        whole = []
+        for step in range(5 - first):
+            parts = [batch for batches in ranks for batch in batches[step * micro : (step + 1) * micro]]
+            whole.append(Batch(*(torch.cat(part) for part in zip(*parts, strict=True))))
+        return whole
+
+    reference = stream(0, world=1, workers=0, micro=1)
+    for world, first, micro in ((1, 0, 3), (2, 0, 1), (2, 3, 2), (3, 1, 1), (4, 0, 1), (4, 4, 1)):
+        found = stream(first, world, workers, micro)
+        assert all(same(a, b) for a, b in zip(found, reference[first:], strict=True)), (world, first, micro)
+
+
+def test_a_sample_looks_the_same_in_any_company(tars: Tars) -> None:
+    data = tars([4, 4])
+    epochs, ids = np.array([0, 0, 2, 0]), np.array([5, 1, 5, 7])
+    for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
+        (together,) = source.batches([(epochs, ids)], view())
+        for i in range(4):
+            (alone,) = source.batches([(epochs[i : i + 1], ids[i : i + 1])], view())
+            assert torch.allclose(alone.images[0], together.images[i], atol=1e-6)
+        assert not torch.allclose(together.images[0], together.images[2], atol=1e-2)  # another epoch, another crop
+
+
+@pytest.mark.parametrize("crop", ["resized", "pad"])
+@pytest.mark.parametrize("training", [True, False])
+def test_resident_and_streamed_agree(tars: Tars, crop: str, training: bool) -> None:
+    data = tars([4, 5, 3], broken={2, 6})
+    streamed = list(loader.TarSource(data, CPU, 0).batches(steps(data, 0, 4), view(crop, 32, training)))
+    resident = list(loader.InMemorySource(data, CPU).batches(steps(data, 0, 4), view(crop, 32, training)))
+    for a, b in zip(streamed, resident, strict=True):
+        assert same(Batch(b.images, *a[1:]), b)
+        close = (a.images - b.images).abs() * torch.tensor(STD)[:, None, None] * 255 < 1.5
+        assert (
+            close.float().mean() > 0.98
+        )  # the rest: Pillow clips saturated pixels in another order when boxes are high
+        if crop == "pad" and training:
+            assert close.all()
+
+
+def test_open_source_chooses_by_size(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tars([3])
+    assert isinstance(loader.open_source(data, CPU, 0), loader.InMemorySource)
+    monkeypatch.setattr(loader, "RESIDENT_BYTES", 3 * 32 * 32 * 3 - 1)
+    assert isinstance(loader.open_source(data, CPU, 0), loader.TarSource)
+
+
+def test_images_of_another_size_than_promised_are_refused(tars: Tars) -> None:
+    data = tars([3])
+    object.__setattr__(data.dataset, "image_size", (32, 31))
+    with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size \(32, 31\)"):
+        loader.InMemorySource(data, CPU)
+
+
+@pytest.mark.parametrize("kind", ["streamed", "resident"])
+def test_truncated_jpegs_are_replaced_by_their_neighbour(
+    tars: Tars, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Sample 3 is the last of its shard: its neighbour is the first of the same shard. 5 and 6 follow each other."""
+    data = tars([4, 4], extension="jpg", broken={3, 5, 6})
+    with caplog.at_level(logging.WARNING):
+        source = loader.TarSource(data, CPU, 0) if kind == "streamed" else loader.InMemorySource(data, CPU)
+        ids = np.arange(8)
+        (batch,) = source.batches([(np.zeros(8, dtype=np.int64), ids)], view("center", 32, training=False))
+    assert batch.ids.tolist() == list(range(8))
+    assert batch.bad.tolist() == [i in (3, 5, 6) for i in range(8)]
+    encoder_mask_token = [0, 1, 2, 0, 4, 7, 7, 7]
+    assert batch.labels.tolist() == [i % 3 for i in encoder_mask_token]
+    assert torch.equal(batch.images, batch.images[encoder_mask_token])
+    others = [0, 1, 2, 4, 7]
+    assert all(not torch.equal(batch.images[i], batch.images[j]) for i in others for j in others if i != j)
+    for name in ("s0003.jpg in x-0.tar", "s0005.jpg in x-1.tar", "s0006.jpg in x-1.tar"):
+        assert name in caplog.text
+    assert "s0004" not in caplog.text
+
+
+def test_a_shard_without_a_readable_sample_is_an_error(tars: Tars) -> None:
+    data = tars([2, 3], broken={2, 3, 4})
+    with pytest.raises(ValueError, match=r"s0003\.png in x-1\.tar: no sample of this tar can be read"):
+        loader.read(data, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_cut_after_indexing_is_an_error_that_names_it(
+    tars: Tars, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tars([4, 4])
+    tar = Path(data.tars[1])
+    tar.write_bytes(tar.read_bytes()[:-12_000])
+    with pytest.raises(ValueError, match=r"^\S*x-1\.tar: ends inside a sample; it was changed or cut"):
+        list(loader.TarSource(data, CPU, workers).batches(steps(data, 0, 2), view()))
+    with pytest.raises(ValueError, match=r"x-1\.tar"):
+        loader.InMemorySource(data, CPU)
+    with pytest.raises(ValueError, match="was changed or cut"):
+        index.open_split(str(tar.parent), "train")
+    assert "stands in" not in caplog.text
+
+
+@pytest.mark.parametrize("num", [1, 5, 16, 23])
+def test_evaluation_takes_each_sample_once(num: int) -> None:
+    for world in (1, 2, 3, 7):
+        shares = [list(loader.evaluation_plan(num, 4, rank, world)) for rank in range(world)]
+        parts = [part for share in shares for part in share]
+        assert [i for _, ids in parts for i in ids.tolist()] == list(range(num))
+        assert all(len(ids) <= 4 and not epochs.any() for epochs, ids in parts)
+        assert len({len(share) for share in shares}) == 1, "ranks that share a model compute together"
+
+
+def test_a_batch_of_nothing_is_a_batch(tars: Tars) -> None:
+    data, nothing = tars([4]), np.array([], dtype=np.int64)
+    for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
+        (batch,) = source.batches([(nothing, nothing)], view(training=False))
+        assert batch.images.shape == (0, 3, 24, 24)
+        assert batch.size == 0

@@ -1,0 +1,337 @@
+"""The report and its curves: self-contained, well-formed, true to the numbers, and escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+
+from mae_dist import config, image_grid
+from mae_dist.monitor import report, svg
+from mae_dist.run import jobs
+
+EVIL = '<script>alert("&")</script>'
+
+
+def make_run(path: Path, verb: str = "pretrain", *overrides: str, num_steps: int = 40) -> Path:
+    """A small RunDir as the real stages write it: 128 images a step, 10 steps an epoch, 640 images a second."""
+    always = [f"out={path}", "data.path=/data", "model.name=vit_p4_d128", "train.global_batch=128"]
+    settings = config.load(verb, None, [*always, *overrides])
+    path.mkdir(parents=True)
+    head = yaml.safe_dump({"verb": verb, "data_fingerprint": "abc"}, sort_keys=False)
+    (path / "config.yaml").write_text(head + config.dump(settings))
+    same = {"lr": 1e-3, "grad_norm": 0.5, "images_per_second": 640.0, "data_wait": 0.05}
+    steps = range(1, num_steps + 1)
+    write_lines(path / "metrics.jsonl", [{"step": step, "epoch": step / 10, "loss": 1 / step} | same for step in steps])
+    return path
+
+
+def write_lines(file: Path, lines: list[dict[str, Any]], cut: str = "") -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
+
+
+def finish(path: Path, **numbers: Any) -> Path:
+    (path / "result.json").write_text(json.dumps(numbers))
+    return path
+
+
+def render(*paths: Path) -> str:
+    return report.page(report.read_runs(paths), "A title", "today")
+
+
+def cells(html: str, name: str) -> list[str]:
+    """The texts of a run's row in the summary table."""
+    row = next(r for r in re.findall(r"<tr>(.*?)</tr>", html) if f" {name}</span>" in r)
+    return [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+
+
+def figures(html: str) -> list[tuple[str, ElementTree.Element]]:
+    """The plots of a page with their titles, parsed as XML, in order."""
+    found = [ElementTree.fromstring(f) for f in re.findall(r'<figure class="plot.*?</figure>', html, re.DOTALL)]
+    return [((figure.findtext("figcaption") or "").strip(), figure) for figure in found]
+
+
+class Checker(HTMLParser):
+    """Holds open tags against closing ones, and collects every address that a browser would load."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> list[Path]:
+    """A pretraining with pictures and a resume, and a probe from it beside one from random."""
+    pretrain = finish(make_run(tmp_path / "mae"), verb="pretrain", loss=0.4123, steps=40)
+    starts = [{"step": s, "time": "2026-07-10T12:00:00", "hostname": EVIL, "world": 2} for s in (0, 17)]
+    starts[1] |= {"reached": 20, "away": 93.0}
+    write_lines(pretrain / "provenance.jsonl", starts)
+    rewind = {"time": "2026-07-10T11:00:00", "step": 9, "to": 6, "nonfinite": [7, 8, 9], "left_out": [3]}
+    write_lines(pretrain / "rewinds.jsonl", [rewind])
+    end = {"time": "2026-07-10T11:58:20", "state": "stopped", "why": "stopped and saved at step 17"}
+    write_lines(pretrain / "ends.jsonl", [end])
+    jobs.note_submission(pretrain, jobs.Submission("7", str(pretrain / "jobs"), "1", 1, "2026-07-10T10:00:00"))
+    notes = [("told", "11:58:19", {"by": "SIGUSR2"}), ("requeue", "11:58:21", {"why": "stopped and saved"})]
+    lines = [{"event": event, "start": 0, "time": f"2026-07-10T{time}"} | facts for event, time, facts in notes]
+    write_lines(pretrain / "jobs" / "7_0.jsonl", lines)
+    (pretrain / "pictures").mkdir()
+    for step in range(1, 21):
+        image = np.full((8, 8, 3), step, np.uint8)
+        image_grid.sheet([[image]], tile=16).save(pretrain / "pictures" / f"reconstruction-{step:09d}.png")
+    probes = []
+    for name, start, top1 in (("probe-mae", str(pretrain), 31.25), ("probe-random", "random", 20.5)):
+        run = make_run(tmp_path / name, "probe", f"init_from={start}")
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": 40, "epoch": 4.0, "test_top1": top1, "test_top5": 60.125}) + "\n")
+        probes.append(finish(run, verb="probe", top1=top1, top5=60.125, num_test_images=2000, loss=2.75))
+    return [pretrain, *probes]
+
+
+def test_page_is_well_formed_and_loads_nothing(family: list[Path]) -> None:
+    html = render(*family)
+    checked = Checker(html)
+    assert checked.addresses  # the pictures
+    assert all(address.startswith("data:image/png;base64,") for address in checked.addresses)
+    assert not checked.tags & {"script", "link", "iframe", "object", "base"}
+    assert "@import" not in html
+    assert "url(" not in html
+    always = ["Learning rate", "Gradient norm", "Throughput", "Waiting for data"]
+    assert [title for title, _ in figures(html)] == ["Loss", *always, "Loss", "Test top-1", "Test top-5", *always]
+
+
+def test_summary_has_the_numbers(family: list[Path]) -> None:
+    html = render(*family)
+    tail = ["0", "640", "8 s", "finished"]
+    numbers = ["4", "40", "&ndash;", "&ndash;", "0.4123", "&ndash;"]
+    assert cells(html, "mae") == ["mae", "pretrain", "vit_p4_d128", "random", *numbers, *tail]
+    numbers = ["4", "40", "31.25", "60.12", "2.75", "2,000"]
+    assert cells(html, "probe-mae") == ["probe-mae", "probe", "vit_p4_d128", "mae", *numbers, *tail]
+    assert "per-patch variance" in html
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8, "8 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (9e5, "250 h")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_pair_shows_the_difference_in_points(family: list[Path]) -> None:
+    html = render(*family)
+    (card,) = re.findall(r'<article class="pair">.*?</article>', html)
+    assert "+10.75 <small>points top-1" in card
+    error = math.sqrt(31.25 * 68.75 / 2000 + 20.5 * 79.5 / 2000)
+    assert f"{error:.2f} points" in card
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes"), [("probe", ["train.seed=1"]), ("probe", ["optim.base_lr=0.2"]), ("finetune", [])]
+)
+def test_runs_that_differ_in_more_than_the_start_are_no_pair(tmp_path: Path, verb: str, changes: list[str]) -> None:
+    one = finish(make_run(tmp_path / "a", "probe", "init_from=mae"), top1=2.0, num_test_images=10)
+    other = finish(make_run(tmp_path / "b", verb, "init_from=random", *changes), top1=1.0, num_test_images=10)
+    same = finish(make_run(tmp_path / "c", "probe", "init_from=random", "data.path=/mnt"), top1=1.0, num_test_images=10)
+    found = report.pairs(report.read_runs([one, other, same]))
+    assert [(random.name, run.name) for random, run in found] == [("c", "a")]
+
+
+def test_everything_is_escaped(tmp_path: Path, family: list[Path]) -> None:
+    evil = make_run(tmp_path / "<b>&'bold", num_steps=3)
+    html = report.page(report.read_runs([*family, evil]), EVIL, "today")
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") >= 4  # title twice, hostname, incident
+    assert "<b>&" not in html
+    assert "&lt;b&gt;&amp;&#x27;bold" in html
+    Checker(html)
+
+
+def test_starts_and_rewinds_are_told_in_order(family: list[Path]) -> None:
+    text = re.sub("<[^>]*>", " ", render(*family))
+    parts = [
+        "went back to step 6: 3 steps were not finite; 1 samples left out", "told to stop by SIGUSR2",
+        "stopped: stopped and saved at step 17", "to be started again: stopped and saved",
+        "2 ranks; 3 steps done again, 1.6 min after the last one",
+    ]  # fmt: skip
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_incomplete_runs_say_how_far_they_came(tmp_path: Path) -> None:
+    started = make_run(tmp_path / "started", num_steps=0)
+    by_epochs = make_run(tmp_path / "by_epochs", "pretrain", "train.epochs=12")
+    by_steps = make_run(tmp_path / "by_steps", "pretrain", "train.steps=50")
+    html = render(started, by_epochs, by_steps)
+    assert cells(html, "started")[-1] == "incomplete, no step yet"
+    assert cells(html, "by_epochs")[-1] == "incomplete at step 40 of 120"  # ten steps an epoch
+    assert cells(html, "by_steps")[-1] == "incomplete at step 40 of 50"
+    (started / "metrics.jsonl").unlink()
+    assert "Curves" not in render(started)
+
+
+def test_a_half_written_line_is_ignored_and_a_broken_one_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.25}]
+    write_lines(run / "metrics.jsonl", lines, cut='{"step": 4, "lo')
+    (read,) = report.read_runs([run])
+    assert report.points(read, "loss") == [(1, 0.5), (3, 0.25)]
+    assert read.num_unreadable == 0
+    write_lines(run / "metrics.jsonl", lines, cut='{"step": 4, "lo\n{"step": 3, "loss": 0.125}\n')
+    (read,) = report.read_runs([run])
+    assert report.points(read, "loss") == [(1, 0.5), (3, 0.125)]  # the later line of a step counts
+    assert "1 unreadable lines" in render(run)
+
+
+def test_data_wait_is_a_share_of_the_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_steps=1)  # a step takes 0.2 s, of which 0.05 s waiting
+    (read,) = report.read_runs([run])
+    assert report.data_wait(read) == [(1, pytest.approx(25.0))]
+
+
+def test_resumes_are_marked(family: list[Path]) -> None:
+    html = render(*family)
+    marks = [
+        [mark.findtext("title") for mark in figure.iterfind(".//g") if mark.get("class", "").startswith("mark")]
+        for _, figure in figures(html)
+    ]
+    assert marks[:5] == [["mae: resumed at step 17"]] * 5  # the plots of pretrain
+    assert marks[5:] == [[]] * 7
+
+
+def test_gallery_shows_the_latest_and_some_earlier_pictures(family: list[Path]) -> None:
+    html = render(family[0])
+    steps = [int(s) for s in re.findall(r'alt="reconstruction of mae at step (\d+)"', html)]
+    assert steps[0] == 20
+    assert steps[1] == 1
+    assert len(steps) == 1 + report.EARLIER_PICTURES
+    assert steps[1:] == sorted(set(steps[1:]))
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
+    assert [run.name for run in report.read_runs([one, two, one])] == [str(one), str(two)]
+
+
+@pytest.mark.parametrize("text", [None, "- a\n- b\n", "out: somewhere\n", "verb: [\n"])
+def test_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml") as caught:
+        report.write([tmp_path], tmp_path / "out.html", "t")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_damaged_result_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "result.json").write_text('{"top1": 3')
+    with pytest.raises(ValueError, match=r"result\.json.*leave the run out"):
+        render(run)
+
+
+def test_the_verb_writes_into_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    assert report.main([str(one), str(two)]) == 0
+    assert capsys.readouterr().out.strip() == str(one / "report.html")
+    assert "<title>one, two</title>" in (one / "report.html").read_text()
+    assert not list(one.glob(".report*"))
+    out = tmp_path / "new" / "my.html"
+    assert report.main([str(two), "--out", str(out), "--title", "Mine"]) == 0
+    assert "<title>Mine</title>" in out.read_text()
+    with pytest.raises(ValueError, match="is a folder"):
+        report.main([str(two), "--out", str(tmp_path)])
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, mae_dist.monitor.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("num_points", [0, 1, 7, 500, 501, 999, 12_345])
+def test_downsample_keeps_count_mean_order_and_extremes(num_points: int) -> None:
+    ys = np.random.default_rng(num_points).normal(size=num_points)
+    points = list(enumerate(ys.tolist()))
+    bins = svg.downsample(points, 500)
+    assert len(bins) == min(num_points, 500)
+    assert all(a.x < b.x for a, b in pairwise(bins))
+    assert all(b.low <= b.y + 1e-12 and b.y <= b.high + 1e-12 for b in bins)
+    if num_points <= 500:
+        assert [(b.x, b.y) for b in bins] == points
+    else:
+        assert min(b.low for b in bins) == ys.min()
+        assert max(b.high for b in bins) == ys.max()
+        sizes = np.diff([i * num_points // 500 for i in range(501)])
+        assert np.average([b.y for b in bins], weights=sizes) == pytest.approx(ys.mean())
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.37, 1.02), (0, 1.5e-4), (-3, 12_345), (5, 5), (0, 0), (1e6, 1e6 + 1)]
+)
+def test_ticks_are_round_and_cover(low: float, high: float) -> None:
+    values = svg.ticks(low, high)
+    step = values[1] - values[0]
+    slack = 1e-6 * step
+    assert values[0] <= low + slack
+    assert values[-1] >= high - slack
+    assert 2 <= len(values) <= 8
+    assert np.allclose(np.diff(values), step)
+    mantissa = step / 10 ** math.floor(math.log10(step * (1 + 1e-9)))
+    assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5)) < 1e-6
+
+
+def test_plot_draws_every_point_of_a_short_series_inside_its_axes() -> None:
+    points = [(0, 3.0), (10, 1.0), (20, 2.0)]
+    figure = ElementTree.fromstring(svg.plot("T", [svg.Series(EVIL, 1, points, marks=[10])], zero=True))
+    line = figure.find(".//g[@class='c1']/polyline")
+    assert line is not None
+    drawn = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    width = 460 - svg.LEFT - svg.RIGHT
+    height = 220 - svg.TOP - svg.BOTTOM
+    assert [x for x, _ in drawn] == [0, width / 2, width]
+    assert [y for _, y in drawn] == pytest.approx([height * (1 - y / 3) for _, y in points], abs=0.1)
+    tooltips = [t.text or "" for t in figure.iterfind(".//rect[@class='hover']/title")]
+    assert [t.splitlines() for t in tooltips] == [[f"step {x}", f"{EVIL}: {y:g}"] for x, y in points]
+    legend = figure.find("ul")
+    assert legend is not None
+    assert "".join(legend.itertext()) == f"{EVIL} 2"
+
+
+def test_long_series_stay_small_and_keep_a_band() -> None:
+    points = [(step, math.sin(step)) for step in range(100_000)]
+    text = svg.plot("T", [svg.Series("long", 8, points)], wide=True)
+    assert len(text) < 60_000
+    assert 'class="band c1"' in text
+    assert "stroke-dasharray" in text  # the ninth curve shares a colour with the second, and differs in dashes
+    assert text.count('class="hover"') <= svg.MAX_TOOLTIPS
+    assert svg.plot("T", [svg.Series("none", 0, [])]) == ""

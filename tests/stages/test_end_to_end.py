@@ -1,0 +1,361 @@
+"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, mistakes in words."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from running import MAE, SETTINGS, command, environment, losses, ranks_of, records, refused, start, weights
+
+from mae_dist.__main__ import main
+from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.models.vit import class_and_grid
+from mae_dist.schema import SCHEMAS
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 160 training and 40 test images."""
+    folder = tmp_path_factory.mktemp("data") / "set"
+    pack(from_synthetic(160, 40), folder, shard_size=50)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pretraining run of 6 steps."""
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    words = ["pretrain", f"data.path={data}", f"out={out}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    assert main(words) == 0
+    return out
+
+
+def test_a_rank_that_meets_nobody_says_so() -> None:
+    impatient = (
+        "from datetime import timedelta; from mae_dist import dist; "
+        "dist.LEAST_PATIENCE = timedelta(seconds=1); dist.setup(timeout=0.5)"
+    )
+    alone = environment() | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-c", impatient], env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RankLostError: rank 1 did not meet the others within 1 s of its start" in done.stderr
+
+
+@pytest.mark.slow
+def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    """On three ranks, as a sum of two is the same in either order."""
+
+    def words(out: str) -> list[str]:
+        return ["pretrain", f"data.path={data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
+                "checkpoint.every=7", "machine.processes=3", "train.ema=0.9"]  # fmt: skip
+
+    start(*words("undisturbed"))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    saved = killed / "checkpoints/step-000000014"  # written in the background, so it may be there later than step 16
+    while not (saved.is_dir() and len(losses(killed)) >= 16):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "SIGKILL" in said
+    assert "the same command goes on" in said
+    assert not (killed / "result.json").exists()
+    with (killed / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
+
+    said = start(*words("killed")).stderr
+    assert "resumed at step" in said
+    assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 61))
+    assert losses(killed) == losses(tmp_path / "undisturbed")
+    first, second = weights(tmp_path / "undisturbed"), weights(killed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "ema.backbone.cls_token" in first
+    starts = [json.loads(line)["step"] for line in (killed / "provenance.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[0] == 0
+    assert starts[1] >= 14
+    assert starts[1] % 7 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
+    data: Path, tmp_path: Path, number: signal.Signals, whom: str
+) -> None:
+    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=400", "machine.processes=2"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(*words, f"out={run}"), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").is_file() and len(losses(run)) >= 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    pid = process.pid if whom == "launcher" else ranks_of(process)[-1]
+    os.kill(pid, number)
+    while whom == "rank" and process.poll() is None:  # again and again, also while it leaves
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.002)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    step = len(losses(run))
+    assert f"stopped and saved at step {step}" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:09d}"]
+    assert not (run / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_with_its_step(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
+             "machine.processes=3", "machine.timeout=3"]  # fmt: skip
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "run/metrics.jsonl").is_file() and len(losses(tmp_path / "run")) >= 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    victim = ranks_of(process)[1]
+    hung = Path(f"/proc/{victim}/environ").read_text().split("\0RANK=")[1].split("\0")[0]
+    os.kill(victim, signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
+    assert process.returncode == 1, said
+    step = len(losses(tmp_path / "run")) + 1
+    assert f"rank {hung} did not answer at step {step}: hung or gone" in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3", "train.steps=12",
+             "machine.processes=2"]  # fmt: skip
+    start(*words, f"out={tmp_path / 'undisturbed'}")
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command(*words)]  # KiB a file
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert done.returncode == 2
+    assert "the checkpoint of step 3 could not be written" in done.stderr
+    assert "the run goes on" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("mae-dist: the checkpoint of step 12 could not be written")
+    assert len(losses(run)) == 12
+    assert not list((run / "checkpoints").iterdir())
+    start(*words)
+    assert losses(run) == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_probe_is_the_same_on_any_world(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = ["probe", f"data.path={data}", f"init_from={pretrained}", *SETTINGS, "train.steps=6", "optim.base_lr=30"]
+    start(*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3")
+    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
+    for name in ("model.norm.running_mean", "model.norm.running_var", "model.head.weight"):
+        torch.testing.assert_close(three[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+EVERYTHING = [
+    "view.crop=pad", "view.randaugment=rand-m9-mstd0.5-inc1", "view.random_erasing=0.5", "mix.mixup=0.8",
+    "mix.cutmix=1", "train.label_smoothing=0.1", "model.drop_path=0.2", "train.ema=0.9", "train.clip_grad=1",
+    "optim.base_lr=1e-2",
+    "train.global_batch=22", "train.steps=6", "machine.workers=1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(data: Path, tmp_path: Path) -> None:
+    """Pairs are mixed whole though shares are 6, 6, 6 and 4, or 4 and 4 at once."""
+    shared = ["finetune", f"data.path={data}", "init_from=random", *SETTINGS, *EVERYTHING]
+    start(*shared, f"out={tmp_path / 'one'}")
+    start(*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0")
+    hsdp = ["machine.processes=4", "machine.strategy=hsdp", "machine.shards=2"]
+    start(*shared, f"out={tmp_path / 'four'}", *hsdp)
+    for other in ("parts", "four"):
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, parts = weights(tmp_path / "one"), weights(tmp_path / "parts")
+    for name in ("ema.head.weight", "ema.backbone.patch_embed.proj.weight"):
+        torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = [f"data.path={data}", *SETTINGS]
+    training = ["train.steps=4", "train.precision=bf16"]
+    alone = ["machine.strategy=hsdp", "machine.shards=1"]
+    for verb, settings in {"knn": alone, "probe": training, "finetune": [*training, "model.drop_path=0.1"]}.items():
+        for source in (str(pretrained), "random"):
+            out = tmp_path / f"{verb}-{Path(source).name}"
+            assert main([verb, *shared, *settings, "model.pool=avg", f"init_from={source}", f"out={out}"]) == 0
+            result = json.loads((out / "result.json").read_text())
+            assert result["verb"] == verb
+            assert result["num_test_images"] == 40
+            assert 0 <= result["top1"] <= result["top5"] <= 100
+    moved, fresh = weights(tmp_path / "finetune-pretrained"), weights(pretrained)
+    backbone = "model.backbone.blocks.0.mlp.fc1.weight"
+    probed = weights(tmp_path / "probe-pretrained")
+    assert torch.equal(probed[backbone], fresh[backbone]), "a probe must not move the backbone"
+    assert not torch.equal(moved[backbone], fresh[backbone])
+    assert sorted((pretrained / "pictures").glob("reconstruction-*.png"))
+    assert main(["report", str(pretrained), str(tmp_path / "probe-random")]) == 0
+
+
+def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    shared, small = [f"data.path={data}", *SETTINGS, "train.steps=1"], tmp_path / "small"
+    assert main(["pretrain", *shared, *MAE, "train.ema=0.5", "model.image_size=16", f"out={small}"]) == 0
+    learned = ["finetune", *shared, f"init_from={small}", "model.position=learned", "optim.base_lr=1e-9"]
+    assert main([*learned, f"out={tmp_path / 'large'}"]) == 0
+    assert f"init_from={small}: its averaged weights" in caplog.text
+    assert f"init_from={small}: positions of 4 x 4 patches resized (bicubic) for 8 x 8" in caplog.text
+    old, new = weights(small), weights(tmp_path / "large")
+    grid = old["model.backbone.pos_embed"][:, 1:].reshape(1, 4, 4, 128).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)
+    expected = torch.cat([old["model.backbone.pos_embed"][:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    torch.testing.assert_close(new["model.backbone.pos_embed"], expected, rtol=0, atol=1e-6)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(new[f"model.{name}"], old[f"ema.{name}"], rtol=0, atol=1e-6)
+    assert not torch.equal(old[f"model.{name}"], old[f"ema.{name}"])
+
+    for start, how in ((small, "computed"), (tmp_path / "large", "resized (bicubic)")):
+        wanted = [f"init_from={start}", "model.image_size=24"]
+        assert main(["probe", *shared, *wanted, f"out={tmp_path / start.name}-probe"]) == 0
+        side = 4 if start == small else 8
+        assert f"init_from={start}: positions of {side} x {side} patches {how} for 6 x 6" in caplog.text
+    found = weights(tmp_path / "small-probe")["model.backbone.pos_embed"]
+    assert torch.equal(found, class_and_grid(128, (6, 6)))
+
+    mixer = ["model.name=mixer_demo4", "train.global_batch=8"]
+    assert main(["pretrain", *shared, *MAE, *mixer, f"out={tmp_path / 'mixer'}"]) == 0
+    line = refused(
+        capsys, "knn", *shared, *mixer, f"init_from={tmp_path / 'mixer'}", "model.image_size=16", "out=/nowhere"
+    )
+    assert "model.image_size=16" in line
+    assert "mixer_demo4 is bound to its grid; set model.image_size=32" in line
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
+    words = [
+        "pretrain",
+        f"data.path={data}",
+        f"out={pretrained}",
+        *SETTINGS,
+        *MAE,
+        "train.steps=6",
+        "checkpoint.every=3",
+    ]
+    assert main(words) == 0
+    assert "pretrain is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
+
+
+def test_mistakes_end_with_one_line_and_nothing_written(
+    data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shared = [*SETTINGS, f"out={out}", "train.steps=2"]
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    unlabelled = tmp_path / "unlabelled"
+    shutil.copytree(data, unlabelled)
+    description = json.loads((unlabelled / "dataset.json").read_text())
+    for shard in description["splits"]["train"]:
+        shard["num_labelled"] = 0
+    (unlabelled / "dataset.json").write_text(json.dumps(description))
+    here = f"data.path={data}"
+    cases = [
+        (["pretrain", "data.path=/nowhere"], ["data.path=/nowhere", "no such folder"]),
+        (["pretrain", f"data.path={tmp_path}/*.tar"], ["not indexed yet", "mae-dist data index"]),
+        (["pretrain", f"data.path={tmp_path}/none-*.tar"], ["no file matches"]),
+        (["pretrain", here, "data.split=dev"], ["no split 'dev'", "test, train"]),
+        (["pretrain", here, "model.image_size=30"], ["model.image_size=30", "patch size 4", "28 or 32"]),
+        (["pretrain", here, "model.name=vit_tii4"], ["model.name=vit_tii4", "vit_ti4"]),
+        (["pretrain", here, "train.global_batch=1", "machine.processes=2"], ["2 processes", "train.global_batch=1"]),
+        (
+            ["probe", f"data.path={unlabelled}", f"init_from={pretrained}"],
+            ["160 of 160 samples have no label", "probe"],
+        ),
+        (["probe", here, "init_from=/nowhere"], ["init_from=/nowhere", "no such folder"]),
+        (["knn", here, f"init_from={data}"], [f"init_from={data}", "no run"]),
+        (["finetune", here, f"init_from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
+        (
+            ["finetune", here, f"init_from={pretrained}", "model.train_blocks=5"],
+            ["model.train_blocks=5", "the model's 4"],
+        ),
+        (["pretrain", here, "mae.masking=grid", "mae.mask_ratio=0.6"], ["mae.masking=grid", "0.75 (not 0.6)"]),
+        (["finetune", here, "init_from=random", "view.randaugment=strong"], ["view.randaugment=strong", "rand-m9"]),
+        (
+            ["finetune", here, "init_from=random", "model.name=mixer_demo4", "model.position=learned"],
+            ["mixer_demo4 has none"],
+        ),
+        (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
+        (["pretrian"], ["no such verb", "pretrain"]),
+    ]
+    for words, expected in cases:
+        verb, *rest = words
+        line = refused(capsys, verb, *(shared if verb in SCHEMAS else []), *rest)
+        for part in expected:
+            assert part in line, (line, part)
+    assert not out.exists()
+
+
+def test_other_settings_are_refused_with_the_fields_named(
+    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (pretrained / "config.yaml").read_bytes()
+    words = ["pretrain", f"data.path={data}", f"out={pretrained}", *SETTINGS, *MAE, "train.steps=7", "train.seed=3"]
+    line = refused(capsys, *words)
+    assert "train.steps: 6 -> 7" in line
+    assert "train.seed: 0 -> 3" in line
+    assert (pretrained / "config.yaml").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    data: Path, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(pretrained, run)
+    (run / "result.json").unlink()
+    (file,) = (run / "checkpoints" / "step-000000006").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    assert main(words) == 0
+    assert "step-000000006 is damaged" in caplog.text
+    assert losses(run) == losses(pretrained)
+    first, second = weights(run), weights(pretrained)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+    (run / "result.json").unlink()
+    for path in (run / "checkpoints").glob("step-*"):
+        (path / "manifest.json").write_text("{")
+    assert "all 2 checkpoints are damaged" in refused(capsys, *words)
+
+
+def test_torchrun_with_too_many_ranks_ends_with_one_line(data: Path, tmp_path: Path) -> None:
+    done = start("pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
+                 "machine.processes=3", check=2)  # fmt: skip
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_pretraining_on_a_gpu_resumes(data: Path, tmp_path: Path, precision: str) -> None:
+    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, f"train.precision={precision}", "checkpoint.every=3"]
+    assert main([*words, f"out={tmp_path / 'run'}", "train.steps=6"]) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
