@@ -24,7 +24,7 @@ FLOORS = [
 """Folders, and files beside them, from the ground up: each imports only from floors below its own."""
 TORCH_FREE = [
     "cli", "config", "errors", "image_grid", "model_sizes", "rng", "schema", "signals", "data.index", "data.order",
-    "data.pack", "data.synthetic", "run.jobs", "run.jsonl", "run.layout",
+    "data.pack", "data.synthetic", "run.events", "run.jobs", "run.jsonl", "run.layout",
 ]  # fmt: skip
 """Modules that import no torch, beside all of monitor/."""
 

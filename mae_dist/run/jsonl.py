@@ -1,1 +1,136 @@
-"""Placeholder, filled in the next commit."""
+"""Small files on disk: JSON Lines that stay readable after a kill or on a full disk, and atomic writes. No torch.
+
+The only place that reads, appends to and cuts a .jsonl file. A line counts if it is whole: a JSON object that ends with
+a newline. Others, which a kill, a full disk or a bad disk leaves, are skipped. Long files are read from their end, so a
+resume at step 10^6 takes no longer than one at step 10.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+STEP, EVALUATION = "step", "evaluation"
+"""Values of the field `kind` in a metrics.jsonl."""
+TAIL = 2**16
+"""Bytes of the end of a file that `tail` reads."""
+
+
+def parse(line: bytes) -> Record | None:
+    """The record in a line with its newline; None for a line that is not whole."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file, oldest first; [] where there is no such file."""
+    return read_counting(path)[0]
+
+
+def read_counting(path: Path) -> tuple[list[Record], int]:
+    """All records of a file, and how many lines are damaged. A last line without newline, still being written say, does
+    not count as damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    found = [parse(line) for line in lines]
+    damaged = sum(
+        r is None and line[-1:] == b"\n" and line.strip() != b"" for r, line in zip(found, lines, strict=True)
+    )
+    return [record for record in found if record is not None], damaged
+
+
+def tail(path: Path, num_bytes: int = TAIL) -> list[Record]:
+    """The records that lie wholly in the last `num_bytes` of a file, oldest first; [] where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - num_bytes))
+        found = [parse(line) for line in stream]
+    return [record for record in found if record is not None]
+
+
+def steps(path: Path) -> list[Record]:
+    """The training steps in a metrics.jsonl, oldest first."""
+    return [record for record in read(path) if record.get("kind") == STEP]
+
+
+def records_with(path: Path, key: str) -> list[Record]:
+    """The records that have the field `key`, oldest first; other lines are not parsed."""
+    found, word, place = [], f'"{key}": '.encode(), 0
+    with _mapped(path) as content:
+        while (place := content.find(word, place)) >= 0:
+            start, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place) + 1 or len(content)
+            record = parse(content[start:end])
+            if record is not None and key in record:
+                found.append(record)
+            place = end
+    return found
+
+
+def append(path: Path, *records: Record) -> None:
+    """Append records in one write, on lines of their own even where the last line of the file is torn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+        torn = stream.read(1) not in (b"\n", b"")
+        stream.write(b"\n" * torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the records of later steps, and damaged lines after the last record that stays.
+
+    Records have a field `step`, which grows; evaluations of one step or an earlier one may follow it. Reads from the
+    end as far as needed. What stays is written before the rest goes, so a kill in between loses no record.
+    """
+    path.touch()
+    evaluations: list[bytes] = []
+    with _mapped(path) as content:
+        end = size = len(content)
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            line, record = content[start:end], parse(content[start:end])
+            if record is not None and record["step"] <= step:
+                if record.get("kind") != EVALUATION:  # a step: whatever lies before it is older
+                    break
+                if line not in evaluations:  # an earlier cut may have been killed between its two writes
+                    evaluations.append(line)
+            end = start
+    with path.open("r+b") as stream:
+        stream.seek(end)
+        stream.writelines(reversed(evaluations))
+        if stream.tell() < size:
+            stream.truncate()
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a small file so that readers, also after a kill, find the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """The content of a file, mapped; an empty one cannot be."""
+    if not path.stat().st_size:
+        yield b""
+        return
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content

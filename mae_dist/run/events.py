@@ -1,0 +1,46 @@
+"""What happened to a run, as one JSON object a line in RUN/events.jsonl: {"time": ISO 8601, "event": KIND, ...}.
+
+    start    step, total_steps, ranks, data_fingerprint, git, versions, hostname, device, command; after an earlier
+             start also reached (last step recorded) and away (seconds since it was recorded)
+    stop     reason ("signal", "keyboard"), step, message
+    fail     reason ("user_error", "rank_lost", "worker_lost", "machine_fault", "out_of_memory", "crash"), rank, message
+    rewind   step, to, nonfinite (steps), left_out (sample ids)
+    submit   job, logs, nodes, tasks_per_node
+    requeue  job, start, reason ("saved", "stopped", "time_limit", "rank_lost"), by ("task", "slurm", "script"),
+             message, saved (step of the newest checkpoint)
+    finish   step
+
+The order of the lines is the order of the events. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from mae_dist.run import jsonl
+
+FILE = "events.jsonl"
+Kind = Literal["start", "stop", "fail", "rewind", "submit", "requeue", "finish"]
+Event = dict[str, Any]
+
+
+def now() -> str:
+    """The time in ISO 8601, in whole seconds with the offset of the time zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def append(run: Path, event: Kind, **fields: Any) -> None:
+    """Append an event to the file of the run in the folder `run`. Raises OSError where it cannot be written."""
+    jsonl.append(run / FILE, {"time": now(), "event": event} | fields)
+
+
+def read(run: Path) -> list[Event]:
+    """All events of the run in the folder `run`, oldest first; [] where there are none."""
+    return jsonl.read(run / FILE)
+
+
+def of(run: Path, *kinds: Kind) -> list[Event]:
+    """The events of these kinds of the run in the folder `run`, oldest first."""
+    return [event for event in read(run) if event.get("event") in kinds]

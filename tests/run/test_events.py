@@ -1,0 +1,28 @@
+"""run/events: one file says what happened to a run, in the order in which it happened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mae_dist.run import events
+
+
+def test_events_are_read_in_order_and_by_kind(tmp_path: Path) -> None:
+    assert events.read(tmp_path) == events.of(tmp_path, "start") == []
+    events.append(tmp_path, "submit", job="7")
+    events.append(tmp_path, "start", step=0)
+    events.append(tmp_path, "stop", reason="signal", step=4)
+    events.append(tmp_path, "start", step=4)
+    assert [event["event"] for event in events.read(tmp_path)] == ["submit", "start", "stop", "start"]
+    assert [event["step"] for event in events.of(tmp_path, "start", "stop")] == [0, 4, 4]
+    assert [event["job"] for event in events.of(tmp_path, "submit")] == ["7"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", e["time"]) for e in events.read(tmp_path))
+
+
+def test_events_after_a_torn_line_are_read(tmp_path: Path) -> None:
+    events.append(tmp_path, "start", step=0)
+    file = tmp_path / events.FILE
+    file.write_text(file.read_text() + '{"time": "2026-')
+    events.append(tmp_path, "fail", reason="rank_lost", rank=1, message="rank 1 did not answer")
+    assert [event["event"] for event in events.read(tmp_path)] == ["start", "fail"]

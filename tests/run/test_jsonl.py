@@ -1,0 +1,185 @@
+"""run/jsonl: files that a kill has torn stay readable; a cut keeps lines as they are; a small file is whole or old."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_dist.run import jsonl
+
+DAMAGED = [b"", b"\n", b'{"step": 8, "lo', b'{"step": 8}', b"\xff\xfe\n", b"[1]\n", b"17\n", b"{}}\n"]
+
+
+def step(number: int, **fields: Any) -> dict[str, Any]:
+    return {"kind": "step", "step": number} | fields
+
+
+def evaluation(number: int, **fields: Any) -> dict[str, Any]:
+    return {"kind": "evaluation", "step": number} | fields
+
+
+def written(path: Path, *records: dict[str, Any]) -> bytes:
+    jsonl.append(path, *records)
+    return path.read_bytes()
+
+
+def test_append_then_read(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "x.jsonl"
+    assert jsonl.read(file) == []
+    jsonl.append(file, step(1), evaluation(1))
+    jsonl.append(file, step(2))
+    assert jsonl.read(file) == [step(1), evaluation(1), step(2)]
+    assert jsonl.steps(file) == [step(1), step(2)]
+    assert file.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("end", DAMAGED)
+def test_read_and_append_after_a_torn_last_line(tmp_path: Path, end: bytes) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(written(file, step(1), step(2)) + end)
+    assert jsonl.read(file) == jsonl.tail(file) == [step(1), step(2)]
+    jsonl.append(file, step(3))
+    whole = [step(1), step(2)] + ([{"step": 8}] if end == b'{"step": 8}' else []) + [step(3)]
+    assert jsonl.read(file) == whole
+
+
+@pytest.mark.parametrize("middle", [b'{"step": 8, "lo\n', b"\xff\xfe\n", b"[1]\n", b"null\n", b"\0\0\0\n"])
+def test_read_skips_a_torn_middle_line_and_counts_it(tmp_path: Path, middle: bytes) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(written(file, step(1)) + middle + json.dumps(step(2)).encode() + b'\n\n{"step')
+    assert jsonl.read(file) == jsonl.tail(file) == jsonl.records_with(file, "step") == [step(1), step(2)]
+    assert jsonl.read_counting(file) == ([step(1), step(2)], 1)
+
+
+def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.touch()
+    assert jsonl.read(file) == jsonl.tail(file) == jsonl.steps(file) == jsonl.records_with(file, "step") == []
+    jsonl.cut_after(file, 0)
+    assert file.read_bytes() == b""
+    jsonl.append(file, step(1))
+    assert jsonl.read(file) == [step(1)]
+
+
+def test_tail_of_a_large_file_is_its_last_whole_lines(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"".join(json.dumps(step(number, text="x" * 90)).encode() + b"\n" for number in range(10_000)))
+    found = jsonl.tail(file)
+    assert found[-1]["step"] == 9_999
+    assert [record["step"] for record in found] == list(range(10_000 - len(found), 10_000))
+    assert jsonl.TAIL - 200 < sum(len(json.dumps(record)) + 1 for record in found) <= jsonl.TAIL
+    assert jsonl.tail(file, num_bytes=20) == []
+
+
+def test_records_with_parses_only_lines_that_have_the_field(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    lines = [step(1), step(2, bad=3), step(3, text='a "bad": in a text'), step(4, deep={"bad": 1}), step(5, bad=0)]
+    written(file, *lines)
+    file.write_bytes(file.read_bytes() + b'{"step": 6, "bad": 7')
+    assert jsonl.records_with(file, "bad") == [step(2, bad=3), step(5, bad=0)]
+
+
+def test_cut_keeps_lines_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    text = b"".join(b'{"step":  %d, "loss": 0.10000, "norm": Infinity}\n' % number for number in range(1, 6))
+    file.write_bytes(text + b'{"step": 6')
+    jsonl.cut_after(file, 5)
+    assert file.read_bytes() == text
+    jsonl.cut_after(file, 3)
+    assert file.read_bytes() == b"".join(text.splitlines(keepends=True)[:3])
+    jsonl.cut_after(file, 0)
+    assert file.read_bytes() == b""
+
+
+def test_cut_keeps_evaluations_of_earlier_steps_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    late = [evaluation(2, top1=1), evaluation(4, top1=2), evaluation(4, top5=3), evaluation(7, top1=4)]
+    written(file, *map(step, range(1, 8)), *late)
+    file.write_bytes(file.read_bytes() + b"\xff\n{")
+    jsonl.cut_after(file, 4)
+    assert jsonl.read(file) == [*map(step, range(1, 5)), *late[:3]]
+    before = file.read_bytes()
+    jsonl.cut_after(file, 4)
+    assert file.read_bytes() == before
+
+
+def test_cut_after_a_kill_between_its_two_writes(tmp_path: Path) -> None:
+    """The evaluation has been copied forwards and the rest is still there, overwritten in its middle."""
+    file = tmp_path / "x.jsonl"
+    content = bytearray(written(file, *(step(number, x="y" * 50) for number in range(1, 6)), evaluation(2, top1=1)))
+    kept, start = content.splitlines(keepends=True)[-1], 2 * len(content.splitlines(keepends=True)[0])
+    content[start : start + len(kept)] = kept
+    file.write_bytes(content)
+    jsonl.cut_after(file, 2)
+    assert jsonl.read(file) == [step(1, x="y" * 50), step(2, x="y" * 50), evaluation(2, top1=1)]
+
+
+def test_cut_at_the_end_of_a_long_file_reads_only_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    line = json.dumps(step(1, text="x" * 200)).encode() + b"\n"
+    file.write_bytes(line * 200_000)
+    written(file, step(1_000_000), step(1_000_001))
+    began = time.perf_counter()
+    jsonl.cut_after(file, 1_000_000)
+    assert time.perf_counter() - began < 0.2
+    assert jsonl.tail(file)[-1] == step(1_000_000)
+
+
+@pytest.mark.parametrize("content", ["", "text \N{BULLET}\n", b"\xff\0bytes"])
+def test_atomic_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path, content: str | bytes) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("old")
+    jsonl.write_atomic(file, content)
+    assert file.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        jsonl.write_atomic(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mae_dist.run import jsonl
+folder, number = Path(sys.argv[1]), 0
+while True:
+    number += 1
+    jsonl.append(folder / "x.jsonl", {"step": number, "text": "y" * 5000})
+    jsonl.write_atomic(folder / "x.json", f"{number} " * 1000)
+    if number == 1:
+        print("started", flush=True)
+"""
+
+
+def test_sigkill_of_a_writer_leaves_readable_files(tmp_path: Path) -> None:
+    for pause in (0.0, 0.011, 0.023):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline()
+            time.sleep(pause)
+            writer.send_signal(signal.SIGKILL)
+        assert len(set((tmp_path / "x.json").read_text().split())) == 1
+    found, damaged = jsonl.read_counting(tmp_path / "x.jsonl")
+    assert [record["step"] for record in found].count(1) == 3
+    assert all(len(record["text"]) == 5000 for record in found)
+    assert damaged <= 2  # a torn last line each, ended by the next writer
