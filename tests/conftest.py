@@ -1,4 +1,4 @@
-"""Shared fixtures: small data sets as real tars in a temporary folder."""
+"""Fixtures for all tests: small data sets as real tars in a temporary folder. See running.py for running commands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import webdataset
 from jaxtyping import install_import_hook
 from PIL import Image
 
-# Shape annotations are checked wherever tensors are computed. Before the first import of these modules.
+# Check shape annotations wherever tensors are computed. This must come before the first import of these modules.
 install_import_hook(
     [f"mae_dist.{name}" for name in ("batch", "data.views", "evaluate", "models", "objectives")], "beartype.beartype"
 )
 
 from mae_dist.data import index  # noqa: E402
+from mae_dist.data.pack import from_synthetic, pack  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -32,11 +33,22 @@ def encoded(array: np.ndarray, extension: str) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed data set for whole runs: 160 training images in four shards, 40 test images, 32x32, ten classes.
+
+    All tests share it, so no test may write into it.
+    """
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    pack(from_synthetic(160, 40), folder, shard_size=50)
+    return folder
+
+
 @pytest.fixture
 def tars(tmp_path: Path) -> Tars:
     """`tars([4, 3], size=(32, 32), extension="png", broken={2})`: an index over new shards of that many samples.
 
-    `size` is (height, width); None draws another one for each sample. Samples in `broken` are cut in half.
+    `size` is (height, width); with None each sample has a size of its own. Samples in `broken` are cut in half.
     Sample i has key `s000i` and label i % 3.
     """
 

@@ -1,4 +1,4 @@
-"""Running mae-dist as a user does, in processes of its own, and reading what a run leaves. For all tests."""
+"""Run mae-dist as a user does, in this process or in one of its own, and read what a run leaves. For all tests."""
 
 from __future__ import annotations
 
@@ -18,32 +18,52 @@ SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
     "track.every=1", "machine.processes=1", "machine.restarts=0",
 ]  # fmt: skip
+"""A tiny run of any verb on `tiny_data`: one rank, every step logged, no restart."""
 MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "optim.base_lr=1e-2", "train.clip_grad=1"]
+"""What a tiny pretraining adds to SETTINGS."""
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "mae_dist", *map(str, words)]
+def command(*argv: object) -> list[str]:
+    """The command `mae-dist ARGV` for `subprocess`."""
+    return [sys.executable, "-m", "mae_dist", *map(str, argv)]
 
 
 def environment() -> dict[str, str]:
+    """The environment of a `command`: this checkout's package, one thread a process."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def start(*words: object, check: int | None = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    assert check is None or done.returncode == check, done.stderr
+def start(*argv: object, check: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run `mae-dist ARGV` to its end in a process of its own; it must end with status `check` (None: with any)."""
+    done = subprocess.run(
+        command(*argv), capture_output=True, text=True, env=environment(), timeout=timeout, check=False
+    )
+    assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
 
 
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run `mae-dist ARGV` in this process: it must end with status 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("mae-dist: ")
+    return lines[0]
+
+
 def records(run: Path) -> list[dict]:
+    """All records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
+    """The loss of every recorded step."""
     return [record["loss"] for record in records(run) if "loss" in record]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, by name."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -54,13 +74,3 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
     ).stdout.split()
     return [int(pid) for pid in found if b"mae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that a mistake gets; exit status 2."""
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("mae-dist: ")
-    return said[0]

@@ -372,7 +372,7 @@ def test_the_best_is_chosen_by_what_is_held_out_and_tested_once(
 
 
 def test_without_heads_to_train_there_is_ridge(data: Path, tmp_path: Path) -> None:
-    settings = [word for word in WORDS if not word.startswith("board")]
+    settings = [word for word in WORDS if not word.startswith("heads.")]
     shared = ["probe", f"data.path={data}", *settings, "heads.ridge=true", "heads.features=[mean]"]
     for name, fixed in (("stored", FIXED), ("shown", [])):
         assert main([*shared, *fixed, "model.name=mixer_demo4", f"out={tmp_path / name}"]) == 0
@@ -431,7 +431,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["heads.features=[token]"], ["heads.features", "cls"]),
         (["heads.weight_decay=[-1]"], ["heads.weight_decay", "0 or more"]),
         (["heads.adamw=[]", "heads.attentive=true"], ["heads.attentive", "heads.adamw"]),
-        (["train.clip_grad=1"], ["train.clip_grad=1", "board"]),
+        (["train.clip_grad=1"], ["train.clip_grad=1", "several heads"]),
     ]
     for more, expected in cases:
         line = refused(capsys, *words(data, out, *more))
@@ -452,7 +452,7 @@ def test_features_of_a_start_that_has_gone_on_are_refused(
 
 
 def test_without_a_grid_a_probe_is_what_it_was(data: Path, tmp_path: Path) -> None:
-    plain = [word for word in WORDS if not word.startswith("board")]
+    plain = [word for word in WORDS if not word.startswith("heads.")]
     assert main(["probe", f"data.path={data}", f"out={tmp_path / 'run'}", *plain, "train.steps=2"]) == 0
     assert not (tmp_path / "run/heads.json").exists()
     assert {n for n in weights(tmp_path / "run") if "head" in n and n.startswith("model")} == {
