@@ -59,7 +59,7 @@ def check_readable(index: ShardIndex) -> None:
 
 def check_start(config: Any) -> None:
     """The run that `init_from=` names must have something to start from."""
-    start = getattr(config, "start", RANDOM)
+    start = getattr(config, "init_from", RANDOM)
     if start == RANDOM:
         return
     if not (Path(start) / layout.CONFIG).is_file():

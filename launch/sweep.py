@@ -52,7 +52,7 @@ def split(text: str) -> list[str]:
 
 def completed(verb: str, key: str) -> str:
     """`seed` -> `train.seed`."""
-    if "." in key or key in ("out", "from"):
+    if "." in key or key in ("out", "init_from"):
         return key
     known = [line.split()[0] for line in configuration.settings_help(verb).splitlines()]
     matches = [name for name in known if name.partition(".")[2] == key]

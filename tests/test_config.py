@@ -205,8 +205,8 @@ def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> 
         ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
         ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
         ("probe", ["heads.blocks=[6]"], "heads.blocks=[6]: there is no head to try it on; give heads.lars=[lr, ...]"),
-        ("probe", ["heads.lars=[1]", "optim.name=adamw"], "optim.name=adamw: heads of a board have their own"),
-        ("probe", ["heads.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: heads of a board have their"),
+        ("probe", ["heads.lars=[1]", "optim.name=adamw"], "optim.name=adamw: several heads have their own"),
+        ("probe", ["heads.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: several heads have their"),
     ],
 )
 def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: str) -> None:
@@ -232,7 +232,7 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
         ("pretrain", "drop_path=0.1", "drop_path is for finetune; leave it out"),
         ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: mix is for finetune; leave it out"),
         ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: mae is for pretrain; leave it out"),
-        ("pretrain", "init_from=random", "from is for probe, finetune, knn; leave it out"),
+        ("pretrain", "init_from=random", "init_from is for probe, finetune, knn; leave it out"),
         ("knn", "optim.name=lars", "optim.name=lars: optim is for pretrain, probe, finetune; leave it out"),
         ("knn", "mixed.mixup=0.8", "mixed.mixup=0.8: mixed: there is no such setting"),
     ],
@@ -302,7 +302,7 @@ def test_only_what_changes_the_result_counts_as_different() -> None:
     changed = config.differences(old, load("finetune", "train.seed=7", "optim.base_lr=1"))
     assert changed == ["train.seed: 0 -> 7", "optim.base_lr: 0.0005 -> 1.0"]
     other = config.differences(old, config.load("finetune", None, [*NEEDED, "init_from=elsewhere"]))
-    assert other == ["from: random -> elsewhere"]
+    assert other == ["init_from: random -> elsewhere"]
 
 
 def test_total_steps_cover_the_epochs() -> None:

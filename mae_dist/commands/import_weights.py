@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         for sentence in sentences:
             print(f"  {title + ':':9s} {sentence}")
     names = f"model.name={config.model.name} model.image_size={config.model.image_size} model.pool={reading.model.pool}"
-    start, out = (shlex.quote(f"{name}={arguments.out}{more}") for name, more in (("from", ""), ("out", "-knn")))
+    start, out = (shlex.quote(f"{name}={arguments.out}{more}") for name, more in (("init_from", ""), ("out", "-knn")))
     print(
         f"next: mae-dist knn {names} {start} {out} data.path=DATA  (a folder of `mae-dist data`; needs no config file)"
     )

@@ -201,8 +201,8 @@ def score(run: Run) -> tuple[float, int] | None:
 def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """(from random, from another run) of those with a score whose verb and every deciding setting are else the same."""
     scored = [run for run in runs if score(run)]
-    randoms = {_decisive(run): run for run in scored if run.config.get("from") == RANDOM}
-    others = [run for run in scored if run.config.get("from", RANDOM) != RANDOM]
+    randoms = {_decisive(run): run for run in scored if run.config.get("init_from") == RANDOM}
+    others = [run for run in scored if run.config.get("init_from", RANDOM) != RANDOM]
     return [(randoms[_decisive(run)], run) for run in others if _decisive(run) in randoms]
 
 
@@ -273,7 +273,7 @@ def _named(run: Run) -> str:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    texts = ("run", "verb", "model", "from")
+    texts = ("run", "verb", "model", "init_from")
     numbers = ("epochs", "steps", "top-1 %", "top-5 %", "loss", "test images", "bad samples", "images/s", "training")
     rows = []
     for run in runs:
@@ -315,7 +315,7 @@ def _pair(random: Run, run: Run) -> str:
 
 
 def _start(run: Run) -> str:
-    start = str(run.config.get("from", RANDOM))
+    start = str(run.config.get("init_from", RANDOM))
     return f'<span class="nowrap" title="{escape(start)}">{escape(Path(start).name)}</span>'
 
 

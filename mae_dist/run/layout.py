@@ -75,10 +75,10 @@ def recent(file: Path) -> list[dict[str, Any]]:
 
 def absolute(config: Any) -> Any:
     """The settings with paths that mean the same in any working directory."""
-    data, start = config.data, getattr(config, "start", RANDOM)
+    data, start = config.data, getattr(config, "init_from", RANDOM)
     test_path = data.test_path and str(Path(data.test_path).absolute())
     data = dataclasses.replace(data, path=str(Path(data.path).absolute()), test_path=test_path)
-    start = {} if start == RANDOM else {"start": str(Path(start).absolute())}
+    start = {} if start == RANDOM else {"init_from": str(Path(start).absolute())}
     return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
 
 
@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
 
 def revision() -> str | None:
     """Commit of the code that runs, with '+' when it was edited, or what its snapshot says; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     snapshot = here.with_name(REVISION)
     if snapshot.is_file():
         return snapshot.read_text().strip()

@@ -158,7 +158,7 @@ def build_setup(verb: str, config: Any, labels: bool) -> Setup:
     configuration.check_world(config, dist.world())
     train = open_split(config.data.path, config.data.split)
     test = find_test(config, required=labels)
-    start = None if getattr(config, "start", schema.RANDOM) == schema.RANDOM else find_initial_weights(config.init_from)
+    start = None if getattr(config, "init_from", schema.RANDOM) == schema.RANDOM else find_initial_weights(config.init_from)
     if labels:
         for index in (train, test):
             refuse_unlabelled(index, verb)
@@ -192,7 +192,7 @@ class InitialWeights:
 
 def find_initial_weights(path: str) -> InitialWeights:
     """The run that `init_from=` names."""
-    run = RunDir.existing(path, "from")
+    run = RunDir.existing(path, "init_from")
     newest = dist.run_on_rank0(run.newest)
     if newest is None:
         raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")

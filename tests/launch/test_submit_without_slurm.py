@@ -552,9 +552,9 @@ def test_the_start_of_a_run_may_be_named_from_anywhere(tmp_path: Path, monkeypat
     (tmp_path / "run" / "config.yaml").write_text(f"verb: probe\ndata_fingerprint: x\n{config.dump(frozen)}")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
     layout.refuse_others(tmp_path / "run", "probe", chosen, "x")
-    with pytest.raises(ValueError, match="from: .*/start -> .*/other"):
+    with pytest.raises(ValueError, match="init_from: .*/start -> .*/other"):
         layout.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "init_from=other"]), "x")
-    assert layout.absolute(config.load("probe", None, [*words, "init_from=random"])).start == "random"
+    assert layout.absolute(config.load("probe", None, [*words, "init_from=random"])).init_from == "random"
 
 
 def test_what_no_ranks_share_gets_the_share_of_one(tmp_path: Path, slurm: Path) -> None:

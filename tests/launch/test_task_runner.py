@@ -51,11 +51,11 @@ def test_whether_a_job_starts_again(status: int, facts: dict, again: bool, said:
 TASK = """
 import signal, sys
 from pathlib import Path
-from launch import job
+from launch import task_runner as job
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(job.REQUEUE))  # submitit's handler, which requeues
 job.EARLY = 0.0
 run, child = sys.argv[1:3]
-made = job.Job(words=(), logs=run, run=run, ranks_per_node=1, ranked=False, stop_before_end=float(sys.argv[3]))
+made = job.JobSpec(words=(), logs=run, run=run, ranks_per_node=1, ranked=False, stop_before_end=float(sys.argv[3]))
 job.TaskRunner.command = lambda *_: [sys.executable, "-c", child]
 made()
 """

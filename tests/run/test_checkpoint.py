@@ -393,10 +393,10 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
             RunDir(path).open("pretrain", settings(path), DATA)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(ValueError, match=r"init_from=\S+: holds no config\.yaml"):
-        RunDir.existing(tmp_path, "from")
+        RunDir.existing(tmp_path, "init_from")
     with pytest.raises(ValueError, match=r"init_from=\S+: no such folder"):
-        RunDir.existing(tmp_path / "nowhere", "from")
-    assert RunDir.existing(tmp_path / "empty", "from").path == tmp_path / "empty"
+        RunDir.existing(tmp_path / "nowhere", "init_from")
+    assert RunDir.existing(tmp_path / "empty", "init_from").path == tmp_path / "empty"
 
 
 def test_a_run_begins_in_the_folder_that_its_launcher_has_prepared(tmp_path: Path) -> None:
