@@ -275,8 +275,8 @@ def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
     for word in ("train.epochs=none", "train.precision=none"):
         with pytest.raises(ValueError, match=r"none"):
             load("pretrain", word)
-    (tmp_path / "file.yaml").write_text("train: {clip: none}")
-    with pytest.raises(ValueError, match=r"train\.clip: Value 'none'"):
+    (tmp_path / "file.yaml").write_text("train: {clip_grad: none}")
+    with pytest.raises(ValueError, match=r"train\.clip_grad: Value 'none'"):
         load("pretrain", file=tmp_path / "file.yaml")
 
 
