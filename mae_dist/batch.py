@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Channel statistics of ImageNet's training images in 0..1 (RGB), the usual normalisation of `Batch.images`."""
+
 
 class Batch(NamedTuple):
     """Samples of one micro-batch, on one device.

@@ -25,7 +25,6 @@ from mae_dist import rng, schema
 from mae_dist.data import augment
 
 ATTEMPTS = 10
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind, schema
-from mae_dist.batch import Batch
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order, num_micro, plan
@@ -158,7 +158,8 @@ def build_setup(verb: str, config: Any, labels: bool) -> Setup:
     configuration.check_world(config, dist.world())
     train = open_split(config.data.path, config.data.split)
     test = find_test(config, required=labels)
-    start = None if getattr(config, "init_from", schema.RANDOM) == schema.RANDOM else find_initial_weights(config.init_from)
+    init_from = getattr(config, "init_from", schema.RANDOM)
+    start = None if init_from == schema.RANDOM else find_initial_weights(init_from)
     if labels:
         for index in (train, test):
             refuse_unlabelled(index, verb)
@@ -226,7 +227,7 @@ def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:
         if origin.mean is None:
             if dist.is_main():
                 log.info("the data set has no mean and std of its own: using ImageNet's (data.mean, data.std)")
-            mean, std = mean or views.IMAGENET_MEAN, std or views.IMAGENET_STD
+            mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         mean, std = mean or origin.mean, std or origin.std
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mae_dist import models, schema
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.models.vit import class_and_grid
 from mae_dist.weights.checks import Channels, checked
 
-IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET: tuple[Channels, Channels] = (IMAGENET_MEAN, IMAGENET_STD)
 HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NORMS = ("backbone.norm.", "backbone.fc_norm.")
 NDIM = {
