@@ -29,7 +29,7 @@ def brought(path: Path) -> list[str]:
     """Files and folders of the repository that a build asks for."""
     found = []
     for word, rest in instructions(path):
-        if word in ("COPY", "ADD") and "--init_from=" not in rest:
+        if word in ("COPY", "ADD") and "--from=" not in rest:
             found += [name for name in rest.split()[:-1] if not name.startswith("--")]
         found += re.findall(r"--mount=type=bind,source=([^,\s]+)", rest)
     return found
