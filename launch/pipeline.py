@@ -154,7 +154,7 @@ def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, S
         made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
         for run in runs:
             if (start := Path(getattr(run.config, "init_from", RANDOM))) in made:
-                preflight.check_model(run.config, made[start])
+                configuration.check_same_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:
@@ -188,7 +188,7 @@ def with_receipt(run: Run, out: Path, typed: str, needs: list[Stage]) -> Run:
     """
     what: list[Any] = [word.replace(str(out), typed) for word in run.words]
     if run.config is not None:
-        what = [run.words[0], configuration.result_settings(run.config) | {"init_from": None}]
+        what = [run.words[0], configuration.result_settings(run.config) | {"from": None}]
         if Path(run.config.data.path) not in [made.makes for need in needs for made in need.runs]:
             what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)

@@ -66,22 +66,7 @@ def check_start(config: Any) -> None:
         raise ValueError(f"init_from={start}: no run lies there; give the out= folder of an earlier run, or random")
     if not layout.checkpoints(Path(start)):
         raise ValueError(f"init_from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    check_model(config, layout.settings(Path(start))[2])
-
-
-def check_model(config: Any, origin: Any) -> None:
-    """The run of `init_from`, whose settings are ``origin``, must have the same model, and for a Mixer the same size."""
-    was = origin.model.name
-    if was != config.model.name:
-        raise ValueError(
-            f"model.name={config.model.name}: the run init_from={config.init_from} has {was}; set model.name={was}"
-        )
-    size, side = config.model.image_size, origin.model.image_size
-    if size != side and "num_heads" not in model_sizes.size_of(was):
-        raise ValueError(
-            f"model.image_size={size}: the run init_from={config.init_from} has {side}, to which a Mixer is bound; "
-            f"set model.image_size={side}"
-        )
+    configuration.check_same_model(config, layout.settings(Path(start))[2])
 
 
 def check_folder(verb: str, config: Any) -> None:

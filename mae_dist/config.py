@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from mae_dist import model_sizes
 from mae_dist.schema import (
     RESULT_SECTIONS,
     SCHEMAS,
@@ -254,6 +255,23 @@ def check_world(config: RunConfig, world: int) -> None:
         raise ValueError(f"machine.shards={shards}: is for machine.strategy=hsdp, not {config.machine.strategy}")
     if config.machine.strategy == "hsdp" and shards is not None and world % shards:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
+
+
+def check_same_model(config: Any, origin: Any) -> None:
+    """Whether the run of `init_from`, with the settings ``origin``, has the model of ``config``; a Mixer also needs the
+    same image size, as its weights are bound to a grid. Raises ValueError.
+    """
+    model, other = config.model, origin.model
+    if model.name != other.name:
+        raise ValueError(
+            f"model.name={model.name}: the run init_from={config.init_from} has {other.name}; "
+            f"set model.name={other.name}"
+        )
+    if model.image_size != other.image_size and "num_heads" not in model_sizes.size_of(model.name):
+        raise ValueError(
+            f"model.image_size={model.image_size}: the run init_from={config.init_from} has {other.image_size}, and "
+            f"{model.name} is bound to its grid; set model.image_size={other.image_size}"
+        )
 
 
 def total_steps(train: TrainConfig, num_samples: int) -> int:

@@ -164,7 +164,7 @@ def build_setup(verb: str, config: Any, labels: bool) -> Setup:
         for index in (train, test):
             refuse_unlabelled(index, verb)
     if start is not None:
-        refuse_other_model(start.config, config)
+        configuration.check_same_model(config, start.config)
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     config = with_statistics(config, before or (start.config if start else None), train)
@@ -172,8 +172,6 @@ def build_setup(verb: str, config: Any, labels: bool) -> Setup:
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
         backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
-    if start is not None:
-        refuse_other_grid(start.config, config, backbone)
     if config.model.train_blocks is not None:
         backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
@@ -200,23 +198,6 @@ def find_initial_weights(path: str) -> InitialWeights:
     if dist.is_main() and run.result() is None:
         log.warning("init_from=%s: this run is not finished; starting from its checkpoint %s", path, newest.name)
     return InitialWeights(run.settings()[2], newest)
-
-
-def refuse_other_model(old: Any, config: Any) -> None:
-    """The backbone that is asked for must be the one that was trained; a ViT may have another image size."""
-    was, wanted = old.model.name, config.model.name
-    if was != wanted:
-        raise ValueError(f"model.name={wanted}: the run init_from={config.init_from} has {was}; set model.name={was}")
-
-
-def refuse_other_grid(old: Any, config: Any, backbone: Backbone) -> None:
-    """A Mixer's weights are bound to its grid."""
-    was, wanted = old.model.image_size, config.model.image_size
-    if was != wanted and not isinstance(backbone, ViT):
-        raise ValueError(
-            f"model.image_size={wanted}: the run init_from={config.init_from} has {was}, and {config.model.name} is "
-            f"bound to its grid; set model.image_size={was}"
-        )
 
 
 def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:

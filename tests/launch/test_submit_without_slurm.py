@@ -309,7 +309,7 @@ def test_files_that_are_no_pipelines(text: str, said: str, tmp_path: Path) -> No
         (
             SMALL_PIPELINE.replace("vit_demo4", "mixer_demo4")
             + "  a: {run: 'finetune init_from={pretrain} data.path={data} model.name=mixer_demo4 model.image_size=64'}",
-            "/pretrain has 32, to which a Mixer is bound; set model.image_size=32",
+            "/pretrain has 32, and mixer_demo4 is bound to its grid; set model.image_size=32",
         ),
         ("  a: {run: report x, at_once: many}", "stage a: at_once: many: must be a number, 1 or more"),
         ("  a: {run: report x, at_once: 0}", "stage a: at_once: 0: must be a number, 1 or more"),
