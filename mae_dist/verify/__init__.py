@@ -1,1 +1,1 @@
-"""Proof and measurement: certify, chaos, bench, and what they stand on. Each run is a process as a user starts it."""
+"""Proof and measurement: certify, chaos, bench and their parts. Each run is a process, as a user starts it."""

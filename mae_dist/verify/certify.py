@@ -1,9 +1,9 @@
-"""`mae-dist certify`: one short pretraining in every shape that this machine can take, and how far they are apart.
+"""`mae-dist certify`: one short pretraining in every shape that this machine can run, and the gaps between them.
 
-One rank is the reference. Several ranks with DDP, FSDP2 and HSDP, many micro-batches, a stop with a resume, and a chain
-of other rank counts with stops between must all have its order of samples, and its losses but for the order of float
-sums; a resume in the same shape must have every bit. Each run is the command that a user would type, in processes of
-its own. Running certify again goes on.
+The reference runs on one rank. Runs on several ranks with DDP, FSDP2 and HSDP, with many micro-batches, with a stop and
+a resume, and on a changing number of ranks must take the same samples in the same order and have equal losses, up to
+the order of float sums; a run resumed in its own shape must be bit-identical. Each run is the command that a user would
+type, in processes of its own. A second call skips the runs that are finished.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mae_dist import config, dist, signals
+from mae_dist import config, dist, errors
 from mae_dist.cli import Parser
 from mae_dist.run import checkpoint, directory
 from mae_dist.run.layout import step_of
 from mae_dist.verify import certificate, processes
-from mae_dist.verify.certificate import FAILED, HEADINGS, IDENTICAL, Certificate, Row
+from mae_dist.verify.certificate import FAILED, HEADINGS, IDENTICAL, Certificate, ShapeRow
 
 NUM_TRAIN = 160
-LEAST_STEPS = 6
+MIN_STEPS = 6
 WIDTH = 120
 """Characters of a line where there is no terminal."""
 SETTINGS = [
@@ -35,27 +35,28 @@ SETTINGS = [
     "mae.decoder_heads=4", "train.global_batch=22", "train.precision=fp32", "train.clip_grad=1", "train.ema=0.9",
     "optim.base_lr=1e-2", "data.shuffle_window=4",
 ]  # fmt: skip
-"""Without a CONFIG.yaml. 22 images divide neither by 3 nor by 4; 20 steps pass through the data nearly three times."""
+"""Settings without a CONFIG.yaml. 22 images divide neither by 3 nor by 4; 20 steps are nearly three epochs."""
 TRACKED = ["track.every=1", "track.ids=true", "track.wandb=off", "machine.restarts=0"]
-OURS = {"out", "train.steps", "track.every", "track.ids", "track.wandb", "machine.restarts", "machine.processes",
-        "machine.strategy", "machine.shards"}  # fmt: skip
-"""Settings that certify itself gives."""
+SET_BY_CERTIFY = {"out", "train.steps", "track.every", "track.ids", "track.wandb", "machine.restarts",
+                  "machine.processes", "machine.strategy", "machine.shards"}  # fmt: skip
+"""Settings that a user cannot give."""
 
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of a run between two stops: so many ranks, placed like this."""
+    """A part of a run between two stops: its number of ranks and the settings that differ from the reference."""
 
     ranks: int
     settings: tuple[str, ...] = ()
 
-    def words(self) -> list[str]:
+    def overrides(self) -> list[str]:
+        """The settings of this part, for the command line."""
         return [f"machine.processes={self.ranks}", *self.settings]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A row: legs with a stop after each but the last, and the folder that it must equal (exactly: every bit)."""
+    """A run of several legs with a stop between them, and the run that it must equal; `exact`: bit for bit."""
 
     title: str
     folder: str
@@ -65,19 +66,19 @@ class Shape:
 
 
 def main(argv: list[str]) -> int:
-    """Run every shape, print and write the certificate; 0 when all rows pass, else 1."""
+    """Run every shape, print and write the certificate; exit status DONE if all rows pass, else FAILED."""
     options = parse(argv)
     out, data = options.out, options.out / "data"
     defaults = [] if options.config else [*SETTINGS, f"data.path={data}"]
-    words = [*defaults, *options.words, *TRACKED, f"train.steps={options.steps}"]
-    settings = config.load("pretrain", options.config, [*words, f"out={out}"])
+    overrides = [*defaults, *options.overrides, *TRACKED, f"train.steps={options.steps}"]
+    settings = config.load("pretrain", options.config, [*overrides, f"out={out}"])
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     shapes, left_out = plan(options.ranks, settings, num_gpus)
     device = dist.setup()  # a group of one, in which checkpoints can be read
     out.mkdir(parents=True, exist_ok=True)
     if defaults and settings.data.path == str(data):
         processes.embedded_data(data, NUM_TRAIN)
-    command = ["pretrain", *([options.config] if options.config else []), *words]
+    command = ["pretrain", *([options.config] if options.config else []), *overrides]
     print(f"certify: {len(shapes)} shapes of {options.steps} steps, {settings.train.precision}, into {out}", flush=True)
     for shape, why in left_out.items():
         print(f"left out: {shape}: {why}", flush=True)
@@ -85,43 +86,49 @@ def main(argv: list[str]) -> int:
     for number, shape in enumerate(shapes, 1):
         print(f"[{number}/{len(shapes)}] {shape.title} ...", flush=True)
         began = time.perf_counter()
-        rows.append(perform(shape, command, out, options.steps))
-        said = [f"{name} {cell}" for name, cell in zip(HEADINGS[1:-1], rows[-1].cells()[1:-1], strict=True) if cell]
-        print(f"    {'  '.join([*said, rows[-1].cells()[-1]])}  {time.perf_counter() - began:.0f} s", flush=True)
-    found = conclude(out, rows, left_out, device)
+        failure = run_shape(shape, command, out / shape.folder, options.steps)
+        rows.append(compare_shape(shape, out, failure))
+        cells = rows[-1].cells()
+        gaps = [f"{heading} {cell}" for heading, cell in zip(HEADINGS[1:-1], cells[1:-1], strict=True) if cell]
+        print(f"    {'  '.join([*gaps, cells[-1]])}  {time.perf_counter() - began:.0f} s", flush=True)
+    found = make_certificate(out, rows, left_out, device)
     found.write(out)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
-    print(f"{'every row passes' if found.passed else 'NOT every row passes'}; {out}/certificate.md and .json say all")
-    return 0 if found.passed else 1
+    print(f"{'every row passes' if found.passed else 'NOT every row passes'}; see {out}/certificate.md and .json")
+    return errors.DONE if found.passed else errors.FAILED
 
 
 def parse(argv: list[str]) -> Any:
-    """The arguments; ValueError for what a user got wrong."""
-    parser = Parser(prog="mae-dist certify", description="The same run in every shape that this machine can take.")
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml section.key=value", help="settings of the run")
+    """The command line: `config` (a CONFIG.yaml or None), `overrides`, `ranks` (ascending, with 1), `steps`, `out`."""
+    parser = Parser(
+        prog="mae-dist certify", description="Compare one short run in every shape that this machine can run."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="CONFIG.yaml section.key=value", help="settings of the run")
     parser.add_argument("--ranks", default="1,2,3,4", help="numbers of ranks (default 1,2,3,4)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each run (default 20)")
-    parser.add_argument("--out", type=Path, default=Path("runs/certify"), help="folder of runs and certificate")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/certify"), help="folder for the runs and the certificate"
+    )
     options = parser.parse_intermixed_args(argv)
-    options.config, options.words = config.split_words("certify", options.words)
+    options.config, options.overrides = config.split_words("certify", options.overrides)
     try:
         options.ranks = sorted({1, *map(int, options.ranks.split(","))})
     except ValueError:
         raise ValueError(f"--ranks {options.ranks}: expected numbers with commas, for example 1,2,4") from None
     if options.ranks[0] < 1:
         raise ValueError(f"--ranks {options.ranks[0]}: must be 1 or more")
-    if options.steps < LEAST_STEPS:
-        raise ValueError(f"--steps {options.steps}: must be {LEAST_STEPS} or more, to stop twice on the way")
-    for word in options.words:
-        if word.partition("=")[0] in OURS:
-            raise ValueError(f"{word}: certify sets this itself; use --ranks, --steps and --out")
+    if options.steps < MIN_STEPS:
+        raise ValueError(f"--steps {options.steps}: must be {MIN_STEPS} or more, to stop twice on the way")
+    for override in options.overrides:
+        if override.partition("=")[0] in SET_BY_CERTIFY:
+            raise ValueError(f"{override}: certify sets this itself; use --ranks, --steps and --out")
     if dist.launched():
         raise ValueError("certify starts its ranks itself; start it without torchrun")
     return options
 
 
 def plan(ranks: list[int], settings: Any, num_gpus: int | None) -> tuple[list[Shape], dict[str, str]]:
-    """The shapes to run, the reference first, and those that this machine cannot take, with the reason."""
+    """The shapes to run, the reference first, and those that this machine cannot run, each with the reason."""
     config.check_world(settings, ranks[-1])
     most = ranks[-1] if num_gpus is None else min(num_gpus, ranks[-1])
     several = [n for n in ranks if 1 < n <= most]
@@ -168,56 +175,58 @@ def accumulating(several: list[int], settings: Any) -> Iterator[Shape]:
             yield Shape(f"{where[0]}, micro-batches of {size}", where[1], (leg,))
 
 
-def perform(shape: Shape, words: list[str], out: Path, steps: int) -> Row:
-    """Run a shape and compare what it leaves. The reference must succeed (ValueError)."""
+def compare_shape(shape: Shape, out: Path, failure: str | None) -> ShapeRow:
+    """Compare the run of a shape with its reference; `failure` says why it did not run, if so.
+
+    Raises ValueError if the reference of all shapes did not run.
+    """
     folder, is_reference = out / shape.folder, shape.folder == shape.against
     gaps, verdict = None, FAILED
-    why = follow(shape, words, folder, steps)
-    if why is None:
+    if failure is None:
         try:
-            run, reference = (certificate.read_evidence(out / name) for name in (shape.folder, shape.against))
-            gaps = certificate.compare(run, reference, certificate.planned_ids(folder))
+            run, reference = (certificate.read_finished(out / name) for name in (shape.folder, shape.against))
+            gaps = certificate.measure_gaps(run, reference, certificate.planned_samples(folder))
             allowed = certificate.tolerance(directory.RunDir(folder).settings()[2].train.precision)
             verdict = certificate.verdict(gaps, allowed, shape.exact)
         except ValueError as error:
-            why = str(error)
-    if is_reference and why is not None:
-        raise ValueError(f"the reference did not run: {why}")
+            failure = str(error)
+    if is_reference and failure is not None:
+        raise ValueError(f"the reference did not run: {failure}")
     if is_reference and verdict == IDENTICAL:
         verdict = "the reference"
-    return Row(shape.title, shape.folder, shape.against, certificate.read_starts(folder), gaps, verdict, why)
+    return ShapeRow(shape.title, shape.folder, shape.against, certificate.read_starts(folder), gaps, verdict, failure)
 
 
-def follow(shape: Shape, words: list[str], folder: Path, steps: int) -> str | None:
-    """Go through the legs of a shape from where its folder is; None, or what went wrong."""
+def run_shape(shape: Shape, command: list[str], folder: Path, steps: int) -> str | None:
+    """Run the legs of a shape that are not done yet; None, or what went wrong."""
     run, num_legs = directory.RunDir(folder), len(shape.legs)
-    for number in range(min(len(effective(run)), num_legs - 1), num_legs):
+    for number in range(min(len(ranks_of_legs(run)), num_legs - 1), num_legs):
         last = number == num_legs - 1
-        said = folder.with_name(f"{shape.folder}.log")
+        log = folder.with_name(f"{shape.folder}.log")
         leg = Leg(1) if run.result() else shape.legs[number]  # one process is enough to compare settings
-        with processes.start([*words, f"out={folder}", *leg.words()], said) as process:
-            if not last and processes.watch(process, folder, steps * (number + 1) // num_legs):
+        with processes.start([*command, f"out={folder}", *leg.overrides()], log) as process:
+            if not last and processes.wait_for_step(process, folder, steps * (number + 1) // num_legs):
                 process.terminate()
             status = process.wait()
-        if not last and status == 0:
-            return f"it was finished before it could be stopped; remove {folder} and give more --steps"
-        if status != (0 if last else signals.REQUEUE):
-            return f"status {status}: {processes.last_line(said)}"
+        if not last and status == errors.DONE:
+            return f"it finished before it could be stopped; remove {folder} and give more --steps"
+        if status != (errors.DONE if last else errors.STOPPED):
+            return f"status {status}: {processes.last_line(log)}"
     ranks = [leg.ranks for leg in shape.legs]
-    if effective(run)[:num_legs] != ranks and num_legs > 1:
-        return f"its parts ran on {effective(run)} ranks, not on {ranks}; remove {folder}"
+    if ranks_of_legs(run)[:num_legs] != ranks and num_legs > 1:
+        return f"its legs ran on {ranks_of_legs(run)} ranks, not on {ranks}; remove {folder}"
     return None
 
 
-def effective(run: directory.RunDir) -> list[int]:
-    """Ranks of those starts that led to a checkpoint further on."""
+def ranks_of_legs(run: directory.RunDir) -> list[int]:
+    """The number of ranks of each start that led to a later checkpoint."""
     newest = max(map(step_of, run.checkpoints()), default=0)
     ranks = {start.step: start.ranks for start in certificate.read_starts(run.path)}
     return [number for step, number in ranks.items() if step < newest]
 
 
-def conclude(out: Path, rows: list[Row], left_out: dict[str, str], device: torch.device) -> Certificate:
-    """The certificate of these rows."""
+def make_certificate(out: Path, rows: list[ShapeRow], left_out: dict[str, str], device: torch.device) -> Certificate:
+    """The certificate of these rows, with the settings and data of the reference."""
     reference = directory.RunDir(out / "reference")
     _, fingerprint, settings = reference.settings()
     shapes = checkpoint.names_in(reference.checkpoints()[-1])
@@ -235,8 +244,8 @@ def conclude(out: Path, rows: list[Row], left_out: dict[str, str], device: torch
 
 
 def table(found: Certificate) -> Table:
-    """The rows for a terminal."""
-    table = Table(title=f"the same run in {len(found.rows)} shapes; gaps to 1 rank")
+    """The certificate's rows as a table for the terminal."""
+    table = Table(title=f"one run in {len(found.rows)} shapes; gaps to 1 rank")
     for heading in HEADINGS:
         table.add_column(heading, no_wrap=heading in HEADINGS[1:-1])
     for row in found.rows:

@@ -1,6 +1,6 @@
-"""`mae-dist chaos`: harm a real run under torchrun by a seeded plan, and hold what it becomes against its promises.
+"""`mae-dist chaos`: inject faults into a run under torchrun by a seeded plan, and compare it with an undisturbed run.
 
-The same settings run twice: once undisturbed, and once with ranks killed and hung, power lost, tars cut, checkpoints
+The settings run twice: once undisturbed, and once with ranks killed and hung, power lost, tars truncated, checkpoints
 damaged, disks full and NaN in the loss. In the end both must have trained on the same samples in the same order, with
 the same losses and to the same weights, bit for bit.
 """
@@ -19,112 +19,116 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist import config as configuration
+from mae_dist import errors
 from mae_dist.cli import Parser
-from mae_dist.data.index import Dataset, open_split
-from mae_dist.data.order import Order
+from mae_dist.data.index import Dataset
 from mae_dist.data.pack import from_synthetic, pack
-from mae_dist.verify import audit
+from mae_dist.verify import chaos_table, compare, inject_nan
+from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS, Fault, Target
-from mae_dist.verify.inject_nan import POISON
-from mae_dist.verify.torchrun import PATIENCE, NotRecovered, TorchrunRun
+from mae_dist.verify.torchrun import RECOVERY_TIME, NotRecovered, TorchrunRun
 
 log = logging.getLogger(__name__)
 
 NUM_TRAIN, NUM_TEST, SHARD_SIZE = 256, 32, 32
 SLOT = 40
-"""Steps of the run for each fault; it strikes in the first half of them."""
+"""Steps of the run for each fault, which is injected in the first half of them."""
 MODEL = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", "train.clip_grad=1", "optim.base_lr=1e-2",
 ]  # fmt: skip
-"""The run without a CONFIG."""
+"""Settings without a CONFIG.yaml."""
 PACE = [
     "checkpoint.every=5", "checkpoint.rewind_after=3", "machine.timeout=10", "machine.workers=1",
 ]  # fmt: skip
-"""What makes faults quick to strike and to survive; settings of the command line overrule."""
+"""Settings that make faults and recoveries quick; settings of the command line overrule them."""
+SET_BY_CHAOS = ("out", "data.path", "data.split", "train.steps", "track.every", "track.ids")
+"""Settings that a user cannot give."""
 TAIL_LINES = 40
 
 
 def main(argv: list[str]) -> int:
-    """Run the plan; 0 if every promise was kept, else 1. Raises ValueError for what a user got wrong."""
+    """Run the plan; exit status DONE if every promise was kept, else FAILED. Raises ValueError for a user's mistake."""
     options = parse(argv)
     began, out = time.perf_counter(), Path(os.path.abspath(options.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {options.out}: exists and is not an empty folder; choose another or remove it")
     kinds = kinds_of(options)
     faults = plan(options.seed, options.faults, kinds)
-    words = [*settings(options), f"train.steps={(len(faults) + 1) * SLOT}", f"data.path={out / 'data'}"]
+    overrides = [*settings(options), f"train.steps={(len(faults) + 1) * SLOT}", f"data.path={out / 'data'}"]
     files = [options.config] if options.config else []
-    config = configuration.load("pretrain", options.config, [*words, f"out={out / 'run'}"])
+    config = configuration.load("pretrain", options.config, [*overrides, f"out={out / 'run'}"])
     configuration.check_world(config, options.processes + (ELASTIC in kinds))
 
     make_data(out / "data")
-    order = Order(config.train.seed, open_split(config.data.path, config.data.split).counts, config.data.shuffle_window)
     (out / "plan.json").write_text(json.dumps([dataclasses.asdict(fault) for fault in faults], indent=1) + "\n")
     log.info("planned faults: %d, in %s", len(faults), out / "plan.json")
 
+    nan_samples = out / "nan_samples.json"
+
     def job(name: str, module: str) -> TorchrunRun:
-        command = ["pretrain", *files, *words, f"out={out / name}"]
-        environment = {POISON: str(out / "poison.json")} | on_cpus(options.processes)
+        command = ["pretrain", *files, *overrides, f"out={out / name}"]
+        environment = {inject_nan.VARIABLE: str(nan_samples)} | on_cpus(options.processes)
         return TorchrunRun(out / name, module, command, options.processes, out / f"{name}.log", environment)
 
-    undisturbed, harmed = job("undisturbed", "mae_dist"), job("run", "mae_dist.verify.inject_nan")
-    patient = Target(harmed, config, options.processes, order, out / "poison.json")
-    struck: list[FaultResult] = []
-    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: nothing is left behind
+    undisturbed, disturbed = job("undisturbed", "mae_dist"), job("run", inject_nan.__name__)
+    target = Target(disturbed, config, options.processes, compare.planned_order(config), nan_samples)
+    results: list[FaultResult] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: no process is left behind
         signal.signal(number, signal.default_int_handler)
     try:
         log.info("undisturbed run of %d steps on %d ranks: %s", config.train.steps, options.processes, undisturbed.log)
         undisturbed.start()
         undisturbed.finish()
-        log.info("harmed run: %s", harmed.log)
-        inject_fault(patient, faults, struck)
+        log.info("run with faults: %s", disturbed.log)
+        inject_faults(target, faults, results)
     except KeyboardInterrupt:
-        log.error("interrupted; nothing is left running, and %s shows how far it came", out)
-        return 130
+        log.error("interrupted; all processes are ended, and %s holds what was done", out)
+        return errors.INTERRUPTED
     except NotRecovered as error:
-        failed = undisturbed if not harmed.log.is_file() else harmed
+        failed = disturbed if disturbed.log.is_file() else undisturbed
         log.error("%s\nthe last lines of %s:\n%s", error, failed.log, tail(failed.log))
     finally:
         undisturbed.kill()
-        harmed.kill()
-    return conclude(patient, undisturbed, faults, struck, out, time.perf_counter() - began)
+        disturbed.kill()
+    return report(target, undisturbed, len(faults), results, out, time.perf_counter() - began)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. `config` is the CONFIG.yaml or None, `settings` the section.key=value."""
+    """The command line; `config` is a CONFIG.yaml or None, `overrides` the section.key=value."""
     parser = Parser(
         prog="mae-dist chaos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"""\
-Harm a short pretraining run under torchrun by a seeded plan, and compare it in the end with an undisturbed run of the
-same settings: samples against the planned order, losses and weights bit for bit. Exit status 0 only if the run survived
-every fault, each within {PATIENCE:.0f} s, lost and repeated no sample, and came to the same bits.
+Inject faults into a short pretraining run under torchrun by a seeded plan, and compare it in the end with an
+undisturbed run of the same settings: samples with the planned order, losses and weights bit for bit. Exit status 0
+only if the run recovered from every fault within {RECOVERY_TIME:.0f} s, lost and repeated no sample, and ended with
+the same bits.
 
-Without CONFIG.yaml a tiny model is trained; with one, its model and recipe. The data is always chaos's own, {NUM_TRAIN}
-small images in DIR/data: its tars are damaged on purpose, so yours are never touched.""",
-        epilog="kinds:\n" + "\n".join(f"  {kind:20s}{strike.__doc__}" for kind, strike in KINDS.items()),
+Without CONFIG.yaml a tiny model is trained; with one, its model and recipe. The data are always {NUM_TRAIN} small
+images that chaos makes in DIR/data: their tars are damaged on purpose, so your data are never used.""",
+        epilog="kinds:\n" + "\n".join(f"  {kind:20s}{inject.__doc__}" for kind, inject in KINDS.items()),
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for mae-dist pretrain")
-    parser.add_argument("--faults", type=int, default=25, help="faults in all (default 25)")
-    parser.add_argument("--seed", type=int, default=0, help="of the plan: kinds, victims, moments (default 0)")
-    parser.add_argument("--processes", type=int, default=2, help="ranks, 2 or more (default 2)")
-    parser.add_argument("--kinds", help=f"some of the kinds below, with commas (default: all but {ELASTIC})")
     parser.add_argument(
-        "--elastic", action="store_true", help=f"{ELASTIC} too; from then on bits may differ by rounding"
+        "overrides", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for mae-dist pretrain"
     )
+    parser.add_argument("--faults", type=int, default=25, help="number of faults (default 25)")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan: kinds, ranks, steps (default 0)")
+    parser.add_argument("--processes", type=int, default=2, help="number of ranks, 2 or more (default 2)")
+    parser.add_argument("--kinds", help=f"some of the kinds below, with commas (default: all but {ELASTIC})")
+    parser.add_argument("--elastic", action="store_true", help=f"{ELASTIC} too; bits may then differ by rounding")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="a new folder (default runs/chaos)")
     options = parser.parse_intermixed_args(argv)
-    options.config, options.settings = configuration.split_words("chaos", options.words)
+    options.config, options.overrides = configuration.split_words("chaos", options.overrides)
     if options.faults < 1:
         raise ValueError(f"--faults {options.faults}: must be 1 or more")
     if options.processes < 2:
-        raise ValueError(f"--processes {options.processes}: must be 2 or more, as ranks watch over each other")
+        raise ValueError(f"--processes {options.processes}: must be 2 or more, as ranks detect each other's faults")
     return options
 
 
 def kinds_of(options: argparse.Namespace) -> list[str]:
-    """The kinds that were asked for."""
+    """The kinds to inject, from --kinds and --elastic."""
     kinds = options.kinds.split(",") if options.kinds else [kind for kind in KINDS if kind != ELASTIC]
     for kind in kinds:
         if kind not in KINDS:
@@ -133,12 +137,12 @@ def kinds_of(options: argparse.Namespace) -> list[str]:
 
 
 def settings(options: argparse.Namespace) -> list[str]:
-    """All settings but those that chaos decides itself, later ones overruling."""
-    for word in options.settings:
-        if word.partition("=")[0] in ("out", "data.path", "data.split", "train.steps", "track.every", "track.ids"):
-            raise ValueError(f"{word}: chaos decides this setting itself; leave it out")
+    """The settings of both runs but for their folders, data and steps; later ones overrule."""
+    for override in options.overrides:
+        if override.partition("=")[0] in SET_BY_CHAOS:
+            raise ValueError(f"{override}: chaos sets this itself; leave it out")
     model = [] if options.config else MODEL
-    return [*model, *PACE, *options.settings, "data.split=train", "track.every=1", "track.ids=true", "track.wandb=off"]
+    return [*model, *PACE, *options.overrides, "data.split=train", "track.every=1", "track.ids=true", "track.wandb=off"]
 
 
 def plan(seed: int, num_faults: int, kinds: list[str]) -> list[Fault]:
@@ -154,13 +158,13 @@ def plan(seed: int, num_faults: int, kinds: list[str]) -> list[Fault]:
 
 
 def make_data(folder: Path) -> None:
-    """The small data set. Its images are not said to be equally large, so that they are read while the run goes on."""
+    """Pack the data set. Its image size is left open, so that runs read the tars at each step, not once."""
     pack(from_synthetic(NUM_TRAIN, NUM_TEST), folder, SHARD_SIZE)
     dataclasses.replace(Dataset.load(folder), image_size=None).save(folder)
 
 
 def on_cpus(processes: int) -> dict[str, str]:
-    """Environment that hides GPUs, of which each rank would need its own, where there are too few."""
+    """Environment that hides the GPUs if there are fewer than ranks, since each rank needs its own."""
     import torch
 
     return {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < processes else {}
@@ -168,79 +172,83 @@ def on_cpus(processes: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class FaultResult:
-    """What is known of a fault when it is over: the last step before it, the step at which it was survived."""
+    """One injected fault: the last step before it, and the step reached at the recovery (None: there was none).
+
+    elastic: the number of ranks has changed by then; redone: steps done again; seconds: from the fault to the recovery.
+    """
 
     fault: Fault
     ranks: int
     elastic: bool
     step: int
-    survived: int | None
+    recovered_at: int | None
     redone: int | None
     seconds: float
 
 
-def inject_fault(patient: Target, faults: list[Fault], struck: list[FaultResult]) -> None:
-    """Strike one fault after the other, noting each in `struck`, and wait for the end of the run.
+def inject_faults(target: Target, faults: list[Fault], results: list[FaultResult]) -> None:
+    """Start the run, inject one fault after the other, append what came of it to `results`, and wait for the run's end.
 
-    Raises NotRecovered at the first fault that the run does not survive.
+    Raises NotRecovered at the first fault that the run does not recover from.
     """
-    job, elastic = patient.job, False
+    job, elastic = target.job, False
     job.start()
     for fault in faults:
-        job.wait(lambda step=fault.step: job.step() >= step, f"step {fault.step}, at which {fault.kind} strikes")
-        job.note()
-        step, began, ranks = job.reached, time.perf_counter(), job.processes
+        job.wait(lambda step=fault.step: job.step() >= step, f"step {fault.step}, after which {fault.kind} is injected")
+        job.remember()
+        step, began, ranks = job.reached, time.perf_counter(), job.num_ranks
         log.info("%d/%d step %d: %s", fault.number, len(faults), step, fault.kind)
-        recovery = survived = None
+        recovery = recovered_at = None
         try:
-            recovery = KINDS[fault.kind](patient, fault)
-            survived = job.step()
+            recovery = KINDS[fault.kind](target, fault)
+            recovered_at = job.step()
         finally:
-            elastic = elastic or job.processes != ranks
+            elastic = elastic or job.num_ranks != ranks
             redone = recovery.reached - recovery.resumed if recovery else None
             seconds = time.perf_counter() - began
-            struck.append(FaultResult(fault, job.processes, elastic, step, survived, redone, seconds))
-        log.info("    recovered in %.0f s at step %d, %s steps done again", seconds, survived, redone)
+            results.append(FaultResult(fault, job.num_ranks, elastic, step, recovered_at, redone, seconds))
+        log.info("    recovered in %.0f s at step %d, %s steps done again", seconds, recovered_at, redone)
     job.finish()
 
 
-def conclude(
-    patient: Target, undisturbed: TorchrunRun, faults: list[Fault], struck: list[FaultResult], out: Path, seconds: float
+def report(
+    target: Target, undisturbed: TorchrunRun, planned: int, results: list[FaultResult], out: Path, seconds: float
 ) -> int:
-    """Compare, print and write the table; give the exit status."""
-    batch, steps = patient.config.train.global_batch, patient.config.train.steps
+    """Compare the two runs, print and write the table; the exit status."""
+    steps = target.config.train.steps
     assert steps is not None
-    lines = patient.job.lines("ids.jsonl")
-    found, wanted = audit.losses(patient.job.run), audit.losses(undisturbed.run)
+    run, reference = (compare.read_evidence(job.run.path) for job in (target.job, undisturbed))
+    samples = compare.planned_samples(target.order, target.config.train.global_batch, range(1, steps + 1))
 
     def compared(first: int, last: int) -> dict[str, Any]:
-        samples = dataclasses.asdict(audit.audit(lines, patient.order, batch, first, last))
-        return samples | {"loss_difference": audit.loss_difference(found, wanted, first, last)}
+        stretch = range(first, last + 1)
+        counts = dataclasses.asdict(compare.count_sample_errors(run.samples, samples, stretch))
+        return counts | {"loss_difference": compare.largest_difference(run.losses, reference.losses, stretch)}
 
     rows, first = [], 1
-    for one in struck:
-        last = one.survived or patient.job.step()
-        row = audit.Row(
-            number=one.fault.number, kind=one.fault.kind, step=one.step, ranks=one.ranks, elastic=one.elastic,
-            recovered=one.survived is not None, seconds=one.seconds, redone=one.redone, **compared(first, last),
+    for result in results:
+        last = result.recovered_at or target.job.step()
+        row = FaultRow(
+            number=result.fault.number, kind=result.fault.kind, step=result.step, ranks=result.ranks,
+            recovered=result.recovered_at is not None, seconds=result.seconds, redone=result.redone,
+            elastic=result.elastic, **compared(first, last),
         )  # fmt: skip
         rows.append(row)
         first = last + 1
     elastic = any(row.elastic for row in rows)
-    states = audit.final_state(patient.job.run), audit.final_state(undisturbed.run)
-    totals = audit.Totals(
-        faults=len(rows), planned=len(faults), recovered=sum(row.recovered for row in rows), steps=steps,
-        redone=sum(row.redone or 0 for row in rows), state_difference=audit.state_difference(*states, elastic),
-        elastic=elastic, seconds=seconds, **compared(1, steps),
+    totals = Totals(
+        faults=len(rows), planned=planned, recovered=sum(row.recovered for row in rows), steps=steps,
+        redone=sum(row.redone or 0 for row in rows), elastic=elastic, seconds=seconds, **compared(1, steps),
+        state_difference=compare.state_difference(run.state, reference.state, key_biases=not elastic),
     )  # fmt: skip
-    (out / "chaos.json").write_text(json.dumps(audit.plain(rows, totals), indent=1) + "\n")
-    (out / "chaos.md").write_text(audit.markdown(rows, totals))
-    audit.show(rows, totals)
+    (out / "chaos.json").write_text(json.dumps(chaos_table.as_json(rows, totals), indent=1) + "\n")
+    (out / "chaos.md").write_text(chaos_table.markdown(rows, totals))
+    chaos_table.show(rows, totals)
     print(f"{seconds:.0f} s; {out} holds the table (chaos.md, chaos.json), the plan, and both runs with their logs")
-    return 0 if audit.verdict(rows, totals) else 1
+    return errors.DONE if chaos_table.passed(rows, totals) else errors.FAILED
 
 
 def tail(file: Path) -> str:
-    """The last lines of a log."""
+    """The last TAIL_LINES lines of a log; "" if there is none."""
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     return "\n".join(lines[-TAIL_LINES:])

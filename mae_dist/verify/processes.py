@@ -1,11 +1,7 @@
-"""Runs as processes of their own: the command that a user would type, watched from outside and told to stop.
-
-What a run has reached is read from its metrics.jsonl: nothing is measured or compared that a user could not see.
-"""
+"""Runs as processes, started with the command that a user would type and followed in their metrics.jsonl."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,36 +11,33 @@ from pathlib import Path
 
 from mae_dist.data.index import FILE
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.run import jsonl
 
 TAIL = 4096
-"""Bytes at the end of a file that hold its last line."""
+"""Bytes at the end of a metrics.jsonl that hold its last step."""
 
 
-def start(words: Sequence[str], said: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start `mae-dist WORDS`; what it says is appended to the file `said`."""
-    with said.open("ab") as stream:
-        command = [sys.executable, "-m", "mae_dist", *words]
+def start(argv: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start `mae-dist ARGV` with more environment variables; append its output to the file `log`."""
+    with log.open("ab") as stream:
+        command = [sys.executable, "-m", "mae_dist", *argv]
         return subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | environment)
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file that says something."""
-    lines = [line for line in _tail(path).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+    """The last line of a file that is not blank; "" if there is none."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def reached(run: Path) -> int:
     """The last step in a run's metrics.jsonl; 0 before the first."""
-    for line in reversed(_tail(run / "metrics.jsonl").splitlines()):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # not written to its end, or cut by the tail
-            continue
-    return 0
+    records = jsonl.tail(run / "metrics.jsonl", TAIL)
+    return records[-1]["step"] if records else 0
 
 
-def watch(process: subprocess.Popen[bytes], run: Path, step: int) -> bool:
-    """Wait until the run has reached `step`; False when the process ended before."""
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> bool:
+    """Wait until the run has reached `step`; False if the process ended before."""
     while process.poll() is None:
         if reached(run) >= step:
             return True
@@ -53,14 +46,6 @@ def watch(process: subprocess.Popen[bytes], run: Path, step: int) -> bool:
 
 
 def embedded_data(folder: Path, num_train: int) -> None:
-    """Make the embedded data set in `folder` if it is not there."""
+    """Pack the embedded data set into `folder` unless it is there."""
     if not (folder / FILE).is_file():
         pack(from_synthetic(num_train, max(1, num_train // 4)), folder, shard_size=max(1, num_train // 8))
-
-
-def _tail(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - TAIL))
-        return stream.read().decode(errors="replace")

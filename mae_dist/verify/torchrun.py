@@ -1,7 +1,7 @@
-"""A run under torchrun as its owner sees it from outside: typed, watched in its files, found in /proc, and ended whole.
+"""A run under torchrun as a user sees it: started by its command, followed in its files and in /proc, and killed.
 
-For `mae-dist chaos`, which harms such runs. Every process carries a mark in its environment, so that ranks and loader
-workers are found in whatever session and under whatever parent a launcher or a kill has left them. Linux only.
+For `mae-dist chaos`, which injects faults into such runs. Each process has a mark in its environment, so that ranks and
+loader workers are found in whatever session and under whatever parent a launcher or a kill has left them. Linux only.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from mae_dist.run import tracker
+from mae_dist.run import jsonl
 from mae_dist.run.directory import RunDir
+from mae_dist.run.events import Event, Kind
 from mae_dist.verify import processes
 
 T = TypeVar("T")
 
-PATIENCE = 180.0
-"""Seconds in which a fault must be survived."""
+RECOVERY_TIME = 180.0
+"""Seconds in which a run must recover from a fault."""
 POLL = 0.01
+FILES = {"start": "provenance.jsonl", "rewind": "rewinds.jsonl"}
 MARK = "MAE_DIST_CHAOS"
 RESTARTS = 1000
-"""What torchrun may restart: more than any plan needs."""
+"""torchrun's --max-restarts: more than any plan needs."""
 
 
 class NotRecovered(Exception):
-    """The run did not do what it had to do after a fault."""
+    """The run did not do what it must do after a fault."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How a run survived: the last step before it went back, and the step it went back to (the same: it did not)."""
+    """How a run recovered: the last step before it went back, and the step that it went back to (equal: it did not)."""
 
     reached: int
     resumed: int
@@ -47,7 +49,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a job; `rank` is what its environment says (None: a launcher)."""
+    """A process of a run; `rank` is the RANK of its environment (None: a launcher)."""
 
     pid: int
     parent: int
@@ -56,24 +58,25 @@ class Process:
 
 
 class TorchrunRun:
-    """`torchrun ... -m MODULE WORDS` with its output in `log`; `run` is the folder that it works in."""
+    """`torchrun ... -m MODULE ARGV` with its output appended to `log`; `run` is the folder of the run.
+
+    `remember` marks a moment; `output`, `new_events` and `wait_until_resumed` are about what came after it.
+    """
 
     def __init__(
-        self, run: Path, module: str, words: list[str], processes: int, log: Path, environment: dict[str, str]
+        self, run: Path, module: str, argv: list[str], num_ranks: int, log: Path, environment: dict[str, str]
     ):  # fmt: skip
-        self.run, self.module, self.words, self.processes, self.log = RunDir(run), module, words, processes, log
+        self.run, self.module, self.argv, self.num_ranks, self.log = RunDir(run), module, argv, num_ranks, log
         self.mark = uuid.uuid4().hex
         self.environment = os.environ | environment | {MARK: self.mark}
         self.launcher: subprocess.Popen[bytes] | None = None
-        self.note()
-
-    # what is done to it
+        self.remember()
 
     def start(self) -> None:
-        """Type the command."""
+        """Start the command."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(RESTARTS)]
-        torchrun += ["--nproc-per-node", str(self.processes)]
-        command = [sys.executable, *torchrun, "-m", self.module, *self.words]
+        torchrun += ["--nproc-per-node", str(self.num_ranks)]
+        command = [sys.executable, *torchrun, "-m", self.module, *self.argv]
         with self.log.open("ab") as stream:
             stream.write(f"\n$ {shlex.join(command)}\n".encode())
             stream.flush()
@@ -83,47 +86,45 @@ class TorchrunRun:
             )  # fmt: skip
 
     def stop(self) -> None:
-        """SIGTERM to the launcher, and wait until all have left."""
+        """Send SIGTERM to the launcher and wait until all processes have ended."""
         assert self.launcher is not None
         self.launcher.terminate()
-        deadline = time.monotonic() + PATIENCE
-        while self.launcher.poll() is None or self.found():
-            self.watch()
+        deadline = time.monotonic() + RECOVERY_TIME
+        while self.launcher.poll() is None or self.processes():
+            self.update_reached()
             if time.monotonic() > deadline:
-                raise NotRecovered(f"told to stop, and still there after {PATIENCE:.0f} s")
+                raise NotRecovered(f"it has not ended {RECOVERY_TIME:.0f} s after SIGTERM")
             time.sleep(POLL)
 
     def kill(self) -> None:
-        """SIGKILL to the launcher, all ranks and all their helpers, until none is left."""
+        """Send SIGKILL to the launcher, all ranks and all their helpers, until none is left."""
         if self.launcher is not None:
             self.launcher.kill()
-        while found := self.found():
+        while found := self.processes():
             for process in found:
                 self.signal(process.pid, signal.SIGKILL)
             if self.launcher is not None:
                 self.launcher.poll()
 
     def signal(self, pid: int, number: signal.Signals) -> None:
-        """A signal to one process, which may be gone."""
+        """Send a signal to one process, which may have ended."""
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    # what is seen of it
-
-    def found(self) -> list[Process]:
-        """All its processes that live, launchers first."""
-        processes = [process for path in Path("/proc").glob("[0-9]*") if (process := read_process(path, self.mark))]
-        return sorted(processes, key=lambda process: (process.rank is not None, process.pid))
+    def processes(self) -> list[Process]:
+        """All living processes of the run, launchers first."""
+        found = [process for path in Path("/proc").glob("[0-9]*") if (process := read_process(path, self.mark))]
+        return sorted(found, key=lambda process: (process.rank is not None, process.pid))
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, in their order."""
+        """Process ids of the ranks, in the order of the ranks."""
         assert self.launcher is not None
-        children = [process for process in self.found() if process.parent == self.launcher.pid]
+        children = [process for process in self.processes() if process.parent == self.launcher.pid]
         return [c.pid for c in sorted(children, key=lambda c: -1 if c.rank is None else c.rank) if c.rank is not None]
 
     def workers(self, rank: int) -> list[int]:
-        """Process ids of a rank's loader workers: forks of it."""
-        found = self.found()
+        """Process ids of a rank's loader workers, which are forks of the rank."""
+        found = self.processes()
         pid = self.ranks()[rank]
         command = next(process.command for process in found if process.pid == pid)
         return [process.pid for process in found if process.parent == pid and process.command == command]
@@ -132,84 +133,79 @@ class TorchrunRun:
         """The last step in metrics.jsonl."""
         return processes.reached(self.run.path)
 
-    def starts(self) -> list[int]:
-        """The step of each start so far."""
-        return [line["step"] for line in self.lines("provenance.jsonl")]
+    def remember(self) -> None:
+        """Mark this moment, before a fault."""
+        self.counts = {kind: len(jsonl.read(self.run.path / name)) for kind, name in FILES.items()}
+        self.offset = self.log.stat().st_size if self.log.is_file() else 0
+        self.reached = self.step()
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The whole lines of one of the run's .jsonl files."""
-        return tracker.read(self.run.path / name)
-
-    def said(self) -> str:
-        """Its output since the last `note`."""
+    def output(self) -> str:
+        """The run's output since `remember`."""
         with self.log.open("rb") as stream:
             stream.seek(self.offset)
             return stream.read().decode(errors="replace")
 
-    # what is waited for
+    def new_events(self, kind: Kind) -> list[Event]:
+        """The run's events of this kind since `remember`, oldest first."""
+        return jsonl.read(self.run.path / FILES[kind])[self.counts[kind] :]
 
-    def note(self) -> None:
-        """Remember where its files stand, before a fault."""
-        self.num_starts = len(self.starts())
-        self.num_rewinds = len(self.lines("rewinds.jsonl"))
-        self.offset = self.log.stat().st_size if self.log.is_file() else 0
-        self.reached = self.step()
-
-    def watch(self) -> None:
-        """Remember how far it has come since the last `note`."""
+    def update_reached(self) -> None:
+        """Set `reached` to the largest step since `remember`."""
         self.reached = max(self.reached, self.step())
 
     def wait(self, condition: Callable[[], T], what: str, poll: float = POLL) -> T:
-        """Watch until `condition` gives something; NotRecovered when torchrun ends or patience does."""
+        """Wait until `condition` returns something true, and return it.
+
+        Raises NotRecovered, naming `what` was waited for, if torchrun ends or RECOVERY_TIME is over.
+        """
         assert self.launcher is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RECOVERY_TIME
         while True:
-            self.watch()
+            self.update_reached()
             if found := condition():
                 return found
             if (status := self.launcher.poll()) is not None:
                 raise NotRecovered(f"torchrun ended with status {status}, before {what}")
             if time.monotonic() > deadline:
-                raise NotRecovered(f"not within {PATIENCE:.0f} s: {what}")
+                raise NotRecovered(f"not within {RECOVERY_TIME:.0f} s: {what}")
             time.sleep(poll)
 
-    def resumed(self, words: str = "", most: int | None = None) -> Recovery:
-        """Wait until it has started again and come further than before.
+    def wait_until_resumed(self, max_redone: int | None = None) -> Recovery:
+        """Wait until the ranks have started again and made a step further than before.
 
-        NotRecovered unless its output has `words` and at most `most` steps were done again.
+        Raises NotRecovered if they do not, or if more than `max_redone` steps were done again.
         """
-        self.wait(lambda: len(self.starts()) > self.num_starts, "the ranks start again")
+        self.wait(lambda: self.new_events("start"), "the ranks start again")
         reached = self.reached
         self.wait(lambda: self.step() > reached, f"step {reached + 1} is done")
-        resumed = self.starts()[-1]
-        if words not in self.said():
-            raise NotRecovered(f"went on, but its output has no word of {words}")
-        if most is not None and reached - resumed > most:
-            raise NotRecovered(f"resumed at step {resumed}, having reached {reached}: at most {most} may be done again")
+        resumed = self.new_events("start")[-1]["step"]
+        if max_redone is not None and reached - resumed > max_redone:
+            redone = f"at most {max_redone} may be done again"
+            raise NotRecovered(f"resumed at step {resumed}, having reached {reached}: {redone}")
         return Recovery(reached, resumed)
 
     def finish(self) -> None:
-        """Wait until it is finished, without hurry as long as steps are made."""
+        """Wait until the run is finished; NotRecovered if it ends otherwise or makes no step in RECOVERY_TIME."""
         assert self.launcher is not None
-        reached, deadline = -1, time.monotonic() + PATIENCE
+        reached, deadline = -1, time.monotonic() + RECOVERY_TIME
         while (status := self.launcher.poll()) is None:
             if self.step() > reached:
-                reached, deadline = self.step(), time.monotonic() + PATIENCE
+                reached, deadline = self.step(), time.monotonic() + RECOVERY_TIME
             if time.monotonic() > deadline:
-                raise NotRecovered(f"no step in {PATIENCE:.0f} s")
+                raise NotRecovered(f"no step in {RECOVERY_TIME:.0f} s")
             time.sleep(0.1)
         if status or self.run.result() is None:
             raise NotRecovered(f"torchrun ended with status {status}, and the run is not finished")
 
 
 def read_process(path: Path, mark: str) -> Process | None:
-    """What /proc/PID says of a process with the mark; None for others, and for one that is gone or a zombie."""
+    """The process at /proc/PID if its environment has the mark; None for others, ended processes and zombies."""
     try:
-        words = (path / "environ").read_bytes().split(b"\0")
-        if f"{MARK}={mark}".encode() not in words:
+        environ = (path / "environ").read_bytes().split(b"\0")
+        if f"{MARK}={mark}".encode() not in environ:
             return None
         parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        rank = next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
+        rank = next((int(entry[5:]) for entry in environ if entry.startswith(b"RANK=")), None)
         return Process(int(path.name), parent, rank, (path / "cmdline").read_bytes())
     except (OSError, IndexError):
         return None

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from mae_dist.run.directory import RunDir
-from mae_dist.verify import audit
+from mae_dist.verify import compare
 
 from .launching import NODES, Launch, Launched
 
@@ -46,14 +45,12 @@ def undisturbed(patient: Launched, launch: Launch) -> Launched:
 def assert_equal(found: Launched, wanted: Launched, elastic: bool = False) -> None:
     """Same samples in the same order, each step once; same weights, moments and averages."""
     assert (found.run / "ids.jsonl").read_text() == (wanted.run / "ids.jsonl").read_text()
-    difference = audit.state_difference(
-        audit.final_state(RunDir(found.run)), audit.final_state(RunDir(wanted.run)), elastic
-    )
-    losses = audit.loss_difference(audit.losses(RunDir(found.run)), audit.losses(RunDir(wanted.run)), 1, found.total)
+    run, reference = (compare.read_evidence(launched.run) for launched in (found, wanted))
+    losses = compare.largest_difference(run.losses, reference.losses, range(1, found.total + 1))
     if elastic:
         assert losses < 1e-5
     else:
-        assert (difference, losses) == (0, 0)
+        assert (compare.state_difference(run.state, reference.state), losses) == (0, 0)
 
 
 def test_two_nodes_of_two_tasks(undisturbed: Launched) -> None:

@@ -1,22 +1,24 @@
-"""The certificate: what it compares finds what is wrong; its shapes are those of the machine; a real one, small."""
+"""`mae-dist certify`: gaps, tolerances and verdicts; the shapes for a machine; a small certificate of real runs."""
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from running import environment, refused, start
 
-from mae_dist import schema
+from mae_dist import errors, schema
 from mae_dist.__main__ import main
 from mae_dist.verify import certificate, certify, processes
-from mae_dist.verify.certificate import FAILED, IDENTICAL, Evidence, Gaps, tolerance, verdict
+from mae_dist.verify.certificate import FAILED, IDENTICAL, Gaps, tolerance, verdict
+from mae_dist.verify.compare import Evidence
 
-PLANNED = {1: ([0, 0], [3, 1]), 2: ([0, 1], [2, 0])}
+STEPS = 12
+
+PLANNED = {1: [(0, 3), (0, 1)], 2: [(0, 2), (1, 0)]}
 
 
 def evidence(**changes: object) -> Evidence:
@@ -27,14 +29,14 @@ def evidence(**changes: object) -> Evidence:
 
 
 def gaps(**changes: object) -> Gaps:
-    return certificate.compare(evidence(**changes), evidence(), PLANNED)
+    return certificate.measure_gaps(evidence(**changes), evidence(), PLANNED)
 
 
-def test_a_run_equals_itself() -> None:
+def test_gaps_of_a_run_to_itself_are_zero() -> None:
     assert gaps() == Gaps(0.0, 0.0, 0.0, identical=True, order=None)
 
 
-def test_gaps_are_found_wherever_they_are() -> None:
+def test_gaps_show_losses_gradient_norms_weights_and_moments() -> None:
     assert gaps(losses={1: 0.9, 2: 0.83}).loss == pytest.approx(0.03)
     assert gaps(grad_norms={1: 4.4, 2: 3.0}).grad_norm == pytest.approx(0.1)
     moved = {"model.weight": torch.tensor([1.0, 2.5]), "optimizer.weight.exp_avg": torch.tensor([0.1, 0.2])}
@@ -61,38 +63,38 @@ def test_gaps_are_found_wherever_they_are() -> None:
         ({"state": evidence().state | {"model.weight": torch.tensor([1.0, float("nan")])}}, "weights"),
     ],
 )  # fmt: skip
-def test_what_is_missing_or_not_finite_is_no_small_gap(changes: dict, field: str) -> None:
+def test_gap_is_infinite_where_something_is_missing_or_not_finite(changes: dict, field: str) -> None:
     found = gaps(**changes)
     assert getattr(found, field) == float("inf")
     assert verdict(found, tolerance("bf16"), exact=False) == FAILED
 
 
-def test_two_runs_that_both_lack_a_step_fail() -> None:
+def test_certify_fails_if_both_runs_lack_a_step() -> None:
     short = evidence(losses={1: 0.9}, grad_norms={1: 4.0})
-    assert verdict(certificate.compare(short, short, PLANNED), tolerance("fp32"), exact=False) == FAILED
+    assert verdict(certificate.measure_gaps(short, short, PLANNED), tolerance("fp32"), exact=False) == FAILED
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {1: ([0, 0], [1, 3]), 2: ([0, 1], [2, 0])},  # two ids swapped
-        {1: ([0, 0], [3, 1]), 2: ([0, 0], [2, 0])},  # another epoch
-        {1: ([0, 0], [3, 1])},
-        PLANNED | {3: ([1, 1], [1, 2])},
+        {1: [(0, 1), (0, 3)], 2: [(0, 2), (1, 0)]},  # two ids swapped
+        {1: [(0, 3), (0, 1)], 2: [(0, 2), (0, 0)]},  # another epoch
+        {1: [(0, 3), (0, 1)]},
+        PLANNED | {3: [(1, 1), (1, 2)]},
         {},
     ],
 )
-def test_another_order_fails_even_with_equal_numbers(wrong: dict) -> None:
-    found = gaps(ids=wrong)
+def test_certify_fails_on_another_sample_order_even_with_equal_losses(wrong: dict) -> None:
+    found = gaps(samples=wrong)
     assert found.order is not None
     assert "not as planned" in found.order
     assert found.identical
     assert verdict(found, tolerance("bf16"), exact=False) == FAILED
-    both = certificate.compare(evidence(ids=wrong), evidence(ids=wrong), PLANNED)
+    both = certificate.measure_gaps(evidence(samples=wrong), evidence(samples=wrong), PLANNED)
     assert verdict(both, tolerance("bf16"), exact=False) == FAILED
 
 
-def test_verdicts() -> None:
+def test_verdict_depends_on_precision_and_exactness() -> None:
     small, large = Gaps(9e-6, 1e-6, 1e-3, False, None), Gaps(2e-5, 1e-6, 1e-3, False, None)
     steep = Gaps(1e-7, 2e-4, 1e-3, False, None)
     assert verdict(gaps(), tolerance("fp32"), exact=True) == IDENTICAL
@@ -110,7 +112,7 @@ def shapes(
     return certify.plan(ranks, settings, num_gpus)
 
 
-def test_the_shapes_of_four_ranks() -> None:
+def test_certify_plans_ddp_fsdp_hsdp_and_elastic_shapes_for_four_ranks() -> None:
     found, left_out = shapes([1, 2, 3, 4])
     assert [shape.folder for shape in found] == [
         "reference", "ddp-2", "ddp-3", "ddp-4", "fsdp-2", "fsdp-3", "fsdp-4", "hsdp-2x2", "accumulation",
@@ -124,7 +126,7 @@ def test_the_shapes_of_four_ranks() -> None:
     assert {shape.against for shape in found} == {"reference", "fsdp-2", "ddp-4"}
 
 
-def test_what_the_machine_cannot_take_is_left_out_with_the_reason() -> None:
+def test_certify_leaves_out_what_the_machine_cannot_run_with_the_reason() -> None:
     found, left_out = shapes([1, 2, 3, 4], num_gpus=2)
     assert {leg.ranks for shape in found for leg in shape.legs} == {1, 2}
     assert left_out == {
@@ -138,7 +140,7 @@ def test_what_the_machine_cannot_take_is_left_out_with_the_reason() -> None:
     assert "accumulation" not in [shape.folder for shape in shapes([1], batch=1)[0]]
 
 
-def test_the_last_step_is_read_from_a_file_that_is_being_written(tmp_path: Path) -> None:
+def test_last_step_is_read_while_metrics_are_written(tmp_path: Path) -> None:
     assert processes.reached(tmp_path) == 0
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 500)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 500, "lo')
@@ -146,7 +148,7 @@ def test_the_last_step_is_read_from_a_file_that_is_being_written(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("argv", "parts"),
     [
         (["--ranks", "1,zwei"], ["--ranks 1,zwei", "1,2,4"]),
         (["--ranks", "0,1"], ["--ranks 0", "1 or more"]),
@@ -160,29 +162,27 @@ def test_the_last_step_is_read_from_a_file_that_is_being_written(tmp_path: Path)
         (["train.bach=3"], ["train.bach"]),
     ],
 )
-def test_mistakes_end_with_one_line(
-    words: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_certify_refuses_mistakes_in_one_line(
+    argv: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["certify", *words, "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
+    message = refused(capsys, "certify", *argv, "--out", tmp_path / "out")
     for part in parts:
-        assert part in said[0]
+        assert part in message
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_every_shape_of_a_run_is_the_same_run(tmp_path: Path) -> None:
-    """Worlds 1 and 2, DDP and FSDP2, accumulation, resumes and 2 -> 1: 20 steps of AdamW with clipping.
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished `mae-dist certify --ranks 1,2`: some steps of AdamW with clipping in every shape."""
+    out = tmp_path_factory.mktemp("certify")
+    start("certify", "--ranks", "1,2", "--steps", STEPS, "--out", out, timeout=1200)
+    return out
 
-    Three ranks, HSDP of 2 x 2 and uneven shares are compared with one rank in test_runs.
-    """
-    out = tmp_path / "certify"
-    command = [sys.executable, "-m", "mae_dist", "certify", "--ranks", "1,2", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((out / "certificate.json").read_text())
+
+@pytest.mark.slow
+def test_certify_passes_ddp_fsdp_accumulation_resume_and_elastic(certified: Path) -> None:
+    """Three ranks, HSDP of 2 x 2 and uneven shares are compared with one rank in tests/stages."""
+    found = json.loads((certified / "certificate.json").read_text())
     assert found["passed"] is True
     rows = {row["folder"]: row for row in found["rows"]}
     assert rows.keys() == {
@@ -195,15 +195,31 @@ def test_every_shape_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     assert not rows["ddp-2"]["gaps"]["identical"], "sums in another order cannot be equal in every bit"
     assert [start["ranks"] for start in rows["chain-2-1"]["starts"]] == [2, 1]
     assert "machine.strategy=fsdp" in rows["chain-2-1"]["starts"][0]["command"]
-    assert 0 < rows["chain-2-1"]["starts"][1]["step"] < 20
-    assert "Every row passes" in (out / "certificate.md").read_text()
+    assert 0 < rows["chain-2-1"]["starts"][1]["step"] < STEPS
+    assert "Every row passes" in (certified / "certificate.md").read_text()
 
-    ids = out / "ddp-2" / "ids.jsonl"  # a run that saw other samples
+
+@pytest.mark.slow
+def test_certify_skips_finished_shapes_and_fails_another_sample_order(
+    certified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call in which only the resumed shape starts a process, and one run took other samples."""
+
+    def run_resumed_only(shape: certify.Shape, *arguments: Any) -> str | None:
+        return run_shape(shape, *arguments) if shape.folder == "resume" else None
+
+    run_shape = certify.run_shape
+    monkeypatch.setattr(certify, "run_shape", run_resumed_only)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    ids = certified / "ddp-2" / "ids.jsonl"
     lines = ids.read_text().splitlines()
     last = json.loads(lines[-1])
     last["ids"][0], last["ids"][1] = last["ids"][1], last["ids"][0]
     ids.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    found = json.loads((out / "certificate.json").read_text())
+    checkpoints = sorted((certified / "resume" / "checkpoints").iterdir())
+    before = [path.stat().st_mtime_ns for path in checkpoints]
+    assert main(["certify", "--ranks", "1,2", "--steps", str(STEPS), "--out", str(certified)]) == errors.FAILED
+    found = json.loads((certified / "certificate.json").read_text())
     assert [row["folder"] for row in found["rows"] if row["verdict"] == FAILED] == ["ddp-2"]
+    assert [path.stat().st_mtime_ns for path in checkpoints] == before

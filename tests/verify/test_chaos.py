@@ -1,4 +1,4 @@
-"""Chaos: the plan, the audit and the verdict on made-up files, and three faults for real."""
+"""`mae-dist chaos`: the plan, the comparison and the table on made-up files, and a real run with three faults."""
 
 import dataclasses
 import json
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import start
 
 from mae_dist.batch import Batch
 from mae_dist.data.order import Order
 from mae_dist.objectives import Output
-from mae_dist.run.directory import RunDir
-from mae_dist.verify import audit, chaos, inject_nan
+from mae_dist.verify import chaos, chaos_table, compare, inject_nan
+from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS
 from mae_dist.verify.torchrun import TorchrunRun
 
@@ -34,11 +35,14 @@ def ids_log(num_steps: int) -> list[dict]:
     return lines
 
 
-def check(lines: list[dict], first: int = 1, last: int = 6) -> tuple[int, int, int]:
-    return dataclasses.astuple(audit.audit(lines, ORDER, BATCH, first, last))
+def evidence(folder: Path, metrics: list[dict], ids: list[dict]) -> compare.Evidence:
+    """What is read from a run's folder with these records."""
+    for name, records in (("metrics.jsonl", metrics), ("ids.jsonl", ids)):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return compare.read_evidence(folder)
 
 
-def test_a_plan_is_seeded_and_has_every_kind_before_any_comes_again() -> None:
+def test_fault_plan_is_seeded_and_repeats_no_kind_before_all_have_come() -> None:
     kinds = list(KINDS)
     plan = chaos.plan(0, 30, kinds)
     assert plan == chaos.plan(0, 30, kinds)
@@ -52,7 +56,13 @@ def test_a_plan_is_seeded_and_has_every_kind_before_any_comes_again() -> None:
     assert distances.min() > chaos.SLOT // 2
 
 
-def test_the_audit_finds_a_lost_a_repeated_and_a_moved_sample() -> None:
+def test_sample_errors_count_lost_repeated_and_moved_samples(tmp_path: Path) -> None:
+    planned = compare.planned_samples(ORDER, BATCH, range(1, 7))
+
+    def check(lines: list[dict], last: int = 6) -> tuple[int, int, int]:
+        samples = evidence(tmp_path, [], lines).samples
+        return dataclasses.astuple(compare.count_sample_errors(samples, planned, range(1, last + 1)))
+
     assert check(ids_log(6)) == (0, 0, 0)
 
     lost = ids_log(6)
@@ -84,40 +94,47 @@ def test_the_audit_finds_a_lost_a_repeated_and_a_moved_sample() -> None:
     assert check(twice[:-1], last=5) == (0, 0, 0)
 
 
-def test_losses_differ_where_a_step_is_missing_skipped_or_there_twice(tmp_path: Path) -> None:
-    def losses(*records: dict) -> dict[int, float]:
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return audit.losses(RunDir(tmp_path))
+def test_loss_difference_is_infinite_where_a_step_is_missing_skipped_or_recorded_twice(tmp_path: Path) -> None:
+    def step(number: int, **fields: float) -> dict:
+        return {"kind": "step", "step": number, "lr": 0.1} | fields
 
-    first, second = {"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}
-    wanted = losses(first, second)
-    assert audit.loss_difference(losses(first, second, {"step": 2, "test_loss": 3.0}), wanted, 1, 2) == 0
-    assert audit.loss_difference(losses(first, {"step": 2, "loss": math.nextafter(0.2, 1)}), wanted, 1, 2) > 0
-    assert audit.loss_difference(losses(first), wanted, 1, 2) == math.inf
-    assert audit.loss_difference(losses(first), wanted, 1, 1) == 0
-    assert audit.loss_difference(losses(first, second, second), wanted, 1, 2) == math.inf
-    assert audit.loss_difference(losses(first, {"step": 2, "skipped": True}), wanted, 1, 2) == math.inf
-    assert audit.loss_difference(losses(first, second | {"skipped": True}), wanted, 1, 2) == math.inf
+    def difference(*records: dict, last: int = 2) -> float:
+        losses = evidence(tmp_path, list(records), []).losses
+        return compare.largest_difference(losses, wanted, range(1, last + 1))
+
+    first, second = step(1, loss=0.1), step(2, loss=0.2)
+    wanted = evidence(tmp_path, [first, second], []).losses
+    assert difference(first, second, {"kind": "evaluation", "step": 2, "test_loss": 3.0}) == 0
+    assert difference(first, step(2, loss=math.nextafter(0.2, 1))) > 0
+    assert difference(first) == math.inf
+    assert difference(first, last=1) == 0
+    assert difference(first, second, second) == math.inf
+    assert difference(first, step(2, skipped=True)) == math.inf
+    assert difference(first, second | {"skipped": True}) == math.inf
+    assert difference(first, second | {"skipped": True, "loss_scale": 2.0**16}) == 0, "fp16 halves its scale"
 
 
-def test_states_differ_in_a_bit_a_name_or_a_nan() -> None:
+def test_state_difference_finds_a_bit_a_name_a_shape_and_a_nan() -> None:
     wanted = {"w": torch.tensor([1.0, 2.0]), "attn.qkv.bias": torch.arange(6.0)}
-    assert audit.state_difference(dict(wanted), wanted, False) == 0
-    assert audit.state_difference(wanted | {"w": torch.tensor([1.0, 2.0000002])}, wanted, True) > 0
-    for other in ({}, wanted | {"v": wanted["w"]}, wanted | {"w": torch.tensor([1.0, math.nan])}):
-        assert audit.state_difference(other, wanted, True) == math.inf
-    assert audit.state_difference({}, {}, False) == math.inf
+    assert compare.state_difference(dict(wanted), wanted) == 0
+    assert compare.state_difference(wanted | {"w": torch.tensor([1.0, 2.0000002])}, wanted, key_biases=False) > 0
+    for other in (
+        {}, wanted | {"v": wanted["w"]}, wanted | {"w": torch.tensor([1.0, math.nan])},
+        wanted | {"w": torch.tensor([1.0, math.inf])}, wanted | {"w": torch.tensor([1.0])},
+    ):  # fmt: skip
+        assert compare.state_difference(other, wanted, key_biases=False) == math.inf
+    assert compare.state_difference({}, {}) == math.inf
     for place, counts in enumerate([True, True, False, False, True, True]):  # two queries, two keys, two values
         other = wanted | {"attn.qkv.bias": wanted["attn.qkv.bias"].index_fill(0, torch.tensor(place), -1)}
-        assert audit.state_difference(other, wanted, False) > 0
-        assert (audit.state_difference(other, wanted, True) > 0) == counts
+        assert compare.state_difference(other, wanted) > 0
+        assert (compare.state_difference(other, wanted, key_biases=False) > 0) == counts
 
 
-ROW = audit.Row(
+ROW = FaultRow(
     number=1, kind="hang", step=50, ranks=2, recovered=True, seconds=9.0, redone=3, lost=0, repeated=0, moved=0,
     loss_difference=0.0, elastic=False,
 )  # fmt: skip
-TOTALS = audit.Totals(
+TOTALS = Totals(
     faults=1, planned=1, recovered=1, steps=80, redone=3, lost=0, repeated=0, moved=0, loss_difference=0.0,
     state_difference=0.0, elastic=False, seconds=60.0,
 )  # fmt: skip
@@ -142,27 +159,27 @@ TOTALS = audit.Totals(
         ({}, {"state_difference": 2e-4, "elastic": True}),
     ],
 )
-def test_one_thing_wrong_breaks_the_promise(row: dict, totals: dict) -> None:
-    assert audit.verdict([ROW], TOTALS)
+def test_chaos_fails_if_one_thing_is_wrong(row: dict, totals: dict) -> None:
+    assert chaos_table.passed([ROW], TOTALS)
     rows, whole = [ROW, dataclasses.replace(ROW, **row)], dataclasses.replace(TOTALS, **totals)
-    assert not audit.verdict(rows, whole)
-    assert "the promise is broken" in audit.markdown(rows, whole)
-    plain = json.loads(json.dumps(audit.plain(rows, whole), allow_nan=False))
+    assert not chaos_table.passed(rows, whole)
+    assert "a promise is broken" in chaos_table.markdown(rows, whole)
+    plain = json.loads(json.dumps(chaos_table.as_json(rows, whole), allow_nan=False))
     assert not plain["passed"]
     assert all(one["passed"] for one in plain["faults"]) == (not row)
 
 
-def test_another_number_of_ranks_may_round_otherwise_and_the_table_says_so() -> None:
+def test_elastic_chaos_passes_within_rounding_and_the_table_shows_the_difference() -> None:
     row = dataclasses.replace(ROW, loss_difference=3e-7, elastic=True)
     totals = dataclasses.replace(TOTALS, loss_difference=3e-7, state_difference=2e-6, elastic=True)
-    assert audit.verdict([row], totals)
-    text = audit.markdown([row], totals)
+    assert chaos_table.passed([row], totals)
+    text = chaos_table.markdown([row], totals)
     assert "within 0.0001 (3.0e-07)" in text
-    assert "final weights bit-equal: within 0.0001 (2.0e-06); the promise is kept" in text
+    assert "final weights bit-equal: within 0.0001 (2.0e-06); every promise is kept" in text
 
 
-def test_a_poisoned_pair_strikes_once(tmp_path: Path) -> None:
-    file = tmp_path / "poison.json"
+def test_nan_is_injected_once_for_each_listed_sample(tmp_path: Path) -> None:
+    file = tmp_path / "nan_samples.json"
     ids = torch.tensor([5, 6, 7])
     batch = Batch(
         torch.zeros(3, 3, 4, 4), -torch.ones_like(ids), ids, torch.ones_like(ids), torch.zeros(3, dtype=torch.bool)
@@ -177,26 +194,26 @@ def test_a_poisoned_pair_strikes_once(tmp_path: Path) -> None:
         return output.loss.tolist()
 
     assert losses() == [1, 2, 3]
-    inject_nan.write(file, [(0, 5), (1, 6)])
+    file.write_text(json.dumps([(0, 5), (1, 6)]))
     first, second, third = losses()
     assert (first, third) == (1, 3)
     assert math.isnan(second)
     assert losses() == [1, 2, 3]
-    assert inject_nan.waiting(file) == {(0, 5)}
+    assert inject_nan.pending(file) == {(0, 5)}
 
 
-def test_all_processes_of_a_job_are_found_and_ended(tmp_path: Path) -> None:
+def test_torchrun_run_finds_and_kills_all_its_processes(tmp_path: Path) -> None:
     job = TorchrunRun(tmp_path / "run", "none", [], 2, tmp_path / "log", {})
     child = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
     job.launcher = subprocess.Popen([sys.executable, "-c", code], env=job.environment, start_new_session=True)
     deadline = time.monotonic() + 60
-    while len(found := job.found()) < 2:
+    while len(found := job.processes()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert {process.parent for process in found} == {os.getpid(), job.launcher.pid}
     job.kill()
-    assert not job.found()
+    assert not job.processes()
     while not all(is_over(process.pid) for process in found):  # memory goes first, and with it the mark
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -211,40 +228,35 @@ def is_over(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["--kinds", "kill-rank,earthquake"], "no kind 'earthquake'"),
         (["--faults", "0"], "--faults 0"),
         (["--processes", "1"], "--processes 1"),
-        (["out=elsewhere"], "out=elsewhere: chaos decides"),
-        (["train.steps=9"], "train.steps=9: chaos decides"),
+        (["out=elsewhere"], "out=elsewhere: chaos sets"),
+        (["train.steps=9"], "train.steps=9: chaos sets"),
         (["train.stps=9"], "did you mean train.steps"),
         (["one.yaml", "two.yaml"], "one CONFIG.yaml, not 2"),
         (["--out", "."], "not an empty folder"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(words: list[str], said: str, tmp_path: Path) -> None:
+def test_chaos_refuses_mistakes_before_it_writes_anything(argv: list[str], message: str, tmp_path: Path) -> None:
     out = tmp_path / "chaos"
-    with pytest.raises(ValueError, match=said):
-        chaos.main(["--out", str(out), *words])
+    with pytest.raises(ValueError, match=message):
+        chaos.main(["--out", str(out), *argv])
     assert not out.exists()
 
 
-def test_resizing_is_asked_for() -> None:
+def test_elastic_resize_is_injected_only_on_request() -> None:
     assert ELASTIC not in chaos.kinds_of(chaos.parse([]))
     assert ELASTIC in chaos.kinds_of(chaos.parse(["--elastic"]))
     assert chaos.kinds_of(chaos.parse(["--kinds", "nan,resize", "--elastic"])) == ["nan", ELASTIC]
 
 
 @pytest.mark.slow
-def test_a_run_survives_three_faults_to_the_same_bits(tmp_path: Path) -> None:
+def test_run_is_bit_identical_after_sigkill_power_loss_and_nan(tmp_path: Path) -> None:
     out = tmp_path / "chaos"
-    command = [sys.executable, "-m", "mae_dist", "chaos", "--faults", "3", "--kinds", "kill-rank,power-loss,nan"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*command, "--out", str(out)], capture_output=True, text=True, env=environment, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = start("chaos", "--faults", 3, "--kinds", "kill-rank,power-loss,nan", "--out", out, timeout=400)
     found = json.loads((out / "chaos.json").read_text())
     assert found["passed"]
     assert found["totals"]["final_weights_bit_equal"]
@@ -254,5 +266,5 @@ def test_a_run_survives_three_faults_to_the_same_bits(tmp_path: Path) -> None:
         assert row["losses_bit_equal"], row
         assert row["lost"] == row["repeated"] == row["moved"] == 0, row
     assert next(row for row in found["faults"] if row["kind"] == "nan")["redone"] >= 3
-    assert "the promise is kept" in done.stdout
+    assert "every promise is kept" in done.stdout
     assert len((out / "run" / "provenance.jsonl").read_text().splitlines()) == 3  # a start, and two after kills
