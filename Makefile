@@ -4,7 +4,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
@@ -16,6 +16,9 @@ test: $(VENV)/installed  ## the whole suite
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/hadolint docker/*Dockerfile && $(BIN)/shellcheck docker/*.sh launch/*.sh tests/slurm/cluster .ci/run
+
+docs: $(VENV)/installed  ## write the pages of docs/ that follow from the code
+	$(BIN)/python -m docs.generate
 
 $(VENV)/installed: pyproject.toml .ci/constraints.txt docker/install.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -72,9 +72,9 @@ def num_parameters(name: str, image_size: int) -> int:
     size = size_of(name)
     patch, dim, tokens = size["patch"], size["dim"], (image_size // size["patch"]) ** 2
     embedding = 3 * patch**2 * dim + dim
-    if "num_heads" in size:
-        block = 12 * dim**2 + 13 * dim  # qkv, projection, an MLP of four times the width, two norms
-        return embedding + dim + (tokens + 1) * dim + size["depth"] * block + 2 * dim
-    hidden, wide = size["token_hidden"], size["channel_hidden"]
-    block = 2 * tokens * hidden + hidden + tokens + 2 * dim * wide + wide + dim + 4 * dim
-    return embedding + size["depth"] * block + 2 * dim
+    if "token_hidden" in size:
+        hidden, wide = size["token_hidden"], size["channel_hidden"]
+        block = 2 * tokens * hidden + hidden + tokens + 2 * dim * wide + wide + dim + 4 * dim
+        return embedding + size["depth"] * block + 2 * dim
+    block = 12 * dim**2 + 13 * dim  # qkv, projection, an MLP of four times the width, two norms
+    return embedding + dim + (tokens + 1) * dim + size["depth"] * block + 2 * dim

@@ -12,9 +12,15 @@ from mae_dist.models.layers import initialise
 from mae_dist.models.mixer import Mixer
 from mae_dist.models.vit import ViT
 
+KINDS: dict[str, type[Backbone]] = {
+    "vit": ViT,
+    "mixer": Mixer,
+}
+"""What a model's name begins with, up to the underscore -> its class."""
+
 
 def _constructor(name: str) -> partial[Backbone]:
-    kind = ViT if name.startswith("vit_") else Mixer
+    kind = KINDS[name.partition("_")[0]]
     return partial(kind, image_size=default_image_size(SIZES[name]["patch"]), **SIZES[name])
 
 
