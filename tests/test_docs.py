@@ -45,7 +45,8 @@ NOT_RUN = {
 
 
 def commands(page: Path, folder: Path) -> list[list[str]]:
-    """The words of every command in a page's ```sh blocks and in its `mae-dist ...` code, as bash gives them.
+    """The words of every command in a page's ```sh blocks and in its sentences, as bash gives them. A sentence may also
+    name a verb alone, `mae-dist report`, which is no command.
 
     Bash itself does quotes, variables, loops and comments. The programs in `folder` only record how they were called.
     """
@@ -57,7 +58,9 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
         stub.chmod(0o755)
     record.write_text("")
     inline = [word.replace("\\|", "|") for word in re.findall(r"`((?:mae-dist|python|make) [^`\n]+)`", text)]
-    scripts = re.findall(r"```sh\n(.*?)```", text, re.S) + [word for word in inline if "VERB" not in word]
+    scripts = re.findall(r"```sh\n(.*?)```", text, re.S) + [
+        word for word in inline if "VERB" not in word and re.search(r"[=/A-Z]| -|make|certify|chaos", word)
+    ]
     for script in scripts:
         done = subprocess.run(
             ["bash", "-c", script], cwd=folder, env={"PATH": f"{folder}:/usr/bin:/bin"}, capture_output=True, text=True,
@@ -129,8 +132,6 @@ def check_verb(words: list[str]) -> None:
     if verb == "--version":
         return
     assert verb in VERBS, f"no verb {verb}"
-    if not rest and verb not in ("certify", "chaos"):  # a sentence that names the verb
-        return
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if verb in SCHEMAS:
         check_settings(verb, rest)
