@@ -127,7 +127,7 @@ class LossScale:
         return {"scale": self.scale, "good": self.good} if self.enabled else {}
 
 
-def step(
+def update(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, clip: float | None, scale: LossScale
 ) -> Tensor:
     """One update from gradients that were multiplied by the loss scale; `norm` is theirs. Gives the norm without it.

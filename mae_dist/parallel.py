@@ -137,11 +137,11 @@ def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: t
     return itertools.chain([first], stream)
 
 
-def sync_gradients(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients meet on the last micro-batch of a step only."""
+def sync_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
+    """Context of a backward pass that averages gradients over ranks only `when` asked: on a step's last micro-batch."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-    if isinstance(module, DistributedDataParallel) and not last:
+        module.set_requires_gradient_sync(when)
+    if isinstance(module, DistributedDataParallel) and not when:
         return module.no_sync()
     return nullcontext()
 

@@ -268,6 +268,9 @@ class KnnRunConfig(RunConfig):
     knn: KnnConfig = section(KnnConfig)
 
 
+TrainingConfig = PretrainConfig | SupervisedConfig
+"""Settings of the verbs that train."""
+
 SCHEMAS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
     "probe": ProbeConfig,

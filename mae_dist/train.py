@@ -1,9 +1,7 @@
-"""The one loop. A stage brings an objective, a source of batches and an evaluation; it never writes a loop of its own.
+"""The one loop: TrainState, Task, train_step and fit. A stage brings a Task; it never writes a loop of its own.
 
-The position of a run is one integer, `step`; learning rate, sample order, crops and masks follow from it. A
-checkpoint is the objective, the optimizer's moments and, where there are such, the average of the weights and the loss
-scale. The global batch, not the number of ranks, enters the mathematics: each rank's loss counts by its number of
-samples.
+The position of a run is one integer, `step`; learning rate, sample order, crops and masks follow from it. The global
+batch, not the number of ranks, enters the mathematics: each rank's loss counts by its number of samples.
 """
 
 from __future__ import annotations
@@ -12,20 +10,111 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mae_dist import config as configuration
-from mae_dist import dist, optim, parallel, rewind, signals
+from mae_dist import dist, optim, parallel, rewind
 from mae_dist.batch import Batch
 from mae_dist.objectives import Objective
-from mae_dist.run import tracker
+from mae_dist.run import checkpoint, tracker
 from mae_dist.run.async_checkpoint import AsyncSaver
 from mae_dist.run.directory import RunDir
+from mae_dist.run.tracker import Tracker
+from mae_dist.schema import TrainConfig, TrainingConfig
+from mae_dist.signals import Stopped, StopFlag
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Everything that a checkpoint holds; all else of a run follows from `step`, the number of steps made."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    loss_scale: optim.LossScale
+    ema: optim.EMA
+    step: int = 0
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer trains, in the order of its groups."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name: `model.*`, `optimizer.*` (moments of each parameter) and, where the run has them, `ema.*`
+        (the average of each parameter) and `scaler.*`. Tensors or DTensors, not copies.
+        """
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.objective.named_parameters()}
+        state = {f"{checkpoint.MODEL}{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        for parameter, moments in self.optimizer.state.items():
+            state |= {f"{checkpoint.OPTIMIZER}{names[parameter]}.{key}": moment for key, moment in moments.items()}
+        state |= {f"{checkpoint.EMA}{name}": tensor for name, tensor in self.ema.tensors().items()}
+        return state | {f"{checkpoint.LOSS_SCALE}{name}": tensor for name, tensor in self.loss_scale.tensors().items()}
+
+    def restore(self, run: RunDir) -> bool:
+        """Fill the state in place from the run's newest undamaged checkpoint; False when the run has none."""
+        self.step = run.restore(self.tensors())
+        return self.step > 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage brings to `fit`. ``batches(steps)`` yields `num_micro` micro-batches of this rank for each step;
+    ``num_samples`` make an epoch; ``evaluate(step)`` gives numbers, called by all ranks together while the objective
+    has the averaged weights, if the run averages; ``sample_name(id)`` is for people; ``no_decay_tokens``: see
+    `optim.param_groups`.
+    """
+
+    verb: str
+    objective: Objective
+    batches: Callable[[range], Iterator[Batch]]
+    num_micro: int
+    num_samples: int
+    evaluate: Callable[[int], dict[str, float]]
+    sample_name: Callable[[int], str]
+    load_initial_weights: Callable[[], None] = lambda: None
+    no_decay_tokens: bool = True
+
+
+@dataclass
+class StepMetrics:
+    """What a step measured: tensors of the whole batch on the device, and `seconds` by what the host spent them on."""
+
+    lr: float
+    loss: Tensor
+    loss_scale: Tensor
+    seconds: dict[str, float] = field(default_factory=lambda: {"data_wait": 0.0})
+    samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    grad_norm: Tensor | None = None
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Take a micro-batch, and note its samples and how long the loop waited for it."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.seconds["data_wait"] += time.perf_counter() - began
+        self.samples.append((batch.bad, batch.ids, batch.epochs))
+        return batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the tracker keeps until its next flush: of all ranks `loss`, `grad_norm` and `loss_scale`; of this rank
+        `bad` (its number of unreadable samples), `ids` and `epochs`.
+        """
+        assert self.grad_norm is not None
+        bad, ids, epochs = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
+        shared = {"loss": self.loss, "grad_norm": self.grad_norm, "loss_scale": self.loss_scale}
+        return shared | {"bad": bad.sum().to(self.loss), "ids": ids, "epochs": epochs}
+
+
+class Wanted(NamedTuple):
+    """What any rank wants to happen after a step; all ranks agree on it."""
+
+    stop: bool
+    save: bool
 
 
 def due(step: int, every: float | None, last: int) -> bool:
@@ -33,167 +122,158 @@ def due(step: int, every: float | None, last: int) -> bool:
     return step == last or (every is not None and int(step // every) > int((step - 1) // every))
 
 
-def fit(
-    *,
-    run: RunDir,
-    verb: str,
-    config: Any,
-    objective: Objective,
-    no_decay_tokens: bool,
-    begin: Callable[[], None],
-    batches: Callable[[range], Iterator[Batch]],
-    num_micro: int,
-    num_samples: int,
-    describe: Callable[[int], str],
-    evaluate: Callable[[int], dict[str, float]],
-    device: torch.device,
-) -> dict[str, float]:
-    """Train from the newest checkpoint of `run`, or from what `begin()` sets, to the end; give the final numbers.
+def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
+    """Train from the newest checkpoint of `run`, or from the task's initial weights, to the end; give the final numbers.
 
-    ``batches(steps)`` yields `num_micro` micro-batches a step; ``num_samples`` make an epoch; ``describe(id)`` names a
-    sample; ``evaluate(step)`` gives numbers, called by all ranks together while the objective has the averaged weights,
-    if there are such; ``no_decay_tokens``: see `optim.param_groups`.
-    Raises Stopped, having saved, when any rank was told to stop, and RankLostError when one does not answer.
+    Raises Stopped, having saved, when any rank was signalled to stop, and RankLost when a rank does not answer.
     """
-    train, total = config.train, configuration.total_steps(config.train, num_samples)
-    module = parallel.parallelize(objective, config.machine, train, device)
-    groups = objective.groups(config.optim)
-    groups = groups or optim.param_groups(objective, config.optim, objective.backbone.depth, no_decay_tokens)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = optim.build(config.optim, groups)
-    scale = optim.LossScale(device, enabled=train.precision == "fp16")
-    optim.init_optimizer_state(optimizer)
-    average = optim.EMA(objective, train.ema)
-    step = restore(run, objective, optimizer, scale, average)
-    if step == 0:
-        begin()
-        average.reset()
-    run.record_launch(step, device)
-    peak = optim.peak_lr(config.optim, train.global_batch)
-    schedule = optim.schedule(config.optim, peak, total * train.global_batch / num_samples)
-    evaluate_every = config.track.evaluate_every and config.track.evaluate_every * num_samples / train.global_batch
-    announce(run, verb, config, step, total, num_micro, peak)
-    stream = batches(range(step, total))
-    objective.train()
-    gc.collect()
-    gc.freeze()  # a full collection would stop all threads for as long as it takes to look at what is there by now
+    total = configuration.total_steps(config.train, task.num_samples)
+    epoch = task.num_samples / config.train.global_batch  # in steps
+    schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, config.train.global_batch), total / epoch)
+    evaluate_every = config.track.evaluate_every and config.track.evaluate_every * epoch
+    module, state = prepare(task, run, config, device)
+    run.record_launch(state.step, device)
+    announce(task, run, config, state.step, total)
     with (
         run.record_end(),
-        dist.name_lost_ranks(lambda: f"step {step + 1}"),
-        signals.StopFlag() as flag,
-        tracker.Tracker(run.path, config, verb, step, total, num_samples) as tracking,
+        dist.name_lost_ranks(lambda: f"step {state.step + 1}"),
+        StopFlag() as stop,
+        Tracker(run.path, config, task.verb, state.step, total, task.num_samples) as tracking,
         AsyncSaver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
-        stream = parallel.warm_up_ddp(module, stream, train.precision, device)
-        while step < total:
-            lr = schedule(step / total)
-            optim.set_lr(optimizer, lr)
-            loss, seconds, parts = torch.zeros((), device=device), {"data_wait": 0.0}, []
-            for part in range(num_micro):
-                began = time.perf_counter()
-                batch = next(stream)
-                seconds["data_wait"] += time.perf_counter() - began
-                with parallel.sync_gradients(module, last=part == num_micro - 1):
-                    with parallel.autocast(train.precision, device):
-                        output = module(batch)
-                    weighted = output.loss.sum() / train.global_batch
-                    (weighted * (scale.scale * dist.world())).backward()  # gradients are averaged over ranks
-                loss += weighted.detach()
-                parts.append((batch.bad, batch.ids, batch.epochs))
-            used = scale.scale.clone()
-            norm = parallel.gradient_norm(parameters)
-            norm = torch.where(
-                dist.all_reduce_sum(loss).isfinite(), norm, torch.nan
-            )  # what one rank has, all must know
-            norm = optim.step(optimizer, parameters, norm, train.clip_grad, scale)
-            average.update(norm.isfinite())
-            step += 1
-            bad, ids, epochs = (torch.cat(part) for part in zip(*parts, strict=True))
-            seconds |= {"stall": saver.take_stall()} if saver.stall else {}
-            tensors_ = {"loss": loss, "bad": bad.sum().to(loss), "ids": ids, "epochs": epochs}
-            tracking.step(step, lr, seconds, saver.busy, tensors_ | {"grad_norm": norm, "loss_scale": used})
-            asked = dist.all_reduce_max(2 * flag.requested + saver.overdue) if step < total else 0
-            told, overdue = asked >= 2, asked == 1
-            look, save = due(step, evaluate_every, total), overdue or due(step, config.checkpoint.every, total)
-            if due(step, config.track.every, total) or look or save or told:
-                tracking.flush()
-                refuse_bad_data(tracking.num_bad, step, config)
-                refuse_skipping(run, tracking.skipped, config)
-                if nonfinite := rewind.in_a_row(tracking.skipped, config.checkpoint.rewind_after):
-                    saver.wait(last=False)
-                    rewind.go_back(
-                        run=run, config=config, objective=objective, nonfinite=nonfinite, step=step, batches=batches,
-                        describe=describe, device=device,
-                    )  # fmt: skip
-                    step = restore(run, objective, optimizer, scale, average)
-                    tracking.go_back(step)
-                    stream = batches(range(step, total))
-                    continue
-            if told:  # before anything that takes long: little time may be left
-                saver.save(step, tensors(objective, optimizer, scale, average))
+        batches = task.batches(range(state.step, total))
+        batches = parallel.warm_up_ddp(module, batches, config.train.precision, device)
+        while state.step < total:
+            metrics = train_step(module, state, batches, schedule(state.step / total), task.num_micro, config.train)
+            step = state.step
+            tracking.step(step, metrics.lr, metrics.seconds | saver.take_stall(), saver.busy, metrics.tensors())
+            wanted = agree(stop, saver, last=step == total)
+            evaluating = due(step, evaluate_every, total)
+            saving = wanted.save or due(step, config.checkpoint.every, total)
+            if not (wanted.stop or evaluating or saving or due(step, config.track.every, total)):
+                continue  # a quiet step: the host waits for nobody
+            tracking.flush()
+            refuse_over_budget(run, tracking, step, config)
+            if nonfinite := rewind.consecutive(tracking.skipped, config.checkpoint.rewind_after):
+                batches = go_back(task, run, state, config, tracking, saver, nonfinite, total)
+                continue
+            if wanted.stop:  # before anything slow: little time may be left
+                saver.save(step, state.tensors())
                 saver.wait()
-            if look:
-                saver.wait(last=False)  # forking workers beside its thread can hang them (cpython#112275)
-                with average.swapped_in(), parallel.autocast(train.precision, device):
-                    tracking.numbers(step, evaluate(step))
-                for file in sorted((run.path / "pictures").glob(f"*-{step:09d}.png")):
-                    tracking.picture(file)
-            # a rewind must find what was before its steps
-            if step == total or (save and not told and step not in tracking.skipped):
-                saver.save(step, tensors(objective, optimizer, scale, average))
-            if look or save:
+            if evaluating:  # also when stopping: a resume begins after this step and would never make up for it
+                evaluate(task, run, state, tracking, saver, config.train.precision, device)
+            if step == total or (saving and not wanted.stop and step not in tracking.skipped):
+                saver.save(step, state.tensors())  # not of a skipped step: a rewind needs what was before it
+            if evaluating or saving:
                 tracking.restart_clock()
-            if told:
-                raise signals.Stopped(
-                    f"{verb} was stopped and saved at step {step:,} of {total:,}; the same command goes on"
+            if wanted.stop:
+                raise Stopped(
+                    f"{task.verb} was stopped and saved at step {step:,} of {total:,}; the same command resumes"
                 )
         saver.wait()
     return dist.run_on_rank0(lambda: tracker.summary(run.path / "metrics.jsonl"))
 
 
-def tensors(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale, average: optim.EMA
-) -> dict[str, Tensor]:
-    """The state of a run by name: `model.*`, `optimizer.*` (moments per parameter) and, where there are such, `ema.*`
-    (the average per parameter) and `scaler.*`.
+def train_step(
+    module: nn.Module, state: TrainState, batches: Iterator[Batch], lr: float, num_micro: int, train: TrainConfig
+) -> StepMetrics:
+    """One update from a global batch. Nothing leaves the device, so the host does not wait for it. Where the loss or the
+    gradient of any rank is not finite, weights, moments and average stay as they are on all ranks.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
-    state = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
-    for parameter, moments in optimizer.state.items():
-        state |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in moments.items()}
-    state |= {f"ema.{name}": tensor for name, tensor in average.tensors().items()}
-    return state | {f"scaler.{name}": tensor for name, tensor in scale.tensors().items()}
+    optim.set_lr(state.optimizer, lr)
+    scale = state.loss_scale.scale
+    metrics = StepMetrics(lr, torch.zeros((), device=scale.device), scale.clone())
+    for micro in range(num_micro):
+        batch = metrics.next_batch(batches)
+        with parallel.sync_gradients(module, when=micro == num_micro - 1):
+            with parallel.autocast(train.precision, batch.images.device):
+                output = module(batch)
+            loss = output.loss.sum() / train.global_batch
+            (loss * (scale * dist.world())).backward()  # gradients are averaged over ranks
+        metrics.loss += loss.detach()
+    norm = parallel.gradient_norm(state.trained)
+    norm = torch.where(dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan)  # what one rank has, all must know
+    metrics.grad_norm = optim.update(state.optimizer, state.trained, norm, train.clip_grad, state.loss_scale)
+    state.ema.update(metrics.grad_norm.isfinite())
+    state.step += 1
+    return metrics
 
 
-def restore(
-    run: RunDir, objective: nn.Module, optimizer: torch.optim.Optimizer, scale: optim.LossScale, average: optim.EMA
-) -> int:
-    """Fill the state from the newest undamaged checkpoint; the step it was saved at, or 0."""
-    return run.restore(tensors(objective, optimizer, scale, average))
+def prepare(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> tuple[nn.Module, TrainState]:
+    """(The module to call, placed on the device; the state, restored from the run or with the task's initial weights)."""
+    objective, train = task.objective, config.train
+    module = parallel.parallelize(objective, config.machine, train, device)
+    groups = objective.groups(config.optim) or optim.param_groups(
+        objective, config.optim, objective.backbone.depth, task.no_decay_tokens
+    )
+    optimizer = optim.build(config.optim, groups)
+    optim.init_optimizer_state(optimizer)
+    loss_scale = optim.LossScale(device, enabled=train.precision == "fp16")
+    state = TrainState(objective, optimizer, loss_scale, optim.EMA(objective, train.ema))
+    if not state.restore(run):
+        task.load_initial_weights()
+        state.ema.reset()
+    objective.train()
+    gc.collect()
+    gc.freeze()  # a full collection would stop all threads for as long as it takes to visit what there is by now
+    return module, state
 
 
-def announce(run: RunDir, verb: str, config: Any, step: int, total: int, num_micro: int, peak: float) -> None:
-    """Say what is going to happen, once."""
+def agree(stop: StopFlag, saver: AsyncSaver, last: bool) -> Wanted:
+    """What any rank wants, in one exchange between the ranks' CPUs: no rank waits for its device. Nothing after the
+    last step, which is saved anyway.
+    """
+    code = 0 if last else dist.all_reduce_max(2 * stop.requested + saver.overdue)
+    return Wanted(stop=code >= 2, save=code == 1)
+
+
+def evaluate(
+    task: Task, run: RunDir, state: TrainState, tracking: Tracker, saver: AsyncSaver, precision: str,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Record the task's numbers and pictures of this step, with the averaged weights if the run averages."""
+    saver.wait(last=False)  # forking loader workers beside its thread can hang them (cpython#112275)
+    with state.ema.swapped_in(), parallel.autocast(precision, device):
+        tracking.numbers(state.step, task.evaluate(state.step))
+    for file in sorted((run.path / "pictures").glob(f"*-{state.step:09d}.png")):
+        tracking.picture(file)
+
+
+def go_back(
+    task: Task, run: RunDir, state: TrainState, config: TrainingConfig, tracking: Tracker, saver: AsyncSaver,
+    nonfinite: list[int], total: int,
+) -> Iterator[Batch]:  # fmt: skip
+    """Rewind the run to its last checkpoint before these non-finite steps; give the batches from there on."""
+    saver.wait(last=False)
+    rewind.rewind(
+        run, task.objective, nonfinite, state.step, config.train.precision, task.batches, task.sample_name
+    )
+    state.restore(run)
+    tracking.rewind(state.step)
+    return task.batches(range(state.step, total))
+
+
+def announce(task: Task, run: RunDir, config: TrainingConfig, step: int, total: int) -> None:
+    """Log once what is going to happen: steps, shape of the batch, peak learning rate, folder."""
     if not dist.is_main():
         return
-    batch, world, machine = config.train.global_batch, dist.world(), config.machine
-    how = "" if world == 1 else f" ({machine.strategy})"
-    shape = f"{batch} images = {world} ranks{how} x {num_micro} micro-batches"
-    log.info("%s: %s steps of %s, lr %.3g, %s", verb, f"{total:,}", shape, peak, config.train.precision)
+    batch, world = config.train.global_batch, dist.world()
+    peak = optim.peak_lr(config.optim, batch)
+    strategy = "" if world == 1 else f" ({config.machine.strategy})"
+    shape = f"{batch} images = {world} ranks{strategy} x {task.num_micro} micro-batches"
+    log.info("%s: %s steps of %s, lr %.3g, %s", task.verb, f"{total:,}", shape, peak, config.train.precision)
     log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
 
 
-def refuse_skipping(run: RunDir, skipped: list[int], config: Any) -> None:
-    """End the run when more steps were not finite than checkpoint.max_skipped allows (ValueError)."""
-    if skipped:
-        dist.run_on_rank0(lambda: rewind.refuse_too_many(run.path, len(skipped), config.checkpoint.max_skipped))
-
-
-def refuse_bad_data(num_bad: int, step: int, config: Any) -> None:
-    """End the run when more samples were unreadable than data.max_bad allows (ValueError)."""
+def refuse_over_budget(run: RunDir, tracking: Tracker, step: int, config: TrainingConfig) -> None:
+    """End the run (ValueError) when more samples were unreadable than data.max_bad allows, or more steps were not
+    finite than checkpoint.max_skipped allows.
+    """
     seen = step * config.train.global_batch
-    if num_bad > max(1, config.data.max_bad * seen):
+    if tracking.num_bad > max(1, config.data.max_bad * seen):
         raise ValueError(
-            f"{num_bad} of {seen} samples could not be read, more than data.max_bad={config.data.max_bad:g} allows; "
-            f"the warnings above name them"
+            f"{tracking.num_bad} of {seen} samples could not be read, more than data.max_bad={config.data.max_bad:g} "
+            f"allows; the warnings above name them"
         )
+    if skipped := len(tracking.skipped):
+        dist.run_on_rank0(lambda: rewind.refuse_too_many(run.path, skipped, config.checkpoint.max_skipped))

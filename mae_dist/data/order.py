@@ -62,7 +62,7 @@ class Order:
             other = first + (id_ - first + offset) % count
             if position < self.left_out.get(other, position + 1):
                 return other
-        raise ValueError(f"all {count} samples of shard {shard} are left out; see rewinds.jsonl in the run's folder")
+        raise ValueError(f"all {count} samples of shard {shard} are left out; see events.jsonl in the run's folder")
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The permuted shards of an epoch, and the position at which each window ends."""

@@ -52,10 +52,10 @@ class AsyncSaver:
         minutes = self.settings.minutes
         return minutes is not None and time.perf_counter() - self.began > 60 * minutes
 
-    def take_stall(self) -> float:
-        """The stall, once."""
+    def take_stall(self) -> dict[str, float]:
+        """{"stall": seconds for which the last `save` kept the loop waiting}, once after each save; else {}."""
         stall, self.stall = self.stall, 0.0
-        return stall
+        return {"stall": stall} if stall else {}
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Begin to save `state` as step `step`; it may change as soon as this returns."""

@@ -17,6 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
+"""Prefixes of the names in a checkpoint: parameters and buffers, moments and averages of parameters, the loss scale."""
 MANIFEST = "manifest.json"
 PIECE = 2**25
 """Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""

@@ -47,7 +47,7 @@ class Tracker:
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.flushed = self.last_line = time.perf_counter()
         self.progress = self.mirror = None
-        self.go_back(step)
+        self.rewind(step)
         if dist.is_main():
             self.progress = _bar(verb, step, total)
             self.mirror = _wandb(path, config, verb)
@@ -60,7 +60,7 @@ class Tracker:
             self.progress.stop()
         self._mirrored(lambda mirror: mirror.finish())
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drop what was recorded after `step`, as those steps will be made again. Sets ``num_bad``, the unreadable
         samples of the steps that remain, and ``skipped``, those of them whose gradient was not finite.
         """
