@@ -63,7 +63,8 @@ def left_out(path: Path, global_batch: int) -> dict[int, int]:
 
 
 def refuse_too_many(path: Path, skipped: int, budget: int) -> None:
-    """Raise ValueError when more than `budget` steps were non-finite: the `skipped` ones and those that were rewound."""
+    """Raise ValueError when more than `budget` steps were non-finite: the `skipped` ones and those that were rewound.
+    """
     total = skipped + sum(len(event["nonfinite"]) for event in events.of(path, "rewind"))
     if total > budget:
         raise ValueError(
@@ -88,7 +89,9 @@ def rewind(
             f"lower optim.base_lr, set train.clip_grad=1, or use train.precision=fp32"
         )
     evidence = [examine(objective, batches(range(number - 1, number)), precision) for number in nonfinite]
-    dist.run_on_rank0(lambda: record(run, step, step_of(target), dict(zip(nonfinite, evidence, strict=True)), sample_name))
+    dist.run_on_rank0(
+        lambda: record(run, step, step_of(target), dict(zip(nonfinite, evidence, strict=True)), sample_name)
+    )
 
 
 @torch.no_grad()
@@ -107,8 +110,8 @@ def examine(objective: Objective, batches: Iterable[Batch], precision: str) -> E
 
 
 def record(run: RunDir, step: int, to: int, evidence: dict[int, Evidence], sample_name: Callable[[int], str]) -> None:
-    """Write forensics/ and the event of a rewind from `step` to the checkpoint of step `to`, and decide which samples to
-    leave out: those with a non-finite loss, or all of steps that fail for the second time.
+    """Write forensics/ and the event of a rewind from `step` to the checkpoint of step `to`, and decide which samples
+    to leave out: those with a non-finite loss, or all of steps that fail for the second time.
     """
     first, last = min(evidence), max(evidence)
     ids, losses = (torch.cat([getattr(found, name) for found in evidence.values()]) for name in ("ids", "loss"))

@@ -25,7 +25,7 @@ from mae_dist.run.async_checkpoint import AsyncSaver
 from mae_dist.run.directory import RunDir
 from mae_dist.run.tracker import Tracker
 from mae_dist.schema import TrainConfig, TrainingConfig
-from mae_dist.signals import Stopped, StopFlag
+from mae_dist.signals import StopFlag, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ def due(step: int, every: float | None, last: int) -> bool:
 
 
 def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
-    """Train from the newest checkpoint of `run`, or from the task's initial weights, to the end; give the final numbers.
+    """Train from the newest checkpoint of `run`, or from the task's initial weights, to the end; give the final
+    numbers.
 
     Raises Stopped, having saved, when any rank was signalled to stop, and RankLost when a rank does not answer.
     """
@@ -177,8 +178,8 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
 def train_step(
     module: nn.Module, state: TrainState, batches: Iterator[Batch], lr: float, num_micro: int, train: TrainConfig
 ) -> StepMetrics:
-    """One update from a global batch. Nothing leaves the device, so the host does not wait for it. Where the loss or the
-    gradient of any rank is not finite, weights, moments and average stay as they are on all ranks.
+    """One update from a global batch. Nothing leaves the device, so the host does not wait for it. Where the loss or
+    the gradient of any rank is not finite, weights, moments and average stay as they are on all ranks.
     """
     optim.set_lr(state.optimizer, lr)
     scale = state.loss_scale.scale
@@ -192,7 +193,9 @@ def train_step(
             (loss * (scale * dist.world())).backward()  # gradients are averaged over ranks
         metrics.loss += loss.detach()
     norm = parallel.gradient_norm(state.trained)
-    norm = torch.where(dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan)  # what one rank has, all must know
+    norm = torch.where(
+        dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan
+    )  # what one rank has, all must know
     metrics.grad_norm = optim.update(state.optimizer, state.trained, norm, train.clip_grad, state.loss_scale)
     state.ema.update(metrics.grad_norm.isfinite())
     state.step += 1
@@ -200,7 +203,8 @@ def train_step(
 
 
 def prepare(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> tuple[nn.Module, TrainState]:
-    """(The module to call, placed on the device; the state, restored from the run or with the task's initial weights)."""
+    """(The module to call, placed on the device; the state, restored from the run or with the task's initial weights).
+    """
     objective, train = task.objective, config.train
     module = parallel.parallelize(objective, config.machine, train, device)
     groups = objective.groups(config.optim) or optim.param_groups(
@@ -245,9 +249,7 @@ def go_back(
 ) -> Iterator[Batch]:  # fmt: skip
     """Rewind the run to its last checkpoint before these non-finite steps; give the batches from there on."""
     saver.wait(last=False)
-    rewind.rewind(
-        run, task.objective, nonfinite, state.step, config.train.precision, task.batches, task.sample_name
-    )
+    rewind.rewind(run, task.objective, nonfinite, state.step, config.train.precision, task.batches, task.sample_name)
     state.restore(run)
     tracking.rewind(state.step)
     return task.batches(range(state.step, total))

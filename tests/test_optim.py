@@ -237,7 +237,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
 
     def step(gradient: float) -> float:
         weight.grad = torch.full_like(weight, gradient)
-        return float(optim.step(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 1.0, scale))
+        return float(optim.update(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 1.0, scale))
 
     assert step(2.0) == pytest.approx(2.0 * 12**0.5)
     before = state()
@@ -266,7 +266,7 @@ def test_the_loss_scale_halves_and_doubles_and_does_not_enter_the_update() -> No
         optim.set_lr(optimizer, 0.1)
         own = optim.LossScale(torch.device("cpu"), enabled)
         weight.grad = torch.arange(6.0).reshape(3, 2) * own.scale
-        norm = optim.step(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 0.5, own)
+        norm = optim.update(optimizer, [weight], torch.linalg.vector_norm(weight.grad), 0.5, own)
         moved.append((weight.detach().clone(), float(norm)))
     assert torch.equal(moved[0][0], moved[1][0])
     assert moved[0][1] == moved[1][1] == pytest.approx(55**0.5)

@@ -19,7 +19,7 @@ from mae_dist.data.order import Order
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.objectives import Output
 from mae_dist.objectives.mae import MAE
-from mae_dist.run import checkpoint
+from mae_dist.run import checkpoint, events
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 from mae_dist.stages import pretrain
@@ -79,11 +79,11 @@ def ids_of(data: Path, step: int) -> list[int]:
 
 
 def test_runs_of_steps() -> None:
-    assert rewind.in_a_row([], 1) == []
-    assert rewind.in_a_row([4, 6, 8], 2) == []
-    assert rewind.in_a_row([4, 6, 7, 8, 11, 12], 2) == [6, 7, 8]
-    assert rewind.in_a_row([4], 1) == [4]
-    assert rewind.in_a_row([1, 2, 4, 5, 6], 3) == [4, 5, 6]
+    assert rewind.consecutive([], 1) == []
+    assert rewind.consecutive([4, 6, 8], 2) == []
+    assert rewind.consecutive([4, 6, 7, 8, 11, 12], 2) == [6, 7, 8]
+    assert rewind.consecutive([4], 1) == [4]
+    assert rewind.consecutive([1, 2, 4, 5, 6], 3) == [4, 5, 6]
 
 
 def test_one_bad_step_is_skipped_counted_and_changes_nothing(
@@ -97,7 +97,7 @@ def test_one_bad_step_is_skipped_counted_and_changes_nothing(
     assert "loss" not in records[6]
     assert len(records) == 20
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
-    assert not (out / "rewinds.jsonl").exists()
+    assert not events.of(out, "rewind")
 
 
 def test_a_sample_that_is_to_blame_is_left_out(
@@ -106,7 +106,7 @@ def test_a_sample_that_is_to_blame_is_left_out(
     target_rank = ids_of(data, 8)[5]
     poison(monkeypatch, lambda batch: batch.ids == target_rank)
     out = run("checkpoint.rewind_after=1")
-    (rewind,) = lines(out / "rewinds.jsonl")
+    (rewind,) = events.of(out, "rewind")
     assert rewind["left_out"] == [target_rank]
     assert rewind["nonfinite"] == [8]
     assert rewind["to"] == 6
@@ -140,7 +140,7 @@ def test_a_passing_fault_is_undone(
 
     poison(monkeypatch, once)
     out = run("checkpoint.rewind_after=2")
-    (rewind,) = lines(out / "rewinds.jsonl")
+    (rewind,) = events.of(out, "rewind")
     assert (rewind["nonfinite"], rewind["to"], rewind["left_out"]) == ([8, 9], 6, [])
     for name in ("ids.jsonl", "metrics.jsonl"):
         kept = ("step", "loss", "grad_norm", "lr", "ids", "epochs")
@@ -165,7 +165,7 @@ def test_what_fails_twice_without_a_culprit_is_left_out_whole(
 
     monkeypatch.setattr(MAE, "forward", forward)
     out = run("checkpoint.rewind_after=1")
-    first, second = lines(out / "rewinds.jsonl")
+    first, second = events.of(out, "rewind")
     assert first["left_out"] == []
     assert second["left_out"] == sorted(ids_of(data, 8))
 
@@ -221,13 +221,13 @@ def test_averaged_weights_skip_with_the_run_resume_with_it_and_are_what_is_evalu
         torch.testing.assert_close(states[10][name].double(), average, rtol=1e-5, atol=1e-7)
 
     settings = RunDir(out).settings()[2]
-    setup = build_setup("pretrain", settings, labels=False)
-    assert setup.test is not None
+    setup = build_setup("pretrain", settings, needs_labels=False)
+    assert setup.test_split is not None
     objective, recorded = pretrain.build(setup), json.loads((out / "result.json").read_text())["test_loss"]
     for kind in ("model", "ema"):
         load = {n.partition(".")[2]: tensor for n, tensor in states[10].items() if n.startswith(f"{kind}.")}
         objective.load_state_dict(load, strict=kind == "model")
-        batches = setup.evaluation_batches(setup.source(setup.test))
+        batches = setup.evaluation_batches(setup.source(setup.test_split))
         assert (evaluate.mean_loss(objective, batches, setup.device) == recorded) == (kind == "ema")
 
     (out / "result.json").unlink()

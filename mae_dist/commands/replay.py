@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     verb, data_fingerprint, settings = run.settings()
     data_fingerprint = run.started(arguments.step).get("data_fingerprint", data_fingerprint)
     setup = reopen(run, verb, settings, data_fingerprint, arguments.data)
-    last = config.total_steps(settings.train, len(setup.train))
+    last = config.total_steps(settings.train, len(setup.train_split))
     if not 1 <= arguments.step <= last:
         raise ValueError(f"--step {arguments.step}: the run has steps 1 to {last}")
     part = share_of(run, arguments.step, arguments.rank)
@@ -99,7 +99,7 @@ def load_weights(run: RunDir, setup: Setup, objective: Objective, step: int) -> 
         if step_of(path) < step and checkpoint.verify(path) is None:
             checkpoint.load(path, {f"model.{name}": tensor for name, tensor in objective.state_dict().items()})
             return step_of(path)
-    setup.begin(objective.backbone)
+    setup.load_initial_weights(objective.backbone)
     return 0
 
 
@@ -116,14 +116,14 @@ class Again:
 
 def again(setup: Setup, objective: Objective, step: int, part: tuple[int, int]) -> Again:
     """Forward and backward of the step's samples, or of one rank's."""
-    settings, source = setup.config, setup.source(setup.train, training=True)
+    settings, source = setup.config, setup.source(setup.train_split, training=True)
     group = config.group(settings)
     first, last = share(settings.train.global_batch, *part, group)
     micro = 1 if settings.machine.micro_batch == "auto" else num_micro(last - first, 1, setup.micro_batch, group)
     if isinstance(objective, Probe | ProbeHeads):
         micro = 1  # its batch norm sees the whole batch
     batches, outputs = [], []
-    for batch in setup.training_batches(source, micro, range(step - 1, step), part):
+    for batch in setup.training_batches(source, micro, range(step - 1, step), setup.left_out(), part):
         with parallel.autocast(settings.train.precision, setup.device):
             output = objective(batch)
         (output.loss.sum() / settings.train.global_batch).backward()
@@ -142,7 +142,7 @@ def show(
     """Print and write what was found."""
     step, batch = arguments.step, found.batch
     rows = [
-        {"id": id_, "epoch": epoch, "key": setup.train.describe(id_), "label": label, "loss": loss}
+        {"id": id_, "epoch": epoch, "key": setup.train_split.describe(id_), "label": label, "loss": loss}
         for id_, epoch, label, loss in zip(
             batch.ids.tolist(), batch.epochs.tolist(), batch.labels.tolist(), found.losses, strict=True
         )

@@ -11,12 +11,12 @@ from mae_dist.stages.supervised import train_and_test
 
 def run(config: FinetuneConfig) -> None:
     """Fine-tune until done; running it again goes on."""
-    opened = prepare_run("finetune", config, labels=True, build=build)
+    opened = prepare_run("finetune", config, needs_labels=True, build=build)
     if opened is None:
         return
     setup, objective = opened
     setup = setup.with_micro_batch(objective)
-    train_and_test("finetune", setup, objective, num_micro=setup.num_micro)
+    train_and_test(setup, objective, num_micro=setup.num_micro)
 
 
 def build(setup: Setup) -> classify.Finetune:
@@ -24,6 +24,6 @@ def build(setup: Setup) -> classify.Finetune:
     config = setup.config
     with parallel.meta_init(config.machine):
         return classify.Finetune(
-            setup.backbone, num_classes(setup.train), drop_path=config.model.drop_path, mix=config.mix,
+            setup.backbone, num_classes(setup.train_split), drop_path=config.model.drop_path, mix=config.mix,
             label_smoothing=config.train.label_smoothing, loss=config.train.loss, seed=config.train.seed,
         )  # fmt: skip

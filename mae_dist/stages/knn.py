@@ -18,14 +18,14 @@ def run(config: KnnRunConfig) -> None:
     if opened is None:
         return
     setup, backbone = opened
-    assert setup.test is not None
+    assert setup.test_split is not None
     setup.run.record_launch(0, setup.device)
-    setup.begin(backbone)
+    setup.load_initial_weights(backbone)
     backbone = backbone.to(setup.device)
-    train, test = setup.source(setup.train), setup.source(setup.test)
+    train_source, test_source = setup.source(setup.train_split), setup.source(setup.test_split)
     with torch.no_grad(), parallel.autocast(config.train.precision, setup.device):
-        bank = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(train), setup.device)
-        queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test), setup.device)
+        bank = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(train_source), setup.device)
+        queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test_source), setup.device)
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
-    counts = evaluate.knn(bank, queries, num_classes(setup.train), config.knn.k, config.knn.temperature)
+    counts = evaluate.knn(bank, queries, num_classes(setup.train_split), config.knn.k, config.knn.temperature)
     setup.run.finish({"verb": "knn"} | evaluate.percentages(dist.all_reduce_sum(counts)))

@@ -19,26 +19,22 @@ GALLERY = 8
 
 def run(config: PretrainConfig) -> None:
     """Pretrain until done; running it again goes on."""
-    opened = prepare_run("pretrain", config, labels=False, build=build)
+    opened = prepare_run("pretrain", config, needs_labels=False, build=build)
     if opened is None:
         return
     setup, objective = opened
-    config, setup = setup.config, setup.with_micro_batch(objective)
-    train, micro = setup.source(setup.train, training=True), setup.num_micro
-    test = setup.source(setup.test) if setup.test else None
+    setup = setup.with_micro_batch(objective)
+    train_source = setup.source(setup.train_split, training=True)
+    test_source = setup.source(setup.test_split) if setup.test_split else None
 
-    def look(step: int) -> dict[str, float]:
-        draw(setup, objective, test or train, step)
-        if test is None:
+    def evaluate_step(step: int) -> dict[str, float]:
+        draw(setup, objective, test_source or train_source, step)
+        if test_source is None:
             return {}
-        return {"test_loss": evaluate.mean_loss(objective, setup.evaluation_batches(test), setup.device)}
+        return {"test_loss": evaluate.mean_loss(objective, setup.evaluation_batches(test_source), setup.device)}
 
-    numbers = fit(
-        run=setup.run, verb="pretrain", config=config, objective=objective,
-        no_decay_tokens=False, begin=lambda: None,
-        batches=lambda steps: setup.training_batches(train, micro, steps), num_micro=micro,
-        num_samples=len(setup.train), describe=setup.train.describe, evaluate=look, device=setup.device,
-    )  # fmt: skip
+    task = setup.task(objective, train_source, setup.num_micro, evaluate_step, no_decay_tokens=False)
+    numbers = fit(task, setup.run, setup.config, setup.device)
     setup.run.finish({"verb": "pretrain"} | numbers)
 
 

@@ -16,13 +16,13 @@ def run(config: ProbeConfig) -> None:
     if config.heads.active:
         probe_heads.run(config)
         return
-    opened = prepare_run("probe", config, labels=True, build=build)
+    opened = prepare_run("probe", config, needs_labels=True, build=build)
     if opened is None:
         return
     setup, objective = opened
     assert isinstance(objective, classify.Probe)
     # the objective itself cuts the batch for the backbone, so that its batch norm sees all of it
-    train_and_test("probe", setup, objective, num_micro=1)
+    train_and_test(setup, objective, num_micro=1)
 
 
 def build(setup: Setup) -> classify.Probe | ProbeHeads:
@@ -31,5 +31,5 @@ def build(setup: Setup) -> classify.Probe | ProbeHeads:
         return probe_heads.build(setup)
     with parallel.meta_init(setup.config.machine):
         return classify.Probe(
-            setup.backbone, num_classes(setup.train), chunk=setup.micro_batch, seed=setup.config.train.seed
+            setup.backbone, num_classes(setup.train_split), chunk=setup.micro_batch, seed=setup.config.train.seed
         )

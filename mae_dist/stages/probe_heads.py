@@ -49,14 +49,14 @@ class Contest:
 def run(config: schema.ProbeConfig) -> None:
     """Train, compare, choose, test; running it again goes on."""
     machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # heads are small: nothing to share
-    setup = build_setup("probe", dataclasses.replace(config, machine=machine), labels=True)
+    setup = build_setup("probe", dataclasses.replace(config, machine=machine), needs_labels=True)
     objective = build(setup)
     held, rest = divide(setup)
     if not setup.run.open("probe", setup.config, setup.data_fingerprint):
         return
     view, precision = setup.config.view, setup.config.train.precision
     fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment)
-    source = stored(setup, objective) if fixed else setup.source(setup.train, training=True)
+    source = stored(setup, objective) if fixed else setup.source(setup.train_split, training=True)
     numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
     with dist.name_lost_ranks(lambda: "the comparison of heads"), parallel.autocast(precision, setup.device):
         contests = [Contest(objective.heads, objective.logits)] if objective.heads else []
@@ -69,13 +69,13 @@ def build(setup: Setup) -> ProbeHeads:
     """The objective that the settings describe."""
     config = setup.config
     return ProbeHeads(
-        setup.backbone, num_classes(setup.train), config.heads, chunk=setup.micro_batch, seed=config.train.seed
+        setup.backbone, num_classes(setup.train_split), config.heads, chunk=setup.micro_batch, seed=config.train.seed
     )
 
 
 def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the training samples that are held out, and of the others (ValueError unless there are both)."""
-    share, num_samples = setup.config.heads.held_out, len(setup.train)
+    share, num_samples = setup.config.heads.held_out, len(setup.train_split)
     chosen = held_out(setup.config.train.seed, share, np.arange(num_samples))
     if chosen.all() or not chosen.any():
         raise ValueError(
@@ -87,30 +87,26 @@ def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
 def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
     """What is to be done where nothing is trained."""
     setup.run.record_launch(0, setup.device)
-    setup.begin(objective.backbone)
+    setup.load_initial_weights(objective.backbone)
     objective.to(setup.device)
     return {}
 
 
 def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray) -> dict[str, float]:
     """Fit the heads; evaluations on the way look at the held-out part."""
-    config, num_samples = setup.config, len(setup.train)
+    config, num_samples = setup.config, len(setup.train_split)
     total = configuration.total_steps(config.train, num_samples)
     contest = Contest(objective.heads, objective.logits)
 
-    def look(step: int) -> dict[str, float]:
+    def evaluate_step(step: int) -> dict[str, float]:
         if step == total:  # when all rows are compared
             return {}
         counts = count(objective, [contest], setup.evaluation_batches(source, held))
         top1 = 100 * float((counts[:, 0] / counts[:, 2]).max())
         return {"held_out_top1": top1, "diverged": int(objective.dead.sum())}
 
-    return fit(
-        run=setup.run, verb="probe", config=config, objective=objective, no_decay_tokens=True,
-        begin=lambda: setup.begin(objective.backbone),
-        batches=lambda steps: setup.training_batches(source, 1, steps), num_micro=1,  # batch norm sees all of it
-        num_samples=num_samples, describe=setup.train.describe, evaluate=look, device=setup.device,
-    )  # fmt: skip
+    task = setup.task(objective, source, 1, evaluate_step)  # one micro-batch: batch norm sees all of it
+    return fit(task, setup.run, config, setup.device)
 
 
 def stored(setup: Setup, objective: ProbeHeads) -> Features:
@@ -119,8 +115,8 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
     Raises ValueError when what is there came from another state of the start, or the disk has no room.
     """
     folder = setup.run.path / "features"
-    features = Features(folder / setup.train.fingerprint, setup.train, objective.width, setup.device)
-    start = "random" if setup.start is None else (setup.start.path / MANIFEST).read_text()
+    features = Features(folder / setup.train_split.fingerprint, setup.train_split, objective.width, setup.device)
+    start = "random" if setup.initial_weights is None else (setup.initial_weights.path / MANIFEST).read_text()
     key = hashlib.sha256(start.encode()).hexdigest()
 
     def settle() -> list[int]:
@@ -139,16 +135,16 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
                 f"out heads.attentive or some of heads.blocks"
             )
         if missing:
-            size = f"{len(setup.train):,} samples x {objective.width:,} numbers"
+            size = f"{len(setup.train_split):,} samples x {objective.width:,} numbers"
             log.info("features: %s = %.1f MB, to %s", size, features.num_bytes / 1e6, folder)
         return missing
 
     if dist.run_on_rank0(settle):
-        setup.begin(objective.backbone)
+        setup.load_initial_weights(objective.backbone)
         objective.to(setup.device).backbone.eval()
         precision = parallel.autocast(setup.config.train.precision, setup.device)
         with dist.name_lost_ranks(lambda: "the computation of features"), torch.no_grad(), precision:
-            images, view = setup.source(setup.train), setup.view(training=False)
+            images, view = setup.source(setup.train_split), setup.view(training=False)
             features.fill(images, view, objective.rows, dist.rank(), dist.world())
             dist.barrier()
     return features
@@ -157,7 +153,7 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
 @torch.no_grad()
 def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) -> list[Contest]:
     """Ridge regression and nearest neighbours, as the settings ask, on each kind of feature; all ranks together."""
-    settings, classes = setup.config.heads, num_classes(setup.train)
+    settings, classes = setup.config.heads, num_classes(setup.train_split)
     if not (settings.ridge or settings.knn):
         return []
     slices = {read: objective.columns[read] for read in objective.reads}
@@ -218,7 +214,7 @@ def conclude(
 
     Raises ValueError when there is nothing to choose from.
     """
-    assert setup.test is not None
+    assert setup.test_split is not None
     dead = objective.dead.tolist() + [False] * (len(counts) - len(objective.dead))
     heads = [(contest, place) for contest in contests for place in range(len(contest.heads))]
     rows = [
@@ -231,7 +227,7 @@ def conclude(
     best = max(range(len(rows)), key=lambda i: (not dead[i], rows[i]["held_out_top1"]))
     contest, place = heads[best]
     alone = Contest([contest.heads[place]], lambda features: contest.score(features)[:, place : place + 1])
-    tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test)))[0]
+    tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test_split)))[0]
     low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
     result = {"verb": "probe", "chosen": rows[best]["name"], "held_out_top1": rows[best]["held_out_top1"]}
     result |= evaluate.percentages(tested) | {"interval": [round(low, 4), round(high, 4)]}

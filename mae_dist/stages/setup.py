@@ -1,4 +1,4 @@
-"""What the verbs that make a run do first: join the ranks, find the data, load the start, open the folder."""
+"""What every stage does first: join the ranks, find data and initial weights, open the run's folder; and its Task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
+from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,31 +31,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a verb needs: resolved config, run folder, device, data, and the backbone."""
+    """Everything a stage needs: resolved config, run folder, device, data splits, and the backbone. Only a run that
+    `needs_labels` has a `test_split` for certain.
+    """
 
+    verb: str
     config: Any
     run: RunDir
     device: torch.device
-    train: ShardIndex
-    test: ShardIndex | None
-    labels: bool
+    train_split: ShardIndex
+    test_split: ShardIndex | None
+    needs_labels: bool
     backbone: Backbone
-    start: InitialWeights | None
+    initial_weights: InitialWeights | None
     micro_batch: int
 
     def view(self, training: bool) -> views.View:
-        """How samples of this run are shown."""
+        """How samples become images: augmented in training, else the test crop."""
         data = self.config.data
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
-    def source(self, index: ShardIndex, training: bool = False) -> loader.InMemorySource | loader.TarSource:
-        """The images of a split; how they are shown in training decides where they are kept."""
+    def source(self, split: ShardIndex, training: bool = False) -> loader.InMemorySource | loader.TarSource:
+        """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
-        return loader.open_source(index, self.device, workers, view.needs_pil, quiet=not dist.is_main())
+        return loader.open_source(split, self.device, workers, view.needs_pil, quiet=not dist.is_main())
 
     def with_micro_batch(self, objective: Objective) -> Setup:
-        """The same with a micro-batch that fits, where the settings leave it open; the step's mathematics stay."""
+        """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
         batch, channels, size = self.config.train.global_batch, self.backbone.channels, self.config.model.image_size
         share, machine = -(-batch // dist.world()), self.config.machine
 
@@ -70,25 +75,41 @@ class Setup:
 
     @property
     def num_micro(self) -> int:
-        """Micro-batches a step."""
+        """Micro-batches a step of this rank."""
         group = configuration.group(self.config)
         return num_micro(self.config.train.global_batch, dist.world(), self.micro_batch, group)
 
     @property
     def data_fingerprint(self) -> str:
-        """What the data are that decide the result."""
-        result_settings = (self.train, self.test) if self.labels and self.test is not None else (self.train,)
-        return "-".join(index.fingerprint for index in result_settings)
+        """Identifies the content of the splits on which the result depends."""
+        tested = self.test_split if self.needs_labels else None
+        used = (self.train_split,) if tested is None else (self.train_split, tested)
+        return "-".join(split.fingerprint for split in used)
+
+    def task(
+        self, objective: Objective, source: loader.Source, num_micro: int, evaluate: Callable[[int], dict[str, float]],
+        no_decay_tokens: bool = True,
+    ) -> Task:  # fmt: skip
+        """The task of training `objective` on the images of `source`, from this run's initial weights."""
+        return Task(
+            verb=self.verb, objective=objective, num_micro=num_micro, num_samples=len(self.train_split),
+            batches=lambda steps: self.training_batches(source, num_micro, steps, self.left_out()), evaluate=evaluate,
+            sample_name=self.train_split.describe, no_decay_tokens=no_decay_tokens,
+            load_initial_weights=lambda: self.load_initial_weights(objective.backbone),
+        )  # fmt: skip
+
+    def left_out(self) -> dict[int, int]:
+        """Sample id -> position in the stream from which on this run's rewinds leave the sample out."""
+        return dist.run_on_rank0(lambda: rewind.left_out(self.run.path, self.config.train.global_batch))
 
     def training_batches(
-        self, source: loader.Source, micro: int, steps: range, share: tuple[int, int] | None = None
-    ) -> Iterator[Batch]:
+        self, source: loader.Source, num_micro: int, steps: range, left_out: dict[int, int],
+        share: tuple[int, int] | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
-        settings, (rank, world) = self.config, share or (dist.rank(), dist.world())
-        out = dist.run_on_rank0(lambda: rewind.left_out(self.run.path, settings.train.global_batch))
-        order = Order(settings.train.seed, self.train.counts, settings.data.shuffle_window, out)
-        group = configuration.group(settings)
-        places = plan(order, steps, settings.train.global_batch, micro, rank, world, group)
+        config, (rank, world) = self.config, share or (dist.rank(), dist.world())
+        order = Order(config.train.seed, self.train_split.counts, config.data.shuffle_window, left_out)
+        places = plan(order, steps, config.train.global_batch, num_micro, rank, world, configuration.group(config))
         return source.batches(places, self.view(training=True))
 
     def evaluation_batches(self, source: loader.Source, ids: np.ndarray | None = None) -> Iterator[Batch]:
@@ -97,77 +118,75 @@ class Setup:
         places = loader.evaluation_plan(len(ids), self.micro_batch, dist.rank(), dist.world())
         return source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
 
-    def begin(self, backbone: Backbone) -> None:
-        """Load the start into the backbone, wherever its parts lie: its averaged weights where it has them. Only the
-        norm that its pooling does not have stays as initialised. Nothing, when the run begins at random.
+    def load_initial_weights(self, backbone: Backbone) -> None:
+        """Fill the backbone, sharded or not, from the run of `init_from`: with its averaged weights if it has them.
+        Does nothing where init_from=random. A final norm that the other run's pooling lacks stays as initialised.
 
-        A ViT for another image size than the start's gets the start's positions resized (`vit.resize_positions`); fixed
-        sin-cos ones, where this run does not train them, are computed for its size instead.
+        A ViT for another image size gets the positions of that run resized (`vit.resize_positions`); fixed sin-cos
+        positions, where this run does not train them, are computed for its size instead.
         """
-        if self.start is None:
+        if self.initial_weights is None:
             return
-        there = checkpoint.names_in(self.start.path)
+        path = self.initial_weights.path
+        stored = checkpoint.names_in(path)
         wanted = {}
         for name, tensor in backbone.state_dict().items():
-            stored = checkpoint.trained(there, f"backbone.{name}")
-            if stored in there or not name.startswith(("norm.", "fc_norm.")):
-                wanted[stored] = tensor
-        old = (self.start.config.model.image_size // backbone.patch,) * 2
-        positions = next((k for k in wanted if k.endswith(".pos_embed")), None) if old != backbone.grid else None
+            key = checkpoint.trained(stored, f"backbone.{name}")
+            if key in stored or not name.startswith(("norm.", "fc_norm.")):
+                wanted[key] = tensor
+        grid = (self.initial_weights.config.model.image_size // backbone.patch,) * 2
+        positions = next((key for key in wanted if key.endswith(".pos_embed")), None) if grid != backbone.grid else None
         if positions is not None:
-            wanted[positions] = torch.empty(there[positions])
-        checkpoint.load(self.start.path, wanted)
+            wanted[positions] = torch.empty(stored[positions])
+        checkpoint.load(path, wanted)
         if positions is not None:
-            self._fit_positions(backbone, wanted[positions], old)
-        if dist.is_main() and any(name.startswith("ema.") for name in wanted):
+            self._fit_positions(backbone, wanted[positions], grid)
+        if dist.is_main() and any(key.startswith(checkpoint.EMA) for key in wanted):
             log.info("init_from=%s: its averaged weights", self.config.init_from)
 
-    def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, old: tuple[int, int]) -> None:
-        """Give a ViT the positions of another grid."""
+    def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, grid: tuple[int, int]) -> None:
+        """Give a ViT the positions that were trained for another grid of patches."""
         assert isinstance(backbone, ViT)
-        fixed = torch.allclose(positions, class_and_grid(backbone.dim, old), atol=1e-6)
+        fixed = torch.allclose(positions, class_and_grid(backbone.dim, grid), atol=1e-6)
         compute = fixed and self.config.model.position != "learned"
-        value = backbone.fixed()["pos_embed"] if compute else resize_positions(positions, old, backbone.grid)
+        value = backbone.fixed()["pos_embed"] if compute else resize_positions(positions, grid, backbone.grid)
         parallel.copy_into(backbone.pos_embed, value)
         if dist.is_main():
-            how, grids = "computed" if compute else "resized (bicubic)", (*old, *backbone.grid)
             log.info(
-                "init_from=%s: positions of %d x %d patches %s for %d x %d",
-                self.config.init_from,
-                *grids[:2],
-                how,
-                *grids[2:],
-            )
+                "init_from=%s: positions of %d x %d patches %s for %d x %d", self.config.init_from, *grid,
+                "computed" if compute else "resized (bicubic)", *backbone.grid,
+            )  # fmt: skip
 
 
-def prepare_run(verb: str, config: Any, labels: bool, build: Callable[[Setup], T]) -> tuple[Setup, T] | None:
-    """Do all that can go wrong before work starts, `build` too, and only then open the folder; None when it holds a
-    finished run. ValueError in one sentence on every rank.
+def prepare_run(verb: str, config: Any, needs_labels: bool, build: Callable[[Setup], T]) -> tuple[Setup, T] | None:
+    """Check all that can be wrong before work starts, `build` included, and only then open the run's folder: (the
+    setup, what `build` made of it), or None when the folder holds a finished run. Raises ValueError on every rank
+    alike.
     """
-    setup = build_setup(verb, config, labels)
+    setup = build_setup(verb, config, needs_labels)
     built = build(setup)
     return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint) else None
 
 
-def build_setup(verb: str, config: Any, labels: bool) -> Setup:
-    """The same without writing anything.
+def build_setup(verb: str, config: Any, needs_labels: bool) -> Setup:
+    """Join the ranks, find data, initial weights and statistics, and build the backbone; nothing is written.
 
-    `labels` says that the verb needs a label on every sample and a test split.
+    ``needs_labels``: the verb needs a label on every sample, and a test split. Raises ValueError in one sentence.
     """
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
-    train = open_split(config.data.path, config.data.split)
-    test = find_test(config, required=labels)
-    init_from = getattr(config, "init_from", schema.RANDOM)
-    start = None if init_from == schema.RANDOM else find_initial_weights(init_from)
-    if labels:
-        for index in (train, test):
-            refuse_unlabelled(index, verb)
-    if start is not None:
-        configuration.check_same_model(config, start.config)
+    train_split = open_split(config.data.path, config.data.split)
+    test_split = find_test_split(config, required=needs_labels)
+    initial = None
+    if getattr(config, "init_from", schema.RANDOM) != schema.RANDOM:
+        initial = find_initial_weights(config.init_from)
+    for split in (train_split, test_split) if needs_labels else ():
+        refuse_unlabelled(split, verb)
+    if initial is not None:
+        configuration.check_same_model(config, initial.config)
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
-    config = with_statistics(config, before or (start.config if start else None), train)
+    config = with_statistics(config, before or (initial.config if initial else None), train_split)
     with parallel.meta_init(config.machine):
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
@@ -176,35 +195,35 @@ def build_setup(verb: str, config: Any, labels: bool) -> Setup:
         backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
-    setup = Setup(config, run, device, train, test, labels, backbone, start, micro)
-    setup.view(training=True).augment()  # what timm does not understand is said now
+    setup = Setup(verb, config, run, device, train_split, test_split, needs_labels, backbone, initial, micro)
+    setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
     return setup
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """An earlier run as a start: its settings and its newest undamaged checkpoint."""
+    """An earlier run to start from: its settings, and the folder of its newest undamaged checkpoint."""
 
     config: Any
-    path: Any
+    path: Path
 
 
 def find_initial_weights(path: str) -> InitialWeights:
-    """The run that `init_from=` names."""
+    """The run that `init_from` names. Raises ValueError when it is no run or has no checkpoint."""
     run = RunDir.existing(path, "init_from")
     newest = dist.run_on_rank0(run.newest)
     if newest is None:
         raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
     if dist.is_main() and run.result() is None:
-        log.warning("init_from=%s: this run is not finished; starting from its checkpoint %s", path, newest.name)
+        log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)
     return InitialWeights(run.settings()[2], newest)
 
 
-def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:
+def with_statistics(config: Any, earlier: Any, index: ShardIndex) -> Any:
     """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged)."""
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
-        origin = start.data if start is not None else index.dataset
+        origin = earlier.data if earlier is not None else index.dataset
         if origin.mean is None:
             if dist.is_main():
                 log.info("the data set has no mean and std of its own: using ImageNet's (data.mean, data.std)")
@@ -213,7 +232,7 @@ def with_statistics(config: Any, start: Any, index: ShardIndex) -> Any:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
 
 
-def find_test(config: Any, required: bool) -> ShardIndex | None:
+def find_test_split(config: Any, required: bool) -> ShardIndex | None:
     """The test split, from data.test_path or beside the training split; None where there is none and none is needed."""
     data = config.data
     if data.test_path is not None:

@@ -218,7 +218,7 @@ def test_a_hundred_steps_are_transformers_and_torchs() -> None:
             weighted.backward()
             loss += weighted.detach()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters]))
-        optim.step(optimizer, parameters, norm, None, scale)
+        optim.update(optimizer, parameters, norm, None, scale)
         rate = peak * (
             step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
         )

@@ -67,7 +67,7 @@ def trained(objective: Objective, steps: int = 6, settings: schema.OptimConfig =
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         assert norm.isfinite()
-        optim.step(optimizer, parameters, norm, None, scale)
+        optim.update(optimizer, parameters, norm, None, scale)
         found.append(loss.item())
     return found
 
@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_changes_no_head() -> None:
 
     def step(norm: float) -> list[torch.Tensor]:
         objective(batch_of(8)).loss.sum().backward()
-        optim.step(optimizer, parameters, torch.tensor(norm), None, scale)
+        optim.update(optimizer, parameters, torch.tensor(norm), None, scale)
         moments = [moment for parameter in parameters for moment in optimizer.state[parameter].values()]
         return [tensor.detach().clone() for tensor in (*parameters, *moments)]
 

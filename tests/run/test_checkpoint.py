@@ -58,7 +58,7 @@ def tensor_files(path: Path) -> list[Path]:
     return [file for file in path.iterdir() if file.name != checkpoint.MANIFEST]
 
 
-def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, optim.LossScale, optim.EMA]:
+def trained(seed: int, steps: int) -> train.TrainState:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     groups = optim.param_groups(module, schema.OptimConfig(), 0, no_decay_tokens=False)
@@ -71,18 +71,20 @@ def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, op
         optimizer.step()
         optimizer.zero_grad()
         average.update(torch.tensor(True))
-    return module, optimizer, optim.LossScale(torch.device("cpu"), enabled=False), average
+    scale = optim.LossScale(torch.device("cpu"), enabled=False)
+    return train.TrainState(module, optimizer, scale, average, steps)  # pyright: ignore[reportArgumentType]
 
 
 def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
-    state = {name: tensor.clone() for name, tensor in train.tensors(*trained(0, 3)).items()}
-    run.save(3, train.tensors(*trained(0, 3)), keep=2)
+    state = {name: tensor.clone() for name, tensor in trained(0, 3).tensors().items()}
+    run.save(3, trained(0, 3).tensors(), keep=2)
     other = trained(1, 5)
-    filled = train.tensors(*other)
+    filled = other.tensors()
     assert not all(torch.equal(filled[name], state[name]) for name in state)
-    assert train.restore(run, *other) == 3
-    filled = train.tensors(*other)
+    assert other.restore(run)
+    assert other.step == 3
+    filled = other.tensors()
     assert filled.keys() == state.keys()
     for name, tensor in state.items():
         assert filled[name].dtype == tensor.dtype, name
@@ -91,9 +93,11 @@ def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     assert filled["optimizer.0.weight.step"] == 3
     assert filled["optimizer.0.weight.exp_avg"].any()
     assert filled["model.1.num_batches_tracked"] == 3
-    assert {name for name in filled if name.startswith("ema.")} == {f"ema.{n}" for n, _ in other[0].named_parameters()}
+    assert {name for name in filled if name.startswith("ema.")} == {
+        f"ema.{n}" for n, _ in other.objective.named_parameters()
+    }
     assert not torch.equal(filled["ema.0.weight"], filled["model.0.weight"])
-    pairs = zip(other[0].parameters(), trained(0, 3)[0].parameters(), strict=True)
+    pairs = zip(other.objective.parameters(), trained(0, 3).objective.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)  # restored in place
 
 

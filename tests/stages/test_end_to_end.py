@@ -227,11 +227,11 @@ def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
     torch.testing.assert_close(new[f"model.{name}"], old[f"ema.{name}"], rtol=0, atol=1e-6)
     assert not torch.equal(old[f"model.{name}"], old[f"ema.{name}"])
 
-    for start, how in ((small, "computed"), (tmp_path / "large", "resized (bicubic)")):
-        wanted = [f"init_from={start}", "model.image_size=24"]
-        assert main(["probe", *shared, *wanted, f"out={tmp_path / start.name}-probe"]) == 0
-        side = 4 if start == small else 8
-        assert f"init_from={start}: positions of {side} x {side} patches {how} for 6 x 6" in caplog.text
+    for earlier, how in ((small, "computed"), (tmp_path / "large", "resized (bicubic)")):
+        wanted = [f"init_from={earlier}", "model.image_size=24"]
+        assert main(["probe", *shared, *wanted, f"out={tmp_path / earlier.name}-probe"]) == 0
+        side = 4 if earlier == small else 8
+        assert f"init_from={earlier}: positions of {side} x {side} patches {how} for 6 x 6" in caplog.text
     found = weights(tmp_path / "small-probe")["model.backbone.pos_embed"]
     assert torch.equal(found, class_and_grid(128, (6, 6)))
 
