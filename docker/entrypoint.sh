@@ -1,6 +1,6 @@
 #!/bin/sh
-# What `docker run IMAGE WORDS` does: WORDS are mae-dist's (`pretrain CONFIG.yaml ...`), unless they name one of the
-# programs that start it on many machines or look around. A list, since verbs such as export are also a shell's words.
+# Runs `mae-dist WORDS` for `docker run IMAGE WORDS`, or WORDS themselves if they begin with torchrun, python or a shell.
+# The programs are listed, since a verb such as export is also a shell command.
 set -eu
 case "${1:-}" in
   torchrun | python | python3 | bash | sh) exec "$@" ;;

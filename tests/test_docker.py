@@ -1,4 +1,4 @@
-"""The container files, as far as they can be held without an engine: pinned, not root, whole, installing as CI does."""
+"""Container files, as far as they can be checked without an engine: pinned bases, no root, the same install as in CI."""
 
 import os
 import re
@@ -19,14 +19,14 @@ FILES = sorted(DOCKER.glob("*Dockerfile"))
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """(word, rest) of each instruction, comments dropped and continued lines joined."""
+    """(instruction, arguments) of each line, without comments and with continued lines joined."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
-def brought(path: Path) -> list[str]:
-    """Files and folders of the repository that a build asks for."""
+def copied(path: Path) -> list[str]:
+    """Files and folders of the repository that a Dockerfile copies or mounts."""
     found = []
     for word, rest in instructions(path):
         if word in ("COPY", "ADD") and "--from=" not in rest:
@@ -40,20 +40,20 @@ def tracked() -> list[str]:
     return listed.split()
 
 
-def shown(name: str) -> bool:
-    """Whether .dockerignore lets a build see a file: the last line that matches it or a folder around it decides."""
-    seen = True
+def in_context(name: str) -> bool:
+    """Whether a file is in the build context: the last line of .dockerignore that matches it or its folder decides."""
+    included = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
         pattern = line.removeprefix("!")
         if any(fnmatch(str(part), pattern) for part in (Path(name), *Path(name).parents[:-1])):
-            seen = line.startswith("!")
-    return seen
+            included = line.startswith("!")
+    return included
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_every_base_is_an_exact_tag_or_a_stage(path: Path) -> None:
+def test_base_images_have_exact_tags(path: Path) -> None:
     stages: set[str] = set()
     for word, rest in instructions(path):
         if word != "FROM":
@@ -64,7 +64,7 @@ def test_every_base_is_an_exact_tag_or_a_stage(path: Path) -> None:
     assert stages or path != IMAGE
 
 
-def test_the_image_runs_as_a_number_that_is_not_root() -> None:
+def test_image_user_is_a_number_and_not_root() -> None:
     words = instructions(IMAGE)
     last = words[max(i for i, (word, _) in enumerate(words) if word == "FROM") :]
     arguments = dict(rest.split("=", 1) for word, rest in last if word == "ARG")
@@ -76,23 +76,23 @@ def test_the_image_runs_as_a_number_that_is_not_root() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_what_a_build_asks_for_is_there_and_shown_to_it(path: Path) -> None:
+def test_copied_files_exist_and_are_in_the_build_context(path: Path) -> None:
     names, missing = tracked(), []
-    for source in brought(path):
+    for source in copied(path):
         files = [name for name in names if name == source or name.startswith(source + "/")]
-        missing += [source] * (not files) + [name for name in files if not shown(name)]
-    assert brought(path)
+        missing += [source] * (not files) + [name for name in files if not in_context(name)]
+    assert copied(path)
     assert not missing
 
 
-def test_a_build_sees_nothing_else() -> None:
-    wanted = {source for path in FILES for source in brought(path)}
-    extra = [name for name in tracked() if shown(name) and not wanted & {name, *map(str, Path(name).parents)}]
+def test_build_context_holds_only_copied_files() -> None:
+    wanted = {source for path in FILES for source in copied(path)}
+    extra = [name for name in tracked() if in_context(name) and not wanted & {name, *map(str, Path(name).parents)}]
     assert [name for name in extra if not name.startswith("docker/")] == []
-    assert not shown("mae_dist/data/__pycache__/order.cpython-311.pyc")
+    assert not in_context("mae_dist/data/__pycache__/order.cpython-311.pyc")
 
 
-def test_image_and_ci_install_with_the_same_lines() -> None:
+def test_image_and_make_install_with_the_same_script() -> None:
     makefile, image = (ROOT / "Makefile").read_text(), IMAGE.read_text()
     assert "docker/install.sh $(VENV) '.[dev]'" in makefile
     assert "docker/install.sh /opt/venv ." in image
@@ -100,12 +100,12 @@ def test_image_and_ci_install_with_the_same_lines() -> None:
     assert "pip install" not in makefile + image
 
 
-def test_no_hosts_are_named() -> None:
+def test_no_registry_hosts_are_named() -> None:
     for path in [*DOCKER.iterdir(), ROOT / ".dockerignore"]:
         assert not re.search(r"https?:|--(extra-)?index-url|\w\.(io|com|net)/", path.read_text()), path
 
 
-def test_compose_names_what_exists() -> None:
+def test_compose_refers_to_existing_files() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     for service in compose["services"].values():
         context = (DOCKER / service["build"]["context"]).resolve()
@@ -116,7 +116,7 @@ def test_compose_names_what_exists() -> None:
             assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"]
 
 
-def test_scripts_that_images_start_can_be_started() -> None:
+def test_entrypoint_scripts_are_executable() -> None:
     for path in FILES:
         for word, rest in instructions(path):
             if word == "ENTRYPOINT":
@@ -124,7 +124,7 @@ def test_scripts_that_images_start_can_be_started() -> None:
                 assert os.access(ROOT / script, os.X_OK), script
 
 
-def test_words_are_mae_dists_unless_they_name_a_launcher(tmp_path: Path) -> None:
+def test_entrypoint_runs_mae_dist_unless_a_program_is_named(tmp_path: Path) -> None:
     command = tmp_path / "mae-dist"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mae_dist "$@"\n')
     command.chmod(0o755)
