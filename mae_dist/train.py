@@ -123,8 +123,7 @@ def due(step: int, every: float | None, last: int) -> bool:
 
 
 def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
-    """Train from the newest checkpoint of `run`, or from the task's initial weights, to the end; give the final
-    numbers.
+    """Train from the newest checkpoint of `run`, or else from initial weights, to the end; give the final numbers.
 
     Raises Stopped, having saved, when any rank was signalled to stop, and RankLost when a rank does not answer.
     """

@@ -64,6 +64,27 @@ def test_files_have_at_most_400_lines() -> None:
     assert not {str(p): n for p in sources() + launchers() if (n := len(p.read_text().splitlines())) > 400}
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    """All functions and methods of a file."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def length(node: ast.stmt) -> int:
+    """Lines of a statement, comments and docstring included."""
+    return (node.end_lineno or 0) - node.lineno + 1
+
+
+def test_functions_have_at_most_50_lines() -> None:
+    long = {f"{path.name}: {f.name}": length(f) for path in sources() + launchers() for f in functions(path)}
+    assert not {name: lines for name, lines in long.items() if lines > 50}
+
+
+def test_loop_of_fit_has_at_most_30_lines() -> None:
+    (fit,) = [function for function in functions(PACKAGE / "train.py") if function.name == "fit"]
+    (loop,) = [node for node in ast.walk(fit) if isinstance(node, ast.While)]
+    assert length(loop) - 1 <= 30
+
+
 def test_every_module_has_a_docstring() -> None:
     without = [
         p for p in sources() + launchers() if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))

@@ -1,4 +1,4 @@
-"""Container files, as far as they can be checked without an engine: pinned bases, no root, the same install as in CI."""
+"""Container files, as far as they can be checked without an engine: pinned bases, no root, installed as in CI."""
 
 import os
 import re
