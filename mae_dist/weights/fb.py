@@ -1,7 +1,8 @@
 """Checkpoints of the official MAE code (github.com/facebookresearch/mae): {"model": state dict, "args": ...}, .pth.
 
-Its names are ours: the backbone's are timm's, the decoder's stand beside them; fine-tuned ones have fc_norm and head.
-The released files say nothing of normalisation or norm_pix; `args` of a training run says norm_pix_loss.
+Its backbone has timm's names, as mae_dist's has, and the decoder's names stand beside them; fine-tuned models have
+fc_norm and head. The released files do not record image statistics or norm_pix; `args` of a training run has
+norm_pix_loss.
 """
 
 from __future__ import annotations
@@ -13,34 +14,35 @@ import torch
 from torch import Tensor
 
 from mae_dist.weights import timm
-from mae_dist.weights.identify import IMAGENET, Found, Model
-
-
-def looks_like(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bool:
-    """A decoder, or the key "model", which timm's own training does not write."""
-    return facts.get("key") == "model" or any(name.startswith("decoder_") for name in tensors)
-
+from mae_dist.weights.identify import IMAGENET, Decoded, Model
 
 ARGUMENTS = {
     "mean": "mean", "std": "std", "decoder_heads": "decoder_num_heads", "norm_pix": "norm_pix_loss",
     "mask_ratio": "mask_ratio",
 }  # fmt: skip
-"""Our word -> theirs."""
-WRAPPED = ": taken for the official MAE code's file since its weights lie below the key model, timm's have 0.5"
-"""Names of an encoder alone are timm's too."""
+"""mae_dist's name of a value -> its name in `args`."""
+GUESSED = ": taken for a file of the official MAE code, because its weights are under the key model; timm's have 0.5"
+"""An encoder alone has the same names in both codebases."""
+SUFFIXES = (".pth",)
 
 
-def found(tensors: dict[str, Tensor], facts: dict[str, Any], _: str) -> Found:
-    """Theirs in our words. All the paper's decoders are 512 wide and have 16 heads."""
-    said = timm.arguments(facts, ARGUMENTS)
-    if "decoder_embed.weight" in tensors and tensors["decoder_embed.weight"].shape[:1] == (512,):
-        said = {"decoder_heads": ("the paper", 16)} | {name: pair for name, pair in said.items() if pair[1] is not None}
-    told = any(name.startswith("decoder_") for name in tensors)
-    return Found("fb", timm.ours(tensors), IMAGENET, said, why_usual="" if told else WRAPPED)
+def recognises(tensors: dict[str, Tensor], extras: dict[str, Any]) -> bool:
+    """Whether a file has a decoder, or keeps its weights under the key "model", which timm's training does not use."""
+    return extras.get("key") == "model" or any(name.startswith("decoder_") for name in tensors)
 
 
-def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """(Their state dict, what is left out). ValueError for a Mixer."""
+def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> Decoded:
+    """Convert an official MAE state dict to mae_dist's names. A decoder 512 wide has 16 heads, as all in the paper."""
+    metadata = timm.training_arguments(extras, ARGUMENTS)
+    embed = tensors.get("decoder_embed.weight")
+    if embed is not None and embed.shape[:1] == (512,) and metadata["decoder_heads"][1] is None:
+        metadata["decoder_heads"] = ("the paper", 16)
+    guess = "" if any(name.startswith("decoder_") for name in tensors) else GUESSED
+    return Decoded("fb", origin, timm.decode_tensors(tensors), IMAGENET, metadata, guess=guess)
+
+
+def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
+    """Convert a model to (the official code's state dict, sentences on what is left out). ValueError for a Mixer."""
     if not model.is_vit:
         raise ValueError("--to fb: the official MAE code has no Mixer; try --to timm, npz or safetensors")
     kept, left_out = model.portable(decoder=True)
@@ -48,7 +50,7 @@ def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
-    """`args` is a plain dict, since torch.load no longer takes an argparse.Namespace from strangers."""
+    """Write the .pth file. `args` is a dict, since torch.load(weights_only=True) refuses an argparse.Namespace."""
     config = model.config
     args: dict[str, Any] = {"input_size": config.model.image_size, "mean": config.data.mean, "std": config.data.std}
     if "decoder_pred.weight" in tensors:
@@ -57,21 +59,18 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     torch.save({"model": tensors, "args": args}, path)
 
 
-SUFFIXES = (".pth",)
-
-
 def usage(model: Model, path: Path) -> str:
-    """What to type over there."""
+    """Return the Python line that loads the file at `path` with the official MAE code."""
     sizes, config = model.sizes, model.config.model
-    words = [f"img_size={config.image_size}", f"patch_size={sizes['patch']}", f"embed_dim={sizes['dim']}"]
-    words += [f"depth={sizes['depth']}", f"num_heads={sizes['num_heads']}"]
-    if "decoder_pred.weight" in theirs(model)[0]:
+    options = [f"img_size={config.image_size}", f"patch_size={sizes['patch']}", f"embed_dim={sizes['dim']}"]
+    options += [f"depth={sizes['depth']}", f"num_heads={sizes['num_heads']}"]
+    if "decoder_pred.weight" in encode(model)[0]:
         mae = model.config.mae
-        words += [f"decoder_embed_dim={mae.decoder_dim}", f"decoder_depth={mae.decoder_depth}"]
-        words += [f"decoder_num_heads={mae.decoder_heads}", f"norm_pix_loss={mae.norm_pix}"]
+        options += [f"decoder_embed_dim={mae.decoder_dim}", f"decoder_depth={mae.decoder_depth}"]
+        options += [f"decoder_num_heads={mae.decoder_heads}", f"norm_pix_loss={mae.norm_pix}"]
         kind = "models_mae.MaskedAutoencoderViT"
     else:
-        words += [f"num_classes={model.num_classes}", f"global_pool={model.pool == 'avg'}", "qkv_bias=True"]
+        options += [f"num_classes={model.num_classes}", f"global_pool={model.pool == 'avg'}", "qkv_bias=True"]
         kind = "models_vit.VisionTransformer"
-    made = f"{kind}({', '.join(words)}, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6))"
+    made = f"{kind}({', '.join(options)}, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6))"
     return f"{made}.load_state_dict(torch.load('{path}', weights_only=True)['model'])"

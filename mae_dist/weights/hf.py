@@ -1,8 +1,9 @@
-"""Folders of Hugging Face's transformers: config.json, model.safetensors, preprocessor_config.json; no import of them.
+"""Folders of Hugging Face's transformers: config.json, model.safetensors, preprocessor_config.json.
 
-In: ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification. Out: the first for a run with a decoder, the
-last for a fine-tuned one, ViTModel else. Attention is three matrices there. Names are those that transformers 4 and 5
-save and load; 5 calls modules otherwise in memory and has saved decoders under a third name, which are read too.
+The package transformers is not imported. Read: ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification.
+Written: the first for a run with a decoder, the last for a fine-tuned one, ViTModel otherwise. Attention is three
+matrices there. Names are those that transformers 4 and 5 save and load; version 5 has other names in memory and has
+saved decoders under a third name, and both are read too.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from torch import Tensor
 
 from mae_dist.models.layers import EPS
 from mae_dist.weights.checks import checked
-from mae_dist.weights.identify import HALF, IMAGENET, Found, Model
-from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
+from mae_dist.weights.identify import HALF, IMAGENET, Decoded, Model
+from mae_dist.weights.names import convert_name, join_attention, name_table, split_attention
 
-KINDS = {"vit_mae": IMAGENET, "vit": HALF}
-"""model_type -> the statistics of its image processor unless it says otherwise."""
+STATISTICS = {"vit_mae": IMAGENET, "vit": HALF}
+"""model_type -> default mean and std of its image processor."""
 SETTINGS: dict[str, tuple[str, Any]] = {
     "num_heads": ("num_attention_heads", 12), "decoder_heads": ("decoder_num_attention_heads", None),
     "norm_pix": ("norm_pix_loss", False), "mask_ratio": ("mask_ratio", None),
 }  # fmt: skip
-"""Our word -> (theirs, what it is unless config.json says otherwise)."""
+"""mae_dist's name of a value -> (its name in config.json, its default)."""
 PROCESSOR = "preprocessor_config.json"
 SUFFIXES = ()
-TABLE = dictionary(
+TABLE = name_table(
     {
         "backbone.cls_token": "vit.embeddings.cls_token",
         "backbone.pos_embed": "vit.embeddings.position_embeddings",
@@ -54,7 +55,7 @@ TABLE = dictionary(
         "mlp.fc2": "output.dense",
     },
 )
-BACK = {theirs: ours for ours, theirs in TABLE.items()}
+REVERSE_TABLE = {other: own for own, other in TABLE.items()}
 OTHER_SPELLINGS = (
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
     (r"^(vit\.)?layers\.", "encoder.layer."),
@@ -68,60 +69,63 @@ OTHER_SPELLINGS = (
 )
 
 
-def looks_like(tensors: dict[str, Tensor]) -> bool:
-    """Whether these are transformers' names."""
+def recognises(tensors: dict[str, Tensor]) -> bool:
+    """Whether tensors have names of transformers."""
     return any("embeddings.patch_embeddings." in name for name in tensors)
 
 
-def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Theirs, in any spelling, in our names; what has none keeps its own."""
+def decode_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert tensors of transformers, in any of its spellings, to mae_dist's names; unknown names are kept."""
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, saved in OTHER_SPELLINGS:
             name = re.sub(pattern, saved, name)
-        found = lookup(name, BACK, ".")
-        renamed[".".join(filter(None, found)) if found else name] = tensor
+        converted = convert_name(name, REVERSE_TABLE, ".")
+        renamed[".".join(filter(None, converted)) if converted else name] = tensor
     return join_attention(renamed)
 
 
-def found(tensors: dict[str, Tensor], config: dict[str, Any], processor: dict[str, Any], origin: str) -> Found:
-    """Theirs in our words. ValueError for a config of what our blocks do not compute."""
+def decode(tensors: dict[str, Tensor], config: dict[str, Any], processor: dict[str, Any], origin: str) -> Decoded:
+    """Convert a model of transformers to mae_dist's names. ValueError if `config` asks for what no block here computes.
+
+    ``config``, ``processor``: content of config.json and preprocessor_config.json.
+    """
     for key, needed in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(key, needed) != needed:
             raise ValueError(f"{origin}: config.json has {key}={config[key]}, and models here have {needed}")
     eps = checked("eps", config.get("layer_norm_eps", 1e-12), f"{origin}: config.json: layer_norm_eps")
-    other = f"layer norms with epsilon {EPS:g}, the papers' (config.json says {eps:g})"
-    said = {ours: (f"config.json: {name}", config.get(name, usual)) for ours, (name, usual) in SETTINGS.items()}
-    said |= {name: (f"{PROCESSOR}: image_{name}", processor.get(f"image_{name}")) for name in ("mean", "std")}
-    return Found("hf", ours(tensors), KINDS[config["model_type"]], said, () if eps == EPS else (other,))
+    assumed = () if eps == EPS else (f"layer norms with epsilon {EPS:g}, as in the papers (config.json has {eps:g})",)
+    metadata = {own: (f"config.json: {name}", config.get(name, usual)) for own, (name, usual) in SETTINGS.items()}
+    metadata |= {name: (f"{PROCESSOR}: image_{name}", processor.get(f"image_{name}")) for name in ("mean", "std")}
+    return Decoded("hf", origin, decode_tensors(tensors), STATISTICS[config["model_type"]], metadata, assumed)
 
 
-def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """(Their tensors, what is left out). ValueError for a model that transformers has not."""
+def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
+    """Convert a model to (transformers' tensors, sentences on what is left out). ValueError if it has no such model."""
     if not model.is_vit:
         raise ValueError("--to hf: transformers has no Mixer; try --to timm, npz or safetensors")
     if model.pool == "avg":
-        raise ValueError("--to hf: its ViT gives the class token, and this run has model.pool=avg; try --to timm or fb")
+        raise ValueError("--to hf: its ViT uses the class token, but this run has model.pool=avg; try --to timm or fb")
     kept, left_out = model.portable(decoder=True)
     renamed = {}
     for name, tensor in split_attention(kept).items():
-        new = lookup(name, TABLE, ".")
-        assert new is not None, name
-        renamed[".".join(filter(None, new))] = tensor
+        converted = convert_name(name, TABLE, ".")
+        assert converted is not None, name
+        renamed[".".join(filter(None, converted))] = tensor
     if architecture(renamed) == "ViTModel":
         renamed = {name.removeprefix("vit."): tensor for name, tensor in renamed.items()}
     return renamed, left_out
 
 
 def architecture(tensors: dict[str, Tensor]) -> str:
-    """The class that has these tensors."""
+    """Return the name of the transformers class that has these tensors."""
     if "decoder.mask_token" in tensors:
         return "ViTMAEForPreTraining"
     return "ViTForImageClassification" if "classifier.bias" in tensors else "ViTModel"
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
-    """The folder."""
+    """Write the folder: config.json, model.safetensors, preprocessor_config.json."""
     sizes, config, kind = model.sizes, model.config, architecture(tensors)
     settings: dict[str, Any] = {
         "architectures": [kind], "model_type": "vit", "hidden_size": sizes["dim"],
@@ -153,6 +157,6 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
 
 
 def usage(model: Model, path: Path) -> str:
-    """What to type over there."""
-    kind = architecture(theirs(model)[0])
+    """Return the Python expression that loads the folder at `path` with transformers."""
+    kind = architecture(encode(model)[0])
     return f"transformers.{kind}.from_pretrained('{path}'{', add_pooling_layer=False' * (kind == 'ViTModel')})"

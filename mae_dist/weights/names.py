@@ -1,26 +1,30 @@
-"""How names of one house become those of another: a dictionary of modules, and attention in one matrix or in three."""
+"""Conversion of names between mae_dist and another format: a table of modules, and attention as one matrix or three."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MOST_BLOCKS = 100
+MAX_BLOCKS = 100
 
 
-def dictionary(once: dict[str, str], blocks: dict[str, str], parts: dict[str, str]) -> dict[str, str]:
-    """Our module (or token) -> theirs. ``blocks``: stacks of blocks, `{}` being the number; ``parts``: of each."""
+def name_table(once: dict[str, str], blocks: dict[str, str], parts: dict[str, str]) -> dict[str, str]:
+    """Build a table from mae_dist's modules (or tokens) to another format's.
+
+    ``once``: modules outside of blocks; ``blocks``: prefixes of stacks of blocks, with `{}` for the number; ``parts``:
+    modules of each block.
+    """
     numbered = {
-        ours.format(number) + mine: theirs.format(number) + yours
-        for ours, theirs in blocks.items()
-        for mine, yours in parts.items()
-        for number in range(MOST_BLOCKS)
+        own_prefix.format(number) + own: prefix.format(number) + other
+        for own_prefix, prefix in blocks.items()
+        for own, other in parts.items()
+        for number in range(MAX_BLOCKS)
     }
     return once | numbered
 
 
-def lookup(name: str, table: dict[str, str], separator: str) -> tuple[str, str] | None:
-    """(module in the other house, the parameter's own name or "") of a name; None where the table has it not."""
+def convert_name(name: str, table: dict[str, str], separator: str) -> tuple[str, str] | None:
+    """Split a tensor's name into (its module as `table` has it, the parameter's own name or ""); None if not there."""
     if name in table:
         return table[name], ""
     module, _, leaf = name.rpartition(separator)
@@ -28,7 +32,7 @@ def lookup(name: str, table: dict[str, str], separator: str) -> tuple[str, str] 
 
 
 def join_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`attn.q`, `attn.k`, `attn.v` as the rows of one `attn.qkv`, where all three are there, in one shape."""
+    """Stack `attn.q`, `attn.k`, `attn.v` as the rows of one `attn.qkv`, where all three exist with one shape."""
     joined = dict(state)
     for name in state:
         names = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -41,7 +45,7 @@ def join_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse."""
+    """Split every `attn.qkv` into `attn.q`, `attn.k` and `attn.v`, a third of its rows each."""
     split = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:

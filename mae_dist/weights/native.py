@@ -1,7 +1,7 @@
-"""Our own file: a folder with model.safetensors in our names, all settings as metadata, and a model card to read.
+"""mae_dist's own format: a folder with model.safetensors, all settings as its metadata, and a model card.
 
-It holds everything that a run's checkpoint has below `model.`, but for the heads of a probe board, so that importing it
-is exporting it undone.
+It has every tensor that a run's checkpoint has under `model.`, except several probe heads, so that an import restores
+what was exported.
 """
 
 from __future__ import annotations
@@ -17,48 +17,49 @@ from torch import Tensor
 from mae_dist import __version__
 from mae_dist import config as configuration
 from mae_dist.weights.checks import brief, checked
-from mae_dist.weights.files import one_line
-from mae_dist.weights.identify import Given, Model, Reading, shown
+from mae_dist.weights.files import first_line
+from mae_dist.weights.identify import Model, Notes, Overrides, Reading, format_channels
 
 MARK = "mae_dist"
+"""Key in the metadata that only this format has; its value is the version that wrote the file."""
 SUFFIXES = ()
 
 
-def reading(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, given: Given) -> Reading:
-    """The model as it was exported, except for what is given."""
+def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, overrides: Overrides) -> Reading:
+    """Restore a model as it was exported, with the user's `overrides`. ValueError for invalid metadata."""
     try:
         plain = yaml.safe_load(metadata["config"])
         verb, step, fingerprint = metadata["verb"], int(metadata["step"]), metadata["data_fingerprint"]
         if not isinstance(plain, dict):
             raise ValueError(f"settings are {brief(plain)}")
     except (KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{origin}: its metadata are not those that mae-dist wrote ({one_line(error)})") from error
+        raise ValueError(f"{origin}: its metadata was not written by mae-dist ({first_line(error)})") from error
     config = configuration.from_dict(verb, plain, f"{origin}: metadata")
     if not hasattr(config, "mae"):
-        given.refuse_decoder(origin)
+        overrides.refuse_decoder(origin)
     for section, names in (("data", ("mean", "std")), ("mae", ("norm_pix", "decoder_heads"))):
-        told = {name: value for name in names if (value := getattr(given, name)) is not None}
-        if told:
-            changed = dataclasses.replace(getattr(config, section), **told)
+        given = {name: value for name in names if (value := getattr(overrides, name)) is not None}
+        if given:
+            changed = dataclasses.replace(getattr(config, section), **given)
             config = dataclasses.replace(config, **{section: changed})
     for name in ("mean", "std"):
         if (value := getattr(config.data, name)) is not None:
-            checked(name, value, f"{origin}: metadata: data.{name}", f"; --{name} overrules it")
+            checked(name, value, f"{origin}: metadata: data.{name}", f"; --{name} overrides it")
     try:
         configuration.check(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
     except ValueError as error:
         raise ValueError(f"{origin}: metadata: {error}") from error
-    found = [f"the {verb} run {config.out} at step {step}, with all its settings"]
-    return Reading("safetensors", Model(verb, config, tensors, step, fingerprint), found)
+    notes = Notes(found=[f"the {verb} run {config.out} at step {step}, with all its settings"])
+    return Reading("safetensors", Model(verb, config, tensors, step, fingerprint), notes)
 
 
-def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """All of it."""
+def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
+    """Return (all tensors of a model, no sentences): nothing is renamed or left out."""
     return dict(model.state), []
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
-    """The folder."""
+    """Write the folder: model.safetensors and README.md."""
     path.mkdir()
     metadata = {
         "format": "pt", MARK: __version__, "verb": model.verb, "step": str(model.step),
@@ -69,7 +70,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
 
 
 def card(model: Model) -> str:
-    """The model card: what it is, how images enter, how it was trained, how it is loaded."""
+    """Return the model card in Markdown: sizes, normalisation of images, decoder, recipe, how to load it."""
     config, size = model.config, sum(tensor.numel() for tensor in model.state.values())
     backbone = sum(tensor.numel() for name, tensor in model.state.items() if name.startswith("backbone."))
     side = config.model.image_size
@@ -78,8 +79,8 @@ def card(model: Model) -> str:
         "feature": "class token" if model.pool == "cls" else "mean of the patch tokens",
         "parameters": f"{size:,}, of which {backbone:,} in the backbone",
         "images": f"RGB, {side} x {side} px, scaled to 0..1, then (x - mean) / std",
-        "mean": shown(config.data.mean),
-        "std": shown(config.data.std),
+        "mean": format_channels(config.data.mean),
+        "std": format_channels(config.data.std),
     }
     if model.has_decoder:
         mae = config.mae
@@ -91,11 +92,11 @@ def card(model: Model) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"# {config.model.name}, {model.verb}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"`mae-dist import FOLDER --out RUN` makes a run of it, `init_from=RUN` starts from that. Names below "
-        f"`backbone.` are timm's.\n\n## The recipe\n\n```yaml\n{configuration.dump(config)}```\n"
+        f"`mae-dist import FOLDER --out RUN` makes a run of it, and `init_from=RUN` starts from that run. "
+        f"Names under `backbone.` are timm's.\n\n## The recipe\n\n```yaml\n{configuration.dump(config)}```\n"
     )
 
 
 def usage(_: Model, path: Path) -> str:
-    """What to type."""
+    """Return the command that imports the folder at `path`."""
     return f"mae-dist import {path} --out RUN"

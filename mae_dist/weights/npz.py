@@ -1,8 +1,8 @@
 """Arrays of Flax models: google-research/vision_transformer's ViT and Mixer, .npz, as timm reads them too.
 
-Kernels lie the other way round, (in, out); attention is a kernel (width, heads, width of a head) for each of query,
-key and value. Names of big_vision, which numbers otherwise, are read too. A file has no room for image statistics,
-which are 0.5 there, nor for fc_norm. Flax's GELU is the tanh approximation, timm's and ours the exact one.
+Kernels are transposed there, (in, out); attention has a kernel (width, heads, width of a head) for each of query, key
+and value. Names of big_vision, which numbers modules differently, are read too. The format has no place for image
+statistics, which are 0.5 there, nor for fc_norm. Flax's GELU is the tanh approximation; timm's and mae_dist's is exact.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mae_dist.weights.identify import HALF, Found, Model
-from mae_dist.weights.names import dictionary, join_attention, lookup, split_attention
+from mae_dist.weights.identify import HALF, Decoded, Model
+from mae_dist.weights.names import convert_name, join_attention, name_table, split_attention
 
 SUFFIXES = (".npz",)
 ATTENTION = "MultiHeadDotProductAttention_1/"
-TABLE = dictionary(
+TABLE = name_table(
     {
         "backbone.cls_token": "cls",
         "backbone.pos_embed": "Transformer/posembed_input/pos_embedding",
@@ -38,7 +38,7 @@ TABLE = dictionary(
         "mlp.fc2": "MlpBlock_3/Dense_1",
     },
 )
-MIXER = dictionary(
+MIXER_TABLE = name_table(
     {"backbone.stem.proj": "stem", "backbone.norm": "pre_head_layer_norm", "head": "head"},
     {"backbone.blocks.{}.": "MixerBlock_{}/"},
     {
@@ -58,9 +58,9 @@ OTHER_SPELLINGS = (
 )
 
 
-def ours(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Theirs in our names and shapes; what has none keeps its name."""
-    if any(name.startswith("opt/target/") for name in arrays):  # a whole training state: moments stand beside
+def decode_tensors(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert Flax arrays to mae_dist's names and shapes; arrays with unknown names keep both."""
+    if any(name.startswith("opt/target/") for name in arrays):  # a whole training state, with the optimizer's moments
         arrays = {name: array for name, array in arrays.items() if name.startswith("opt/target/")}
     renamed = {}
     for name, array in arrays.items():
@@ -69,25 +69,23 @@ def ours(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = array
     nested = not any(name.endswith("/LayerNorm_2/scale") for name in renamed)  # big_vision
     mixer = "stem/kernel" in renamed
-    back = {theirs: ours for ours, theirs in (MIXER if mixer else TABLE).items()}
+    reverse_table = {other: own for own, other in (MIXER_TABLE if mixer else TABLE).items()}
     state = {}
     for name, array in renamed.items():
         if nested and not mixer:
             name = re.sub(r"(encoderblock_\d+)/LayerNorm_1/", r"\1/LayerNorm_2/", name)
-        found = lookup(name, back, "/")
-        if found is None:
-            state[name.replace("/", ".")] = array
-        elif not found[1]:
-            state[found[0]] = array
-        elif found[1] == "kernel":
-            state[f"{found[0]}.weight"] = weight(array, found[0])
+        module, leaf = convert_name(name, reverse_table, "/") or (name.replace("/", "."), "")
+        if not leaf:
+            state[module] = array
+        elif leaf == "kernel":
+            state[f"{module}.weight"] = weight(array, module)
         else:
-            state[f"{found[0]}.{found[1].replace('scale', 'weight')}"] = array.flatten()
+            state[f"{module}.{leaf.replace('scale', 'weight')}"] = array.flatten()
     return join_attention(state)
 
 
 def weight(kernel: Tensor, module: str) -> Tensor:
-    """A Flax kernel as a PyTorch weight."""
+    """Convert a Flax kernel to the PyTorch weight of `module` (a name of mae_dist)."""
     if kernel.ndim == 4:  # (height, width, in, out)
         return kernel.permute(3, 2, 0, 1).contiguous()
     if kernel.ndim == 3:  # (heads, head, out) of the projection, (in, heads, head) of the others
@@ -96,7 +94,7 @@ def weight(kernel: Tensor, module: str) -> Tensor:
 
 
 def kernel(weight: Tensor, module: str, num_heads: int) -> Tensor:
-    """The inverse."""
+    """Convert the PyTorch weight of `module` (a name of mae_dist) to a Flax kernel."""
     if weight.ndim == 4:
         return weight.permute(2, 3, 1, 0)
     if module.endswith(".attn.proj"):
@@ -104,23 +102,23 @@ def kernel(weight: Tensor, module: str, num_heads: int) -> Tensor:
     return weight.T.unflatten(1, (num_heads, -1)) if ".attn." in module else weight.T
 
 
-def found(arrays: dict[str, Tensor]) -> Found:
-    """Theirs in our words."""
+def decode(arrays: dict[str, Tensor], origin: str) -> Decoded:
+    """Convert Flax arrays to mae_dist's names; the number of heads is in the shape of a query kernel."""
     heads = next((a.shape[1] for n, a in arrays.items() if n.endswith("/query/kernel") and a.ndim == 3), None)
-    return Found("npz", ours(arrays), HALF, {"num_heads": ("query/kernel", heads)})
+    return Decoded("npz", origin, decode_tensors(arrays), HALF, {"num_heads": ("query/kernel", heads)})
 
 
-def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """(Their arrays, what is left out). ValueError for a ViT with mean pooling."""
+def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
+    """Convert a model to (Flax arrays, sentences on what is left out). ValueError for a ViT with mean pooling."""
     if model.is_vit and model.pool == "avg":
-        raise ValueError("--to npz: has no fc_norm, and this run has model.pool=avg; try --to timm, fb or safetensors")
+        raise ValueError("--to npz: has no fc_norm, but this run has model.pool=avg; try --to timm, fb or safetensors")
     kept, left_out = model.portable(decoder=False)
-    table, num_heads = (TABLE if model.is_vit else MIXER), model.sizes.get("num_heads", 1)
+    table, num_heads = (TABLE if model.is_vit else MIXER_TABLE), model.sizes.get("num_heads", 1)
     arrays = {}
     for name, tensor in split_attention(kept).items():
-        new = lookup(name, table, ".")
-        assert new is not None, name
-        module, leaf = new
+        converted = convert_name(name, table, ".")
+        assert converted is not None, name
+        module, leaf = converted
         if not leaf:
             arrays[module] = tensor
         elif leaf == "weight" and tensor.ndim > 1:
@@ -132,25 +130,25 @@ def theirs(model: Model) -> tuple[dict[str, Tensor], list[str]]:
             arrays[f"{module}/bias"] = tensor.unflatten(0, (num_heads, -1)) if split else tensor
     data = model.config.data
     if (data.mean, data.std) != HALF:
-        left_out.append(f"data.mean {list(data.mean)} and data.std {list(data.std)}: pass them on by hand")
+        left_out.append(f"data.mean {list(data.mean)} and data.std {list(data.std)}, which you must pass on yourself")
     return arrays, left_out
 
 
 def write(tensors: dict[str, Tensor], _: Model, path: Path) -> None:
-    """The archive."""
+    """Write the .npz archive."""
     with path.open("wb") as stream:
         np.savez(stream, **{name: tensor.numpy() for name, tensor in tensors.items()})  # pyright: ignore
 
 
 def usage(model: Model, path: Path) -> str:
-    """What reads it."""
+    """Return the Python line that loads the file at `path`: timm's for a ViT, vision_transformer's for a Mixer."""
     if not model.is_vit:
         sizes = model.sizes
-        words = f"ml_collections.ConfigDict({{'size': ({sizes['patch']}, {sizes['patch']})}}), "
-        words += f"num_classes={model.num_classes}, num_blocks={sizes['depth']}, hidden_dim={sizes['dim']}, "
-        words += f"tokens_mlp_dim={sizes['token_hidden']}, channels_mlp_dim={sizes['channel_hidden']}"
+        options = f"ml_collections.ConfigDict({{'size': ({sizes['patch']}, {sizes['patch']})}}), "
+        options += f"num_classes={model.num_classes}, num_blocks={sizes['depth']}, hidden_dim={sizes['dim']}, "
+        options += f"tokens_mlp_dim={sizes['token_hidden']}, channels_mlp_dim={sizes['channel_hidden']}"
         params = f"{{'params': vit_jax.checkpoint.load('{path}')}}"
-        return f"vit_jax.models_mixer.MlpMixer({words}).apply({params}, images, train=False)"
+        return f"vit_jax.models_mixer.MlpMixer({options}).apply({params}, images, train=False)"
     from mae_dist.weights import timm
 
     return timm.usage(model, path)
