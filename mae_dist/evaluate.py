@@ -55,7 +55,7 @@ def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[T
 
 
 def percentages(counts: Int[Tensor, 3]) -> dict[str, float]:
-    """Counts as `hits` gives them -> percent."""
+    """{"top1", "top5" (percent), "num_test_images"} from counts of `hits`."""
     top1, top5, total = counts.tolist()
     return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_test_images": total}
 
@@ -64,7 +64,7 @@ def percentages(counts: Int[Tensor, 3]) -> dict[str, float]:
 def features(
     backbone: nn.Module, dim: int, batches: Iterable[Batch], device: torch.device
 ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-    """This rank's features (`dim` numbers each) and labels; none, where its part of the split is empty."""
+    """This rank's features (`dim` numbers each) and labels; both empty where its part of the split is."""
     backbone.eval()
     values, labels = [torch.zeros(0, dim, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
     for batch in batches:
@@ -87,7 +87,7 @@ def knn(
 def votes(
     bank: tuple[Tensor, Tensor], queries: Float[Tensor, "b d"], num_classes: int, k: int, temperature: float
 ) -> Float[Tensor, "b classes"]:
-    """Votes of each query's nearest neighbours; see `knn`. Features of the bank (and its labels) have length 1."""
+    """Votes for each class of a query's k nearest neighbours in `bank` = (features of length 1, labels); see `knn`."""
     similarity, nearest = (nn.functional.normalize(queries, dim=1) @ bank[0].T).topk(min(k, len(bank[0])), 1)
     found = torch.zeros(len(queries), num_classes, device=queries.device)
     return found.scatter_add_(1, bank[1][nearest], ((similarity - 1) / temperature).exp())
@@ -104,7 +104,7 @@ class Ridge:
         self.cross = torch.zeros(dim + 1, num_classes, dtype=torch.float64, device=device)
 
     def add(self, features: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> None:
-        """Count these samples in, on this rank."""
+        """Add samples to this rank's sums."""
         x = nn.functional.pad(features.double(), (0, 1), value=1.0)
         self.gram += x.T @ x
         self.cross += x.T @ nn.functional.one_hot(labels, self.cross.shape[1]).double()

@@ -1,8 +1,7 @@
-"""Optimizers: parameter groups, AdamW and LARS, the learning rate as a pure function of progress, averaged weights.
+"""Optimizers: parameter groups, AdamW and LARS, the learning rate as a pure function of progress, EMA, loss scale.
 
-Nothing here has state but the optimizer's moments, the average of the weights and, for fp16, the loss scale: the rate
-of a step follows from it.
-A step whose gradient is not finite is skipped on the device; the host does not wait to find out.
+The state is the optimizer's moments, the EMA of the weights and, for fp16, the loss scale; the learning rate follows
+from the step. A step whose gradient is not finite is skipped on the device, so the host does not wait to find out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from mae_dist.schema import OptimConfig
 
 TOKENS = ("cls_token", "pos_embed")
-"""Spared from weight decay in fine-tuning (timm's rule); in pretraining the official code decays the tokens."""
+"""Not decayed in fine-tuning (timm's rule); in pretraining the official code decays them."""
 
 
 def peak_lr(optim: OptimConfig, global_batch: int) -> float:
@@ -46,13 +45,15 @@ def schedule(optim: OptimConfig, peak: float, epochs: float) -> ParamScheduler:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the rate."""
+    """Set each group's learning rate to `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for the embedding, i + 1 for block i, depth + 1 for what follows (as MAE's fine-tuning; Clark et al. 2020)."""
+    """Layer number for layer-wise lr decay: 0 for the embedding, i + 1 for block i, depth + 1 for what follows (as in
+    MAE's fine-tuning; Clark et al. 2020).
+    """
     if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed", "backbone.stem")):
         return 0
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
@@ -60,13 +61,15 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def param_groups(objective: nn.Module, optim: OptimConfig, depth: int, no_decay_tokens: bool) -> list[dict[str, Any]]:
-    """Trainable parameters by (lr_scale, weight_decay); biases and one-dimensional ones are not decayed."""
+    """Trainable parameters grouped by (lr_scale, weight_decay). Biases and other one-dimensional parameters are not
+    decayed, nor with `no_decay_tokens` the class token and positions.
+    """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = parameter.ndim <= 1 or (no_decay_tokens and name.rpartition(".")[2] in TOKENS)
-        decay = 0.0 if spared else optim.weight_decay
+        no_decay = parameter.ndim <= 1 or (no_decay_tokens and name.rpartition(".")[2] in TOKENS)
+        decay = 0.0 if no_decay else optim.weight_decay
         scale = optim.layer_decay ** (depth + 1 - layer_of(name, depth))
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
@@ -74,7 +77,7 @@ def param_groups(objective: nn.Module, optim: OptimConfig, depth: int, no_decay_
 
 
 def build(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` says, or that each group says itself by `rule`."""
+    """The optimizer of `optim.name`, or of each group's own `rule` ("adamw" or "lars"), over these groups."""
     by_rule: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         by_rule.setdefault(group.get("rule", optim.name), []).append(group)
@@ -88,7 +91,7 @@ def build(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optim
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Optimizers that step as one: each has its own groups; moments and `found_inf` are shared."""
+    """Several optimizers that step as one: each has its own groups; the state and `found_inf` are shared."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -104,7 +107,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 class LossScale:
     """fp16's loss scale (Micikevicius et al. 2018, section 3.2): halved by a step that overflows, doubled by 2000 that
-    do not. Otherwise 1, for ever. It stays on the device and is the same on all ranks, since the gradient's norm is.
+    do not. Always 1 where not `enabled`. It stays on the device and is equal on all ranks, as the gradient norm is.
     """
 
     START, PATIENCE = 2.0**16, 2000
@@ -115,7 +118,7 @@ class LossScale:
         self.good = torch.zeros((), device=device)
 
     def update(self, finite: Tensor) -> None:
-        """Learn whether the last step was finite."""
+        """Update the scale from whether the last step was finite."""
         if self.enabled:
             self.good.copy_(torch.where(finite, self.good + 1, torch.zeros_like(self.good)))
             grow = self.good == self.PATIENCE
@@ -123,16 +126,17 @@ class LossScale:
             self.scale.mul_(torch.where(finite, 1.0 + grow.float(), torch.full_like(self.scale, 0.5)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its state; nothing when there is no scale to keep."""
+        """The state by name; empty where the scale is fixed."""
         return {"scale": self.scale, "good": self.good} if self.enabled else {}
 
 
 def update(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, clip: float | None, scale: LossScale
 ) -> Tensor:
-    """One update from gradients that were multiplied by the loss scale; `norm` is theirs. Gives the norm without it.
+    """One optimizer step from gradients of the scaled loss, whose norm is `norm`; returns the norm of the unscaled
+    ones.
 
-    Clips as torch does (clip / (norm + 1e-6)). A norm that is not finite leaves weights and moments as they are.
+    Clips as torch does, by clip / (norm + 1e-6). If the norm is not finite, weights and moments stay as they are.
     """
     norm = norm / scale.scale
     finite = norm.isfinite()
@@ -164,13 +168,13 @@ class EMA:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin as a copy of the weights."""
+        """Set the average to the weights."""
         for value, parameter in zip(self.values.values(), self.parameters, strict=True):
             value.copy_(parameter)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Follow the weights after a step; a step that was not `finite` moves nothing. The host does not wait."""
+        """Update the average after a step; a step that was not `finite` changes nothing. The host does not wait."""
         if self.values:
             values = list(self.values.values())
             away = torch._foreach_sub(self.parameters, values)
@@ -179,7 +183,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """In here the objective has the averaged weights."""
+        """Context manager: in its block the objective has the averaged weights."""
         self._swap()
         try:
             yield
@@ -241,7 +245,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's moments without moving a parameter, so that a checkpoint can be loaded into them."""
+    """Create the optimizer's moments, all zero, for a checkpoint to be loaded into; parameters do not change."""
     set_lr(optimizer, 0.0)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""Placing an objective on the machine, from outside the model: precision, recomputation, compilation, DDP, FSDP2, HSDP.
+"""Parallelism from outside the model: autocast, activation checkpointing, compilation, DDP, FSDP2, HSDP.
 
 The order is written once, in `parallelize`: activation checkpointing inside, compile around it, then shard or
 replicate. Weights, moments and the sums of gradients are fp32 (`train.reduce_dtype` says otherwise for the sums). Under
@@ -37,19 +37,20 @@ CPU_MICRO_BATCH = 256
 
 
 def sharded(machine: MachineConfig) -> bool:
-    """Whether ranks share one copy of the model."""
+    """Whether the model is sharded over ranks (FSDP2 or HSDP)."""
     return machine.strategy != "ddp" and dist.world() > 1
 
 
 def meta_init(machine: MachineConfig) -> AbstractContextManager:
-    """Build an objective in here: without storage where ranks will share it, so that none ever holds all of it."""
+    """Context to build the objective in: the meta device if it will be sharded, so no rank ever holds all of it."""
     return torch.device("meta") if sharded(machine) else nullcontext()
 
 
 def parallelize(objective: Objective, machine: MachineConfig, train: TrainConfig, device: torch.device) -> nn.Module:
-    """Put the objective on the device as `machine` says; give the module to call. The objective keeps the parameters.
+    """Checkpoint activations, compile, and shard or replicate the objective on the device, as `machine` says. Returns
+    the module to call; the objective keeps the parameters.
 
-    An objective without storage is filled with the same bits that it would have had with storage.
+    An objective on the meta device gets the same initial bits that it would have had with storage.
     """
     checkpoint_activations(objective, machine.activation_checkpointing)
     if machine.compile:
@@ -76,14 +77,14 @@ def blocks_of(objective: nn.Module) -> list[Block]:
 
 
 def checkpoint_activations(objective: nn.Module, every: int) -> None:
-    """Activation checkpointing (Chen et al. 2016) of every `every`-th block; 0: of none."""
+    """Recompute every `every`-th block in the backward pass (Chen et al. 2016); 0: none."""
     for number, block in enumerate(blocks_of(objective)):
         if every and number % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def mesh(machine: MachineConfig, device: torch.device) -> DeviceMesh:
-    """All ranks in a row, or, for HSDP, copies x ranks that share a copy."""
+    """The device mesh: (ranks,) for FSDP2; (copies, ranks that share a copy) for HSDP."""
     if machine.strategy == "fsdp":
         return init_device_mesh(device.type, (dist.world(),))
     shards = machine.shards or dist.local_world()
@@ -93,7 +94,7 @@ def mesh(machine: MachineConfig, device: torch.device) -> DeviceMesh:
 
 
 def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
-    """FSDP2 (Zhao et al. 2023, per parameter): one group for what is a matrix in each block, one for all the rest."""
+    """Apply FSDP2 (Zhao et al. 2023): one group for the matrices of each block, one for all the rest."""
     # of outputs that are views: nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     reduce = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
@@ -107,7 +108,7 @@ def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, value: Tensor) -> None:
-    """Copy this rank's part of `value`, which every rank has computed, into a parameter."""
+    """Copy `value`, which every rank has in full, into a parameter; only this rank's shard where it is sharded."""
     if isinstance(parameter, DTensor):
         spread = distribute_tensor(
             value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -118,8 +119,8 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 
 
 def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
-    """Have DDP lay out its buckets before the first step, by a pass over the first batch that leaves no trace; the same
-    stream.
+    """Make DDP arrange its buckets before the first step, by a forward and backward pass over the first batch without
+    an update. Returns a stream with all batches, the first included.
 
     DDP sorts gradients into new buckets after its first backward pass. With more than two ranks it depends on the place
     in a bucket in which order ranks are summed, so the first step after a resume would differ in its last bits.
@@ -147,7 +148,7 @@ def sync_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
-    """The arithmetic of forward passes; weights and gradients stay fp32."""
+    """Context of a forward pass in this precision ("fp32", "bf16", "fp16"); weights and gradients stay fp32."""
     if name == "fp32":
         return nullcontext()
     # no cache: each weight is used once, and under FSDP2 a cached copy would outlive what it is a copy of
@@ -163,7 +164,9 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 def micro_batch(
     objective: nn.Module, machine: MachineConfig, share: int, example: Callable[[int], Batch], device: torch.device
 ) -> int:
-    """Images that a rank computes at once: as set, or, for `auto`, the most of its `share` that fits on every GPU.
+    """Images that a rank computes at once: machine.micro_batch, or for `auto` the most of its `share` that fits on
+    every GPU.
+
 
     Tried on a copy of the whole objective, beside as many bytes as its moments and gradients will take, so what fits
     here also fits when ranks share the model. Only the number of micro-batches follows from it.

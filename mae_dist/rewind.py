@@ -63,7 +63,7 @@ def left_out(path: Path, global_batch: int) -> dict[int, int]:
 
 
 def refuse_too_many(path: Path, skipped: int, budget: int) -> None:
-    """Raise ValueError when more than `budget` steps were non-finite: the `skipped` ones and those that were rewound."""
+    """Raise ValueError when more than `budget` steps were non-finite: the `skipped` and the rewound ones."""
     total = skipped + sum(len(event["nonfinite"]) for event in events.of(path, "rewind"))
     if total > budget:
         raise ValueError(

@@ -202,7 +202,7 @@ def train_step(
 
 
 def prepare(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> tuple[nn.Module, TrainState]:
-    """(The module to call, placed on the device; the state, restored from the run or with the task's initial weights)."""
+    """(The module to call, on the device; the state, restored from the run or with the task's initial weights)."""
     objective, train = task.objective, config.train
     module = parallel.parallelize(objective, config.machine, train, device)
     groups = objective.groups(config.optim) or optim.param_groups(

@@ -1,7 +1,7 @@
 """Checkpoints in the background: copied at a step boundary, written by a thread while training goes on, one at a time.
 
-A save that fails (a full disk) is told, and the run goes on with the checkpoints that are there; only the last one must
-succeed. Ranks write together, over a group of their own. Knows no model and no loop.
+A save that fails (a full disk, say) is logged, and training continues with the earlier checkpoints; only the last save
+must succeed. Ranks write together, over a group of their own. Knows no model and no loop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAST_WAIT = 5.0
 
 
 class AsyncSaver:
-    """Saves into `run`; a context manager. ``stall``: seconds for which the last `save` kept the loop waiting."""
+    """Saves checkpoints of `run`; a context manager."""
 
     def __init__(self, run: RunDir, settings: CheckpointConfig, pinned: bool):
         self.run, self.settings, self.stall, self.began = run, settings, 0.0, time.perf_counter()
@@ -58,7 +58,7 @@ class AsyncSaver:
         return {"stall": stall} if stall else {}
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Begin to save `state` as step `step`; it may change as soon as this returns."""
+        """Copy `state` and start to write it as the checkpoint of `step`; it may change as soon as this returns."""
         self.began = began = time.perf_counter()
         self.wait(last=False)
         staged = self.stager.stage(state)
@@ -68,19 +68,19 @@ class AsyncSaver:
         self.stall = time.perf_counter() - began
 
     def wait(self, last: bool = True) -> None:
-        """Wait for the save in flight. Raises its ValueError when it was the `last`; else warns."""
+        """Wait until no save is in flight. Raises the ValueError of a failed `last` save; logs an earlier one."""
         if self.thread:
             self.thread.join()
             self.thread = None
         error, self.error = self.error, None
         if isinstance(error, ValueError) and not last:
             if dist.is_main():
-                log.warning("%s the run goes on", error)
+                log.warning("%s Training continues.", error)
         elif error is not None:
             raise error
 
     def _write(self, step: int, state: dict[str, Tensor]) -> None:
         try:
             self.run.save(step, state, self.settings.keep, self.settings.keep_every, self.group)
-        except BaseException as error:  # told by `wait`, in the loop's thread
+        except BaseException as error:  # raised by `wait`, in the thread of the loop
             self.error = error

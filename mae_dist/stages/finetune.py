@@ -10,7 +10,7 @@ from mae_dist.stages.supervised import train_and_test
 
 
 def run(config: FinetuneConfig) -> None:
-    """Fine-tune until done; running it again goes on."""
+    """Fine-tune to the end; the same call resumes."""
     opened = prepare_run("finetune", config, needs_labels=True, build=build)
     if opened is None:
         return

@@ -18,7 +18,7 @@ GALLERY = 8
 
 
 def run(config: PretrainConfig) -> None:
-    """Pretrain until done; running it again goes on."""
+    """Pretrain to the end; the same call resumes."""
     opened = prepare_run("pretrain", config, needs_labels=False, build=build)
     if opened is None:
         return

@@ -1,4 +1,4 @@
-"""`mae-dist probe CONFIG.yaml init_from=RUN data.path=... out=RUN2`: a frozen backbone's head, or a board of many."""
+"""`mae-dist probe CONFIG.yaml init_from=RUN data.path=... out=RUN2`: one head or many on a frozen backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mae_dist.stages.supervised import train_and_test
 
 
 def run(config: ProbeConfig) -> None:
-    """Probe until done; running it again goes on."""
+    """Probe to the end; the same call resumes."""
     if config.heads.active:
         probe_heads.run(config)
         return

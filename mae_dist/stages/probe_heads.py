@@ -1,7 +1,8 @@
-"""`mae-dist probe` with a grid: a board of many heads on one frozen backbone, of which one is chosen and tested.
+"""`mae-dist probe` with heads.*: many heads on one frozen backbone, of which one is chosen and tested.
 
 Heads are trained on the training split less a held-out part, on which they are then compared, with ridge regression and
-nearest neighbours where asked for. Only the best sees the test split, once. heads.md and heads.json have every row.
+nearest neighbours where the settings ask for them. Only the best is evaluated on the test split, and only once.
+heads.md and heads.json have a row for every head.
 Without random augmentation features are computed once and kept in the run's folder.
 """
 
@@ -39,15 +40,15 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Rows of the board that are computed together, from features (b, width) to scores (b, rows, classes)."""
+class HeadGroup:
+    """Heads that are computed together: ``score`` maps features (b, width) to scores (b, heads, classes)."""
 
     heads: list[Head]
     score: Callable[[Tensor], Tensor]
 
 
 def run(config: schema.ProbeConfig) -> None:
-    """Train, compare, choose, test; running it again goes on."""
+    """Train all heads, choose one, test it; the same call resumes."""
     machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # heads are small: nothing to share
     setup = build_setup("probe", dataclasses.replace(config, machine=machine), needs_labels=True)
     objective = build(setup)
@@ -59,10 +60,10 @@ def run(config: schema.ProbeConfig) -> None:
     source = stored(setup, objective) if fixed else setup.source(setup.train_split, training=True)
     numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
     with dist.name_lost_ranks(lambda: "the comparison of heads"), parallel.autocast(precision, setup.device):
-        contests = [Contest(objective.heads, objective.logits)] if objective.heads else []
-        contests += closed_forms(setup, objective, setup.evaluation_batches(source, rest))
-        counts = count(objective, contests, setup.evaluation_batches(source, held))
-        conclude(setup, objective, contests, counts, numbers)
+        groups = [HeadGroup(objective.heads, objective.logits)] if objective.heads else []
+        groups += closed_forms(setup, objective, setup.evaluation_batches(source, rest))
+        counts = count(objective, groups, setup.evaluation_batches(source, held))
+        conclude(setup, objective, groups, counts, numbers)
 
 
 def build(setup: Setup) -> ProbeHeads:
@@ -85,7 +86,7 @@ def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
-    """What is to be done where nothing is trained."""
+    """Launch a run in which no head is trained by steps: load the backbone; no numbers."""
     setup.run.record_launch(0, setup.device)
     setup.load_initial_weights(objective.backbone)
     objective.to(setup.device)
@@ -93,15 +94,15 @@ def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
 
 
 def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray) -> dict[str, float]:
-    """Fit the heads; evaluations on the way look at the held-out part."""
+    """Train the heads; evaluations on the way use the held-out samples."""
     config, num_samples = setup.config, len(setup.train_split)
     total = configuration.total_steps(config.train, num_samples)
-    contest = Contest(objective.heads, objective.logits)
+    group = HeadGroup(objective.heads, objective.logits)
 
     def evaluate_step(step: int) -> dict[str, float]:
-        if step == total:  # when all rows are compared
+        if step == total:  # `conclude` compares all heads then
             return {}
-        counts = count(objective, [contest], setup.evaluation_batches(source, held))
+        counts = count(objective, [group], setup.evaluation_batches(source, held))
         top1 = 100 * float((counts[:, 0] / counts[:, 2]).max())
         return {"held_out_top1": top1, "diverged": int(objective.dead.sum())}
 
@@ -112,14 +113,14 @@ def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray)
 def stored(setup: Setup, objective: ProbeHeads) -> Features:
     """The features of the training split, computed and written where they are missing.
 
-    Raises ValueError when what is there came from another state of the start, or the disk has no room.
+    Raises ValueError when the stored ones come from another checkpoint of init_from, or the disk has no room.
     """
     folder = setup.run.path / "features"
     features = Features(folder / setup.train_split.fingerprint, setup.train_split, objective.width, setup.device)
     start = "random" if setup.initial_weights is None else (setup.initial_weights.path / MANIFEST).read_text()
     key = hashlib.sha256(start.encode()).hexdigest()
 
-    def settle() -> list[int]:
+    def check_stored() -> list[int]:
         file, missing = folder / "start.txt", features.missing()
         if file.is_file() and file.read_text().strip() != key:
             raise ValueError(
@@ -139,7 +140,7 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
             log.info("features: %s = %.1f MB, to %s", size, features.num_bytes / 1e6, folder)
         return missing
 
-    if dist.run_on_rank0(settle):
+    if dist.run_on_rank0(check_stored):
         setup.load_initial_weights(objective.backbone)
         objective.to(setup.device).backbone.eval()
         precision = parallel.autocast(setup.config.train.precision, setup.device)
@@ -151,8 +152,10 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
 
 
 @torch.no_grad()
-def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) -> list[Contest]:
-    """Ridge regression and nearest neighbours, as the settings ask, on each kind of feature; all ranks together."""
+def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) -> list[HeadGroup]:
+    """Ridge regression and nearest neighbours, where the settings ask for them, on each kind of feature; called by all
+    ranks together.
+    """
     settings, classes = setup.config.heads, num_classes(setup.train_split)
     if not (settings.ridge or settings.knn):
         return []
@@ -169,16 +172,16 @@ def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) 
         if settings.knn:
             kept.append(rows)
             labels.append(batch.labels)
-    contests = []
+    groups = []
     for (block, kind), ridge in ridges.items() if settings.ridge else ():
         heads = [Head("ridge", None, penalty, kind, block) for penalty in PENALTIES]
-        contests.append(Contest(heads, linear(slices[block, kind], *ridge.solve(PENALTIES))))
+        groups.append(HeadGroup(heads, linear(slices[block, kind], *ridge.solve(PENALTIES))))
     if settings.knn:
         rows, marks = dist.gather(torch.cat(kept)), dist.gather(torch.cat(labels))
         for (block, kind), columns in slices.items():
             bank = nn.functional.normalize(rows[:, columns], dim=1)
-            contests.append(Contest([Head("knn", None, None, kind, block)], neighbours(columns, bank, marks, classes)))
-    return contests
+            groups.append(HeadGroup([Head("knn", None, None, kind, block)], neighbours(columns, bank, marks, classes)))
+    return groups
 
 
 def linear(columns: slice, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -187,46 +190,46 @@ def linear(columns: slice, weight: Tensor, bias: Tensor) -> Callable[[Tensor], T
 
 
 def neighbours(columns: slice, bank: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
-    """Scores by the neighbours' votes."""
+    """Scores by the votes of the nearest neighbours in `bank` (features of length 1)."""
     knn = schema.KnnConfig()
     return lambda rows: evaluate.votes((bank, labels), rows[:, columns], classes, knn.k, knn.temperature)[:, None]
 
 
 @torch.no_grad()
-def count(objective: ProbeHeads, contests: list[Contest], batches: Iterable[Batch]) -> Int[Tensor, "rows 3"]:
-    """`evaluate.hits` of every row over all ranks' batches."""
+def count(objective: ProbeHeads, groups: list[HeadGroup], batches: Iterable[Batch]) -> Int[Tensor, "rows 3"]:
+    """`evaluate.hits` of every head over all ranks' batches."""
     objective.eval()
-    counts = torch.zeros(sum(len(c.heads) for c in contests), 3, dtype=torch.int64, device=objective.dead.device)
+    counts = torch.zeros(sum(len(c.heads) for c in groups), 3, dtype=torch.int64, device=objective.dead.device)
     for batch in batches:
         rows = objective.features(batch)
         with torch.autocast(rows.device.type, enabled=False):
-            scores = [score for contest in contests for score in contest.score(rows).unbind(1)]
+            scores = [score for group in groups for score in group.score(rows).unbind(1)]
         counts += torch.stack([evaluate.hits(score, batch.labels) for score in scores])
     objective.train()
     return dist.all_reduce_sum(counts)
 
 
 def conclude(
-    setup: Setup, objective: ProbeHeads, contests: list[Contest], counts: Int[Tensor, "rows 3"],
+    setup: Setup, objective: ProbeHeads, groups: list[HeadGroup], counts: Int[Tensor, "rows 3"],
     numbers: dict[str, float],
 ) -> None:  # fmt: skip
-    """Choose by the held-out part, test what was chosen, write heads.md, heads.json and result.json.
+    """Choose the best head on the held-out samples, test it, write heads.md, heads.json and result.json.
 
-    Raises ValueError when there is nothing to choose from.
+    Raises ValueError when every head diverged.
     """
     assert setup.test_split is not None
     dead = objective.dead.tolist() + [False] * (len(counts) - len(objective.dead))
-    heads = [(contest, place) for contest in contests for place in range(len(contest.heads))]
+    heads = [(group, place) for group in groups for place in range(len(group.heads))]
     rows = [
-        {"name": contest.heads[place].name} | dataclasses.asdict(contest.heads[place])
+        {"name": group.heads[place].name} | dataclasses.asdict(group.heads[place])
         | {"held_out_top1": 100 * hit / total, "diverged": gone}
-        for (contest, place), (hit, _, total), gone in zip(heads, counts.tolist(), dead, strict=True)
+        for (group, place), (hit, _, total), gone in zip(heads, counts.tolist(), dead, strict=True)
     ]  # fmt: skip
     if all(dead):
-        raise ValueError("every head of the board diverged; give lower rates in heads.lars, heads.sgd, heads.adamw")
+        raise ValueError("every head diverged; give lower rates in heads.lars, heads.sgd, heads.adamw")
     best = max(range(len(rows)), key=lambda i: (not dead[i], rows[i]["held_out_top1"]))
-    contest, place = heads[best]
-    alone = Contest([contest.heads[place]], lambda features: contest.score(features)[:, place : place + 1])
+    group, place = heads[best]
+    alone = HeadGroup([group.heads[place]], lambda features: group.score(features)[:, place : place + 1])
     tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test_split)))[0]
     low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
     result = {"verb": "probe", "chosen": rows[best]["name"], "held_out_top1": rows[best]["held_out_top1"]}
@@ -239,17 +242,17 @@ def conclude(
 
 
 def markdown(config: schema.ProbeConfig, result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table for people, the best first."""
+    """The table of all heads as Markdown, the best first."""
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:g}"
 
     low, high = result["interval"]
     lines = [
-        f"# Probe board of {config.model.name} from {config.init_from}",
+        f"# Probe heads of {config.model.name} from {config.init_from}",
         "",
         f"Chosen on {result['num_held_out']:,} held-out training images: **{result['chosen']}**. Of the "
-        f"{result['num_test_images']:,} test images, looked at once, with it alone: top-1 {result['top1']:.2f} % "
+        f"{result['num_test_images']:,} test images, evaluated once with this head alone: top-1 {result['top1']:.2f} % "
         f"(95 % interval {low:.2f} to {high:.2f}), top-5 {result['top5']:.2f} %.",
         "",
         "| held-out top-1 % | method | base lr | weight decay | features | block |",

@@ -190,7 +190,7 @@ def test_a_failed_save_in_the_background_is_told_and_only_the_last_ends_the_run(
         saving.save(2, simple(2.0))
         saving.wait(last=False)
         assert "checkpoint of step 2 could not be written" in caplog.text
-        assert "the run goes on" in caplog.text
+        assert "Training continues" in caplog.text
         saving.save(3, simple(3.0))
         with pytest.raises(ValueError, match="checkpoint of step 3 could not be written"):
             saving.wait()

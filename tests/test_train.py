@@ -1,0 +1,152 @@
+"""The loop without a stage: one training step, and fit over a task made by hand."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mae_dist import config, dist, models, optim, train
+from mae_dist.batch import Batch
+from mae_dist.objectives.classify import Finetune
+from mae_dist.run.directory import RunDir
+from mae_dist.schema import FinetuneConfig, MixConfig, TrainConfig
+from mae_dist.signals import Stopped
+
+CPU = torch.device("cpu")
+BATCH, SAMPLES = 8, 16
+
+
+def batches(steps: range, num_micro: int = 1) -> Iterator[Batch]:
+    """Micro-batches of random images, a pure function of the step."""
+    for step in steps:
+        ids = torch.arange(step * BATCH, (step + 1) * BATCH) % SAMPLES
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 3, 32, 32, generator=generator)
+        batch = Batch(images, ids % 3, ids, torch.zeros_like(ids), torch.zeros(BATCH, dtype=torch.bool))
+        yield from batch.split(BATCH // num_micro)
+
+
+def objective() -> Finetune:
+    return Finetune(
+        models.build("vit_demo4", image_size=32, seed=0), 3, drop_path=0.0, mix=MixConfig(), label_smoothing=0.0, seed=0
+    )
+
+
+def state() -> train.TrainState:
+    module = objective()
+    optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "lr_scale": 1.0}], lr=0.0, fused=True)
+    optim.init_optimizer_state(optimizer)
+    return train.TrainState(module, optimizer, optim.LossScale(CPU, enabled=False), optim.EMA(module, 0.5))
+
+
+def task(**changes: object) -> train.Task:
+    module = objective()
+    values = {
+        "verb": "finetune", "objective": module, "batches": batches, "num_micro": 1, "num_samples": SAMPLES,
+        "evaluate": lambda step: {"steps": float(step)}, "sample_name": str,
+    } | changes  # fmt: skip
+    return train.Task(**values)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> FinetuneConfig:
+    overrides = [
+        f"out={tmp_path / 'run'}", "data.path=x", "init_from=random", "model.name=vit_demo4", "train.precision=fp32",
+        f"train.global_batch={BATCH}", "train.steps=6", "checkpoint.every=2", "track.every=4", "optim.base_lr=1e-2",
+    ]  # fmt: skip
+    return config.load("finetune", None, overrides)
+
+
+def opened(settings: FinetuneConfig) -> RunDir:
+    run = RunDir(settings.out)
+    run.open("finetune", settings, "abc")
+    return run
+
+
+def test_train_step_with_micro_batches_equals_the_whole_batch() -> None:
+    whole, parts = state(), state()
+    settings = TrainConfig(precision="fp32", global_batch=BATCH)
+    one = train.train_step(whole.objective, whole, batches(range(1)), 1e-3, 1, settings)
+    four = train.train_step(parts.objective, parts, batches(range(1), 4), 1e-3, 4, settings)
+    assert whole.step == parts.step == 1
+    torch.testing.assert_close(one.loss, four.loss)
+    assert torch.equal(one.tensors()["ids"], four.tensors()["ids"])
+    for first, second in zip(whole.trained, parts.trained, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=2e-5)
+
+
+def test_train_step_that_is_not_finite_changes_neither_weights_nor_moments_nor_ema() -> None:
+    subject = state()
+    before = {name: tensor.clone() for name, tensor in subject.tensors().items()}
+    (batch,) = batches(range(1))
+    broken = batch._replace(images=batch.images.index_fill(0, torch.tensor([3]), torch.nan))
+    metrics = train.train_step(
+        subject.objective, subject, iter([broken]), 1e-3, 1, TrainConfig(precision="fp32", global_batch=BATCH)
+    )
+    assert not metrics.tensors()["grad_norm"].isfinite()
+    after = subject.tensors()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert subject.step == 1
+
+
+def test_fit_resumes_bit_identical_after_sigterm_and_evaluates_at_the_end(
+    settings: FinetuneConfig, tmp_path: Path
+) -> None:
+    dist.setup()
+    seen: list[int] = []
+    stopping = False
+
+    def stop_at_step_3() -> None:
+        if stopping and seen[-1] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    def recorded(steps: range) -> Iterator[Batch]:
+        for number, batch in zip(steps, batches(steps), strict=True):
+            seen.append(number)
+            stop_at_step_3()
+            yield batch
+
+    run = opened(settings)
+    numbers = train.fit(task(batches=recorded), run, settings, CPU)
+    assert seen == list(range(6))
+    assert numbers["steps"] == 6
+
+    other = config.load("finetune", None, [f"out={tmp_path / 'stopped'}", *overrides_of(settings)])
+    stopped = opened(other)
+    stopping = True
+    with pytest.raises(Stopped):
+        train.fit(task(batches=recorded), stopped, other, CPU)
+    stopping = False
+    assert seen[6:] == [0, 1, 2]
+    assert train.fit(task(batches=recorded), stopped, other, CPU)["steps"] == 6
+    assert seen[9:] == [3, 4, 5]
+    assert losses(stopped) == losses(run)
+
+
+def test_fit_of_initial_weights_loads_them_only_at_the_first_launch(settings: FinetuneConfig) -> None:
+    loads: list[int] = []
+    run = opened(settings)
+    train.fit(task(load_initial_weights=lambda: loads.append(1)), run, settings, CPU)
+    train.fit(task(load_initial_weights=lambda: loads.append(1)), run, settings, CPU)
+    assert loads == [1]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [9]), (3, [3, 6, 9]), (2.5, [3, 5, 8, 9]), (100, [9])], ids=str)
+def test_due_happens_every_so_many_steps_and_at_the_last(every: float | None, expected: list[int]) -> None:
+    assert [step for step in range(1, 10) if train.due(step, every, last=9)] == expected
+
+
+def overrides_of(settings: FinetuneConfig) -> list[str]:
+    changed = config.changed(settings)
+    return [f"{name}={value}" for name, value in changed.items() if name != "out"]
+
+
+def losses(run: RunDir) -> list[Tensor]:
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
