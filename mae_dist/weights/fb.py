@@ -45,8 +45,7 @@ def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
     """Convert a model to (the official code's state dict, sentences on what is left out). ValueError for a Mixer."""
     if not model.is_vit:
         raise ValueError("--to fb: the official MAE code has no Mixer; try --to timm, npz or safetensors")
-    kept, left_out = model.portable(decoder=True)
-    return {name.removeprefix("backbone."): tensor for name, tensor in kept.items()}, left_out
+    return timm.encode(model, decoder=True)
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:

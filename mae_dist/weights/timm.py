@@ -81,9 +81,9 @@ def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> D
     return Decoded("timm", origin, decode_tensors(tensors), HALF, metadata)
 
 
-def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
-    """Convert a model to (timm's state dict, sentences on what is left out)."""
-    kept, left_out = model.portable(decoder=False)
+def encode(model: Model, decoder: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """Convert a model to (timm's state dict, sentences on what is left out); `decoder` keeps MAE's decoder."""
+    kept, left_out = model.portable(decoder)
     return {name.removeprefix("backbone."): tensor for name, tensor in kept.items()}, left_out
 
 
