@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from docs import architecture
+from docs import architecture, settings
 
 FOLDER = Path(__file__).parent
-PAGES = {"architecture.md": architecture.page}
+PAGES = {"architecture.md": architecture.page, "settings.md": settings.page}
 """Name of a generated page -> what gives its text. tests/test_docs.py compares each with its file."""
 
 

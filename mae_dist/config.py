@@ -1,22 +1,21 @@
 """Settings: how they are read, checked, compared and written. The settings themselves are in `schema`.
 
-Promises: a key that does not exist, a value of the wrong type and values that contradict each other are refused here,
-in one sentence, before anything else happens. Imports no torch, so that a mistake is answered in a fraction of a second
-and a login node can check a run. Nothing outside this file knows OmegaConf.
+A key that does not exist, a value of the wrong type or out of range, and values that contradict each other are refused
+here, in one sentence, before anything else happens. Imports no torch, so that an error is reported in a fraction of a
+second and a login node can check a run. No other file imports OmegaConf.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import model_sizes
+from mae_dist import hints, model_sizes
 from mae_dist.schema import (
     RESULT_SECTIONS,
     SCHEMAS,
@@ -26,11 +25,59 @@ from mae_dist.schema import (
     MaeConfig,
     PretrainConfig,
     ProbeConfig,
+    Range,
     RunConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
 T = TypeVar("T")
+Overrides = Sequence[str]
+
+
+class Setting(NamedTuple):
+    """A setting: its value (in a schema: its default) and its type, meaning and range.
+
+    It is read by `verbs` only, unless that is empty, and not by the verbs in `unless`.
+    """
+
+    value: Any
+    kind: Any
+    help: str
+    range: Range
+    verbs: tuple[str, ...]
+    unless: tuple[str, ...]
+
+    def is_read_by(self, verb: str) -> bool:
+        """Whether a verb reads this setting of its schema."""
+        return (not self.verbs or verb in self.verbs) and verb not in self.unless
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Setting]:
+    """The fields of a dataclass of settings, those of its sections as `section.key`; first those without a section."""
+    flat, nested, kinds = {}, {}, get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        name, value, known = prefix + item.name, getattr(config, item.name), item.metadata
+        if dataclasses.is_dataclass(value):
+            nested |= settings(value, f"{name}.")
+        else:
+            readers = known.get("verbs", ()), known.get("unless", ())
+            flat[name] = Setting(value, kinds[item.name], known["help"], known.get("range", Range()), *readers)
+    return flat | nested
+
+
+def settings_of(verb: str) -> dict[str, Setting]:
+    """The settings that a verb reads, with their defaults, by `section.key`."""
+    return {name: item for name, item in settings(SCHEMAS[verb]()).items() if item.is_read_by(verb)}
+
+
+def readers() -> dict[str, list[str]]:
+    """The settings of all verbs -> the verbs that read them."""
+    found: dict[str, list[str]] = {}
+    for verb in SCHEMAS:
+        for name in settings_of(verb):
+            found.setdefault(name, []).append(verb)
+    return found
 
 
 def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -41,7 +88,17 @@ def split_words(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]
     return (files[0] if files else None), [word for word in words if "=" in word]
 
 
-def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
+@overload
+def load(verb: Literal["pretrain"], file: str | Path | None, overrides: Overrides = ()) -> PretrainConfig: ...
+@overload
+def load(verb: Literal["probe"], file: str | Path | None, overrides: Overrides = ()) -> ProbeConfig: ...
+@overload
+def load(verb: Literal["finetune"], file: str | Path | None, overrides: Overrides = ()) -> FinetuneConfig: ...
+@overload
+def load(verb: Literal["knn"], file: str | Path | None, overrides: Overrides = ()) -> KnnRunConfig: ...
+@overload
+def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig: ...
+def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig:
     """Read `file` and `section.key=value` overrides into the verb's frozen dataclass and check it.
 
     Raises ValueError with one sentence: the field, the value, what is allowed.
@@ -51,34 +108,17 @@ def load(verb: str, file: str | Path | None, overrides: Sequence[str] = ()) -> A
     return result
 
 
-def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Sequence[str]) -> T:
-    """Read `file` and `key=value` overrides into a frozen dataclass of settings; ValueError in one sentence, which
-    begins with ``needs`` and ends with ``hint`` when a field is missing. An override may say `none`, as --help does,
-    for null.
+def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overrides: Overrides) -> T:
+    """Read `file` and `key=value` overrides into a frozen dataclass of settings.
+
+    An override may have `none`, as --help shows it, where YAML has null. Raises ValueError with one sentence, which
+    begins with ``needs`` and ends with ``hint`` when a field is missing.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    config, kinds = OmegaConf.structured(schema), _kinds(schema)
-    layers = []
-    if file is not None:
-        if not Path(file).is_file():
-            raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
-        try:
-            layers.append((f"{file}: ", OmegaConf.load(file)))
-        except YAMLError as error:
-            raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
-        name, _, value = override.partition("=")
-        absent = value.strip().lower() == "none" and NoneType in get_args(kinds.get(name))
-        try:
-            layers.append((f"{override}: ", OmegaConf.from_dotlist([f"{name}=null" if absent else override])))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
-    for origin, layer in layers:
+    config = OmegaConf.structured(schema)
+    for origin, layer in _layers(schema, file, overrides):
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{origin}expected sections with keys, found a list")
         try:
@@ -86,7 +126,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
                 OmegaConf.update(layer, "track.wandb", "off")
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
-            raise ValueError(_explain(error, schema, origin)) from error
+            raise ValueError(_explain(error, layer, schema, origin)) from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
@@ -95,7 +135,32 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     return result
 
 
-def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
+def _layers(schema: type[Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any]]:
+    """(what an error message begins with, settings) of the file, then of each override."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    known = settings(schema())
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
+        try:
+            yield f"{file}: ", OmegaConf.load(file)
+        except YAMLError as error:
+            raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
+        name, _, value = override.partition("=")
+        absent = value.strip().lower() == "none" and name in known and NoneType in get_args(known[name].kind)
+        try:
+            yield f"{override}: ", OmegaConf.from_dotlist([f"{name}=null" if absent else override])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
+
+
+def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     """The config that `dump` wrote, parsed (ValueError naming `origin`)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -103,113 +168,68 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> Any:
     if verb not in SCHEMAS:
         raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, SCHEMAS[verb], f"{origin}: ")) from error
-
-
-POSITIVE = {
-    "train.epochs", "train.steps", "train.global_batch", "train.clip_grad", "machine.processes", "machine.micro_batch",
-    "machine.shards", "machine.timeout", "model.image_size", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.minutes",
-    "checkpoint.keep_every", "checkpoint.rewind_after", "track.every", "track.evaluate_every", "view.test_crop",
-    "data.shuffle_window", "data.std", "optim.base_lr", "knn.k", "knn.temperature", "mae.mask_ratio", "mae.decoder_dim",
-    "mae.decoder_heads", "mae.predict", "heads.lars", "heads.sgd", "heads.adamw", "heads.blocks", "heads.held_out",
-    "train.ema", "optim.layer_decay",
-}  # fmt: skip
-NOT_NEGATIVE = {
-    "machine.workers", "machine.activation_checkpointing", "machine.restarts", "checkpoint.max_skipped", "view.pad",
-    "optim.min_lr",
-    "optim.warmup_epochs", "optim.weight_decay", "train.seed", "mae.decoder_depth",
-    "heads.weight_decay",
-}  # fmt: skip
-AT_MOST_ONE = {
-    "data.max_bad", "view.flip", "view.test_crop", "train.label_smoothing", "mae.predict", "view.random_erasing",
-    "mix.mixup",
-    "mix.cutmix", "mix.prob", "mix.switch", "optim.layer_decay", "data.mean", "data.std",
-}  # fmt: skip
-LESS_THAN_ONE = {"model.drop_path", "mae.mask_ratio", "optim.betas", "optim.momentum", "heads.held_out", "train.ema"}
-
-OF_FINETUNE = {"model.drop_path", "model.train_blocks", "train.label_smoothing", "train.loss"}
-OF_TRAINING = {
-    "train.reduce_dtype", "train.clip_grad", "train.ema", "view.crop", "view.scale", "view.ratio", "view.pad",
-    "view.flip", "view.randaugment", "view.random_erasing",
-}  # fmt: skip
-UNUSED_BY: dict[type[RunConfig], set[str]] = {
-    PretrainConfig: OF_FINETUNE,
-    ProbeConfig: OF_FINETUNE | {"optim.layer_decay"},
-    FinetuneConfig: set(),
-    KnnRunConfig: OF_FINETUNE | OF_TRAINING,
-}
-"""What a verb does not read of the sections model, view, train and optim, which it shares with others. The length of a
-run and its batch may be said to knn too, which misleads nobody: it trains nothing.
-"""
+        raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
+    assert isinstance(result, RunConfig)
+    return result
 
 
 def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
-    values: dict[str, Any] = {name: value for name, value, _ in _fields(config) if value is not None}
-    if isinstance(config.machine.micro_batch, str) and values.pop("machine.micro_batch") != "auto":
+    if isinstance(config.machine.micro_batch, str) and config.machine.micro_batch != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
-    check_ranges(values)
+    check_ranges(config)
+    values = {name: item.value for name, item in settings(config).items() if item.value is not None}
+    read_here = settings_of(next(verb for verb, schema in SCHEMAS.items() if schema is type(config)))
+    for name, value in changed(config).items():
+        if name not in read_here:
+            raise ValueError(f"{hints.given(name, value)}: is for {', '.join(readers()[name])}; leave it out")
     if isinstance(config, PretrainConfig) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
         raise ValueError(
             "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
             "and choose avg in probe, knn or finetune"
         )
-    for name, value in changed(config).items():
-        if name in UNUSED_BY[type(config)]:
-            verbs = [verb for verb, schema in SCHEMAS.items() if name in _used_fields(schema)]
-            raise ValueError(f"{_given(name, value)}: is for {', '.join(verbs)}; leave it out")
-    train = config.train
-    if train.seed >= 2**32:
-        raise ValueError(f"train.seed={train.seed}: must be at most 4294967295")
     for name in ("view.scale", "view.ratio"):
         low, high = values.get(name, (1.0, 1.0))
-        if not 0 < low <= high or (name == "view.scale" and high > 1):
-            raise ValueError(f"{name}=[{low}, {high}]: must be two positive numbers, small then large, scale up to 1")
+        if low > high:
+            raise ValueError(f"{name}=[{low}, {high}]: the first number must not be greater than the second")
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
-    warmup = values.get("optim.warmup_epochs", 0)
-    if train.steps is None and warmup and warmup >= train.epochs:
-        raise ValueError(
-            f"optim.warmup_epochs={warmup:g}: longer than the run (train.epochs={train.epochs:g}); "
-            f"try optim.warmup_epochs={train.epochs * 0.05:g}"
-        )
-    if group(config) == 2:
-        for name in ("train.global_batch", "machine.micro_batch"):
-            value = values.get(name)
-            if value is not None and (value < 2 or (value % 2 and name == "train.global_batch")):
-                raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
-    if "heads.lars" in values:
+    if isinstance(config, ProbeConfig):
         check_heads(config)
+    check_steps(config, values)
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
 
 
-def check_ranges(values: dict[str, Any]) -> None:
-    """Refuse numbers outside the range of their field (ValueError); `values` by `section.key`, others among them."""
-    for name, value in values.items():
-        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int | float)]
-        if not numbers:
-            continue
-        least, most = min(numbers), max(numbers)
-        given = _given(name, value)
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{given}: must be finite")
-        if name in POSITIVE and not least > 0:
-            raise ValueError(f"{given}: must be greater than 0")
-        if name in NOT_NEGATIVE | AT_MOST_ONE | LESS_THAN_ONE and not least >= 0:
-            raise ValueError(f"{given}: must be 0 or more")
-        if name in AT_MOST_ONE and not most <= 1:
-            raise ValueError(f"{given}: must lie between 0 and 1")
-        if name in LESS_THAN_ONE and not most < 1:
-            raise ValueError(f"{given}: must be less than 1")
+def check_steps(config: RunConfig, values: Mapping[str, Any]) -> None:
+    """Refuse a warmup that is longer than the run, and batches that do not divide into pairs (ValueError)."""
+    epochs, warmup = config.train.epochs, values.get("optim.warmup_epochs", 0)
+    if config.train.steps is None and warmup and warmup >= epochs:
+        raise ValueError(
+            f"optim.warmup_epochs={warmup:g}: longer than the run (train.epochs={epochs:g}); "
+            f"try optim.warmup_epochs={epochs * 0.05:g}"
+        )
+    if group(config) == 2:
+        for name in ("train.global_batch", "machine.micro_batch"):
+            value = values[name]
+            if value != "auto" and (value < 2 or (value % 2 and name == "train.global_batch")):
+                raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Refuse numbers outside the ranges that the fields of a dataclass of settings have in the schema (ValueError)."""
+    for name, item in settings(config, prefix).items():
+        numbers = [part for part in hints.parts(item.value) if isinstance(part, int | float)]
+        if any(number not in item.range for number in numbers):
+            allowed = item.range if all(map(math.isfinite, numbers)) else "finite"
+            raise ValueError(f"{hints.given(name, item.value)}: must be {allowed}")
 
 
 def check_mae(mae: MaeConfig) -> None:
     """Refuse numbers out of range, and a decoder whose width its heads and positions do not divide (ValueError)."""
-    check_ranges({f"mae.{name}": value for name, value, _ in _fields(mae)})
+    check_ranges(mae, "mae.")
     if mae.decoder_dim % math.lcm(mae.decoder_heads, 4):
         raise ValueError(
             f"mae.decoder_dim={mae.decoder_dim}: must be divisible by mae.decoder_heads={mae.decoder_heads} and by 4"
@@ -217,20 +237,29 @@ def check_mae(mae: MaeConfig) -> None:
 
 
 def group(config: RunConfig) -> int:
-    """Neighbours in the order that must not be parted: 2 where images are mixed in pairs."""
-    mix = getattr(config, "mix", None)
-    return 2 if mix is not None and mix.enabled else 1
+    """How many neighbours in the order stay together: 2 where images are mixed in pairs, else 1."""
+    return 2 if isinstance(config, FinetuneConfig) and config.mix.enabled else 1
 
 
-def check_heads(config: Any) -> None:
-    """Refuse heads that would be missing or affect each other, and settings for heads where there are none."""
+OWN_OF_HEADS = {
+    "optim.name": "heads.lars, heads.sgd, heads.adamw", "optim.base_lr": "heads.lars, heads.sgd, heads.adamw",
+    "optim.weight_decay": "heads.weight_decay",
+}  # fmt: skip
+"""Settings of a probe's only head -> those of several heads."""
+
+
+def check_heads(config: ProbeConfig) -> None:
+    """Refuse settings that several heads have of their own, and settings of several heads where there are none."""
     heads = config.heads
     for name, value in changed(config).items():
         if not heads.active and name.startswith("heads."):
-            raise ValueError(f"{_given(name, value)}: there is no head to try it on; give heads.lars=[lr, ...], say")
-        if heads.active and name in ("optim.name", "optim.weight_decay"):
-            own = "heads.weight_decay" if name == "optim.weight_decay" else "heads.lars, heads.sgd, heads.adamw"
-            raise ValueError(f"{_given(name, value)}: several heads have their own ({own}); leave it out")
+            raise ValueError(
+                f"{hints.given(name, value)}: there is no head to try it on; give for example heads.lars=[0.1]"
+            )
+        if heads.active and name in OWN_OF_HEADS:
+            raise ValueError(
+                f"{hints.given(name, value)}: several heads have their own ({OWN_OF_HEADS[name]}); leave it out"
+            )
     for name in ("features", "weight_decay"):
         if heads.active and not getattr(heads, name):
             raise ValueError(f"heads.{name}=[]: nothing to try; give at least one, or leave it out")
@@ -257,9 +286,9 @@ def check_world(config: RunConfig, world: int) -> None:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
 
 
-def check_same_model(config: Any, origin: Any) -> None:
-    """Whether the run of `init_from`, with the settings ``origin``, has the model of ``config``; a Mixer also needs the
-    same image size, as its weights are bound to a grid. Raises ValueError.
+def check_same_model(config: SupervisedConfig | KnnRunConfig, origin: RunConfig) -> None:
+    """Refuse another model than that of `init_from`, whose settings are ``origin``, and for a Mixer, whose weights are
+    bound to a grid, also another image size (ValueError).
     """
     model, other = config.model, origin.model
     if model.name != other.name:
@@ -282,12 +311,12 @@ def total_steps(train: TrainConfig, num_samples: int) -> int:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dict in the order of the schema."""
+    """The config as a plain nested dict in the order of the schema."""
     return dataclasses.asdict(config)
 
 
 def dump(config: RunConfig) -> str:
-    """YAML text that `load` reads back."""
+    """The config as YAML text that `load` reads back."""
     import yaml
 
     listed = {k: {a: list(b) if isinstance(b, tuple) else b for a, b in v.items()} if isinstance(v, dict) else v
@@ -296,7 +325,7 @@ def dump(config: RunConfig) -> str:
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:
-    """The flat `section.key -> value` that decides the result of a run."""
+    """The flat `section.key -> value` of all settings that decide the result of a run."""
     flat = {}
     for name, values in to_dict(config).items():
         if name in RESULT_SECTIONS:
@@ -314,77 +343,60 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def changed(config: RunConfig) -> dict[str, Any]:
     """The flat `section.key -> value` that differs from the verb's default."""
-    pairs = zip(_fields(config), _fields(type(config)()), strict=True)
-    return {name: value for (name, value, _), (_, default, _) in pairs if value != default}
+    defaults = settings(type(config)())
+    return {name: item.value for name, item in settings(config).items() if item.value != defaults[name].value}
 
 
 def settings_help(verb: str) -> str:
-    """One line a field that the verb reads, `section.key  default  one of VALUES: meaning`, for --help."""
-    lines, kinds = [], _kinds(SCHEMAS[verb])
-    for name, (default, text) in _used_fields(SCHEMAS[verb]).items():
-        shown = "(required)" if default == "???" else "none" if default is None else str(default)
-        if choices := _choices(kinds[name]):
-            text = f"{'any' if isinstance(default, tuple) else 'one'} of {', '.join(choices)}: {text}"
-        lines.append(f"  {name:24s} {shown:22s} {text}")
+    """One line for each setting that the verb reads, `section.key  default  one of VALUES: meaning (range)`."""
+    lines = []
+    for name, item in settings_of(verb).items():
+        text = item.help
+        if choices := choices_of(item.kind):
+            text = f"{'any' if isinstance(item.value, tuple) else 'one'} of {', '.join(choices)}: {text}"
+        lines.append(
+            f"  {name:33s} {hints.shown(item.value):16s} {text}"
+            + (f" ({item.range.symbols})" if item.range.bounds else "")
+        )
     return "\n".join(lines)
 
 
-def _fields(config: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
-    rows = []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            rows += _fields(value, f"{item.name}.")
-        else:
-            rows.append((prefix + item.name, value, item.metadata["help"]))
-    return sorted(rows, key=lambda row: "." in row[0])
-
-
-def _kinds(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of all fields by `section.key`."""
-    kinds = {}
-    for name, kind in get_type_hints(schema).items():
-        kinds |= _kinds(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
-    return kinds
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
+def choices_of(kind: Any) -> tuple[str, ...]:
     """The words that a type allows, within a tuple too; () where it allows any."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return tuple(choice for part in get_args(kind) for choice in _choices(part))
-
-
-def _used_fields(schema: type[RunConfig]) -> dict[str, tuple[Any, str]]:
-    """The fields that the schema's verb reads: `section.key -> (default, meaning)`."""
-    return {name: (default, text) for name, default, text in _fields(schema()) if name not in UNUSED_BY.get(schema, ())}
-
-
-def _given(name: str, value: Any) -> str:
-    """A setting as a command line has it."""
-    return f"{name}={list(value) if isinstance(value, tuple) else value}"
+    return tuple(choice for part in get_args(kind) for choice in choices_of(part))
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(error: Exception, schema: type[Any], origin: str) -> str:
-    """OmegaConf's message in one sentence: where, the field, what is wrong; what to write for an unknown one."""
-    from omegaconf.errors import ConfigKeyError
+def _explain(error: Exception, layer: Any, schema: type[Any], origin: str) -> str:
+    """One sentence on why OmegaConf refused a layer of settings: where, the field, what is wrong, what to write."""
+    from omegaconf import OmegaConf
 
+    known = settings(schema())
+    verb = next((verb for verb, other in SCHEMAS.items() if other is schema), None)
+    meanings = {name: item.help for name, item in (settings_of(verb) if verb else known).items()}
+    verbs = readers() if verb else {}
+    for name, value in _leaves(OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer):
+        text = ""
+        if name in known:
+            text = hints.wrong_value(name, value, choices_of(known[name].kind))
+        elif value != {} and not any(name.startswith(f"{setting}.") for setting in known):  # no key below a setting
+            text = hints.wrong_name(name, value, meanings, verbs)
+        if text:
+            return ("" if origin.startswith(f"{name}=") else origin) + text
     lines = [line.strip() for line in str(error).splitlines()]
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
-    if name and origin.startswith(f"{name}="):
-        origin = ""
-    if not isinstance(error, ConfigKeyError):
-        text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
-        return origin + (f"{name}: {text}" if name else text)
-    here = list(_used_fields(schema))
-    near = [field for field in here if field.endswith(f".{name}")]  # its section is missing
-    verbs = [verb for verb, other in SCHEMAS.items() if any(name in f.split(".") for f in _used_fields(other))]
-    if verbs and not near:
-        return f"{origin}{name} is for {', '.join(verbs)}; leave it out"
-    known = here if "." in name else sorted({field.partition(".")[0] for field in here})
-    near = near or difflib.get_close_matches(name, known, n=1)
-    return f"{origin}{name}: there is no such setting" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
+    return ("" if name and origin.startswith(f"{name}=") else origin) + (f"{name}: {text}" if name else text)
+
+
+def _leaves(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

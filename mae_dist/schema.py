@@ -1,208 +1,325 @@
-"""Every setting of mae_dist: frozen dataclasses with their units, and which verb has which sections.
+"""Every setting of mae_dist: its default, its unit, its range and the verbs that read it, as frozen dataclasses.
 
-The sections are grouped by effect. `machine`, `checkpoint` and `track` say where and how, and may change at every
-start; all others (RESULT_SECTIONS) change the result and are what a resumed run is held against. How settings are read,
-checked and compared is `config`'s business. Imports no torch.
+The sections `machine`, `checkpoint` and `track` say where and how a run is computed, and may change at every start; all
+others (RESULT_SECTIONS) change its result, and a resumed run must have the values that it began with. Reading, checking
+and comparing settings is done in `config`. Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "board")
+RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "heads")
 """Sections whose values decide the result of a run."""
 
 WHERE_DATA_LIES = ("path", "test_path", "accept_change")
-"""Fields of `data` that say where, not what: the content itself is compared by the index's fingerprint."""
+"""Fields of `data` that say where the data are; their content is compared by the fingerprint of the index."""
 
 RANDOM = "random"
-"""What `init_from=` says for a backbone that starts from random initialisation."""
+"""The value of `init_from` for a randomly initialised backbone."""
+
+BOUNDS = {
+    "above": (operator.gt, ">", "greater than"), "at_least": (operator.ge, ">=", "at least"),
+    "at_most": (operator.le, "<=", "at most"), "below": (operator.lt, "<", "less than"),
+}  # fmt: skip
+"""The bounds that a range can have: comparison, symbol, English."""
 
 
-def setting(default: T, text: str) -> T:
-    """A field with its default and the sentence that `--help` shows for it."""
-    return field(default=default, metadata={"help": text})
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers that a setting allows: a bound is the pair (key of BOUNDS, number)."""
+
+    bounds: tuple[tuple[str, float], ...] = ()
+
+    def __contains__(self, number: float) -> bool:
+        return math.isfinite(number) and all(BOUNDS[key][0](number, bound) for key, bound in self.bounds)
+
+    def __str__(self) -> str:
+        return " and ".join(f"{BOUNDS[key][2]} {bound}" for key, bound in self.bounds) or "finite"
+
+    @property
+    def symbols(self) -> str:
+        """The range as `> 0, <= 1`; empty when it has no bounds."""
+        return ", ".join(f"{BOUNDS[key][1]} {bound}" for key, bound in self.bounds)
+
+
+def setting(default: T, text: str, verbs: tuple[str, ...] = (), unless: tuple[str, ...] = (), **bounds: float) -> T:
+    """A field with its default, its meaning for `--help`, and the `bounds` (keys of BOUNDS) of its numbers.
+
+    It is read by the verbs whose schema has its section: by `verbs` only, if given, and not by those in `unless`.
+    """
+    assert bounds.keys() <= BOUNDS.keys()
+    limits = Range(tuple(bounds.items()))
+    return field(default=default, metadata={"help": text, "range": limits, "verbs": verbs, "unless": unless})
+
+
+KNN, FINETUNE = ("knn",), ("finetune",)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = setting("???", "folder with a dataset.json, or a glob of indexed tars")
-    split: str = setting("train", "split to train on (of a folder)")
-    test_path: str | None = setting(None, "where the test split lies, if not in path (needed with a glob)")
-    test_split: str = setting("test", "split to evaluate on (of a folder)")
-    shuffle_window: int = setting(64, "shards whose samples are shuffled together")
-    max_bad: float = setting(0.001, "share of unreadable samples at which the run ends (0 to 1)")
-    accept_change: bool = setting(False, "go on although the data are not those that the run began with")
-    mean: tuple[float, float, float] | None = setting(
-        None, "channel means in 0..1; none: from the start, else dataset.json"
+    """Which samples a run is trained and evaluated on."""
+
+    path: str = setting("???", "folder with a dataset.json, or a quoted glob of indexed tars")
+    split: str = setting("train", "split of the folder to train on; a glob has no splits")
+    test_path: str | None = setting(
+        None, "folder or glob of the test split; none: the folder in data.path (a glob there has no test split)"
     )
-    std: tuple[float, float, float] | None = setting(None, "channel deviations in 0..1; none: likewise")
+    test_split: str = setting("test", "split of the folder to evaluate on")
+    shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
+    max_bad: float = setting(
+        0.001, "fraction of unreadable training samples above which the run fails", at_least=0, at_most=1
+    )
+    accept_change: bool = setting(False, "resume the run although its data have changed since it began")
+    mean: tuple[float, float, float] | None = setting(
+        None, "mean of each channel; none: that of init_from, else of dataset.json, else ImageNet's",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    std: tuple[float, float, float] | None = setting(
+        None, "standard deviation of each channel; none: that of init_from, else of dataset.json, else ImageNet's",
+        above=0, at_most=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ViewConfig:
+    """How a stored image becomes the input of the model: crop and augmentation."""
+
     crop: Literal["resized", "resized_clamped", "pad", "center"] = setting(
-        "resized",
-        "trained on torchvision's RandomResizedCrop; one clamped to the image (MAE's probe); a shift; the test crop",
+        "resized", "training crop; resized: torchvision's RandomResizedCrop; resized_clamped: its sides are cut to the "
+        "image, as in MAE's linear probe; pad: the whole image, shifted at random; center: the test crop", unless=KNN,
+    )  # fmt: skip
+    scale: tuple[float, float] = setting(
+        (0.2, 1.0), "smallest and largest area of a resized crop, as a fraction of the image", unless=KNN,
+        above=0, at_most=1,
+    )  # fmt: skip
+    ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "smallest and largest aspect ratio (width / height) of a resized crop", unless=KNN, above=0
     )
-    scale: tuple[float, float] = setting((0.2, 1.0), "area of a resized crop, as a share of the image")
-    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "aspect ratio (width / height) of a resized crop")
-    pad: int = setting(4, "pixels by which crop=pad shifts the image")
-    flip: float = setting(0.5, "probability of a horizontal flip")
+    pad: int = setting(4, "largest shift of view.crop=pad in each direction, in pixels", unless=KNN, at_least=0)
+    flip: float = setting(0.5, "probability of a horizontal flip", unless=KNN, at_least=0, at_most=1)
     randaugment: str | None = setting(
-        None, "RandAugment by timm's string, rand-m9-mstd0.5-inc1 for example; none: none"
+        None,
+        "RandAugment policy in timm's notation, for example rand-m9-mstd0.5-inc1; none: no RandAugment",
+        unless=KNN,
     )
-    random_erasing: float = setting(0.0, "probability of a box of noise (random erasing)")
-    test_crop: float = setting(0.875, "side of the centre crop at test time, as a share of the shorter side")
+    random_erasing: float = setting(
+        0.0, "random erasing: probability that a box of the image is replaced by noise", unless=KNN,
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    test_crop: float = setting(
+        0.875, "side of the centre crop for evaluation, as a fraction of the image's shorter side", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = setting("???", "a name of mae_dist.models.BACKBONES")
-    image_size: int = setting(224, "pixels a side")
+    """The backbone."""
+
+    name: str = setting("???", "model, for example vit_b16; `mae-dist models` lists all")
+    image_size: int = setting(224, "height and width of the model's input, in pixels", at_least=1)
     pool: Literal["cls", "avg"] | None = setting(
-        None, "the head reads the class token, or the mean of patch tokens; none: a ViT's cls, a Mixer's avg"
+        None, "what the head reads; cls: class token; avg: mean of the patch tokens; none: cls (ViT) or avg (Mixer)"
     )
     position: Literal["sincos", "learned"] | None = setting(
-        None, "fixed sin-cos positions, or trained ones that start there; none: sincos (a Mixer has neither)"
+        None, "position embeddings of a ViT; sincos: fixed; learned: trained, initialised with sincos; none: sincos"
     )
-    drop_path: float = setting(0.0, "stochastic depth of the last block; grows linearly from 0")
+    drop_path: float = setting(
+        0.0, "stochastic depth rate of the last block; it grows linearly from 0 at the first", verbs=FINETUNE,
+        at_least=0, below=1,
+    )  # fmt: skip
     train_blocks: float | None = setting(
-        None, "last blocks that finetune trains, beside last norm and head; 0.5: the last MLP alone; none: everything"
-    )
+        None, "number of last blocks to train, in addition to the last norm and the head (0.5: only the MLP of the "
+        "last block); none: the whole model is trained", verbs=FINETUNE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MaeConfig:
-    mask_ratio: float = setting(0.75, "share of patches hidden")
+    """Masked autoencoding: the mask and the decoder."""
+
+    mask_ratio: float = setting(0.75, "fraction of patches that are hidden", above=0, below=1)
     masking: Literal["random", "block", "grid"] = setting(
-        "random", "hidden are any patches; rectangles (BEiT's); all but one of every 2 x 2"
+        "random",
+        "patches that are hidden; random: any; block: random rectangles (BEiT); grid: all but one of every 2 x 2",
     )
     hidden: Literal["drop", "token"] = setting(
-        "drop", "hidden patches are absent from the encoder, or a learned token is in their places (SimMIM)"
+        "drop", "what the encoder sees of hidden patches; drop: nothing (MAE); token: a learned mask token (SimMIM)"
     )
-    norm_pix: bool = setting(True, "predict pixels normalised per patch")
+    norm_pix: bool = setting(True, "the target is each patch's pixels normalised to mean 0 and variance 1")
     decoder: Literal["full", "cross"] = setting(
-        "full", "blocks as the backbone's over visible and predicted patches; or predicted ones look at visible only"
+        "full", "decoder blocks; full: like the backbone's, over visible and predicted patches; cross: cross-attention "
+        "from predicted to visible patches",
+    )  # fmt: skip
+    predict: float = setting(
+        1.0, "fraction of the hidden patches that is decoded, chosen at random for each image", above=0, at_most=1
     )
-    predict: float = setting(1.0, "share of the hidden patches that is decoded, drawn anew each time")
-    decoder_dim: int = setting(512, "width of the decoder")
-    decoder_depth: int = setting(8, "blocks of the decoder")
-    decoder_heads: int = setting(16, "attention heads of the decoder (a Mixer's full one has none)")
+    decoder_dim: int = setting(512, "width of the decoder", at_least=1)
+    decoder_depth: int = setting(8, "number of decoder blocks", at_least=0)
+    decoder_heads: int = setting(16, "attention heads of the decoder (a Mixer's full decoder has none)", at_least=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float = setting(100.0, "passes over the training split")
-    steps: int | None = setting(None, "optimizer steps; replaces epochs when given")
-    global_batch: int = setting(1024, "images a step, over all ranks and micro-batches")
-    seed: int = setting(0, "the seed of everything random")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("bf16", "arithmetic of the forward pass; weights stay fp32")
-    reduce_dtype: Literal["fp32", "bf16"] = setting("fp32", "arithmetic in which gradients are summed over ranks")
-    clip_grad: float | None = setting(None, "largest gradient norm; none: no clipping")
-    ema: float | None = setting(
-        None, "decay a step of the weights' moving average, which is what is evaluated and started from; none: none"
+    """Length, batch and arithmetic of training."""
+
+    epochs: float = setting(100.0, "passes over the training split", above=0)
+    steps: int | None = setting(None, "optimizer steps; none: as many as train.epochs need", at_least=1)
+    global_batch: int = setting(1024, "images per optimizer step, over all ranks and micro-batches", at_least=1)
+    seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "bf16", "mixed precision of forward and backward pass; weights and optimizer stay in fp32"
     )
-    label_smoothing: float = setting(0.0, "share of the target spread over all classes")
-    loss: Literal["softmax", "sigmoid"] = setting("softmax", "cross-entropy over classes, or of each class by itself")
+    reduce_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "data type in which gradients are summed over ranks", unless=KNN
+    )
+    clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", unless=KNN, above=0)
+    ema: float | None = setting(
+        None, "decay per step of the weights' exponential moving average, which is then evaluated and given to runs "
+        "that start from this one; none: no average", unless=KNN, above=0, below=1,
+    )  # fmt: skip
+    label_smoothing: float = setting(
+        0.0, "share of the target that is spread over all classes", verbs=FINETUNE, at_least=0, at_most=1
+    )
+    loss: Literal["softmax", "sigmoid"] = setting(
+        "softmax",
+        "softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each class",
+        verbs=FINETUNE,
+    )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Optimizer and learning rate."""
+
     name: Literal["adamw", "lars"] = setting("adamw", "optimizer")
-    base_lr: float = setting(1.5e-4, "lr for 256 images; lr = base_lr * global_batch / 256")
-    min_lr: float = setting(0.0, "lr at the end (absolute)")
-    schedule: Literal["cosine", "linear"] = setting("cosine", "how lr falls from its peak after warmup to min_lr")
-    warmup_epochs: float = setting(0.0, "epochs of linear warmup from 0")
-    weight_decay: float = setting(0.05, "decoupled weight decay; biases and norms are spared")
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's moments")
-    momentum: float = setting(0.9, "LARS's momentum")
-    layer_decay: float = setting(1.0, "lr factor from one block to the one below it")
+    base_lr: float = setting(1.5e-4, "lr per 256 images; the peak is base_lr * train.global_batch / 256", above=0)
+    min_lr: float = setting(0.0, "lr at the end of the run, absolute (not per 256 images)", at_least=0)
+    schedule: Literal["cosine", "linear"] = setting("cosine", "how the lr falls from its peak to min_lr after warmup")
+    warmup_epochs: float = setting(0.0, "epochs in which the lr rises linearly from 0 to its peak", at_least=0)
+    weight_decay: float = setting(0.05, "decoupled weight decay; biases and norms have none", at_least=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay of its two moments", at_least=0, below=1)
+    momentum: float = setting(0.9, "momentum of LARS", at_least=0, below=1)
+    layer_decay: float = setting(
+        1.0, "factor on the lr from each block to the one below it", unless=("probe",), above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    mixup: float = setting(0.0, "alpha of mixup, 0 to 1; 0: none")
-    cutmix: float = setting(0.0, "alpha of CutMix, 0 to 1; 0: none")
-    prob: float = setting(1.0, "share of pairs that are mixed")
-    switch: float = setting(0.5, "share of CutMix where both are on")
+    """Mixup and CutMix."""
+
+    mixup: float = setting(0.0, "alpha of mixup; 0: off", at_least=0, at_most=1)
+    cutmix: float = setting(0.0, "alpha of CutMix; 0: off", at_least=0, at_most=1)
+    prob: float = setting(1.0, "probability that a pair of images is mixed", at_least=0, at_most=1)
+    switch: float = setting(0.5, "probability of CutMix where mixup is on too", at_least=0, at_most=1)
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is mixed."""
+        """Whether any images are mixed."""
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 @dataclass(frozen=True)
 class KnnConfig:
-    k: int = setting(20, "neighbours that vote")
-    temperature: float = setting(0.07, "of the votes' weights exp(cosine / temperature)")
+    """Nearest neighbours."""
+
+    k: int = setting(20, "number of neighbours that vote", at_least=1)
+    temperature: float = setting(0.07, "a neighbour's vote weighs exp(cosine similarity / temperature)", above=0)
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Many heads on the same frozen features: optimizers x rates x weight decays x features x blocks, and more."""
+    """Several probe heads on one frozen backbone: each method with each of its learning rates, weight decays, features
+    and blocks.
+    """
 
-    lars: tuple[float, ...] = setting((), "base_lr of each head trained by LARS after batch norm (the paper's way)")
-    sgd: tuple[float, ...] = setting((), "base_lr of each head trained by SGD with optim.momentum")
-    adamw: tuple[float, ...] = setting((), "base_lr of each head trained by AdamW with optim.betas")
-    weight_decay: tuple[float, ...] = setting((0.0,), "each rate is tried with each of these")
+    lars: tuple[float, ...] = setting(
+        (), "base_lr of each head trained by LARS, after batch norm as in the MAE paper", above=0
+    )
+    sgd: tuple[float, ...] = setting((), "base_lr of each head trained by SGD with optim.momentum", above=0)
+    adamw: tuple[float, ...] = setting((), "base_lr of each head trained by AdamW with optim.betas", above=0)
+    weight_decay: tuple[float, ...] = setting((0.0,), "weight decays to try with each base_lr", at_least=0)
     features: tuple[Literal["cls", "mean", "both"], ...] = setting(
-        ("cls",), "heads read the class token, the mean of the patch tokens, or one after the other"
+        ("cls",), "inputs to try; cls: the class token; mean: the mean of the patch tokens; both: the two concatenated"
     )
-    blocks: tuple[int, ...] = setting((), "after which blocks, 1 for the first; none given: the last")
+    blocks: tuple[int, ...] = setting(
+        (), "blocks whose outputs are tried, 1 for the first; empty: the last block", at_least=1
+    )
     attentive: bool = setting(
-        False, "a learned query that attends to the last block's patches too, for each AdamW head"
+        False, "for each AdamW head, also one that pools the last block's patches by a learned attention query"
     )
-    ridge: bool = setting(False, "ridge regression in closed form, too")
-    knn: bool = setting(False, "nearest neighbours as the verb knn's defaults, too")
-    held_out: float = setting(0.1, "share of the training split on which the best is chosen; nothing is trained on it")
+    ridge: bool = setting(False, "also try ridge regression in closed form")
+    knn: bool = setting(False, "also try nearest neighbours, with the defaults of the verb knn")
+    held_out: float = setting(
+        0.1, "fraction of the training split on which heads are compared; none is trained on it", above=0, below=1
+    )
 
     @property
     def active(self) -> bool:
-        """Whether there is a board at all; else a probe trains the one head that `optim` describes."""
+        """Whether several heads are tried; otherwise a probe trains the one head that `optim` describes."""
         return bool(self.lars or self.sgd or self.adamw or self.attentive or self.ridge or self.knn)
 
 
 @dataclass(frozen=True)
 class MachineConfig:
+    """How a run is computed; none of it changes the result beyond the order of float sums."""
+
     processes: int | None = setting(
-        None, "ranks on this machine; none: one a GPU, or one without GPUs. torchrun overrules"
+        None, "ranks on this machine; none: one per GPU, or one without GPUs (ignored under torchrun)", at_least=1
     )
-    micro_batch: int | str = setting(256, "images that a rank computes at once, at most; auto: what fits (CPU: 256)")
-    workers: int = setting(4, "decoding processes a rank (not used for data that stays in memory)")
+    micro_batch: int | str = setting(
+        256, "most images that a rank computes at once; auto: as many as fit into memory (on a CPU 256)", at_least=1
+    )
+    workers: int = setting(4, "data loading processes per rank (unused for data kept in memory)", at_least=0)
     strategy: Literal["ddp", "fsdp", "hsdp"] = setting(
-        "ddp", "each rank holds the model; ranks share it (FSDP2); groups of ranks share it, and there are copies"
+        "ddp",
+        "ddp: every rank holds the whole model; fsdp: all ranks shard it (FSDP2); hsdp: groups of ranks each shard a "
+        "copy of it",
     )
-    shards: int | None = setting(None, "ranks that share one copy (hsdp); none: those of one machine")
+    shards: int | None = setting(None, "ranks in a group of hsdp; none: the ranks of one machine", at_least=1)
     activation_checkpointing: int = setting(
-        0, "recompute every k-th block in the backward pass to save memory; 0: none"
+        0, "recompute the activations of every k-th block in the backward pass, to save memory; 0: off", at_least=0
     )
-    compile: bool = setting(False, "torch.compile each block")
-    timeout: float = setting(600.0, "seconds without an answer after which a rank counts as hung")
-    restarts: int = setting(3, "new starts after a rank was lost (torchrun has --max-restarts)")
+    compile: bool = setting(False, "compile each block with torch.compile")
+    timeout: float = setting(600.0, "seconds without an answer after which a rank counts as hung", above=0)
+    restarts: int = setting(
+        3, "how often all ranks are started again after one was lost (under torchrun: --max-restarts)", at_least=0
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = setting(1000, "steps between checkpoints")
-    minutes: float | None = setting(None, "minutes of work to lose at most: saves between those of `every` too")
-    keep: int = setting(2, "newest checkpoints kept")
-    keep_every: int | None = setting(None, "steps between checkpoints that are never removed")
-    rewind_after: int = setting(3, "non-finite steps in a row after which the run goes back to its last checkpoint")
-    max_skipped: int = setting(30, "non-finite steps in all at which the run ends")
+    """When checkpoints are written and kept, and how many non-finite steps a run may have."""
+
+    every: int = setting(1000, "steps between checkpoints", at_least=1)
+    minutes: float | None = setting(
+        None, "most minutes between checkpoints; none: checkpoint.every alone decides", above=0
+    )
+    keep: int = setting(2, "number of newest checkpoints that are kept", at_least=1)
+    keep_every: int | None = setting(
+        None, "steps between checkpoints that are kept for good; none: only the newest are kept", at_least=1
+    )
+    rewind_after: int = setting(
+        3, "non-finite steps in a row after which the run rewinds to its last checkpoint", at_least=1
+    )
+    max_skipped: int = setting(30, "total of non-finite steps above which the run fails", at_least=0)
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    every: int = setting(20, "steps between looks at the losses (the only host-device synchronisation)")
-    evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end")
-    ids: bool = setting(False, "write ids.jsonl: which samples each step was trained on")
-    wandb: Literal["off", "online", "offline"] = setting("off", "mirror of metrics.jsonl")
-    project: str = setting("mae_dist", "wandb project")
+    """What is recorded, and how often."""
+
+    every: int = setting(20, "steps between log flushes, the only host-device synchronisation of training", at_least=1)
+    evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end", above=0)
+    ids: bool = setting(False, "write ids.jsonl: the ids of the samples of each step")
+    wandb: Literal["off", "online", "offline"] = setting("off", "also send the metrics to Weights & Biases")
+    project: str = setting("mae_dist", "project on Weights & Biases")
 
 
 def section(kind: type[T], **changes: Any) -> T:
@@ -212,9 +329,9 @@ def section(kind: type[T], **changes: Any) -> T:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every verb that makes a run has."""
+    """The settings of every verb that makes a run."""
 
-    out: str = setting("???", "folder of the run (the same command again goes on there)")
+    out: str = setting("???", "folder of the run; the same command again resumes it")
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     train: TrainConfig = section(TrainConfig)
@@ -234,16 +351,16 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class SupervisedConfig(RunConfig):
-    """What probe and fine-tune share."""
+    """The settings that probe and finetune share."""
 
-    init_from: str = setting("???", "run whose backbone is the start, or 'random'")
+    init_from: str = setting("???", "run whose backbone gives the initial weights, or random")
     view: ViewConfig = section(ViewConfig)
     optim: OptimConfig = section(OptimConfig)
 
 
 @dataclass(frozen=True)
 class ProbeConfig(SupervisedConfig):
-    """Linear probe of a frozen backbone, or a board of many."""
+    """A linear head on a frozen backbone, or several heads of which the best is chosen."""
 
     view: ViewConfig = section(ViewConfig, scale=(0.08, 1.0), crop="resized_clamped")
     optim: OptimConfig = section(OptimConfig, name="lars", base_lr=0.1, weight_decay=0.0)
@@ -261,9 +378,9 @@ class FinetuneConfig(SupervisedConfig):
 
 @dataclass(frozen=True)
 class KnnRunConfig(RunConfig):
-    """Weighted nearest neighbours on frozen features."""
+    """Weighted nearest neighbours on the features of a frozen backbone."""
 
-    init_from: str = setting("???", "run whose backbone is measured, or 'random'")
+    init_from: str = setting("???", "run whose backbone is evaluated, or random")
     view: ViewConfig = section(ViewConfig)
     knn: KnnConfig = section(KnnConfig)
 

@@ -1,32 +1,33 @@
-"""Configuration: what is refused and how it is said, what is kept, and that every file in configs/ loads."""
+"""Settings: what is refused and with which sentence, what a resume compares, and that every file in configs/ loads."""
 
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mae_dist import config
+from mae_dist import config, hints
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 NEEDED = ["data.path=d", "out=o", "model.name=vit_ti4"]
 
 
-def load(verb: str, *overrides: str, file: Path | None = None):
+def load(verb: str, *overrides: str, file: Path | None = None) -> Any:
     start = ["init_from=random"] if verb != "pretrain" else []
     return config.load(verb, file, [*NEEDED, *start, *overrides])
 
 
-def load_file(verb: str, name: str, folder: str | None = None):
+def load_file(verb: str, name: str, folder: str | None = None) -> Any:
     start = ["init_from=random"] if verb != "pretrain" else []
     return config.load(verb, ROOT / f"configs/{folder or verb}/{name}.yaml", ["data.path=d", "out=o", *start])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
+def test_config_file_loads_and_its_header_has_command_hardware_and_expectation(file: Path) -> None:
     verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
     loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["init_from=r"]))
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
@@ -39,7 +40,7 @@ def test_every_config_loads_and_opens_with_its_command(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_l16", "vit_h14"])
-def test_pretraining_on_imagenet_is_the_papers(name: str) -> None:
+def test_pretrain_recipe_on_imagenet_has_the_papers_values(name: str) -> None:
     """He et al. 2022, table 8: 1600 epochs of batch 4096 at 2.4e-3 after 40 epochs of warmup."""
     loaded = load_file("pretrain", f"imagenet_{name}")
     assert loaded.model.name == name
@@ -53,7 +54,7 @@ def test_pretraining_on_imagenet_is_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("vit_b16", 90), ("vit_l16", 50), ("vit_h14", 50)])
-def test_probing_on_imagenet_is_the_papers(name: str, epochs: int) -> None:
+def test_probe_recipe_on_imagenet_has_the_papers_values(name: str, epochs: int) -> None:
     """He et al. 2022, table 10: LARS at 6.4 for batch 16384, no weight decay."""
     loaded = load_file("probe", f"imagenet_{name}")
     assert (loaded.model.name, loaded.model.pool) == (name, "cls")
@@ -72,7 +73,7 @@ def test_probing_on_imagenet_is_the_papers(name: str, epochs: int) -> None:
         ("vit_h14_448", 448, 4e-3, 0.75, 0.3, 50),
     ],
 )
-def test_finetuning_on_imagenet_is_the_official_codes(
+def test_finetune_recipe_on_imagenet_has_the_official_codes_values(
     name: str, size: int, peak: float, decay: float, drop: float, epochs: int
 ) -> None:
     """Its FINETUNE.md, and the augmentation of He et al. 2022, table 9."""
@@ -91,7 +92,7 @@ def test_finetuning_on_imagenet_is_the_official_codes(
 @pytest.mark.parametrize(
     ("name", "epochs", "drop"), [("vit_b16", 300, 0.1), ("vit_l16", 200, 0.2), ("vit_h14", 200, 0.2)]
 )
-def test_training_from_scratch_on_imagenet_is_the_papers(name: str, epochs: int, drop: float) -> None:
+def test_scratch_recipe_on_imagenet_has_the_papers_values(name: str, epochs: int, drop: float) -> None:
     """He et al. 2022, table 11: 1.6e-3 at batch 4096, weight decay 0.3, averaged weights."""
     loaded = load_file("finetune", f"imagenet_{name}", "scratch")
     assert (loaded.model.name, loaded.model.drop_path) == (name, drop)
@@ -104,7 +105,7 @@ def test_training_from_scratch_on_imagenet_is_the_papers(name: str, epochs: int,
     assert (loaded.mix.mixup, loaded.mix.cutmix) == (0.8, 1.0)
 
 
-def test_a_mixer_from_scratch_is_big_visions() -> None:
+def test_mixer_scratch_recipe_has_big_visions_values() -> None:
     """mlp_mixer_i1k.py: lr 1e-3, a straight line to 1e-5 of it after 10,000 steps, sigmoid loss."""
     loaded = load_file("finetune", "imagenet_mixer_b16", "scratch")
     assert loaded.optim.base_lr * loaded.train.global_batch / 256 == pytest.approx(1e-3)
@@ -120,26 +121,27 @@ def test_a_mixer_from_scratch_is_big_visions() -> None:
     ("overrides", "words"),
     [
         (["train.epoch=3"], ["train.epoch:", "did you mean train.epochs?"]),
-        (["trian.epochs=3"], ["trian", "did you mean train?"]),
+        (["trian.epochs=3"], ["trian.epochs:", "use train.epochs"]),
         (["frm=x"], ["frm", "no such setting"]),
         (["train.epochs=many"], ["train.epochs", "many"]),
         (["train.global_batch=2.5"], ["train.global_batch", "2.5"]),
-        (["train.precision=fp8"], ["fp8", "bf16"]),
+        (["train.precision=fp8"], ["train.precision=fp8: must be one of fp32, bf16, fp16"]),
         (["view.scale=[1,2,3]"], ["view.scale", "3"]),
-        (["view.scale=[0.9,0.1]"], ["view.scale", "small then large"]),
+        (["view.scale=[0.9,0.1]"], ["view.scale", "greater than the second"]),
         (["train.epochs=0"], ["train.epochs=0", "greater than 0"]),
         (["mae.mask_ratio=1"], ["mae.mask_ratio", "less than 1"]),
         (["mae.decoder_dim=100"], ["mae.decoder_dim", "mae.decoder_heads"]),
         (["optim.warmup_epochs=200"], ["optim.warmup_epochs", "longer than the run", "try"]),
         (["train.global_batch=2", "machine.processes=3"], ["train.global_batch=2", "3 processes"]),
         (["train"], ["section.key=value"]),
-        (["data=3"], ["data"]),
+        (["data=3"], ["data: is a section", "use data.path"]),
+        (["mae=3"], ["mae: is a section", "mae.KEY=value"]),
         (["train.seed=-1"], ["train.seed"]),
         (["train.ema=1"], ["train.ema", "less than 1"]),
         (["model.pool=avg"], ["model.pool=avg", "last norm", "probe, knn or finetune"]),
     ],
 )
-def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> None:
+def test_config_error_is_one_sentence_with_field_and_hint(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ValueError, match=".") as caught:
         load("pretrain", *overrides)
     text = str(caught.value)
@@ -151,37 +153,41 @@ def test_mistakes_get_one_sentence(overrides: list[str], words: list[str]) -> No
 @pytest.mark.parametrize(
     ("verb", "word", "allowed"),
     [
-        ("pretrain", "optim.layer_decay=-1", "greater than 0"),
-        ("finetune", "optim.layer_decay=0", "greater than 0"),
-        ("finetune", "optim.layer_decay=1.5", "between 0 and 1"),
-        ("pretrain", "optim.betas=[0.9,1]", "less than 1"),
-        ("pretrain", "optim.betas=[-0.1,0.95]", "0 or more"),
-        ("probe", "optim.momentum=1", "less than 1"),
-        ("pretrain", "optim.weight_decay=-0.1", "0 or more"),
-        ("pretrain", "data.mean=[120,115,104]", "between 0 and 1"),
-        ("pretrain", "data.std=[58,57,57]", "between 0 and 1"),
-        ("pretrain", "data.max_bad=2", "between 0 and 1"),
-        ("pretrain", "data.shuffle_window=0", "greater than 0"),
-        ("pretrain", "mae.predict=1.5", "between 0 and 1"),
-        ("finetune", "model.drop_path=1", "less than 1"),
-        ("finetune", "train.label_smoothing=1.1", "between 0 and 1"),
-        ("finetune", "mix.mixup=2", "between 0 and 1"),
-        ("finetune", "view.random_erasing=-1", "0 or more"),
+        ("pretrain", "optim.layer_decay=-1", "greater than 0 and at most 1"),
+        ("finetune", "optim.layer_decay=0", "greater than 0 and at most 1"),
+        ("finetune", "optim.layer_decay=1.5", "greater than 0 and at most 1"),
+        ("pretrain", "optim.betas=[0.9,1]", "at least 0 and less than 1"),
+        ("pretrain", "optim.betas=[-0.1,0.95]", "at least 0 and less than 1"),
+        ("probe", "optim.momentum=1", "at least 0 and less than 1"),
+        ("pretrain", "optim.weight_decay=-0.1", "at least 0"),
+        ("pretrain", "data.mean=[120,115,104]", "at least 0 and at most 1"),
+        ("pretrain", "data.std=[58,57,57]", "greater than 0 and at most 1"),
+        ("pretrain", "data.max_bad=2", "at least 0 and at most 1"),
+        ("pretrain", "data.shuffle_window=0", "at least 1"),
+        ("pretrain", "mae.predict=1.5", "greater than 0 and at most 1"),
+        ("finetune", "model.drop_path=1", "at least 0 and less than 1"),
+        ("finetune", "train.label_smoothing=1.1", "at least 0 and at most 1"),
+        ("finetune", "mix.mixup=2", "at least 0 and at most 1"),
+        ("finetune", "view.random_erasing=-1", "at least 0 and at most 1"),
         ("pretrain", "train.clip_grad=0", "greater than 0"),
-        ("pretrain", "machine.activation_checkpointing=-1", "0 or more"),
-        ("pretrain", "checkpoint.keep=0", "greater than 0"),
+        ("pretrain", "machine.activation_checkpointing=-1", "at least 0"),
+        ("pretrain", "checkpoint.keep=0", "at least 1"),
         ("pretrain", "track.evaluate_every=0", "greater than 0"),
-        ("probe", "heads.held_out=1", "less than 1"),
-        ("knn", "knn.k=0", "greater than 0"),
+        ("probe", "heads.held_out=1", "greater than 0 and less than 1"),
+        ("knn", "knn.k=0", "at least 1"),
         ("knn", "knn.temperature=inf", "finite"),
         ("pretrain", "train.epochs=inf", "finite"),
         ("pretrain", "optim.base_lr=nan", "finite"),
         ("pretrain", "optim.betas=[0.9,nan]", "finite"),
         ("pretrain", "machine.timeout=inf", "finite"),
         ("probe", "heads.lars=[0.1,inf]", "finite"),
+        ("pretrain", "train.seed=4294967296", "at least 0 and at most 4294967295"),
+        ("pretrain", "machine.micro_batch=0", "at least 1"),
+        ("pretrain", "view.scale=[0.5,1.5]", "greater than 0 and at most 1"),
+        ("pretrain", "view.ratio=[0,1]", "greater than 0"),
     ],
 )
-def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> None:
+def test_range_of_a_setting_is_enforced_and_named(verb: str, word: str, allowed: str) -> None:
     name = word.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{name}=.*: must .*{allowed}$"):
         load(verb, word)
@@ -191,7 +197,7 @@ def test_impossible_numbers_are_refused(verb: str, word: str, allowed: str) -> N
 @pytest.mark.parametrize(
     "word", ["model.drop_path=0.1", "model.train_blocks=0.5", "train.label_smoothing=0.1", "train.loss=sigmoid"]
 )
-def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> None:
+def test_finetune_only_setting_is_refused_by_other_verbs(verb: str, word: str) -> None:
     with pytest.raises(ValueError, match=f"^{word}: is for finetune; leave it out$"):
         load(verb, word)
     load("finetune", word)
@@ -204,18 +210,31 @@ def test_what_only_finetune_reads_is_refused_elsewhere(verb: str, word: str) -> 
         ("knn", ["view.flip=0"], "view.flip=0.0: is for pretrain, probe, finetune;"),
         ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
         ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
-        ("probe", ["heads.blocks=[6]"], "heads.blocks=[6]: there is no head to try it on; give heads.lars=[lr, ...]"),
-        ("probe", ["heads.lars=[1]", "optim.name=adamw"], "optim.name=adamw: several heads have their own"),
-        ("probe", ["heads.lars=[1]", "optim.weight_decay=1"], "optim.weight_decay=1.0: several heads have their"),
+        ("probe", ["heads.blocks=[6]"], "heads.blocks=[6]: there is no head to try it on; give for example heads."),
+        (
+            "probe",
+            ["heads.lars=[1]", "optim.name=adamw"],
+            "optim.name=adamw: several heads have their own (heads.lars,",
+        ),
+        (
+            "probe",
+            ["heads.lars=[1]", "optim.weight_decay=1"],
+            "optim.weight_decay=1.0: several heads have their own (heads.weight_decay)",
+        ),
+        (
+            "probe",
+            ["heads.adamw=[1]", "optim.base_lr=7"],
+            "optim.base_lr=7.0: several heads have their own (heads.lars,",
+        ),
     ],
 )
-def test_what_would_be_ignored_is_refused(verb: str, words: list[str], message: str) -> None:
+def test_unused_setting_is_refused(verb: str, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         load(verb, *words)
 
 
 @pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
+def test_help_lists_the_settings_that_the_verb_reads_and_defaults_are_accepted(verb: str) -> None:
     assert load(verb, "model.drop_path=0", "train.loss=softmax") == load(verb)
     listed = {line.split()[0] for line in config.settings_help(verb).splitlines()}
     assert ("model.drop_path" in listed) == (verb == "finetune")
@@ -226,23 +245,123 @@ def test_a_default_may_be_said_and_help_lists_what_is_read(verb: str) -> None:
 @pytest.mark.parametrize(
     ("verb", "word", "message"),
     [
-        ("pretrain", "seed=1", "seed: there is no such setting; did you mean train.seed?"),
-        ("pretrain", "every=1", "every: there is no such setting; did you mean checkpoint.every or track.every?"),
-        ("probe", "decoder=cross", "decoder is for pretrain; leave it out"),
-        ("pretrain", "drop_path=0.1", "drop_path is for finetune; leave it out"),
-        ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: mix is for finetune; leave it out"),
-        ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: mae is for pretrain; leave it out"),
-        ("pretrain", "init_from=random", "init_from is for probe, finetune, knn; leave it out"),
-        ("knn", "optim.name=lars", "optim.name=lars: optim is for pretrain, probe, finetune; leave it out"),
-        ("knn", "mixed.mixup=0.8", "mixed.mixup=0.8: mixed: there is no such setting"),
+        ("pretrain", "seed=1", "seed: there is no such setting; use train.seed (seed of everything random)"),
+        ("probe", "decoder=cross", "decoder: there is no such setting; mae.decoder is for pretrain; leave it out"),
+        (
+            "pretrain",
+            "drop_path=0.1",
+            "drop_path: there is no such setting; model.drop_path is for finetune; leave it out",
+        ),
+        ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: is for finetune; leave it out"),
+        ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: is for pretrain; leave it out"),
+        ("pretrain", "init_from=random", "init_from=random: is for probe, finetune, knn; leave it out"),
+        ("pretrain", "heads.features=[gap]", "heads.features=[gap]: is for probe; leave it out"),
+        ("knn", "optim.name=lars", "optim.name=lars: is for pretrain, probe, finetune; leave it out"),
+        ("knn", "mixed.mixup=0.8", "mixed.mixup: there is no such setting; mix.mixup is for finetune; leave it out"),
     ],
 )
-def test_a_name_in_the_wrong_place_is_told_its_own(verb: str, word: str, message: str) -> None:
+def test_setting_in_the_wrong_section_or_verb_is_answered_with_the_right_one(
+    verb: str, word: str, message: str
+) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         load(verb, word)
 
 
-def test_help_names_the_values_of_a_choice() -> None:
+READERS = config.readers()
+MEANINGS = {verb: {name: item.help for name, item in config.settings_of(verb).items()} for verb in config.SCHEMAS}
+FOREIGN = [(word, setting) for setting, words in hints.NAMES.items() for word in words.split()]
+
+
+@pytest.mark.parametrize(("word", "setting"), FOREIGN, ids=[f"{word}-{setting}" for word, setting in FOREIGN])
+def test_name_of_another_codebase_is_answered_with_our_setting(word: str, setting: str) -> None:
+    """Alone, with a section, and as a flag; for a verb without the setting, with the verbs that have it."""
+    for name in {word, *([] if "." in word else [f"cfg.{word}", word.replace("_", "-")])}:
+        for verb, meanings in MEANINGS.items():
+            text = hints.wrong_name(name, "x", meanings, READERS)
+            assert text.startswith(f"{name}: ")
+            if verb in READERS[setting]:
+                assert f" {setting} ({meanings[setting]})" in text
+            else:
+                assert text.endswith("; leave it out") or "; use " in text
+
+
+@pytest.mark.parametrize(("words", "answer"), hints.NO_SETTING.items(), ids=lambda text: text.split()[0])
+def test_name_without_a_setting_is_answered_with_what_to_do(words: str, answer: str) -> None:
+    for word in words.split():
+        for name in (word, f"cfg.{word}"):
+            text = hints.wrong_name(name, 1, MEANINGS["finetune"], READERS)
+            assert text == f"{name}: there is no such setting; {answer}"
+
+
+def test_names_of_other_codebases_are_none_of_ours() -> None:
+    keys = {name.rpartition(".")[2] for name in READERS}
+    words = [word for table in (hints.NAMES.values(), hints.NO_SETTING) for row in table for word in row.split()]
+    assert not keys & set(words)
+    assert set(hints.NAMES) | set(hints.VALUES) <= set(READERS)
+    doubled = {word for word in words if words.count(word) > 1}
+    assert doubled == {"decay"}
+
+
+CHOICES = [
+    (name, word, ours)
+    for name, table in hints.VALUES.items()
+    for ours, words in table.items()
+    for word in words.split()
+]
+
+
+@pytest.mark.parametrize(("name", "word", "ours"), CHOICES, ids=[f"{name}-{word}" for name, word, _ in CHOICES])
+def test_value_of_another_codebase_is_answered_with_our_value(name: str, word: str, ours: str) -> None:
+    choices = config.choices_of(config.settings_of(READERS[name][0])[name].kind)
+    assert hints.wrong_value(name, word, choices) == f"{name}={word}: must be one of {', '.join(choices)}; use {ours}"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr=1e-3", "optim.lr: there is no such setting; use optim.base_lr (lr per 256 images; "),
+        ("lr=1e-3", "lr: there is no such setting; use optim.base_lr (lr per 256 images; "),
+        ("train.batch_size=64", "train.batch_size: there is no such setting; use train.global_batch (images per "),
+        ("strategy=zero3", "strategy: there is no such setting; use machine.strategy=fsdp ("),
+        ("machine.parallel=fsdp2", "machine.parallel: there is no such setting; use machine.strategy=fsdp ("),
+        ("train.precision=16-mixed", "train.precision=16-mixed: must be one of fp32, bf16, fp16; use fp16"),
+        ("machine.strategy=zero3", "machine.strategy=zero3: must be one of ddp, fsdp, hsdp; use fsdp"),
+        ("heads.features=[cls,gap]", "heads.features=[cls, gap]: must be one of cls, mean, both; use mean"),
+        (
+            "accum_iter=4",
+            "accum_iter: there is no such setting; each rank splits its share of train.global_batch into ",
+        ),
+        ("trainer.precision=16-mixed", "trainer.precision: there is no such setting; use train.precision=fp16 ("),
+        ("optim.decay=linear", "optim.decay: there is no such setting; use optim.schedule ("),
+        ("machine.recompute=1", "machine.recompute: there is no such setting; use machine.activation_checkpointing ("),
+        ("board.weight_decay=[0]", "board.weight_decay: there is no such setting; use heads.weight_decay (weight"),
+        ("view.erase=0.25", "view.erase: there is no such setting; use view.random_erasing ("),
+        ("train.reduce=bf16", "train.reduce: there is no such setting; use train.reduce_dtype ("),
+        ("train.clip=1", "train.clip: there is no such setting; use train.clip_grad ("),
+        ("from=random", "from: there is no such setting; use init_from ("),
+        ("model=vit_b16", "model: is a section of settings; use model.name (model, for example vit_b16; "),
+        (
+            "every=1",
+            "every: there is no such setting; use checkpoint.every (steps between checkpoints) or track.every (",
+        ),
+    ],
+)
+def test_former_and_foreign_names_get_one_sentence_with_the_meaning(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        load("probe", word)
+
+
+def test_name_of_another_codebase_in_a_file_is_answered_with_our_setting(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("optimizer: {lr: 1.0e-3}")
+    with pytest.raises(ValueError, match=rf"^{file}: optimizer\.lr: there is no such setting; use optim\.base_lr "):
+        load("pretrain", file=file)
+    file.write_text("machine: {strategy: deepspeed}")
+    with pytest.raises(ValueError, match=rf"^{file}: machine\.strategy=deepspeed: must be one of .*; use fsdp$"):
+        load("pretrain", file=file)
+
+
+def test_help_shows_the_choices_of_a_setting() -> None:
     """In the line of the setting, within an optional one and a tuple too, and nowhere else."""
     lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.settings_help(verb).splitlines()}
     assert " one of resized, resized_clamped, pad, center: " in lines["view.crop"]
@@ -253,7 +372,7 @@ def test_help_names_the_values_of_a_choice() -> None:
     assert not any(" one of " in lines[name] or " any of " in lines[name] for name in free)
 
 
-def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
+def test_avg_pooling_is_refused_only_for_vit_pretraining() -> None:
     """A Mixer has one norm whatever its pooling, and other verbs train or use avg's own."""
     assert load("pretrain", "model.name=mixer_ti4", "model.pool=avg").model.pool == "avg"
     assert load("pretrain", "model.pool=cls").model.pool == "cls"
@@ -262,14 +381,14 @@ def test_pooling_is_refused_only_where_it_takes_a_norm_away() -> None:
 
 
 @pytest.mark.parametrize("none", ["none", "None", "NONE", "null"])
-def test_none_is_said_as_help_shows_it(none: str) -> None:
+def test_none_override_is_null_for_optional_settings(none: str) -> None:
     file = ROOT / "configs/finetune/imagenet_vit_b16.yaml"
     words = ("view.randaugment", "train.steps", "train.clip_grad", "model.pool", "data.mean")
     loaded = load("finetune", *(f"{word}={none}" for word in words), file=file)
     assert (loaded.view.randaugment, loaded.train.clip_grad, loaded.model.pool, loaded.data.mean) == (None,) * 4
 
 
-def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
+def test_none_is_text_in_a_file_and_for_required_values(tmp_path: Path) -> None:
     """Neither in a file, which has YAML's word, nor for a setting that needs a value."""
     assert load("pretrain", "track.project=none").track.project == "none"
     for word in ("train.epochs=none", "train.precision=none"):
@@ -280,12 +399,12 @@ def test_none_is_null_nowhere_else(tmp_path: Path) -> None:
         load("pretrain", file=tmp_path / "file.yaml")
 
 
-def test_missing_fields_are_named() -> None:
+def test_missing_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"data\.path=\.\.\., init_from=\.\.\., out=\.\.\."):
         config.load("probe", None, ["model.name=vit_ti4"])
 
 
-def test_missing_and_broken_files(tmp_path: Path) -> None:
+def test_config_file_missing_or_broken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         config.load("pretrain", tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
@@ -296,7 +415,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         config.load("pretrain", tmp_path / "list.yaml")
 
 
-def test_only_what_changes_the_result_counts_as_different() -> None:
+def test_resume_compares_only_settings_that_change_the_result() -> None:
     old = load("finetune")
     assert config.differences(old, load("finetune", "machine.workers=1", "out=p", "data.path=e", "track.every=3")) == []
     changed = config.differences(old, load("finetune", "train.seed=7", "optim.base_lr=1"))
@@ -305,14 +424,14 @@ def test_only_what_changes_the_result_counts_as_different() -> None:
     assert other == ["init_from: random -> elsewhere"]
 
 
-def test_total_steps_cover_the_epochs() -> None:
+def test_total_steps_cover_all_epochs() -> None:
     train = load("pretrain", "train.epochs=2", "train.global_batch=30").train
     assert config.total_steps(train, 100) == 7
     assert config.total_steps(load("pretrain", "train.steps=5").train, 100) == 5
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "train.epoch=3"]])
-def test_answers_come_at_once_and_without_torch(words: list[str]) -> None:
+def test_help_and_config_errors_import_no_torch(words: list[str]) -> None:
     """Asserted by what is imported; the time itself is printed by -s, since machines differ."""
     code = (
         "import sys; from mae_dist.__main__ import main\n"

@@ -57,9 +57,9 @@ def test_ratio_that_leaves_nothing_to_see_is_refused() -> None:
     [
         ({"decoder_heads": 3}, "mae.decoder_dim=16: must be divisible by mae.decoder_heads=3 and by 4"),
         ({"decoder_dim": 18}, "mae.decoder_dim=18: must be divisible by mae.decoder_heads=2 and by 4"),
-        ({"decoder_heads": 0}, "mae.decoder_heads=0: must be greater than 0"),
-        ({"decoder_depth": -1}, "mae.decoder_depth=-1: must be 0 or more"),
-        ({"predict": 1.5}, "mae.predict=1.5: must lie between 0 and 1"),
+        ({"decoder_heads": 0}, "mae.decoder_heads=0: must be at least 1"),
+        ({"decoder_depth": -1}, "mae.decoder_depth=-1: must be at least 0"),
+        ({"predict": 1.5}, "mae.predict=1.5: must be greater than 0 and at most 1"),
     ],
 )
 def test_impossible_decoders_are_refused(shape: dict[str, Any], message: str, decoder: str) -> None:

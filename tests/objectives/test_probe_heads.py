@@ -421,7 +421,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
     cases = [
         (["model.name=mixer_demo4"], ["heads.features=[cls, mean]", "no class token", "heads.features=[mean]"]),
         (["heads.blocks=[2,5]"], ["heads.blocks=[2, 5]", "blocks 1 to 4"]),
-        (["heads.blocks=[0]"], ["heads.blocks", "greater than 0"]),
+        (["heads.blocks=[0]"], ["heads.blocks", "at least 1"]),
         (["heads.held_out=1"], ["heads.held_out=1", "less than 1"]),
         (["heads.held_out=0"], ["heads.held_out=0", "greater than 0"]),
         (["heads.held_out=1e-6"], ["heads.held_out=1e-06", "0 of the 700"]),
@@ -429,7 +429,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["heads.lars=[many]"], ["heads.lars", "Float"]),
         (["heads.features=[]"], ["heads.features=[]"]),
         (["heads.features=[token]"], ["heads.features", "cls"]),
-        (["heads.weight_decay=[-1]"], ["heads.weight_decay", "0 or more"]),
+        (["heads.weight_decay=[-1]"], ["heads.weight_decay", "at least 0"]),
         (["heads.adamw=[]", "heads.attentive=true"], ["heads.attentive", "heads.adamw"]),
         (["train.clip_grad=1"], ["train.clip_grad=1", "several heads"]),
     ]
