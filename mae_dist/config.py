@@ -380,7 +380,7 @@ def _explain(error: Exception, layer: Any, schema: type[Any], origin: str) -> st
     verb = next((verb for verb, other in SCHEMAS.items() if other is schema), None)
     meanings = {name: item.help for name, item in (settings_of(verb) if verb else known).items()}
     verbs = readers() if verb else {}
-    for name, value in _leaves(OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer):
+    for name, value in hints.leaves(OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer):
         text = ""
         if name in known:
             text = hints.wrong_value(name, value, choices_of(known[name].kind))
@@ -392,11 +392,3 @@ def _explain(error: Exception, layer: Any, schema: type[Any], origin: str) -> st
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
     text = re.sub(r" '\$VALUE'| of type '\$VALUE_TYPE'", "", lines[0])  # of an element, which OmegaConf cannot name
     return ("" if name and origin.startswith(f"{name}=") else origin) + (f"{name}: {text}" if name else text)
-
-
-def _leaves(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in plain.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -8,7 +8,7 @@ settings by name only; `config` has their types and ranges.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SECTIONS = {
@@ -236,6 +236,15 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(str, value))}]"
     return {"???": "(required)", "None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def leaves(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested dict by their dotted names."""
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _settings_for(name: str, known: Sequence[str], is_section: bool) -> list[str]:

@@ -13,8 +13,8 @@ import pytest
 from docs.architecture import FLOORS, PACKAGE, ROOT, imports, part_of, sources
 
 TORCH_FREE = [
-    "cli", "config", "errors", "hints", "image_grid", "model_sizes", "rng", "schema", "signals", "data.index", "data.order",
-    "data.pack", "data.synthetic", "run.events", "run.jobs", "run.jsonl", "run.layout",
+    "cli", "config", "errors", "hints", "image_grid", "model_sizes", "rng", "schema", "signals", "data.index",
+    "data.order", "data.pack", "data.synthetic", "run.events", "run.jobs", "run.jsonl", "run.layout",
 ]  # fmt: skip
 """Modules that import no torch, beside all of monitor/."""
 
