@@ -1,6 +1,7 @@
 """Settings: what is refused and with which sentence, what a resume compares, and that every file in configs/ loads."""
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mae_dist import config, hints
 
@@ -30,13 +32,17 @@ def load_file(verb: str, name: str, folder: str | None = None) -> Any:
 def test_config_file_loads_and_its_header_has_command_hardware_and_expectation(file: Path) -> None:
     verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
     loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["init_from=r"]))
-    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    text = " ".join(head)
-    assert f"mae-dist {verb}" in text or f"mae_dist {verb}" in text
-    assert str(file.relative_to(ROOT)) in text
-    assert "Hardware:" in text
-    assert "Expected" in text
-    assert config.from_dict(verb, __import__("yaml").safe_load(config.dump(loaded)), "dump") == loaded
+    header = "\n".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
+    commands = [shlex.split(line) for line in header.replace("\\\n", " ").splitlines() if line.startswith("   ")]
+    runs = [words[words.index(verb) :] for words in commands if verb in words]
+    assert len(runs) == 1
+    given, overrides = config.split_words(verb, runs[0][1:])
+    assert given == str(file.relative_to(ROOT))
+    assert config.load(verb, file, overrides).model == loaded.model
+    assert {words[0] for words in commands} <= {"mae-dist", "torchrun"}
+    assert "Hardware:" in header
+    assert "Expected" in header
+    assert config.from_dict(verb, yaml.safe_load(config.dump(loaded)), "dump") == loaded
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_l16", "vit_h14"])
