@@ -4,14 +4,21 @@ VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-others test-slurm lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
 	$(BIN)/mae-dist demo --out $(OUT)
 
-test: $(VENV)/installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the whole suite, with the tests on a real SLURM, which mostly wait, beside the others
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others
+
+test-others: $(VENV)/installed
+	$(BIN)/python -m pytest --ignore=tests/slurm
+
+test-slurm: $(VENV)/installed  ## prints everything at its end
+	@output=$$($(BIN)/python -m pytest -p no:cacheprovider tests/slurm 2>&1); status=$$?; \
+		printf '\n%s\n' "$$output"; exit $$status
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,7 +1,6 @@
-"""`python -m launch.agent NODES NODE RANKS HOST:PORT WORDS`: torchrun's agent of one node, for `mae-dist WORDS`.
+"""`python -m launch.agent NODES NODE RANKS HOST:PORT ARGV`: torchrun's agent of one node, for `mae-dist ARGV`.
 
-Ends with the exit status of the first rank that failed, as torchrun's own command does not: so it stays known whether
-starting again could help.
+Unlike torchrun's own command, it exits with the status of the first rank that failed, on which a requeue depends.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from torch.distributed.launcher.api import LaunchConfig
 from mae_dist import launcher
 
 
-def main(words: list[str]) -> int:
-    """Run this node's ranks."""
-    nodes, node, ranks, address, *argv = words
+def main(arguments: list[str]) -> int:
+    """Run the ranks of this node; give the exit status."""
+    nodes, node, ranks, address, *argv = arguments
     config = LaunchConfig(
         min_nodes=int(nodes), max_nodes=int(nodes), nproc_per_node=int(ranks), rdzv_backend="static",
         rdzv_endpoint=address, rdzv_configs={"rank": int(node), "timeout": 900}, run_id="none", max_restarts=0,

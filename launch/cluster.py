@@ -1,27 +1,22 @@
-"""Where to run: a cluster file, the shape that is asked for, and what the real cluster says of both.
+"""Where to run: the cluster file, the resources that a job requests, and a check of both against SLURM's partitions.
 
-A cluster file holds WHERE only, never what is trained. Flags of the command line and stages of a pipeline overrule its
-fields. Knows SLURM's sinfo, and no run.
+A cluster file holds WHERE to run, never what is trained. Flags of the command line and the keys of a pipeline's stage
+override its fields.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mae_dist import config as configuration
+from mae_dist.run import slurm_cli
 from mae_dist.schema import setting
 
-EARLY = 30.0
-"""Seconds by which SLURM may signal before it was asked to: it looks at time limits twice a minute."""
-ANSWER = 20.0
-"""Seconds in which a command of SLURM must answer."""
-
-NO_CONFIG = ("resolve_ctls_from_dns_srv", "configuration source", "unable to status file")
-"""Words of SLURM's commands when they do not know where its controller is."""
+SIGNAL_LEAD = 30.0
+"""Seconds by which SLURM may signal before it was requested to: it checks time limits twice a minute."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,15 @@ class Cluster:
     memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all")
     time: str = setting("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
     start_up: float = setting(60.0, "seconds from the start of a job to its first step")
-    stop_before_end: float = setting(180.0, "seconds before the time limit at which a run saves and requeues itself")
-    lose_at_most: float = setting(30.0, "minutes of work to lose where nothing warns; runs save that often")
+    stop_before_end: float = setting(180.0, "seconds before the time limit at which a run saves and is requeued")
+    lose_at_most: float = setting(30.0, "minutes of work that a stop without warning may lose; runs save that often")
     torchrun: bool = setting(False, "one task and torchrun on each node, instead of one task a rank")
     exclusive: bool = setting(False, "share the nodes with nobody")
     setup: tuple[str, ...] = setting((), "shell lines of the job before its tasks start: modules, environments")
-    python: str | None = setting(None, "what runs Python in a task, 'apptainer exec --nv X.sif python'; none: this one")
-    srun: tuple[str, ...] = setting((), "more words for srun, --container-image=... of pyxis for example")
+    python: str | None = setting(
+        None, "Python of the tasks, 'apptainer exec --nv X.sif python' for example; none: this one"
+    )
+    srun: tuple[str, ...] = setting((), "more options of srun, --container-image=... of pyxis for example")
     env: dict[str, str] = field(default_factory=dict, metadata={"help": "environment variables of the tasks"})
     sbatch: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "more options of sbatch, without dashes; true: one without a value"}
@@ -56,13 +53,13 @@ class Cluster:
 
     @property
     def nodes_range(self) -> tuple[int, int]:
-        """Least and most nodes."""
+        """Smallest and largest number of nodes."""
         least, _, most = self.nodes.partition("-")
         return int(least), int(most or least)
 
     @property
     def minutes(self) -> int:
-        """The time limit."""
+        """The time limit, rounded up."""
         return -(-seconds_of(self.time) // 60)
 
     def __str__(self) -> str:
@@ -73,7 +70,7 @@ class Cluster:
 
 
 def load(file: str, overrides: list[str]) -> Cluster:
-    """The cluster of a file, some of its fields overruled. ValueError names field and value."""
+    """Read a cluster file, with `field=value` overrides, and check it. ValueError names field and value."""
     if not Path(file).is_file():
         what = "is a folder" if Path(file).is_dir() else "no such file"
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
@@ -84,7 +81,7 @@ def load(file: str, overrides: list[str]) -> Cluster:
 
 
 def check_fields(cluster: Cluster) -> None:
-    """Refuse what no cluster could do (ValueError)."""
+    """Raise ValueError for values that no cluster could satisfy."""
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", cluster.nodes) or cluster.nodes_range[0] > cluster.nodes_range[1]:
         raise ValueError(f"nodes={cluster.nodes}: must be a number, or a range such as 1-4")
     for name in ("gpus_per_node", "start_up", "stop_before_end", "memory"):
@@ -102,23 +99,23 @@ def check_fields(cluster: Cluster) -> None:
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
     if gpus and ranks > gpus:
         raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")
-    least = cluster.start_up + cluster.stop_before_end + EARLY
+    least = cluster.start_up + cluster.stop_before_end + SIGNAL_LEAD
     if cluster.minutes * 60 < least:
         raise ValueError(
             f"time={cluster.time}: shorter than starting and saving take (start_up={cluster.start_up:g} s, "
-            f"stop_before_end={cluster.stop_before_end:g} s, and {EARLY:g} s by which SLURM may be early); "
+            f"stop_before_end={cluster.stop_before_end:g} s, and {SIGNAL_LEAD:g} s by which SLURM may be early); "
             f"ask for {-(-int(least) // 60)} minutes or more"
         )
 
 
 def one_rank(cluster: Cluster) -> list[str]:
-    """What overrules a cluster file for work that no ranks can share: the share of one rank, without its GPU."""
+    """Overrides for work that ranks cannot share: the CPUs and memory of one rank, and no GPU."""
     memory = cluster.memory / cluster.ranks_per_node if cluster.memory else "null"
     return ["nodes=1", "gpus_per_node=0", "tasks_per_node=1", f"memory={memory}", "exclusive=false"]
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of SLURM's [days-]hours:minutes:seconds, or of minutes:seconds."""
+    """Seconds in a time limit, [days-][hours:]minutes:seconds. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", time)
     if match is None:
         raise ValueError(f'time={time}: write it as "hours:minutes:seconds" or "days-hours:minutes:seconds", in quotes')
@@ -126,9 +123,9 @@ def seconds_of(time: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def check_real(cluster: Cluster) -> None:
-    """Hold the shape against the partitions that there are (ValueError in one sentence)."""
-    partitions = partitions_of(ask("sinfo", "-h", "-o", "%P|%l|%G|%c|%m|%D"))
+def check_partition(cluster: Cluster) -> None:
+    """Raise ValueError, in one sentence, if the partition is not there or cannot give what is requested."""
+    partitions = partitions_of(slurm_cli.call("sinfo", "-h", "-o", "%P|%l|%G|%c|%m|%D"))
     name = cluster.partition or next((row["name"] for row in partitions if row["default"]), None)
     if name is None:
         raise ValueError("partition: this cluster has no default; name one with --partition or in the cluster file")
@@ -155,7 +152,7 @@ def check_real(cluster: Cluster) -> None:
 
 
 def partitions_of(text: str) -> list[dict[str, Any]]:
-    """Rows of sinfo: name, default, seconds (None: no limit), gpus, cpus, memory (MB), nodes."""
+    """The rows that sinfo prints: name, default, seconds (None: no limit), gpus, cpus, memory (MB), nodes."""
     rows = []
     for line in text.splitlines():
         name, limit, gres, cpus, memory, nodes = line.split("|")
@@ -164,26 +161,3 @@ def partitions_of(text: str) -> list[dict[str, Any]]:
         row = {"name": name.rstrip("*"), "default": name.endswith("*"), "seconds": seconds, "gpus": gpus}
         rows.append(row | {k: int(v.rstrip("+")) for k, v in (("cpus", cpus), ("memory", memory), ("nodes", nodes))})
     return rows
-
-
-def ask(*command: str, said: str = "") -> str:
-    """What a command of SLURM answers to what is ``said`` to it; ValueError in one line where it cannot."""
-    try:
-        done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=ANSWER, check=False)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{command[0]}: not found; is this a login node of a SLURM cluster? Without one: launch/torchrun.sh"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]}: no answer in {ANSWER:g} s; is SLURM's controller down?") from None
-    if done.returncode:
-        text = one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}"
-        lost = any(word in text for word in NO_CONFIG)
-        raise ValueError(text + "; is SLURM set up in this shell? try `module load slurm`, or set SLURM_CONF" * lost)
-    return done.stdout
-
-
-def one_line(text: str) -> str:
-    """What SLURM complains of, in one line, without what it says twice."""
-    lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line))

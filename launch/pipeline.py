@@ -1,4 +1,4 @@
-"""Pipelines: one file of stages that follow from each other, as SLURM jobs or one after another on this machine.
+"""Pipelines: a file of stages that depend on each other, run as SLURM jobs or one after another on this machine.
 
     out: runs/cifar100
     stages:
@@ -8,10 +8,10 @@
                  sweep: "train.seed=0,1,2"}
       report:   {run: "report {pretrain} {finetune} --out {out}/report.html", gpus_per_node: 0}
 
-``run`` is what one would type after `mae-dist`. {name} is the folder of a stage above (of a swept stage: those of all
-its runs) and makes this one wait for it; {own name} is the stage's own folder, out/NAME, which a run gets as `out=`.
-Other keys overrule the cluster file. A stage whose fingerprint (its settings and those of the stages it stands on) has
-been reached already is passed over.
+``run`` is what a user would type after `mae-dist`. {name} is the folder of an earlier stage (of a swept stage: those of
+all its runs), which this stage then waits for; {own name} is the stage's own folder, out/NAME, which a run gets as
+`out=`. Other keys override the cluster file. A stage is skipped if it is done already with the same fingerprint, which
+covers its settings and the stages it depends on.
 """
 
 from __future__ import annotations
@@ -38,71 +38,73 @@ from mae_dist.run import jobs, layout
 from mae_dist.schema import RANDOM, SCHEMAS
 
 KEYS = {"run", "sweep", "at_once"}
-TAKEN = ("out", jobs.RECORDS, jobs.FOLDER, layout.CODE)
-"""What no stage can be called: its folder, or {name}, is something else's."""
+RESERVED_NAMES = ("out", jobs.PIPELINE, jobs.FOLDER, layout.CODE)
+"""Names that no stage can have, as the folder, or {name}, means something else."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One `mae-dist WORDS` of a stage; ``folder`` gets what is noted of it, ``makes`` is the folder that it makes, if
-    any, ``config`` is that of a verb that makes runs, ``receipt`` a file and what is written to it when it is done.
+    """One `mae-dist ARGV` of a stage. ``folder`` is where its events are recorded, ``output`` the folder that it makes,
+    if any; ``config`` is there for verbs that make runs; ``stamp`` is a file and the text, the fingerprint, that is
+    written to it when the run is done.
     """
 
     name: str
     folder: Path
-    words: tuple[str, ...]
-    makes: Path | None = None
+    argv: tuple[str, ...]
+    output: Path | None = None
     config: Any = None
-    receipt: tuple[str, str] | None = None
+    stamp: tuple[str, str] | None = None
 
-    @cached_property  # what ends while others are being queued changes nothing
+    @cached_property  # asked once: a run that ends while others are being queued changes nothing
     def done(self) -> bool:
-        """Whether this very run has been reached: same settings, same foundations, finished."""
-        if self.receipt is None:
-            return self.config is not None and preflight.finished(self.words[0], self.config)
-        if not Path(self.receipt[0]).is_file():
+        """Whether this run is finished, with the same settings and inputs."""
+        if self.stamp is None:
+            return self.config is not None and preflight.finished(self.argv[0], self.config)
+        if not Path(self.stamp[0]).is_file():
             return False
-        same = Path(self.receipt[0]).read_text() == self.receipt[1]
-        there = self.makes is None or self.makes.exists()
-        return same and there and (self.config is None or layout.result(self.folder) is not None)
+        same = Path(self.stamp[0]).read_text() == self.stamp[1]
+        exists = self.output is None or self.output.exists()
+        return same and exists and (self.config is None or layout.result(self.folder) is not None)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that are queued together, as an array if they are several, after the stages that it ``needs``.
+    """Runs that are queued together, as an array if there are several, after the stages that it ``needs``.
 
-    ``shape``: what overrules the cluster file, as key=value; ``whatever_came``: also after needs that have failed.
+    ``overrides`` of the cluster file are key=value; ``at_once`` is the number of runs at the same time;
+    ``run_after_failures``: run it also when a needed stage has failed.
     """
 
     name: str
     verb: str
     runs: tuple[Run, ...]
     needs: tuple[str, ...] = ()
-    shape: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     at_once: int = 8
     fingerprint: str = ""
-    whatever_came: bool = False
+    run_after_failures: bool = False
 
     @property
     def ranked(self) -> bool:
-        """Whether any number of ranks can share a run of it."""
+        """Whether its runs can use several ranks."""
         return self.verb in SCHEMAS
 
     @property
-    def waiting(self) -> tuple[Run, ...]:
+    def remaining(self) -> tuple[Run, ...]:
         """Its runs that are not done."""
         return tuple(run for run in self.runs if not run.done)
 
     @property
-    def home(self) -> Path:
-        """The folder of its run, or of all its runs."""
+    def folder(self) -> Path:
+        """The folder of its run, or the one around the folders of its runs."""
         return self.runs[0].folder if len(self.runs) == 1 else self.runs[0].folder.parent
 
 
 def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
-    """The folder that a pipeline's file names, and its stages in their order; ``overrides`` are settings of every run.
+    """Read a pipeline's file; give its `out` folder and its stages in order. ``overrides`` are settings of every run.
 
-    Raises ValueError in one sentence.
+    Raises ValueError with one sentence that names the file and the stage.
     """
     try:
         plain = yaml.safe_load(Path(file).read_text())
@@ -110,8 +112,8 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
         raise ValueError(f"pipeline {file}: {error.strerror}; launch/pipelines/ has examples") from error
     except yaml.YAMLError as error:
         raise ValueError(f"pipeline {file}: not YAML: {' '.join(str(error).split())}") from error
-    named = isinstance(plain, dict) and set(plain) == {"out", "stages"}
-    if not named or not isinstance(plain["stages"], dict) or not plain["stages"]:
+    complete = isinstance(plain, dict) and set(plain) == {"out", "stages"}
+    if not complete or not isinstance(plain["stages"], dict) or not plain["stages"]:
         raise ValueError(f"pipeline {file}: must have `out: FOLDER` and `stages:` with a name and a `run:` each")
     if not isinstance(plain["out"], str) or not plain["out"]:
         raise ValueError(f"pipeline {file}: out: {plain['out']}: must be the path of a folder")
@@ -124,29 +126,33 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
     return out, list(stages.values())
 
 
-def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, Stage], overrides: list[str]) -> Stage:
-    """One stage, given those before it. The file has `out` as ``typed``, which need not be absolute."""
-    if not re.fullmatch(r"[\w.-]*\w", name) or name in TAKEN:
-        raise ValueError(f"is no name for a stage; take letters, digits, - and _, and none of {', '.join(TAKEN)}")
+def read_stage(
+    name: str, given: Any, out: Path, written_out: str, before: dict[str, Stage], overrides: list[str]
+) -> Stage:
+    """One stage, from its entry in the file and the stages before it. ``written_out`` is `out` as the file has it."""
+    if not re.fullmatch(r"[\w.-]*\w", name) or name in RESERVED_NAMES:
+        raise ValueError(
+            f"is no name for a stage; use letters, digits, - and _, and none of {', '.join(RESERVED_NAMES)}"
+        )
     if not isinstance(given, dict) or "run" not in given:
         raise ValueError("has no `run:`, the words after mae-dist")
-    shapes = {item.name for item in fields(Cluster)}
-    for key in set(given) - KEYS - shapes:
-        near = difflib.get_close_matches(key, KEYS | shapes, n=1)
+    cluster_keys = {item.name for item in fields(Cluster)}
+    for key in set(given) - KEYS - cluster_keys:
+        near = difflib.get_close_matches(key, KEYS | cluster_keys, n=1)
         raise ValueError(f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else ""))
     at_once = given.get("at_once", 8)
     if type(at_once) is not int or at_once < 1:
         raise ValueError(f"at_once: {at_once}: must be a number, 1 or more")
     own = out / name
-    words, needs = placed(words_of(given, "run"), name, own, out, before)
-    verb = words[0] if words else ""
+    argv, needs = substitute(split_line(given, "run"), name, own, out, before)
+    verb = argv[0] if argv else ""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise ValueError(f"run: {verb}: no such verb" + (f"; did you mean {near[0]}?" if near else ""))
     if verb in SCHEMAS:
-        config_file, settings = configuration.split_words(verb, words[1:])
+        config_file, settings = configuration.split_words(verb, argv[1:])
         settings += overrides
-        several = sweep.combinations(verb, words_of(given, "sweep")) if "sweep" in given else [("", [])]
+        several = sweep.combinations(verb, split_line(given, "sweep")) if "sweep" in given else [("", [])]
         runs = [
             run_of(f"{name}/{part}" if part else name, own / part, verb, config_file, settings + chosen)
             for part, chosen in several
@@ -158,15 +164,15 @@ def read_stage(name: str, given: Any, out: Path, typed: str, before: dict[str, S
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:
-        runs = [Run(name, out / jobs.RECORDS / name, tuple(words), own if f"{{{name}}}" in given["run"] else None)]
-    runs = [with_receipt(run, out, typed, [before[need] for need in needs]) for run in runs]
-    shape = [f"{key}={as_word(given[key])}" for key in given if key in shapes]
-    fingerprint = " ".join(str(run.receipt) for run in runs).replace(str(out), typed)
-    return Stage(name, verb, tuple(runs), tuple(needs), tuple(shape), at_once, fingerprint)
+        runs = [Run(name, out / jobs.PIPELINE / name, tuple(argv), own if f"{{{name}}}" in given["run"] else None)]
+    runs = [with_stamp(run, out, written_out, [before[need] for need in needs]) for run in runs]
+    cluster_overrides = [f"{key}={as_yaml(given[key])}" for key in given if key in cluster_keys]
+    fingerprint = " ".join(str(run.stamp) for run in runs).replace(str(out), written_out)
+    return Stage(name, verb, tuple(runs), tuple(needs), tuple(cluster_overrides), at_once, fingerprint)
 
 
-def words_of(given: dict[str, Any], key: str) -> list[str]:
-    """The words of a line of the file, as a shell parts them."""
+def split_line(given: dict[str, Any], key: str) -> list[str]:
+    """The words of a line of the file, split as a shell does."""
     if not isinstance(given[key], str):
         raise ValueError(f"{key}: {given[key]}: must be words in one line, as on a command line")
     try:
@@ -176,31 +182,33 @@ def words_of(given: dict[str, Any], key: str) -> list[str]:
 
 
 def run_of(name: str, own: Path, verb: str, config_file: str | None, settings: list[str]) -> Run:
-    """A run with its settings read and checked."""
+    """A run, its settings read and checked."""
     settings = [*settings, f"out={own}"]
-    words = (verb, *([config_file] if config_file else []), *settings)
-    return Run(name, own, words, own, configuration.load(verb, config_file, settings))
+    argv = (verb, *([config_file] if config_file else []), *settings)
+    return Run(name, own, argv, own, configuration.load(verb, config_file, settings))
 
 
-def with_receipt(run: Run, out: Path, typed: str, needs: list[Stage]) -> Run:
-    """The run with its fingerprint: what decides its result, and the fingerprints of the stages that it stands on. For
-    what lies in a stage's folder the stage's fingerprint speaks; data of elsewhere have one of their own.
+def with_stamp(run: Run, out: Path, written_out: str, needs: list[Stage]) -> Run:
+    """A copy of the run with its stamp. Its fingerprint covers the settings on which its result depends and the
+    fingerprints of the stages that it needs. Data that no stage makes count by their own fingerprint.
     """
-    what: list[Any] = [word.replace(str(out), typed) for word in run.words]
+    what: list[Any] = [word.replace(str(out), written_out) for word in run.argv]
     if run.config is not None:
-        what = [run.words[0], configuration.result_settings(run.config) | {"from": None}]
-        if Path(run.config.data.path) not in [made.makes for need in needs for made in need.runs]:
+        what = [run.argv[0], configuration.result_settings(run.config) | {"init_from": None}]
+        if Path(run.config.data.path) not in [made.output for need in needs for made in need.runs]:
             what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)
-    receipt = hashlib.sha256(text.encode()).hexdigest()[:16] + "\n"
-    return dataclasses.replace(run, receipt=(str(out / jobs.RECORDS / run.name / "done"), receipt))
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16] + "\n"
+    return dataclasses.replace(run, stamp=(str(out / jobs.PIPELINE / run.name / "done"), fingerprint))
 
 
-def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, Stage]) -> tuple[list[str], list[str]]:
-    """The words with folders for {names}, and the names that they stand on. A word {name} of a swept stage becomes as
-    many words as it has runs.
+def substitute(
+    words: list[str], name: str, own: Path, out: Path, before: dict[str, Stage]
+) -> tuple[list[str], list[str]]:
+    """The words with folders in place of {names}, and the names of the stages used. A word {name} of a swept stage
+    becomes as many words as the stage has runs.
     """
-    known = {stage: [str(run.makes) for run in before[stage].runs if run.makes] for stage in before}
+    known = {stage: [str(run.output) for run in before[stage].runs if run.output] for stage in before}
     known |= {name: [str(own)], "out": [str(out)]}
     needs, result = [], []
     for word in words:
@@ -222,6 +230,6 @@ def placed(words: list[str], name: str, own: Path, out: Path, before: dict[str, 
     return result, needs
 
 
-def as_word(value: Any) -> str:
-    """A value for a key=value, which is read as YAML: text stays text, though YAML has 24:00:00 for a number."""
+def as_yaml(value: Any) -> str:
+    """A value for a key=value, which is read as YAML: text is quoted, as YAML would read 24:00:00 as a number."""
     return json.dumps(value, default=str)

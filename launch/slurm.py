@@ -1,11 +1,12 @@
-"""Handing jobs to SLURM through submitit: one job, or many as an array; after others; or only the script of it."""
+"""Submitting jobs to SLURM through submitit: one job or a job array, with dependencies; or only printing its script."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,26 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.cluster import Cluster, ask, one_line
+from launch.cluster import Cluster
 from launch.pipeline import Stage
 from launch.slurm_task import SCRIPT_SETUP
 from launch.task_runner import SIGNAL, JobSpec, script_end
+from mae_dist.run import slurm_cli
 
-FOR_EVER = 10**6
-"""Times that submitit lets a job time out: when to stop is not its decision."""
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")
-"""Beginnings of variables that say how SLURM is reached; all others of SLURM describe an allocation."""
-DEAF = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
-"""Runs a command to which these signals do nothing until it listens: early ones would end it."""
+MAX_TIMEOUTS = 10**6
+"""Time limits after which submitit stops requeueing a job: never, as the task decides that."""
+CONNECTION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")
+"""Prefixes of the variables by which SLURM is reached; all other SLURM_ variables describe an allocation."""
+IGNORE_SIGNALS = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
+"""Runs a command that ignores these signals until it installs its handlers: early ones would end it."""
 
 
 def submit(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, after: str | None) -> list[str]:
-    """Queue the jobs of a stage (several: as an array); their names, "12" or "12_0", "12_1", ...
+    """Queue the jobs of a stage (several: as an array); give their names, "12" or "12_0", "12_1", ...
 
-    ``after`` is a dependency in SLURM's words. Raises ValueError with sbatch's reason; nothing is queued then.
+    ``after`` is a value of sbatch's --dependency. Raises ValueError with sbatch's reason; then nothing is queued.
     """
-    executor = submitit.SlurmExecutor(jobs[0].logs, max_num_timeout=FOR_EVER, python=_python(cluster))
+    executor = submitit.SlurmExecutor(jobs[0].logs, max_num_timeout=MAX_TIMEOUTS, python=_python(cluster))
     executor.update_parameters(**parameters(jobs[0], cluster, stage, code, after))
     try:
         if len(jobs) == 1:
@@ -40,11 +42,11 @@ def submit(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, 
             queued = [executor.submit(job) for job in jobs]
         return [job.job_id for job in queued]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError(f"sbatch refuses: {one_line(str(error))}") from error
+        raise ValueError(f"sbatch refuses: {slurm_cli.one_line(str(error))}") from error
 
 
 def script(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path) -> str:
-    """The script that `submit` hands to sbatch, but for what it waits for."""
+    """The script that `submit` hands to sbatch, without the dependency."""
     command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(jobs[0].logs)}"
     chosen = parameters(jobs[0], cluster, stage, code, after=None)
     return _make_sbatch_string(
@@ -52,32 +54,39 @@ def script(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path) 
     )
 
 
-def rehearse(text: str) -> None:
-    """Ask SLURM whether it would take a script, without queueing it (ValueError in one sentence)."""
+def check_script(text: str) -> None:
+    """Raise ValueError, in one sentence, if SLURM would refuse a script. Queues nothing."""
     try:
-        ask("sbatch", "--test-only", said=text)
+        slurm_cli.call("sbatch", "--test-only", stdin=text)
     except ValueError as error:
         raise ValueError(f"sbatch refuses: {error}") from error
 
 
+def cancel(numbers: Iterable[str]) -> None:
+    """Cancel jobs, as far as SLURM can be reached."""
+    subprocess.run(["scancel", *numbers], check=False)
+
+
 def leave_allocation() -> None:
-    """Forget the allocation that one submits from, if any. A job would take for its own what SLURM does not set anew:
-    the memory, over which srun stumbles, the number of requeues, the end.
+    """Remove the variables of the allocation that this process runs in, if any. Otherwise a job would inherit those
+    that SLURM does not set again: the memory, with which srun fails, the number of requeues, the job's end.
     """
     if "SLURM_JOB_ID" in os.environ:
-        for name in [name for name in os.environ if name.startswith("SLURM_") and not name.startswith(KEPT)]:
+        for name in [name for name in os.environ if name.startswith("SLURM_") and not name.startswith(CONNECTION)]:
             del os.environ[name]
 
 
 def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: str | None) -> dict[str, Any]:
-    """A job's options in submitit's words."""
+    """The options of a job, as submitit names them."""
     tasks = job.tasks_per_node
     cpus = (cluster.cpus_per_task or 0) * cluster.ranks_per_node // tasks or None
     nodes = cluster.nodes if job.ranked else "1"
     gpus = cluster.gpus_per_node if job.ranked else 0
     more = {"requeue": True, "nodes": nodes}
     steps = ["--kill-on-bad-exit=0", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-    fixed = nodes.isdigit()  # of a range SLURM would keep the first start's number of tasks, and wait for as many nodes
+    fixed = (
+        nodes.isdigit()
+    )  # with a range, SLURM would keep the number of tasks of the first start and wait for as many nodes
     more |= {} if fixed else {"mincpus": tasks * (cpus or 1)}
     more |= {name: value is None or value for name, value in cluster.sbatch.items()}
     more = {name: value for name, value in more.items() if value is not False}
@@ -101,5 +110,5 @@ def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: 
 
 
 def _python(cluster: Cluster) -> str:
-    assert SIGNAL in DEAF
-    return f"{DEAF} {cluster.python or shlex.quote(sys.executable)}"
+    assert SIGNAL in IGNORE_SIGNALS
+    return f"{IGNORE_SIGNALS} {cluster.python or shlex.quote(sys.executable)}"

@@ -1,13 +1,9 @@
-"""Where a task of a job is: what SLURM's environment says, where all tasks meet, what the controller says of the job.
-
-Holds no process and decides nothing. In a container SLURM's commands may be missing: then the controller is silent.
-"""
+"""Which task of which job this process is, as SLURM's environment says, and the address at which all tasks meet."""
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -15,24 +11,26 @@ from pathlib import Path
 
 import submitit
 
-SHARED = 300.0
-"""Seconds in which a file of another node must be seen."""
+from mae_dist.run.jsonl import write_atomic
+
+RENDEZVOUS_TIMEOUT = 300.0
+"""Seconds to wait for a file that another node writes."""
 SCRIPT_SETUP = (
     "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}",
     'export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(SLURM_TIME_FORMAT=%s squeue -h -j "$job" -o %e)}"',
 )
-"""Shell lines of a job before its tasks: its name, which the last lines need, and its end, where SLURM does not say it.
-A single number, as the last of an array has, would stand for the whole array.
+"""Shell lines of a job before its tasks: its name, which `task_runner.script_end` needs, and its end, where SLURM does
+not set it. An element of an array needs both numbers: the last element's job number alone means the whole array.
 """
 
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """Where in which job this task is, as SLURM says; ``start`` counts requeues. An array's job is named 12_3."""
+    """A task of a job; an element of an array is job 12_3. ``start`` is the number of requeues before this start."""
 
     job: str
     start: int
-    task: int
+    number: int
     num_tasks: int
     local_task: int
     node: int
@@ -40,7 +38,7 @@ class SlurmTask:
 
     @staticmethod
     def here() -> SlurmTask:
-        """From the environment of a task."""
+        """The task that this process is, from its environment variables."""
         own = submitit.JobEnvironment()
         return SlurmTask(
             own.job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)), own.global_rank, own.num_tasks, own.local_rank,
@@ -48,55 +46,43 @@ class SlurmTask:
         )  # fmt: skip
 
 
-def meet(place: SlurmTask, logs: Path) -> tuple[tuple[str, str], socket.socket | None]:
-    """Address and port at which the ranks of this start meet, and what keeps the port free until then.
+def rendezvous(task: SlurmTask, logs: Path) -> tuple[tuple[str, str], socket.socket | None]:
+    """Address and port at which the ranks of this start meet, and the socket that reserves the port until then.
 
-    Task 0 has the kernel choose a port and keeps it bound, which lets a rank of this machine listen there and nobody
-    else be given it; it tells the others in a file.
+    Task 0 has the kernel choose a port and keeps it bound: a rank of this machine can still listen there, and no other
+    process is given it. The other tasks read the address from a file.
     """
-    file = logs / f"{place.job}.{place.start}.address"
-    if place.task == 0:
-        held = reserved_port()
-        address = place.hosts[0], str(held.getsockname()[1])
-        temporary = file.with_suffix(".new")
-        temporary.write_text(" ".join(address))
-        temporary.replace(file)
-        for old in logs.glob(f"{place.job}.*.address"):
+    file = logs / f"{task.job}.{task.start}.address"
+    if task.number == 0:
+        reserved = reserve_port()
+        address = task.hosts[0], str(reserved.getsockname()[1])
+        write_atomic(file, " ".join(address))
+        for old in logs.glob(f"{task.job}.*.address"):
             if old != file:
                 old.unlink()
-        return address, held
-    deadline = time.monotonic() + SHARED
-    while file.name not in os.listdir(logs):  # asked for itself, a network file system may remember that it was missing
+        return address, reserved
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
+    while file.name not in os.listdir(
+        logs
+    ):  # a network file system may cache that a file is missing, so list the folder
         if time.monotonic() > deadline:
-            sys.exit(f"{file}: not there after {SHARED:g} s; does every node see this folder?")
+            sys.exit(f"{file}: not there after {RENDEZVOUS_TIMEOUT:g} s; does every node see this folder?")
         time.sleep(0.05)
     host, port = file.read_text().split()
     return (host, port), None
 
 
-def reserved_port() -> socket.socket:
+def reserve_port() -> socket.socket:
     """A socket bound to a free port, on which another one of this machine may listen while it only holds the port."""
-    held = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("", 0))
-    return held
+    reserved = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("", 0))
+    return reserved
 
 
 def end_of_job() -> float | None:
-    """When the job's time is over, as seconds since 1970; None where SLURM does not say, or it has no limit."""
+    """The time limit of the job in seconds since 1970; None where it has none or SLURM does not set it."""
     try:
         return float(os.environ.get("SLURM_JOB_END_TIME", ""))
     except ValueError:
         return None
-
-
-def state_of(job: str) -> tuple[str | None, int]:
-    """State of the job and number of its requeues, as the controller has them; (None, this start's) if it is silent."""
-    own = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    try:
-        command = ["scontrol", "show", "job", "-o", job]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.SubprocessError):
-        said = ""
-    fields = dict(word.split("=", 1) for word in said.partition("\n")[0].split() if "=" in word)
-    return fields.get("JobState"), int(fields.get("Restarts", own))

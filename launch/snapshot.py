@@ -1,4 +1,4 @@
-"""A copy of the code that a job runs, in the run's folder, so that what is edited later changes no queued job."""
+"""A copy of the code in the run's folder, for its jobs, so that later edits change no queued job."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PACKAGES = ("mae_dist", "launch")
 
 
 def new_snapshot_dir(folder: Path) -> Path:
-    """Where the next copy for the run or runs in `folder` will lie: `folder`/code/TIME."""
+    """The folder for the next copy of the code, which is not there yet: `folder`/code/TIME."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     wanted = (folder / CODE / name for name in (stamp, *(f"{stamp}-{i}" for i in range(1, 1000))))
     return next(path for path in wanted if not path.exists())
 
 
-def take(code: Path) -> None:
-    """Copy the code to the folder `code`; its REVISION is what provenance will say."""
+def copy_code(code: Path) -> None:
+    """Copy the code to the folder `code`, with a file REVISION, from which the run records its commit."""
     for package in PACKAGES:
         try:
             shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))

@@ -1,8 +1,8 @@
 """`python launch/submit.py VERB CONFIG.yaml --cluster FILE.yaml [section.key=value ...]`: a run as a SLURM job.
 
-Also a sweep of runs as a job array, and a pipeline of stages as jobs that wait for each other. Everything that can be
-known is checked first; a mistake is one sentence, and nothing is queued. The code is copied into the run's folder, and
-the settings are resolved there, so that nothing that is edited later changes a job that waits or is requeued.
+Also a sweep of runs as a job array, and a pipeline of stages as jobs that wait for each other. All checks come first;
+an error is one sentence, and then nothing is queued. The code and the resolved settings are copied into the run's
+folder, so that later edits change no job that waits or is requeued.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this folder is on it, not the one around it
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # a script has its own folder on the path, not the one around it
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins Ctrl-C just ends it, without a word
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins, Ctrl-C ends the process without a traceback
 
 import argparse
 import dataclasses
@@ -22,22 +24,22 @@ import logging
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launch import cluster as clusters
+from launch import cluster as cluster_file
 from launch import local, pipeline, preflight, slurm, snapshot, sweep
 from launch.cluster import Cluster
 from launch.pipeline import Run, Stage
 from launch.task_runner import JobSpec
 from mae_dist import config as configuration
+from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
 from mae_dist.run import jobs, layout
 from mae_dist.schema import SCHEMAS
 
 DESCRIPTION = """\
-Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and requeue themselves at
+Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and are requeued at
 preemption, time limits and lost nodes.
 
   submit.py pretrain CONFIG.yaml --cluster launch/clusters/mine.yaml data.path=DIR out=RUN --nodes 4
@@ -46,7 +48,7 @@ preemption, time limits and lost nodes.
 
 
 def main(argv: list[str]) -> int:
-    """Submit; 0, or 2 for what a user got wrong, 130 after Ctrl-C."""
+    """Run `submit.py ARGV`; give the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = parse(argv)
     try:
@@ -56,23 +58,23 @@ def main(argv: list[str]) -> int:
         if options.local:
             if options.verb != "pipeline":
                 raise ValueError(f"--local: is for a pipeline; on this machine a run is `mae-dist {options.verb} ...`")
-            return local.walk(stages)
-        with until_enough_is_read():
+            return local.run_stages(stages)
+        with ignore_closed_stdout():
             submit(stages, base, options)
-        return 0
+        return DONE
     except (ValueError, OSError) as error:
         if options.debug:
             raise
         print(f"submit: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("submit: interrupted, nothing is queued", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 @contextmanager
-def until_enough_is_read() -> Iterator[None]:
-    """Whoever reads what is printed in it, `| head` say, may leave before the end."""
+def ignore_closed_stdout() -> Iterator[None]:
+    """Context in which the reader of standard output, `| head` for example, may exit before the end."""
     try:
         yield
         sys.stdout.flush()
@@ -81,7 +83,7 @@ def until_enough_is_read() -> Iterator[None]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. `file` is the CONFIG.yaml, the pipeline's, or None; `settings` are the section.key=value."""
+    """Parse the command line. Raises SystemExit, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="submit.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,20 +91,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value", help="as for mae-dist")
     parser.add_argument("--cluster", help="WHERE: a cluster file, see launch/clusters/example.yaml")
     for name in ("partition", "nodes", "gpus-per-node", "tasks-per-node", "time"):
-        parser.add_argument(f"--{name}", help=f"overrules {name.replace('-', '_')} of the cluster file")
+        parser.add_argument(f"--{name}", help=f"overrides {name.replace('-', '_')} of the cluster file")
     parser.add_argument("--torchrun", action="store_true", help="one task and torchrun on each node")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
     parser.add_argument("--local", action="store_true", help="a pipeline on this machine, one stage after another")
-    dry = "print what sbatch would get; queue and write nothing, and ask SLURM nothing, so partitions are not checked"
+    dry = "print the scripts for sbatch; queue and write nothing, and do not call SLURM, so partitions are not checked"
     parser.add_argument("--dry-run", action="store_true", help=dry)
-    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser.parse_intermixed_args(argv)
 
 
 def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
-    """(the folder that everything lies in, the stages): those of a pipeline's file; for a single run one; for a sweep
-    its runs, and the table of their results.
+    """(folder around everything, stages): those of a pipeline's file; one stage for a single run; for a sweep one with
+    its runs and one that writes the table of their results.
     """
     file, settings = configuration.split_words(options.verb, options.words)
     if options.at_once < 1:
@@ -119,16 +121,16 @@ def stages_of(options: argparse.Namespace) -> tuple[Path, list[Stage]]:
         for name, chosen in several
     ]  # fmt: skip
     stages = [Stage(options.verb, options.verb, tuple(runs), at_once=options.at_once)]
-    if len(runs) > 1 and (stages[0].waiting or not (base / "results.md").exists()):
-        words = ("runs", str(base.absolute()), "--results", str(base.absolute() / "results.md"))
-        table = Run("results", base / jobs.RECORDS / "results", words)
-        stages.append(Stage("results", "runs", (table,), (options.verb,), whatever_came=True))
+    if len(runs) > 1 and (stages[0].remaining or not (base / "results.md").exists()):
+        argv = ("runs", str(base.absolute()), "--results", str(base.absolute() / "results.md"))
+        table = Run("results", base / jobs.PIPELINE / "results", argv)
+        stages.append(Stage("results", "runs", (table,), (options.verb,), run_after_failures=True))
     return base, stages
 
 
-def where(options: argparse.Namespace, stage: Stage) -> Cluster:
-    """The cluster file with what overrules it: flags, then the stage's shape. Of a stage that no ranks can share the
-    share of one rank.
+def cluster_for(stage: Stage, options: argparse.Namespace) -> Cluster:
+    """The cluster file with its overrides: flags first, then the stage's. A stage whose runs are not ranked gets the
+    CPUs and memory of one rank.
     """
     if options.cluster is None:
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
@@ -136,188 +138,189 @@ def where(options: argparse.Namespace, stage: Stage) -> Cluster:
     flags = {name: getattr(options, name) for name in ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")}
     if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
         flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
-    words = [f"{name}={pipeline.as_word(value)}" for name, value in flags.items() if value is not None]
-    words += ["torchrun=true"] if options.torchrun else []
-    place = clusters.load(options.cluster, words)
-    words += [] if stage.ranked else clusters.one_rank(place)
-    with naming(stage, options):
-        return clusters.load(options.cluster, [*words, *stage.shape])
+    overrides = [f"{name}={pipeline.as_yaml(value)}" for name, value in flags.items() if value is not None]
+    overrides += ["torchrun=true"] if options.torchrun else []
+    cluster = cluster_file.load(options.cluster, overrides)
+    overrides += [] if stage.ranked else cluster_file.one_rank(cluster)
+    with prefix_errors(stage, options):
+        return cluster_file.load(options.cluster, [*overrides, *stage.overrides])
 
 
 def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None:
-    """Check all stages, then queue those that are not done, in their order; all of them or none. Speaks after that."""
-    waiting = [stage for stage in stages if stage.waiting]
-    home = shlex.quote(str(base))
-    if not waiting:
-        tell_done(stages)
-        print(f"next: mae-dist runs {home}")
+    """Check all stages, queue those that are not done, all of them or none, and print what was queued."""
+    remaining = [stage for stage in stages if stage.remaining]
+    quoted_base = shlex.quote(str(base))
+    if not remaining:
+        print_done(stages)
+        print(f"next: mae-dist runs {quoted_base}")
         return
-    places = {stage.name: where(options, stage) for stage in waiting}
+    clusters = {stage.name: cluster_for(stage, options) for stage in remaining}
     preflight.check_writable(base)
-    preflight.check_idle(run.folder for stage in waiting for run in stage.waiting)
-    for stage in waiting:
-        with naming(stage, options):
-            check(stage, places[stage.name], {other.name for other in waiting})
-    scripts = {stage.name: script(stage, places[stage.name]) for stage in waiting}
+    preflight.check_idle(run.folder for stage in remaining for run in stage.remaining)
+    for stage in remaining:
+        with prefix_errors(stage, options):
+            check(stage, clusters[stage.name], {other.name for other in remaining})
+    scripts = {stage.name: script(stage, clusters[stage.name]) for stage in remaining}
     if options.dry_run:
-        tell_done(stages)
-        for stage in waiting:
-            num = len(stage.waiting)
+        print_done(stages)
+        for stage in remaining:
+            num = len(stage.remaining)
             print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{scripts[stage.name]}")
         return
     slurm.leave_allocation()
-    for stage in waiting:
-        with naming(stage, options):
-            clusters.check_real(places[stage.name])
-            slurm.rehearse(scripts[stage.name])
+    for stage in remaining:
+        with prefix_errors(stage, options):
+            cluster_file.check_partition(clusters[stage.name])
+            slurm.check_script(scripts[stage.name])
     code = snapshot.new_snapshot_dir(base.absolute())
-    queued = queue(waiting, places, base.absolute(), code)
-    tell_done(stages)
-    for stage in waiting:
-        tell(stage, places[stage.name], queued[stage.name])
-    numbers = " ".join(map(number, queued.values()))
-    print(f"code  {code} ({(code / 'REVISION').read_text().strip()})")
-    print(f"next: mae-dist runs {home} --watch | mae-dist logs {home} | scancel {numbers}")
+    queued = queue(remaining, clusters, base.absolute(), code)
+    print_done(stages)
+    for stage in remaining:
+        print_queued(stage, clusters[stage.name], queued[stage.name])
+    numbers = " ".join(map(job_number, queued.values()))
+    print(f"code  {code} ({(code / layout.REVISION).read_text().strip()})")
+    print(f"next: mae-dist runs {quoted_base} --watch | mae-dist logs {quoted_base} | scancel {numbers}")
 
 
 @contextmanager
-def naming(stage: Stage, options: argparse.Namespace) -> Iterator[None]:
-    """What is wrong with a stage of a pipeline begins with its name."""
+def prefix_errors(stage: Stage, options: argparse.Namespace) -> Iterator[None]:
+    """Context in which the message of a ValueError gets the name of the stage in front, if it is a pipeline's."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}" if options.verb == "pipeline" else str(error)) from error
 
 
-def queue(waiting: list[Stage], places: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:
-    """Copy the code and queue the stages; the names of each one's jobs. All of it or, whatever comes, nothing."""
+def queue(remaining: list[Stage], clusters: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:
+    """Copy the code and queue the stages; give the names of each one's jobs. If anything fails, nothing stays queued
+    or written.
+    """
     new = [path for path in (code, *code.parents) if not path.exists()]
     queued: dict[str, list[str]] = {}
     try:
-        snapshot.take(code)
-        for stage in waiting:
-            freeze(stage, places[stage.name], code)
-            with undisturbed():  # until sbatch has given its number
-                queued[stage.name] = enqueue(stage, places[stage.name], code, queued)
-            note(stage, places[stage.name], queued[stage.name])
+        snapshot.copy_code(code)
+        for stage in remaining:
+            write_settings(stage, clusters[stage.name], code)
+            with defer_interrupt():  # until sbatch has printed the job's number
+                queued[stage.name] = enqueue(stage, clusters[stage.name], code, queued)
+            record_submissions(stage, clusters[stage.name], queued[stage.name])
     except BaseException:
         if queued:
-            subprocess.run(["scancel", *map(number, queued.values())], check=False)
+            slurm.cancel(map(job_number, queued.values()))
         shutil.rmtree(base if base in new else code, ignore_errors=True)
         for path in new:
-            with suppress(OSError):  # others may have put something there
+            with suppress(OSError):  # another process may have put something there
                 path.rmdir()
         raise
     return queued
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. Processes that are started in it never get it, as they inherit the mask,
-    which alone would not do here: a thread of NumPy's could take the signal.
+def defer_interrupt() -> Iterator[None]:
+    """Context in which Ctrl-C is deferred to the end. Processes started in it never get it, as they inherit the signal
+    mask. The mask alone would not do in this process: a thread of NumPy's could take the signal.
     """
-    noted: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-    if noted:
+    if received:
         raise KeyboardInterrupt
 
 
-def number(names: list[str]) -> str:
-    """The number of the job that has these names, which may be an array."""
+def job_number(names: list[str]) -> str:
+    """The number of the job, or of the job array, that has these names."""
     return names[0].partition("_")[0]
 
 
-def check(stage: Stage, place: Cluster, waiting: set[str]) -> None:
-    """What can be known of a stage now: of the data and the start only if they are not still to be made."""
-    for run in stage.waiting:
+def check(stage: Stage, cluster: Cluster, remaining: set[str]) -> None:
+    """Run the checks of a stage; those of data and initial weights only if no stage has still to make them."""
+    for run in stage.remaining:
         preflight.check_writable(run.folder)
         if run.config is not None:
-            if waiting.intersection(stage.needs):
-                preflight.check_shape(run.config, place)
+            if remaining.intersection(stage.needs):
+                preflight.check_ranks(run.config, cluster)
                 preflight.check_disk(run.config)
             else:
-                preflight.check(stage.verb, run.config, place)
+                preflight.check(stage.verb, run.config, cluster)
 
 
-def jobs_of(stage: Stage, place: Cluster, code: Path) -> list[JobSpec]:
-    """The jobs of a stage, which find their settings beside the code."""
+def job_specs(stage: Stage, cluster: Cluster, code: Path) -> list[JobSpec]:
+    """The jobs of a stage. Their settings are files beside the code."""
     return [
         JobSpec(
-            words=(stage.verb, str(settings_file(code, run))) if run.config else run.words,
-            logs=str((stage.home / jobs.FOLDER).absolute()), ranks_per_node=place.ranks_per_node,
-            stop_before_end=place.stop_before_end, run=str(run.folder.absolute()) if run.config else None,
+            argv=(stage.verb, str(settings_file(code, run))) if run.config else run.argv,
+            logs=str((stage.folder / jobs.FOLDER).absolute()), ranks_per_node=cluster.ranks_per_node,
+            stop_before_end=cluster.stop_before_end, run=str(run.folder.absolute()) if run.config else None,
             restarts=run.config.machine.restarts if run.config else 0,
-            ranked=stage.ranked, torchrun=place.torchrun, receipt=run.receipt,
+            ranked=stage.ranked, torchrun=cluster.torchrun, stamp=run.stamp,
         )
-        for run in stage.waiting
+        for run in stage.remaining
     ]  # fmt: skip
 
 
 def settings_file(code: Path, run: Run) -> Path:
-    """Where the resolved settings of a run lie."""
+    """The file with the resolved settings of a run."""
     return code / "settings" / f"{run.name}.yaml"
 
 
-def script(stage: Stage, place: Cluster) -> str:
-    """What sbatch will get, but for where the code lies and what is waited for."""
+def script(stage: Stage, cluster: Cluster) -> str:
+    """The script that sbatch will get, without the folder of the code and the dependency."""
     code = Path("CODE")
-    return slurm.script(jobs_of(stage, place, code), place, stage, code)
+    return slurm.script(job_specs(stage, cluster, code), cluster, stage, code)
 
 
-def freeze(stage: Stage, place: Cluster, code: Path) -> None:
-    """Write the settings of the runs where their jobs find them. A job may have another working directory than this
-    process, so its paths are absolute.
+def write_settings(stage: Stage, cluster: Cluster, code: Path) -> None:
+    """Write the resolved settings of the runs beside the code. Paths are absolute, as a job may have another working
+    directory than this process.
     """
-    for run in stage.waiting:
+    for run in stage.remaining:
         if run.config is not None:
             file = settings_file(code, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(configuration.dump(layout.absolute(saving(run.config, place))))
+            file.write_text(configuration.dump(layout.absolute(with_save_interval(run.config, cluster))))
 
 
-def enqueue(stage: Stage, place: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:
-    """Queue the jobs of a stage after those that it needs; their names."""
-    before = [number(queued[name]) for name in stage.needs if name in queued]
-    word = "afterany" if stage.whatever_came else "afterok"
-    after = f"{word}:{':'.join(before)}" if before else None
-    return slurm.submit(jobs_of(stage, place, code), place, stage, code, after)
+def enqueue(stage: Stage, cluster: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:
+    """Queue the jobs of a stage after those of the stages that it needs; give their names."""
+    before = [job_number(queued[name]) for name in stage.needs if name in queued]
+    condition = "afterany" if stage.run_after_failures else "afterok"
+    after = f"{condition}:{':'.join(before)}" if before else None
+    return slurm.submit(job_specs(stage, cluster, code), cluster, stage, code, after)
 
 
-def note(stage: Stage, place: Cluster, names: list[str]) -> None:
-    """Note in each run's folder that it was submitted."""
-    logs = str((stage.home / jobs.FOLDER).absolute())
-    tasks = place.ranks_per_node if stage.ranked and not place.torchrun else 1
-    for run, name in zip(stage.waiting, names, strict=True):
-        submission = jobs.Submission(name, logs, place.nodes if stage.ranked else "1", tasks, jobs.now())
-        jobs.note_submission(run.folder, submission)
+def record_submissions(stage: Stage, cluster: Cluster, names: list[str]) -> None:
+    """Record each run's job in the run's folder."""
+    logs, nodes = str((stage.folder / jobs.FOLDER).absolute()), cluster.nodes if stage.ranked else "1"
+    tasks = cluster.ranks_per_node if stage.ranked and not cluster.torchrun else 1
+    for run, name in zip(stage.remaining, names, strict=True):
+        jobs.record_submission(run.folder, jobs.Submission(name, logs, nodes, tasks))
 
 
-def saving(config: Any, place: Cluster) -> Any:
-    """The settings with checkpoints as often as the cluster asks for, unless they say themselves."""
+def with_save_interval(config: Any, cluster: Cluster) -> Any:
+    """The settings with checkpoints every `lose_at_most` minutes, unless they set checkpoint.minutes themselves."""
     if config.checkpoint.minutes is not None:
         return config
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, minutes=place.lose_at_most))
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, minutes=cluster.lose_at_most))
 
 
-def tell_done(stages: list[Stage]) -> None:
-    """Say what was reached before."""
+def print_done(stages: list[Stage]) -> None:
+    """Print the runs and stages that are skipped because they are done."""
     for stage in stages:
-        for name in [run.name for run in stage.runs if run.done] if stage.waiting else [stage.name]:
-            print(f"{name}: done already, passed over")
+        for name in [run.name for run in stage.runs if run.done] if stage.remaining else [stage.name]:
+            print(f"{name}: done already, skipped")
 
 
-def tell(stage: Stage, place: Cluster, names: list[str]) -> None:
-    """Say what was queued, and where what it says will lie."""
+def print_queued(stage: Stage, cluster: Cluster, names: list[str]) -> None:
+    """Print the job of a stage, its resources, its folder and its first log."""
     many = f"{len(names)} runs, {min(stage.at_once, len(names))} at once, " if len(names) > 1 else ""
-    shape = str(place) if stage.ranked else f"1 task, {place.time}"
-    print(f"job {number(names)}: {stage.name}, {many}{shape}")
-    print(f"      {stage.home}; log {jobs.log_file(stage.home / jobs.FOLDER, names[0], 0)}")
+    resources = str(cluster) if stage.ranked else f"1 task, {cluster.time}"
+    print(f"job {job_number(names)}: {stage.name}, {many}{resources}")
+    print(f"      {stage.folder}; log {jobs.log_file(stage.folder / jobs.FOLDER, names[0], 0)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sweeps: every combination of some settings' values, each a run in a folder of its own. Pure functions of words."""
+"""Sweeps: every combination of some settings' values, each a run in a folder of its own. Pure functions of strings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from mae_dist import config as configuration
 from mae_dist.schema import SCHEMAS
 
 
-def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(folder name, settings) of each combination of ``key=a,b,c`` words; the first key varies slowest.
+def combinations(verb: str, settings: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(folder name, settings) of each combination of ``key=a,b,c`` settings; the first key varies slowest.
 
-    A key without its section is completed where only one section has it (`seed` is `train.seed`). A word with one value
-    is a plain setting and names no folder. Raises ValueError for what is no such word, or is there twice, and for two
-    combinations whose folders would have the same name.
+    A key without its section is completed where only one section has it (`seed` is `train.seed`). A setting with one
+    value adds nothing to folder names. Raises ValueError for a malformed setting, for one that is given twice, and for
+    two combinations whose folders would have the same name.
     """
     keys, values = [], []
-    for word in words:
-        key, equals, given = word.partition("=")
+    for setting in settings:
+        key, equals, given = setting.partition("=")
         if not equals or not given:
-            raise ValueError(f"--sweep {word}: expected section.key=value,value,..., for example train.seed=0,1,2")
-        keys.append(completed(verb, key))
-        values.append(split(given))
+            raise ValueError(f"--sweep {setting}: expected section.key=value,value,..., for example train.seed=0,1,2")
+        keys.append(complete_key(verb, key))
+        values.append(split_values(given))
     for key, chosen in zip(keys, values, strict=True):
         if keys.count(key) > 1:
             raise ValueError(f"--sweep {key}: given more than once")
         if repeated := {value for value in chosen if chosen.count(value) > 1}:
-            raise ValueError(f"--sweep {key}: {', '.join(sorted(repeated))} is there more than once")
+            raise ValueError(f"--sweep {key}: {', '.join(sorted(repeated))} is given more than once")
     lasts = [key.rpartition(".")[2] for key in keys]
     short = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
     found = []
@@ -36,7 +36,7 @@ def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]
         parts = [f"{s}-{v}" for s, v, vs in zip(short, choice, values, strict=True) if len(vs) > 1]
         name = re.sub(r"[^\w.+-]", "-", "_".join(parts))
         name, chosen = name or "run", [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]
-        if twin := next((settings for other, settings in found if other == name), None):
+        if twin := next((earlier for other, earlier in found if other == name), None):
             raise ValueError(
                 f"--sweep: {' '.join(twin)} and {' '.join(chosen)} would share the folder {name}, in which / and the "
                 f"like become -; submit one of them by itself"
@@ -45,13 +45,13 @@ def combinations(verb: str, words: Sequence[str]) -> list[tuple[str, list[str]]]
     return found
 
 
-def split(text: str) -> list[str]:
-    """Values between commas; those within brackets belong to one value, as in view.scale=[0.2,1],[0.5,1]."""
+def split_values(text: str) -> list[str]:
+    """The values between commas, except commas within brackets, as in view.scale=[0.2,1],[0.5,1]."""
     return [value for value in re.split(r",(?![^\[\]]*\])", text) if value]
 
 
-def completed(verb: str, key: str) -> str:
-    """`seed` -> `train.seed`."""
+def complete_key(verb: str, key: str) -> str:
+    """A key with its section: `train.seed` for `seed`. Raises ValueError where none or several sections have it."""
     if "." in key or key in ("out", "init_from"):
         return key
     known = [line.split()[0] for line in configuration.settings_help(verb).splitlines()]

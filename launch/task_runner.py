@@ -1,13 +1,13 @@
-"""What a SLURM task does: start a rank (or a node's torchrun), pass on what it is told, and hand over to a requeue.
+"""What a SLURM task does: start a rank (or a node's torchrun), pass signals on to it, and have the job requeued.
 
-The run itself is `mae-dist VERB ...`, a process of its own, which knows no SLURM: it saves when it is signalled and
-says by its exit status what became of it. This process only watches. It imports no torch, holds no state that a
-requeue could lose, and notes what happens in `mae_dist.run.jobs`' files.
+The run itself is `mae-dist VERB ...`, a child process that knows no SLURM: it saves when it gets a signal, and its exit
+status says how it ended. This process only supervises. It imports no torch, holds no state that a requeue could lose,
+and records events in the files of `mae_dist.run.jobs`.
 
-A stop begins with a signal of SLURM (preemption, time limit) or with the clock, which knows the end of the job. When
-the ranks have saved and left, task 0 hands over to submitit's own handler, which requeues the job, unless SLURM has
-done so already. Where that fails, as in a container without SLURM's commands, it leaves a word for the job's script,
-which tries again. Tasks other than 0 leave quietly, so that no result of theirs says that the job has failed.
+A stop begins with a signal of SLURM (preemption, time limit), or with an alarm before the job's end. When the ranks
+have saved and exited, task 0 calls submitit's own signal handler, which requeues the job, unless SLURM has done so
+already. Where that fails, as in a container without SLURM's commands, task 0 leaves a marker file and the job's script
+requeues the job. Tasks other than 0 exit with status 0, so that no result of theirs says that the job has failed.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import submitit
 
-from launch.cluster import EARLY
-from launch.slurm_task import SlurmTask, end_of_job, meet, state_of
-from mae_dist.run import jobs, layout
-from mae_dist.signals import REQUEUE
+from launch.cluster import SIGNAL_LEAD
+from launch.slurm_task import SlurmTask, end_of_job, rendezvous
+from mae_dist.errors import DONE, FAILED, STOPPED, USER_ERROR
+from mae_dist.run import events, jobs, layout, slurm_cli
 
 SIGNAL = "USR2"
-"""What SLURM is asked to send; submitit's choice."""
-TOLD = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
-PATIENCE = 0.8
-"""Share of the time before the end in which the ranks must have saved; after it they are killed, and requeued."""
-MISTAKE = 2
-"""Exit status of mae-dist after a user's mistake, which starting again would repeat."""
-FAREWELL = 5.0
-"""Seconds in which the other tasks must have noted how they ended."""
-LOST, TOO_SHORT = "a rank was lost", "the time limit came before anything new was saved"
-"""Why a job is requeued, and after how many times without a new checkpoint it is not: `restarts`, and once."""
+"""The signal that SLURM sends before the end of a job; submitit's choice."""
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
+SAVE_SHARE = 0.8
+"""Share of `stop_before_end` in which the ranks must have saved and exited; after it they are killed."""
+EXIT_STATUS_WAIT = 5.0
+"""Seconds to wait for the exit statuses of the other tasks."""
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """``words`` of mae-dist, run by each task as a rank; or, with ``torchrun``, by one task a node for its ranks; or,
-    if not ``ranked``, by a single task. What is noted lies in ``logs``; ``run`` is the folder of the run, if it makes
-    one. Done, it writes its ``receipt``, (file, text).
+    """What a job runs: `mae-dist ARGV`, by each task as a rank; or, with ``torchrun``, by one task a node that starts
+    its ranks; or, if not ``ranked``, by a single task.
+
+    ``logs`` is the folder of logs and event files; ``run`` the folder of the run, if it makes one; ``stamp`` (file,
+    text) is written when the job is done.
     """
 
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     logs: str
     ranks_per_node: int
     stop_before_end: float
@@ -62,7 +62,7 @@ class JobSpec:
     restarts: int = 0
     ranked: bool = True
     torchrun: bool = False
-    receipt: tuple[str, str] | None = None
+    stamp: tuple[str, str] | None = None
 
     @property
     def tasks_per_node(self) -> int:
@@ -70,133 +70,142 @@ class JobSpec:
         return self.ranks_per_node if self.ranked and not self.torchrun else 1
 
     @property
-    def saved(self) -> int:
+    def last_saved_step(self) -> int:
         """Step of the newest checkpoint; 0 where there is none."""
         return max((layout.step_of(path) for path in layout.checkpoints(Path(self.run))), default=0) if self.run else 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit requeues: the same, as everything else is in the run's folder."""
+        """What submitit requeues: this JobSpec unchanged, as all progress is in the run's folder."""
         return submitit.helpers.DelayedSubmission(self)
 
     def __call__(self) -> None:
-        """Run in a task. Returns when the run is finished; else leaves with the exit status of the rank."""
+        """Run in a task. Returns when the run is finished; else exits with the exit status of the rank."""
         logging.getLogger("submitit").setLevel(logging.ERROR)  # it calls every requeue a time-out
         submitit_handler = signal.getsignal(getattr(signal, f"SIG{SIGNAL}"))
         assert callable(submitit_handler)
-        watch = TaskRunner(self, SlurmTask.here())
-        status = watch.run()
-        if status == 0:
-            if self.receipt and watch.place.task == 0:
-                file, text = Path(self.receipt[0]), self.receipt[1]
+        runner = TaskRunner(self, SlurmTask.here())
+        status = runner.run()
+        if status == DONE:
+            if self.stamp and runner.task.number == 0:
+                file, text = Path(self.stamp[0]), self.stamp[1]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
             return
-        if watch.place.task == 0:
-            again, why = watch.judge(status)
-            if again:
-                watch.requeue(why, submitit_handler)
-            if why:
-                print(f"mae-dist: {why}", flush=True)
-        elif status == REQUEUE or watch.told:
+        if runner.task.number == 0:
+            decision = runner.decide(status)
+            if decision.reason:
+                runner.requeue(decision.reason, decision.message, submitit_handler)
+            if decision.message:
+                print(f"mae-dist: {decision.message}", flush=True)
+        elif status == STOPPED or runner.stop_requested:
             sys.exit(0)
         sys.exit(status if status > 0 else 128 - status)
 
 
 def requeue_marker(logs: str | Path, job: str) -> Path:
-    """The file by which task 0 asks the job's script to requeue it."""
+    """The file by which task 0 asks the job's script to requeue the job."""
     return Path(logs) / f"{job}.requeue"
 
 
 def script_end(logs: str) -> list[str]:
-    """Shell lines of a job after its tasks, outside of any container: a requeue that the tasks could not do, tried for
-    some minutes; else the tasks' exit status. ``$job`` is its name (`place.SCRIPT_SETUP`).
+    """Shell lines of a job after its tasks, outside of any container: requeue the job, with retries for some minutes,
+    if the tasks could not; else exit with the tasks' status. ``$job`` is set by `slurm_task.SCRIPT_SETUP`.
     """
-    asked = f"{shlex.quote(logs)}/$job.requeue"
+    marker = f"{shlex.quote(logs)}/$job.requeue"
     return [
         "status=$?",
-        f"if [ -e {asked} ]; then",
-        f"  rm -f {asked}",
+        f"if [ -e {marker} ]; then",
+        f"  rm -f {marker}",
         '  for pause in 5 15 30 60 60 60; do scontrol requeue "$job" && sleep 60; sleep $pause; done',
-        '  echo "mae-dist: $job could not be requeued; submit the same command again, it goes on"',
+        '  echo "mae-dist: $job could not be requeued; submit the same command again to resume"',
         "fi",
         "exit $status",
     ]
 
 
-def should_requeue(
-    status: int, told: bool, late: bool, ends: Sequence[int], before: Sequence[str], restarts: int
-) -> tuple[bool, str]:
-    """Whether a job is to start again, and why; or why not, where that is not what a rank has said itself.
+class Decision(NamedTuple):
+    """Why a job is requeued, or None if it is not; and the message to print, empty where a rank has printed its own."""
 
-    ``status`` is how task 0 ended, ``ends`` how all tasks did; ``told``: it was told to stop, ``late``: by its time
-    limit; ``before``: why it was requeued earlier, since its newest checkpoint.
+    reason: jobs.Reason | None
+    message: str = ""
+
+
+def should_requeue(
+    exit_statuses: Sequence[int], stop_requested: bool, time_limit: bool, before: Sequence[jobs.Reason], restarts: int
+) -> Decision:
+    """Whether to requeue a job, and why or why not.
+
+    ``exit_statuses`` begin with task 0's; ``stop_requested``: task 0 was asked to stop, with ``time_limit`` because of
+    the time limit; ``before``: the reasons of earlier requeues since the newest checkpoint; ``restarts``: how many
+    requeues for a lost rank are allowed without a new checkpoint. Of time limits one is allowed.
     """
-    if MISTAKE in (status, *ends):
-        return False, ""
-    if status == REQUEUE:
-        return True, "stopped and saved"
-    if told and late:
-        if TOO_SHORT in before:
-            return False, f"{TOO_SHORT}, twice in a row: ask for more time (--time), or a larger stop_before_end"
-        return True, TOO_SHORT
-    if told:
-        return True, "stopped"
-    crashes = sum(why.startswith(LOST) for why in before)
-    if crashes >= restarts:
-        return False, f"{LOST} {crashes + 1} times since the last new checkpoint" if crashes else ""
-    return True, f"{LOST}, restart {crashes + 1} of {restarts} since the last new checkpoint"
+    if USER_ERROR in exit_statuses:
+        return Decision(None)
+    if exit_statuses[0] == STOPPED:
+        return Decision("saved", "stopped and saved")
+    if stop_requested and time_limit:
+        message = "the time limit came before a new checkpoint was saved"
+        if "time_limit" in before:
+            return Decision(None, f"{message}, twice in a row: raise the time limit (--time) or stop_before_end")
+        return Decision("time_limit", message)
+    if stop_requested:
+        return Decision("stopped", "stopped")
+    lost = before.count("rank_lost")
+    if lost >= restarts:
+        return Decision(None, f"a rank was lost {lost + 1} times since the last new checkpoint" if lost else "")
+    return Decision("rank_lost", f"a rank was lost, restart {lost + 1} of {restarts} since the last new checkpoint")
 
 
 class TaskRunner:
-    """One task of one start: its process, and whether it was told to stop."""
+    """One task in one start of its job: its child process, and whether it was asked to stop."""
 
-    def __init__(self, job: JobSpec, place: SlurmTask):
-        self.job, self.place, self.end = job, place, end_of_job()
-        self.told = self.late = False
+    def __init__(self, job: JobSpec, task: SlurmTask):
+        self.job, self.task, self.deadline = job, task, end_of_job()
+        self.stop_requested = self.time_limit = False
         self.logs = Path(job.logs)
         self.child: subprocess.Popen[bytes] | None = None
 
-    def note(self, event: str, **facts: object) -> None:
-        """For everybody to see; a full disk must not end what watches."""
+    def record(self, event: str, **fields: object) -> None:
+        """Append to this task's event file. Errors are printed, not raised: a full disk must not end the supervisor."""
         try:
-            jobs.note(self.logs, self.place.job, self.place.task, event, self.place.start, **facts)
+            jobs.record(self.logs, self.task.job, self.task.number, event, self.task.start, **fields)
         except OSError as error:
-            print(f"cannot be noted ({error}): {event}", file=sys.stderr, flush=True)
+            print(f"the event {event} could not be recorded: {error}", file=sys.stderr, flush=True)
 
     def run(self) -> int:
-        """Start the process and wait for it; its exit status, -n if signal n ended it."""
-        place = self.place
-        for number in TOLD:
-            signal.signal(number, self.tell)
-        print(f"== start {place.start} of job {place.job}, task {place.task} of {place.num_tasks}", flush=True)
-        self.note("start", host=socket.gethostname(), tasks=place.num_tasks, nodes=len(place.hosts))
-        environment, reserved_socket = os.environ | self.environment(), None
+        """Start the child process and wait for it; give its exit status, -n if signal n ended it."""
+        task = self.task
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.forward_signal)
+        print(f"== start {task.start} of job {task.job}, task {task.number} of {task.num_tasks}", flush=True)
+        self.record("start", host=socket.gethostname(), tasks=task.num_tasks, nodes=len(task.hosts))
+        environment, reserved_socket = os.environ | self.rank_variables(), None
         if self.job.ranked:
-            address, reserved_socket = meet(place, self.logs)
+            address, reserved_socket = rendezvous(task, self.logs)
             environment |= dict(zip(("MASTER_ADDR", "MASTER_PORT"), address, strict=True))
-        if place.task == 0:
-            requeue_marker(self.logs, place.job).unlink(missing_ok=True)
+        if task.number == 0:
+            requeue_marker(self.logs, task.job).unlink(missing_ok=True)
             self.log_environment()
-            self.set_clock()
-        if not self.told:
+            self.set_alarm()
+        if not self.stop_requested:
             self.child = subprocess.Popen(self.command(environment), env=environment)
-            if self.told:  # just now, when there was nobody to pass it on to
-                self.stop("", signal.SIGTERM)
+            if self.stop_requested:  # while the child was being started, so the signal was not forwarded
+                self.request_stop("", signal.SIGTERM)
         status = self.child.wait() if self.child else -signal.SIGTERM
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in TOLD:  # from here on it is known what will happen
+        for number in STOP_SIGNALS:  # what happens next depends on the exit statuses alone
             signal.signal(number, signal.SIG_IGN)
         if reserved_socket:
             reserved_socket.close()
-        self.note("end", status=status)
+        self.record("end", status=status)
         return status
 
-    def environment(self) -> dict[str, str]:
-        """What makes a process a rank; torchrun makes its own."""
-        place, variables = self.place, {}
+    def rank_variables(self) -> dict[str, str]:
+        """Environment variables that make the child a rank (torchrun sets its own), and its number of threads."""
+        task, variables = self.task, {}
         if self.job.ranked and not self.job.torchrun:
             variables = {
-                "RANK": place.task, "WORLD_SIZE": place.num_tasks, "LOCAL_RANK": place.local_task,
+                "RANK": task.number, "WORLD_SIZE": task.num_tasks, "LOCAL_RANK": task.local_task,
                 "LOCAL_WORLD_SIZE": self.job.ranks_per_node,
             }  # fmt: skip
         if (cpus := os.environ.get("SLURM_CPUS_PER_TASK")) and "OMP_NUM_THREADS" not in os.environ:
@@ -204,58 +213,53 @@ class TaskRunner:
             variables["OMP_NUM_THREADS"] = max(1, int(cpus) // ranks)
         return {name: str(value) for name, value in variables.items()}
 
-    def command(self, environment: dict[str, str]) -> list[str]:
-        """What this task runs."""
-        module = ["-m", "mae_dist", *self.job.words]
+    def command(self, environment: Mapping[str, str]) -> list[str]:
+        """Command line of the child process."""
         if not (self.job.ranked and self.job.torchrun):
-            return [sys.executable, "-u", *module]
-        shape = [len(self.place.hosts), self.place.node, self.job.ranks_per_node]
+            return [sys.executable, "-u", "-m", "mae_dist", *self.job.argv]
+        shape = [len(self.task.hosts), self.task.node, self.job.ranks_per_node]
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        agent = [sys.executable, "-u", "-m", "launch.agent", *map(str, shape), address, *self.job.words]
-        return ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *agent]  # its ranks listen, it would die
+        agent = [sys.executable, "-u", "-m", "launch.agent", *map(str, shape), address, *self.job.argv]
+        return ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *agent]  # its ranks handle them; the agent would die
 
     def log_environment(self) -> None:
-        """Say once what runs where."""
-        place, code = self.place, Path(__file__).parents[1]
-        ranks = self.job.ranks_per_node * len(place.hosts) if self.job.ranked else 1
+        """Print ranks, hosts, versions and the folder of the code."""
+        hosts, code = self.task.hosts, Path(__file__).parents[1]
+        ranks = self.job.ranks_per_node * len(hosts) if self.job.ranked else 1
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "submitit"))
-        print(
-            f"{ranks} ranks on {', '.join(place.hosts)}; python {sys.version.split()[0]}, {packages}; {code}",
-            flush=True,
-        )
+        print(f"{ranks} ranks on {', '.join(hosts)}; python {sys.version.split()[0]}, {packages}; {code}", flush=True)
 
     # stopping
 
-    def tell(self, number: int, _: FrameType | None) -> None:
-        """Handler of signals: pass on. SLURM sends to all processes of a task, but not every proxy does."""
-        self.stop(signal.Signals(number).name, number)
+    def forward_signal(self, number: int, _: FrameType | None) -> None:
+        """Signal handler. SLURM signals all processes of a task, but not every container passes signals on."""
+        self.request_stop(signal.Signals(number).name, number)
 
-    def stop(self, by: str, number: int) -> None:
-        """Tell the ranks to save and leave."""
-        if not self.told:
-            self.told = True
-            self.late = self.end is not None and time.time() > self.end - self.job.stop_before_end - EARLY
-            self.note("told", by=by)
-        for pid in self.ranks():
-            try:
+    def request_stop(self, by: str, number: int) -> None:
+        """Send a signal to the ranks, which makes them save and exit."""
+        if not self.stop_requested:
+            self.stop_requested = True
+            lead = self.job.stop_before_end + SIGNAL_LEAD
+            self.time_limit = self.deadline is not None and time.time() > self.deadline - lead
+            self.record("stop_requested", by=by)
+        for pid in self.rank_pids():
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
-    def ranks(self) -> list[int]:
-        """Processes that save when they are told; under torchrun its children."""
+    def rank_pids(self) -> list[int]:
+        """The processes that save on a signal: the child or, under torchrun, its children."""
         if self.child is None or self.child.returncode is not None:
             return []
         if not self.job.torchrun:
             return [self.child.pid]
         children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children")
-        return [int(word) for word in children.read_text().split()] if children.exists() else []
+        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
-    def set_clock(self) -> None:
-        """Stop in time before the job's end, whoever has told the ranks before; and once more, harder, when PATIENCE is
-        at its end, if they do not leave.
+    def set_alarm(self) -> None:
+        """Request a stop `stop_before_end` seconds before the job's end, even if one was requested before; and kill the
+        child if it has not exited after SAVE_SHARE of that time.
         """
-        if self.end is None:
+        if self.deadline is None:
             return
         alarmed = False
 
@@ -265,45 +269,57 @@ class TaskRunner:
                 self.child.kill()
                 return
             alarmed = True
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE * self.job.stop_before_end)
-            self.stop("time limit", signal.SIGUSR1)
+            signal.setitimer(signal.ITIMER_REAL, SAVE_SHARE * self.job.stop_before_end)
+            self.request_stop("time limit", signal.SIGUSR1)
 
         signal.signal(signal.SIGALRM, on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, self.end - time.time() - self.job.stop_before_end))
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - time.time() - self.job.stop_before_end))
 
-    # going on
+    # requeueing
 
-    def judge(self, status: int) -> tuple[bool, str]:
-        """Whether the job is to start again, and why, or why not."""
-        ends, saved = self.collect_exit_statuses(), self.job.saved
-        mine = jobs.events(self.logs, self.place.job).get(0, [])
-        before = [event["why"] for event in mine if event["event"] == "requeue" and event.get("saved") == saved]
-        return should_requeue(status, self.told, self.late, ends, before, self.job.restarts)
+    def decide(self, status: int) -> Decision:
+        """Whether to requeue the job after this task's child ended with this exit status, and why or why not."""
+        saved = self.job.last_saved_step
+        mine = jobs.events(self.logs, self.task.job).get(0, [])
+        requeues = {e["start"]: e["reason"] for e in mine if e["event"] == "requeue" and e["saved"] == saved}
+        statuses = [status, *self.collect_exit_statuses()]
+        return should_requeue(
+            statuses, self.stop_requested, self.time_limit, list(requeues.values()), self.job.restarts
+        )
 
     def collect_exit_statuses(self) -> list[int]:
-        """Exit statuses of all tasks in this start, as far as they come in time. A requeue kills who is left."""
-        deadline = time.monotonic() + FAREWELL
+        """Exit statuses of all tasks in this start, as far as they come in time. A requeue kills the other tasks."""
+        deadline = time.monotonic() + EXIT_STATUS_WAIT
         while True:
-            everybody = jobs.events(self.logs, self.place.job).values()
-            ends = [
-                e["status"] for own in everybody for e in own if (e["event"], e["start"]) == ("end", self.place.start)
-            ]
-            if len(ends) == self.place.num_tasks or time.monotonic() > deadline:
+            tasks = jobs.events(self.logs, self.task.job).values()
+            ends = [e["status"] for own in tasks for e in own if (e["event"], e["start"]) == ("end", self.task.start)]
+            if len(ends) == self.task.num_tasks or time.monotonic() > deadline:
                 return ends
             time.sleep(0.2)
 
-    def requeue(self, why: str, submitit_handler: Callable[[int, None], object]) -> NoReturn:
-        """Hand over to submitit, unless SLURM has ended this start: then it starts the job again by itself, or not."""
-        state, start = state_of(self.place.job)
-        if state not in ("RUNNING", None) or start != self.place.start:
-            self.note("requeue", why=why + jobs.BY_SLURM, saved=self.job.saved)
-            print(f"{why}; SLURM has ended this start already ({state})", flush=True)
-            sys.exit(REQUEUE)
-        self.note("requeue", why=why, saved=self.job.saved)
-        print(f"{why}; requeueing", flush=True)
+    def requeue(self, reason: jobs.Reason, message: str, submitit_handler: Callable[[int, None], object]) -> NoReturn:
+        """Have submitit requeue the job, unless SLURM has ended this start: then SLURM itself decides about another."""
+        state, restarts = slurm_cli.state_and_restarts(self.task.job)
+        if state not in ("RUNNING", None) or restarts not in (self.task.start, None):
+            self.record_requeue(reason, message, "slurm")
+            print(f"{message}; SLURM has ended this start already ({state})", flush=True)
+            sys.exit(STOPPED)
+        by = "task" if shutil.which("scontrol") else "script"
+        self.record_requeue(reason, message, by)
+        print(f"{message}; requeueing", flush=True)
         try:
             submitit_handler(getattr(signal, f"SIG{SIGNAL}"), None)
         except (subprocess.SubprocessError, OSError) as error:
-            requeue_marker(self.logs, self.place.job).touch()
+            requeue_marker(self.logs, self.task.job).touch()
+            if by == "task":
+                self.record_requeue(reason, message, "script")
             print(f"could not requeue here ({error}); the job's script tries it", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(FAILED)
+
+    def record_requeue(self, reason: jobs.Reason, message: str, by: jobs.By) -> None:
+        """Record a requeue in the event files of this task and of the run. The last one of a start counts."""
+        fields = {"reason": reason, "by": by, "message": message, "saved": self.job.last_saved_step}
+        self.record("requeue", **fields)
+        if self.job.run:
+            with suppress(OSError):
+                events.append(Path(self.job.run), "requeue", job=self.task.job, start=self.task.start, **fields)

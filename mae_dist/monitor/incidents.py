@@ -28,7 +28,7 @@ def of(
     starts: list[Line], rewinds: Iterable[Line] = (), ends: Iterable[Line] = (), notes: Iterable[Line] = ()
 ) -> list[Incident]:
     """All of a run, oldest first; ``notes`` are the events of its jobs' first task."""
-    told = [_noted(note) for note in notes if note.get("event") in ("told", "requeue")]
+    told = [_noted(note) for note in notes if note.get("event") in ("stop_requested", "requeue")]
     return sorted([*map(_started_again, starts[1:]), *map(_went_back, rewinds), *map(_ended, ends), *told])
 
 
@@ -55,5 +55,6 @@ def _ended(end: Line) -> Incident:
 
 
 def _noted(note: Line) -> Incident:
-    what = f"told to stop by {note['by']}" if note["event"] == "told" else f"to be started again: {note['why']}"
+    stop = note["event"] == "stop_requested"
+    what = f"stop requested by {note['by']}" if stop else f"to be started again: {note['message']}"
     return Incident(str(note["time"]), "", what)

@@ -16,7 +16,7 @@ from pathlib import Path
 from mae_dist.cli import Parser
 from mae_dist.monitor import runs
 from mae_dist.monitor.status import STOPPED, Event, ended, endings, find, of_start, run_status
-from mae_dist.run import jobs, layout
+from mae_dist.run import jobs, layout, slurm_cli
 
 LINES = 40
 LOST = re.compile(r"does? not answer|did not answer|lost touch")
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         )
     newest = submissions[-1]
     logs, events = Path(newest.logs), jobs.events(Path(newest.logs), newest.job)
-    states = jobs.states([newest.job])
+    states = slurm_cli.states([newest.job])
     how, word = run_status(run, states), states.get(newest.job, "")
     starts = sorted({event["start"] for notes in events.values() for event in notes}) or [0]
     print(f"{run}: {how}")

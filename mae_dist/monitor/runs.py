@@ -26,7 +26,7 @@ from rich.table import Table
 from mae_dist import config as configuration
 from mae_dist.cli import Parser, duration
 from mae_dist.monitor.status import QUIET, RunStatus, find, newest_submissions, run_status
-from mae_dist.run import jobs, layout
+from mae_dist.run import jobs, layout, slurm_cli
 
 RECENT = 100
 """Steps over which the loss is averaged, at most."""
@@ -128,7 +128,7 @@ def name_of(path: Path, tops: list[Path]) -> str:
 def look(paths: list[Path]) -> list[Row]:
     """How these runs stand; SLURM is asked once, and not of those that are finished."""
     submissions = newest_submissions([path for path in paths if not (path / layout.RESULT).is_file()])
-    states = jobs.states(submission.job for submission in submissions.values())
+    states = slurm_cli.states(submission.job for submission in submissions.values())
     return [_row(path, states) for path in paths]
 
 
@@ -202,7 +202,7 @@ def write_results(tops: list[Path], file: Path) -> int:
 
 def is_run(path: Path) -> bool:
     """Whether this is a run, queued ones too; not a launcher's stage that makes none, such as this very table's."""
-    return (path / layout.CONFIG).is_file() or path.parent.name != jobs.RECORDS
+    return (path / layout.CONFIG).is_file() or path.parent.name != jobs.PIPELINE
 
 
 def markdown(rows: dict[str, Row]) -> str:

@@ -14,16 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dist.run import jobs, layout
+from mae_dist.run import events, jobs, layout, slurm_cli
 from mae_dist.run.jobs import Submission
 from mae_dist.signals import REQUEUE
 
 STOPPED = (REQUEUE, 130, 143)
 """Exit statuses of a run that was told to stop: it has saved, or had nothing to save yet."""
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-AT_WORK = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
-TELLING = ("TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "LAUNCH_FAILED", "REVOKED")
-"""States of SLURM that say more about an end than the exit statuses of the tasks that it killed."""
 INSIDE = {"checkpoints", "pictures", "features", "forensics", "replay", "wandb"}
 """Folders of a run in which there are no other runs."""
 QUIET = 300.0
@@ -53,7 +49,7 @@ def find(top: Path) -> Iterator[Path]:
     """Folders of runs below `top`, itself included, by name; runs that are only queued, too."""
     for path, folders, files in os.walk(top):
         here = Path(path)
-        is_run = layout.CONFIG in files or (here / jobs.FOLDER / jobs.SUBMITTED).is_file()
+        is_run = layout.CONFIG in files or (here / events.FILE).is_file()
         skipped = layout.BEFORE_THE_RUN | (INSIDE if is_run else set())
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
         if is_run:
@@ -85,20 +81,20 @@ def _judge(run: Path, notes: dict[int, list[Event]], word: str, quiet: float) ->
     """State, reason and 1 if another start is to come, from the notes of the newest start and SLURM's word."""
     everything = [event for events in notes.values() for event in events]
     ends = endings(notes)
-    asked = next((event["why"] for event in everything if event["event"] == "requeue"), None)
-    told = next((event["by"] for event in everything if event["event"] == "told"), "")
-    if word in WAITING:
-        return ("requeued", asked or "", 1) if everything else ("queued", "", 0)
-    if word in AT_WORK or (word == "COMPLETING" and len(ends) < max(1, len(notes))):
+    requeue = next((event for event in reversed(everything) if event["event"] == "requeue"), None)
+    told = next((event["by"] for event in everything if event["event"] == "stop_requested"), "")
+    if word in slurm_cli.WAITING:
+        return ("requeued", requeue["message"] if requeue else "", 1) if everything else ("queued", "", 0)
+    if word in slurm_cli.ACTIVE or (word == "COMPLETING" and len(ends) < max(1, len(notes))):
         return "running", "", 0
-    if asked is not None and (word == "COMPLETING" or (word == "" and not asked.endswith(jobs.BY_SLURM))):
-        return "requeued", asked, 1
+    if requeue and (word == "COMPLETING" or (word == "" and requeue["by"] != "slurm")):
+        return "requeued", requeue["message"], 1
     failures = [end for end in ends.values() if end["status"] not in (0, *STOPPED)]
     if mistakes := [end for end in failures if end["status"] == 2]:
         return "failed", ended(mistakes[0]["status"]), 0
     if word == "CANCELLED":
         return "stopped", "cancelled", 0
-    if word in TELLING and (failures or len(ends) < max(1, len(notes))):
+    if word in slurm_cli.KILLED and (failures or len(ends) < max(1, len(notes))):
         return "failed", word, 0
     if failures:
         # a launcher ends the rest by SIGTERM, and 1 is also what survivors say

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist
-from mae_dist.run import checkpoint, jobs, layout
+from mae_dist.run import checkpoint, events, layout
 from mae_dist.run.layout import step_of, write_text
 from mae_dist.schema import RunConfig
 from mae_dist.signals import Stopped
@@ -146,7 +146,7 @@ class RunDir:
                 state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
                 why = " ".join(str(error).split()) or type(error).__name__
                 with suppress(OSError), (self.path / layout.ENDS).open("a") as stream:  # the disk may be full
-                    stream.write(json.dumps({"time": jobs.now(), "state": state, "why": why}) + "\n")
+                    stream.write(json.dumps({"time": events.now(), "state": state, "why": why}) + "\n")
             raise
 
     def started(self, before: int) -> dict[str, Any]:

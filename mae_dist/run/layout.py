@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 CONFIG, RESULT, ENDS, CODE, REVISION = "config.yaml", "result.json", "ends.jsonl", "code", "REVISION"
 LOCK = ".lock"
 """The file that the process at work in a run holds locked; it says which process that is."""
-BEFORE_THE_RUN = {jobs.FOLDER, CODE, LOCK}
+BEFORE_THE_RUN = {jobs.FOLDER, CODE, LOCK, "events.jsonl"}
 """What is in the folder before the run has begun: what became of its jobs, the code that runs, who has claimed it."""
 TAIL = 2**16
 """Bytes of the end of a metrics.jsonl that `recent` reads."""

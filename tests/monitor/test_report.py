@@ -101,10 +101,10 @@ def family(tmp_path: Path) -> list[Path]:
     write_lines(pretrain / "rewinds.jsonl", [rewind])
     end = {"time": "2026-07-10T11:58:20", "state": "stopped", "why": "stopped and saved at step 17"}
     write_lines(pretrain / "ends.jsonl", [end])
-    jobs.note_submission(pretrain, jobs.Submission("7", str(pretrain / "jobs"), "1", 1, "2026-07-10T10:00:00"))
-    notes = [("told", "11:58:19", {"by": "SIGUSR2"}), ("requeue", "11:58:21", {"why": "stopped and saved"})]
-    lines = [{"event": event, "start": 0, "time": f"2026-07-10T{time}"} | facts for event, time, facts in notes]
-    write_lines(pretrain / "jobs" / "7_0.jsonl", lines)
+    jobs.record_submission(pretrain, jobs.Submission("7", str(pretrain / "jobs"), "1", 1))
+    logs, day = pretrain / "jobs", "2026-07-10T"
+    jobs.record(logs, "7", 0, "stop_requested", 0, time=day + "11:58:19", by="SIGUSR2")
+    jobs.record(logs, "7", 0, "requeue", 0, time=day + "11:58:21", message="stopped and saved")
     (pretrain / "pictures").mkdir()
     for step in range(1, 21):
         image = np.full((8, 8, 3), step, np.uint8)
@@ -179,7 +179,7 @@ def test_everything_is_escaped(tmp_path: Path, family: list[Path]) -> None:
 def test_starts_and_rewinds_are_told_in_order(family: list[Path]) -> None:
     text = re.sub("<[^>]*>", " ", render(*family))
     parts = [
-        "went back to step 6: 3 steps were not finite; 1 samples left out", "told to stop by SIGUSR2",
+        "went back to step 6: 3 steps were not finite; 1 samples left out", "stop requested by SIGUSR2",
         "stopped: stopped and saved at step 17", "to be started again: stopped and saved",
         "2 ranks; 3 steps done again, 1.6 min after the last one",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from mae_dist import config
 from mae_dist.__main__ import main
 from mae_dist.monitor import logs
 from mae_dist.monitor.status import find, run_status
-from mae_dist.run import jobs
+from mae_dist.run import jobs, slurm_cli
 from mae_dist.run.directory import RunDir
 from mae_dist.signals import Stopped
 
@@ -57,11 +57,12 @@ def begun(path: Path, *overrides: str, steps: int = 0, total: str = "train.steps
 
 
 def submitted(path: Path, job: str = JOB) -> None:
-    jobs.note_submission(path, jobs.Submission(job, str(path / jobs.FOLDER), "1", 2, jobs.now()))
+    (path / jobs.FOLDER).mkdir(parents=True, exist_ok=True)
+    jobs.record_submission(path, jobs.Submission(job, str(path / jobs.FOLDER), "1", 2))
 
 
 def note(path: Path, task: int, event: str, start: int = 0, **facts: Any) -> None:
-    jobs.note(path / jobs.FOLDER, JOB, task, event, start, **facts)
+    jobs.record(path / jobs.FOLDER, JOB, task, event, start, **facts)
 
 
 def log(path: Path, task: int, *lines: str, start: int = 0) -> None:
@@ -101,15 +102,15 @@ def test_slurm_is_asked_for_jobs_and_those_of_arrays(slurm: Any) -> None:
     )
     expected = {"1": "PENDING", "2_2": "RUNNING", "2_0": "FAILED", "2_3": "CANCELLED"}
     expected |= {"3": "COMPLETED", "4": "OUT_OF_MEMORY", "73_0": "CANCELLED"}
-    assert jobs.states(["1", "2_2", "2_0", "2_3", "3", "4", "5", "6", "73_0"]) == expected
+    assert slurm_cli.states(["1", "2_2", "2_0", "2_3", "3", "4", "5", "6", "73_0"]) == expected
 
 
 def test_without_slurm_or_an_answer_nothing_is_known(slurm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jobs.states(["1"]) == {}
-    monkeypatch.setattr(jobs, "PATIENCE", 0.2)
+    assert slurm_cli.states(["1"]) == {}
+    monkeypatch.setattr(slurm_cli, "TIMEOUT", 0.2)
     slurm(squeue="exec /bin/sleep 30", sacct="echo slurmdbd is down >&2; exit 1")
     began = time.monotonic()
-    assert jobs.states(["1", "2_3"]) == {}
+    assert slurm_cli.states(["1", "2_3"]) == {}
     assert time.monotonic() - began < 5
 
 
@@ -158,7 +159,7 @@ ENDS = [
 @pytest.mark.parametrize(("word", "ends", "start", "said"), ENDS)
 def test_how_a_job_stands(tmp_path: Path, word: str, ends: tuple[int | None, ...], start: int, said: str) -> None:
     submitted(tmp_path, "6")  # an earlier submission, which failed
-    jobs.note(tmp_path / jobs.FOLDER, "6", 0, "end", 9, status=2)
+    jobs.record(tmp_path / jobs.FOLDER, "6", 0, "end", 9, status=2)
     submitted(tmp_path)
     for task, status in enumerate(ends):
         for earlier in range(start):
@@ -176,10 +177,10 @@ def test_how_a_job_stands(tmp_path: Path, word: str, ends: tuple[int | None, ...
 def test_the_reason_of_a_stop_and_of_a_requeue_is_told(tmp_path: Path) -> None:
     submitted(tmp_path)
     note(tmp_path, 0, "start", host="node1")
-    note(tmp_path, 0, "told", by="time limit")
+    note(tmp_path, 0, "stop_requested", by="time limit")
     note(tmp_path, 0, "end", status=75)
     assert str(run_status(tmp_path, {JOB: "COMPLETED"})) == "stopped: time limit"
-    note(tmp_path, 0, "requeue", why="time limit")
+    note(tmp_path, 0, "requeue", reason="time_limit", by="task", message="time limit")
     for states in ({JOB: "PENDING"}, {JOB: "COMPLETING"}, {}):  # the last: SLURM does not answer
         assert str(run_status(tmp_path, states)) == "requeued (1): time limit"
 
@@ -204,24 +205,27 @@ def test_a_run_without_slurm_says_itself_how_it_ended(tmp_path: Path) -> None:
 def test_what_slurm_did_not_start_again_has_stopped(tmp_path: Path) -> None:
     submitted(tmp_path)
     note(tmp_path, 0, "start", host="node1")
-    note(tmp_path, 0, "told", by="SIGTERM")
+    note(tmp_path, 0, "stop_requested", by="SIGTERM")
     note(tmp_path, 0, "end", status=75)
-    note(tmp_path, 0, "requeue", why="stopped and saved; by SLURM")
-    assert str(run_status(tmp_path, {JOB: "PENDING"})) == "requeued (1): stopped and saved; by SLURM"
-    assert str(run_status(tmp_path, {JOB: "COMPLETING"})) == "requeued (1): stopped and saved; by SLURM"
+    note(tmp_path, 0, "requeue", reason="saved", by="slurm", message="stopped and saved")
+    assert str(run_status(tmp_path, {JOB: "PENDING"})) == "requeued (1): stopped and saved"
+    assert str(run_status(tmp_path, {JOB: "COMPLETING"})) == "requeued (1): stopped and saved"
     assert str(run_status(tmp_path, {})) == "stopped: SIGTERM"
 
 
 def test_lines_that_were_cut_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submitted(tmp_path)
     note(tmp_path, 0, "start", host="node1")
-    for file, torn in ((f"{JOB}_0.jsonl", b'{"event": "to\xc3'), (jobs.SUBMITTED, b'{"job": "8", "lo')):
+    for file, torn in (
+        (f"{JOB}_0.jsonl", b'{"event": "to\xc3'),
+        ("../events.jsonl", b'{"event": "submit", "job": "8", "lo'),
+    ):
         with (tmp_path / jobs.FOLDER / file).open("ab") as stream:  # a full disk, or kill -9
             stream.write(torn)
     note(tmp_path, 0, "end", status=2)
     submitted(tmp_path, "8")
-    with (tmp_path / jobs.FOLDER / jobs.SUBMITTED).open("ab") as stream:  # of the time before lines began anew
-        stream.write(b'{"job": "9", "lo{"job": "10"}\n')
+    with (tmp_path / "events.jsonl").open("ab") as stream:  # of the time before lines began anew
+        stream.write(b'{"event": "submit", "job": "9", "lo{"job": "10"}\n')
     assert [event["event"] for event in jobs.events(tmp_path / jobs.FOLDER, JOB)[0]] == ["start", "end"]
     assert [submission.job for submission in jobs.submissions(tmp_path)] == [JOB, "8"]
     assert table(capsys, tmp_path)[str(tmp_path)]
@@ -321,7 +325,7 @@ def test_the_results_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[st
     submitted(tmp_path / "seed3")
     for stage in ("results", "data"):  # of the launcher, and no runs
         submitted(tmp_path / "pipeline" / stage, "8")
-    jobs.note(tmp_path / "pipeline" / "data" / jobs.FOLDER, "8", 0, "end", 0, status=0)
+    jobs.record(tmp_path / "pipeline" / "data" / jobs.FOLDER, "8", 0, "end", 0, status=0)
     file = tmp_path / "new" / "sweep.md"
     assert main(["runs", str(tmp_path), "--results", str(file)]) == 0
     assert file.read_text() == capsys.readouterr().out

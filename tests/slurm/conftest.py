@@ -1,4 +1,4 @@
-"""A real SLURM for the tests of this folder: brought up once, taken down whatever happens; and runs submitted to it."""
+"""A real SLURM for the tests of this folder: started once, stopped in any case; and runs submitted to it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CLUSTER = Path(__file__).with_name("cluster")
 
 @dataclass(frozen=True)
 class Slurm:
-    """A cluster of four nodes (8 CPUs, 2 GPUs that are only counted) whose state and logs are in `folder`."""
+    """A cluster of four nodes (8 CPUs and 2 simulated GPUs each) with state and logs in `folder`."""
 
     folder: Path
 
     def run(self, *command: str) -> str:
-        """What the command prints. A failure of it is a failure of the test, with its own words."""
+        """Run a command; give its output. If it fails, the test fails with its error message."""
         env = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180, check=False
@@ -36,11 +36,11 @@ class Slurm:
         return done.stdout.strip()
 
     def cluster(self, word: str, *words: str) -> str:
-        """`cluster WORD DIR WORDS`, such as cluster("kill-node", "node2")."""
+        """Run `cluster WORD DIR WORDS`, for example cluster("kill-node", "node2")."""
         return self.run(str(CLUSTER), word, str(self.folder), *words)
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ...: from squeue, and from sacct once slurmctld has forgotten the job."""
+        """The state of a job: from squeue, and from sacct once slurmctld has forgotten it."""
         listed = self.run("squeue", "--noheader", "--states=all", "--format=%A %T")
         states = dict(line.split() for line in listed.splitlines())
         if job not in states:
@@ -50,7 +50,7 @@ class Slurm:
         return states[job]
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-        """Until the condition holds; fails the test, with queue and log, when it does not in that many seconds."""
+        """Wait for the condition; fail the test, with queue and log, if it does not hold in time."""
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -59,7 +59,7 @@ class Slurm:
             time.sleep(0.1)
 
     def await_idle(self, nodes: Sequence[str]) -> None:
-        """Until nothing runs on these nodes, nor still ends there."""
+        """Wait until no job runs or is completing on these nodes."""
 
         def idle() -> bool:
             return set(self.run("sinfo", "-h", "-p", "main", "-n", ",".join(nodes), "-o", "%T").split()) == {"idle"}
@@ -67,7 +67,7 @@ class Slurm:
         self.wait(idle, f"{', '.join(nodes)} idle")
 
     def clear(self) -> None:
-        """No job left, all nodes alive: a second, and 7 s when jobs ignore SIGTERM."""
+        """Cancel all jobs and start all nodes: takes a second, or 7 s if jobs ignore SIGTERM."""
         self.run("scancel", "--quiet", "--user=root")
         self.cluster("up")
         self.wait(lambda: not self.run("squeue", "--noheader"), "an empty queue")
@@ -75,8 +75,8 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """The cluster; SLURM_CONF points at it. Skips, with the reason, where this machine cannot run one."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets are in it
+    """The cluster, to which SLURM_CONF points. Skips, with the reason, where this machine cannot run one."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: it holds sockets
     try:
         done = subprocess.run(
             [CLUSTER, "up", folder, "--nodes", str(len(NODES))],
@@ -91,7 +91,7 @@ def slurm() -> Iterator[Slurm]:
             patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
             yield Slurm(folder)
     finally:
-        # In a session of its own: a second Ctrl-C ends pytest, and not this.
+        # In a session of its own: a second Ctrl-C ends pytest, but not this.
         subprocess.run([CLUSTER, "down", folder], capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
         shutil.rmtree(folder)
 
@@ -106,7 +106,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster_file() -> Path:
-    """WHERE: the project's own file for this cluster."""
+    """The project's own cluster file for this cluster."""
     return ROOT / "launch" / "clusters" / "test.yaml"
 
 

@@ -1,8 +1,7 @@
-"""Submitting a small run through launch/submit.py to the test cluster, and looking at it from outside."""
+"""Submit a small run through launch/submit.py to the test cluster, and watch it from outside."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
@@ -14,8 +13,9 @@ from typing import Any, Protocol
 
 import yaml
 
+from mae_dist.errors import STOPPED
 from mae_dist.monitor.status import run_status
-from mae_dist.run import jobs
+from mae_dist.run import events, jobs, slurm_cli
 from mae_dist.verify import processes
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ SETTINGS = [
     "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
 ]  # fmt: skip
 SLOW = """\
-# Steps of this machine take longer, without computing: a run waits each time it asks for signals.
+# Longer steps without more computing: the run sleeps each time it checks for signals.
 import time
 
 from mae_dist import signals
@@ -45,7 +45,7 @@ signals.StopFlag = Slow
 
 
 class Slurm(Protocol):
-    """What the fixture `slurm` gives."""
+    """The methods of the fixture `slurm` that are used here."""
 
     def run(self, *command: str) -> str: ...
     def state(self, job: str) -> str: ...
@@ -55,7 +55,7 @@ class Slurm(Protocol):
 
 
 def submit(*words: str | Path, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`python launch/submit.py WORDS`, typed in the folder `cwd`."""
+    """Run `python launch/submit.py WORDS` in the folder `cwd`; it must exit with `status`."""
     command = [sys.executable, ROOT / "launch" / "submit.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=cwd)
@@ -65,7 +65,7 @@ def submit(*words: str | Path, status: int = 0, cwd: Path | None = None) -> subp
 
 @dataclass(frozen=True)
 class Launched:
-    """A run that was submitted."""
+    """A submitted run."""
 
     slurm: Any
     run: Path
@@ -77,26 +77,27 @@ class Launched:
     def logs(self) -> Path:
         return self.run / jobs.FOLDER
 
-    def events(self) -> dict[int, list[dict[str, Any]]]:
+    def task_events(self) -> dict[int, list[dict[str, Any]]]:
         return jobs.events(self.logs, self.job)
 
-    def starts(self) -> int:
-        return sum(event["event"] == "start" for event in self.events().get(0, []))
+    def num_starts(self) -> int:
+        return sum(event["event"] == "start" for event in self.task_events().get(0, []))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts that the run itself has recorded."""
+        return events.of(self.run, "start")
 
     def state(self) -> str:
-        """As `mae-dist runs` has it."""
-        return run_status(self.run, jobs.states([self.job])).state
+        """As in `mae-dist runs`."""
+        return run_status(self.run, slurm_cli.states([self.job])).state
 
-    def said(self, task: int) -> str:
+    def output(self, task: int) -> str:
         return jobs.log_file(self.logs, self.job, task).read_text()
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
-
     def saved_before_leaving(self) -> bool:
-        """Whether every task of the first start saw its rank stop and save."""
-        ends = [[e["status"] for e in own if e["event"] == "end"] for own in self.events().values()]
-        return all(own and own[0] == 75 for own in ends)
+        """Whether all ranks of the first start stopped and saved."""
+        ends = [[e["status"] for e in own if e["event"] == "end"] for own in self.task_events().values()]
+        return all(own and own[0] == STOPPED for own in ends)
 
     def succeeded(self) -> bool:
         return self.slurm.state(self.job) in ("COMPLETED", "COMPLETING")
@@ -112,14 +113,14 @@ class Launched:
         self.wait(self.succeeded, "success")
 
     def results(self) -> list[str]:
-        """What submitit's files say of each task that has one."""
+        """Outcomes in submitit's result files, of the tasks that have one."""
         found = sorted(self.logs.glob(f"{self.job}_*result.pkl"))
         return [pickle.loads(file.read_bytes())[0] for file in found]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Submits runs: 2 nodes x 2 tasks of the test cluster, unless told otherwise."""
+    """Submits runs, by default on 2 nodes x 2 tasks of the test cluster."""
 
     slurm: Slurm
     data: Path
@@ -129,7 +130,7 @@ class Launch:
     def words(
         self, name: str, words: tuple[str, ...], cluster: str, nodes: Sequence[str], shape: Sequence[str]
     ) -> list[str]:
-        """The command line of a run; ``cluster`` overrules lines of the cluster file."""
+        """The command line of a run; ``cluster`` overrides lines of the cluster file."""
         plain = yaml.safe_load(self.cluster_file.read_text()) | (yaml.safe_load(cluster) or {})
         others = ",".join(node for node in NODES if node not in nodes)
         plain["sbatch"] = {"exclude": others} | plain.get("sbatch", {})
@@ -154,12 +155,12 @@ class Launch:
         return Launched(self.slurm, self.folder / name, job, code)
 
     def edited_checkout(self) -> Path:
-        """Where commands are typed: a checkout whose code somebody has broken since it was copied for the job."""
+        """A working directory with packages that cannot be imported, as after an edit: jobs must use their copy."""
         for package in ("mae_dist", "launch"):
             (self.folder / package).mkdir(exist_ok=True)
-            (self.folder / package / "__init__.py").write_text("raise ImportError('edited after it was submitted')")
+            (self.folder / package / "__init__.py").write_text("raise ImportError('edited after submission')")
         return self.folder
 
     def refused(self, name: str) -> str:
-        """What is said of a run that is not taken."""
+        """The error message for a run that is refused."""
         return submit(*self.words(name, (), "", NODES[:2], ()), status=2).stderr

@@ -1,5 +1,5 @@
-"""Runs of 2 nodes x 2 tasks on a real SLURM, stopped in every way that SLURM knows: each ends with the same bits, and
-the same samples in the same order, as an undisturbed run.
+"""Runs of 2 nodes x 2 tasks on a real SLURM, interrupted in every way that SLURM has: each ends with the bits, and the
+samples in the order, of a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -10,40 +10,42 @@ from collections.abc import Callable
 import pytest
 import yaml
 
+from mae_dist.run import events
 from mae_dist.verify import compare
 
 from .launching import NODES, Launch, Launched
 
 pytestmark = pytest.mark.slow
-STRIKE = 20
-"""The step after which a run is disturbed."""
-
-
-PACE = 0.1
-"""Seconds that a step of a disturbed run takes at least, so that it is not over before it can be disturbed."""
+INTERRUPTION = 20
+"""The step after which a run is interrupted."""
+STEP_SECONDS = 0.1
+"""Least seconds a step of such a run, so that it does not finish before it is interrupted."""
 
 
 @pytest.fixture(scope="module")
-def patient(launch: Launch) -> Launched:
-    """The run that meets its time limit, on a slow machine and nodes of its own; it goes on while others are tested.
-    SLURM signals 60 to 90 s after a start, in which no more than 29 of its 60 steps can be made.
+def time_limited(launch: Launch) -> Launched:
+    """A run that reaches its time limit repeatedly, with slow steps and on nodes of its own, beside the other tests.
+
+    SLURM signals 25 to 55 s after a start (5 s before the limit, up to 30 s early), in which fewer than 30 of its 60
+    steps can be made; what the ranks need to start, about 5 s on an idle machine, may take up to 25 s.
     """
     return launch(
-        "time-limit", "track.wandb=offline", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
-        nodes=NODES[2:], slow=3.0,
+        "time-limit", "track.wandb=offline", cluster="time: '0:01:00'\nstart_up: 0\nstop_before_end: 5",
+        nodes=NODES[2:], slow=1.8,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def undisturbed(patient: Launched, launch: Launch) -> Launched:
-    assert patient.job  # is queued first, as it takes longest
-    launched = launch("undisturbed")
+def reference(time_limited: Launched, launch: Launch) -> Launched:
+    """A run that is not interrupted."""
+    assert time_limited.job  # queued first, as it takes longest
+    launched = launch("reference")
     launched.finish()
     return launched
 
 
 def assert_equal(found: Launched, wanted: Launched, elastic: bool = False) -> None:
-    """Same samples in the same order, each step once; same weights, moments and averages."""
+    """Both runs have the same samples in the same order, losses, weights, moments and averages."""
     assert (found.run / "ids.jsonl").read_text() == (wanted.run / "ids.jsonl").read_text()
     run, reference = (compare.read_evidence(launched.run) for launched in (found, wanted))
     losses = compare.largest_difference(run.losses, reference.losses, range(1, found.total + 1))
@@ -53,22 +55,22 @@ def assert_equal(found: Launched, wanted: Launched, elastic: bool = False) -> No
         assert (compare.state_difference(run.state, reference.state), losses) == (0, 0)
 
 
-def test_two_nodes_of_two_tasks(undisturbed: Launched) -> None:
-    starts = [events[0] for events in undisturbed.events().values()]
+def test_run_on_two_nodes_with_two_tasks_each(reference: Launched) -> None:
+    starts = [own[0] for own in reference.task_events().values()]
     assert sorted(start["host"] for start in starts) == ["node1", "node1", "node2", "node2"]
-    host, port = next(undisturbed.logs.glob("*.address")).read_text().split()
+    host, port = next(reference.logs.glob("*.address")).read_text().split()
     assert host == "node1"
     assert int(port) > 1024
-    said = undisturbed.said(0)
-    assert "4 ranks on node1, node2; python" in said
-    assert str(undisturbed.code) in said
-    assert "4 ranks on" not in undisturbed.said(1)
-    (provenance,) = undisturbed.lines("provenance.jsonl")
-    frozen = yaml.safe_load((undisturbed.code / "settings" / "pretrain.yaml").read_text())
+    output = reference.output(0)
+    assert "4 ranks on node1, node2; python" in output
+    assert str(reference.code) in output
+    assert "4 ranks on" not in reference.output(1)
+    (start,) = reference.starts()
+    frozen = yaml.safe_load((reference.code / "settings" / "pretrain.yaml").read_text())
     assert frozen["checkpoint"]["minutes"] == 30  # lose_at_most
-    assert provenance["world"] == 4
-    assert provenance["git"] == (undisturbed.code / "REVISION").read_text().strip()
-    assert json.loads((undisturbed.run / "result.json").read_text())["loss"] > 0
+    assert start["ranks"] == 4
+    assert start["git"] == (reference.code / "REVISION").read_text().strip()
+    assert json.loads((reference.run / "result.json").read_text())["loss"] > 0
 
 
 def requeued_by_hand(launched: Launched) -> None:
@@ -91,58 +93,59 @@ def preempted_without_user_signal(launched: Launched) -> None:
     preempted(launched)
 
 
-def node_died(launched: Launched) -> None:
+def node_failed(launched: Launched) -> None:
     launched.slurm.cluster("kill-node", NODES[1])
-    launched.slurm.cluster("start-node", NODES[1])  # SLURM knows from it that the node was dead
+    launched.slurm.cluster("start-node", NODES[1])  # from which SLURM sees that it was dead
 
 
 @pytest.mark.parametrize(
-    "strike", [requeued_by_hand, preempted, preempted_without_user_signal, preempted_without_grace, node_died]
+    "interrupt", [requeued_by_hand, preempted, preempted_without_user_signal, preempted_without_grace, node_failed]
 )
-def test_a_stopped_run_ends_like_an_undisturbed_one(
-    strike: Callable[[Launched], None], undisturbed: Launched, launch: Launch
+def test_requeue_after_preemption_or_node_failure_is_bit_identical(
+    interrupt: Callable[[Launched], None], reference: Launched, launch: Launch
 ) -> None:
-    partition = "rude" if strike is preempted_without_grace else "main"
-    launched = launch(strike.__name__, cluster=f"partition: {partition}", slow=PACE)
-    launched.reach(STRIKE)
+    partition = "rude" if interrupt is preempted_without_grace else "main"
+    launched = launch(interrupt.__name__, cluster=f"partition: {partition}", slow=STEP_SECONDS)
+    launched.reach(INTERRUPTION)
     try:
-        strike(launched)
-        launched.wait(lambda: launched.starts() > 1, "it is started again")
-        assert not launched.results()  # as if nothing had ended
+        interrupt(launched)
+        launched.wait(lambda: launched.num_starts() > 1, "it is started again")
+        assert not launched.results()  # submitit does not take the job for ended
     finally:
         launched.slurm.cluster("user-signal", "on")
     launched.finish()
     assert set(launched.results()) == {"success"}
-    assert_equal(launched, undisturbed)
-    first, second = launched.lines("provenance.jsonl")
+    assert_equal(launched, reference)
+    first, second = launched.starts()
     assert first["step"] == 0
-    assert 0 < second["step"] <= second["reached"]  # where nothing warns, what is on disk helps
-    if strike not in (preempted_without_grace, node_died):
-        assert second["step"] == second["reached"] >= STRIKE
+    assert 0 < second["step"] <= second["reached"]  # without a warning, it resumes from an earlier checkpoint
+    if interrupt not in (preempted_without_grace, node_failed):
+        assert second["step"] == second["reached"] >= INTERRUPTION
         assert launched.saved_before_leaving()
 
 
-def test_a_run_goes_on_on_fewer_nodes(undisturbed: Launched, launch: Launch) -> None:
-    undisturbed.slurm.await_idle(NODES[:2])
-    launched = launch("elastic", shape=["--nodes", "1-2"], slow=PACE)
-    launched.reach(STRIKE)
+def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> None:
+    reference.slurm.await_idle(NODES[:2])
+    launched = launch("elastic", shape=["--nodes", "1-2"], slow=STEP_SECONDS)
+    launched.reach(INTERRUPTION)
     launched.slurm.cluster("kill-node", NODES[1])
-    launched.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=dead")  # is noticed at once
+    launched.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=dead")  # noticed at once
     try:
         launched.finish()
     finally:
         launched.slurm.cluster("start-node", NODES[1])
-    assert [line["world"] for line in launched.lines("provenance.jsonl")] == [4, 2]
-    assert_equal(launched, undisturbed, elastic=True)
+    assert [start["ranks"] for start in launched.starts()] == [4, 2]
+    assert_equal(launched, reference, elastic=True)
 
 
-def test_a_run_survives_its_time_limit_again_and_again(patient: Launched, undisturbed: Launched) -> None:
-    patient.finish(500)
-    stops = [event for event in patient.events()[0] if event["event"] == "requeue"]
-    assert len(stops) >= 2
-    resumed = [line["step"] for line in patient.lines("provenance.jsonl")]
-    assert len(set(resumed)) >= 3  # it came further each time
-    assert_equal(patient, undisturbed)
-    mirrors = [path.name for path in (patient.run / "wandb").glob("offline-run-*")]
-    assert len(mirrors) >= 3
-    assert len({name.rpartition("-")[2] for name in mirrors}) == 1
+def test_requeue_at_the_time_limit_twice_is_bit_identical(time_limited: Launched, reference: Launched) -> None:
+    time_limited.finish(500)
+    requeues = [event for event in time_limited.task_events()[0] if event["event"] == "requeue"]
+    assert len(requeues) >= 2
+    assert {event["reason"] for event in events.of(time_limited.run, "requeue")} <= {"saved", "time_limit"}
+    resumed = [start["step"] for start in time_limited.starts()]
+    assert len(set(resumed)) >= 3  # each start made progress
+    assert_equal(time_limited, reference)
+    offline = [path.name for path in (time_limited.run / "wandb").glob("offline-run-*")]
+    assert len(offline) >= 3
+    assert len({name.rpartition("-")[2] for name in offline}) == 1

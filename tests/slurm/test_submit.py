@@ -1,4 +1,4 @@
-"""Sweeps, pipelines, failing jobs and mistakes on a real SLURM."""
+"""Sweeps, pipelines, failing jobs and user errors on a real SLURM."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ pytestmark = pytest.mark.slow
 
 
 def mae_dist(*words: str | Path) -> str:
-    """What `mae-dist WORDS` answers."""
+    """Output of `mae-dist WORDS`."""
     command = [sys.executable, "-m", "mae_dist", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_job_that_fails_names_its_reason(launch: Launch, tmp_path: Path) -> None:
+def test_failed_job_names_its_reason_and_is_not_requeued(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     pack(from_synthetic(64, 16), folder, shard_size=8)
     launched = launch("failing", f"data.path={folder}", "data.max_bad=1e-9", "machine.workers=0")
-    for tar in folder.glob("train-*.tar"):  # after it was checked, and before it is read
+    for tar in folder.glob("train-*.tar"):  # after submit.py has checked it, before the run reads it
         content = bytearray(tar.read_bytes())
         content[1024:2048] = bytes(1024)
         tar.write_bytes(content)
     launched.wait(lambda: launched.slurm.state(launched.job) == "FAILED", "failure")
-    said = mae_dist("logs", launched.run)
-    assert "failed: " in said.splitlines()[0]
-    assert "exit status 2" in said
-    for told in (said.splitlines()[0], mae_dist("runs", launched.run)):
-        assert "samples could not be read, more than data.max_bad" in told
-    assert launched.starts() == 1  # a mistake is not repeated
+    output = mae_dist("logs", launched.run)
+    assert "failed: " in output.splitlines()[0]
+    assert "exit status 2" in output
+    for text in (output.splitlines()[0], mae_dist("runs", launched.run)):
+        assert "samples could not be read, more than data.max_bad" in text
+    assert launched.num_starts() == 1
 
 
-def test_torchrun_on_each_node_in_a_container_without_slurms_commands(launch: Launch, tmp_path: Path) -> None:
-    """The container is played by a shell that has another PATH: who cannot requeue there has it done outside."""
+def test_requeue_by_the_script_of_torchrun_in_a_container(launch: Launch, tmp_path: Path) -> None:
+    """The container is a shell with another PATH, without SLURM's commands: the job's script outside requeues."""
     container = tmp_path / "container"
     container.write_text(f'#!/bin/sh\nPATH={tmp_path} exec {sys.executable} "$@"\n')
     container.chmod(0o755)
@@ -51,17 +51,20 @@ def test_torchrun_on_each_node_in_a_container_without_slurms_commands(launch: La
     launched = launch("agents", "train.steps=40", cluster=f"python: {container}", shape=["--torchrun"], slow=0.1)
     launched.reach(5)
     launched.slurm.run("scancel", "--signal=USR2", launched.job)
-    launched.wait(lambda: launched.starts() > 1, "it is started again")
-    assert "the job's script tries it" in launched.said(0)
+    launched.wait(lambda: launched.num_starts() > 1, "it is started again")
+    assert "the job's script tries it" in launched.output(0)
     launched.finish()
-    assert set(launched.events()) == {0, 1}
+    assert set(launched.task_events()) == {0, 1}
     assert launched.saved_before_leaving()
-    first, second = launched.lines("provenance.jsonl")
-    assert (first["world"], first["step"]) == (second["world"], 0) == (4, 0)
+    assert {event["by"] for event in launched.task_events()[0] if event["event"] == "requeue"} == {"script"}
+    first, second = launched.starts()
+    assert (first["ranks"], first["step"]) == (second["ranks"], 0) == (4, 0)
     assert second["step"] >= 5
 
 
-def test_a_sweep_is_an_array_with_a_table(slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path) -> None:
+def test_sweep_is_a_job_array_with_a_results_table(
+    slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "sweep"
     done = submit(
         "pretrain", "--cluster", cluster_file, "--tasks-per-node", "1", *SETTINGS, f"data.path={data}", f"out={out}",
@@ -78,7 +81,7 @@ def test_a_sweep_is_an_array_with_a_table(slurm: Slurm, cluster_file: Path, data
     assert mae_dist("runs", out).count("finished") >= 4
 
 
-def test_a_pipeline_ends_with_a_report(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
+def test_pipeline_ends_with_a_report_and_skips_what_is_done(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "pipe", tmp_path / "pipeline.yaml"
     small = "model.name=vit_demo4 model.image_size=32 view.test_crop=1 train.precision=fp32 train.global_batch=16"
     file.write_text(f"""\
@@ -108,16 +111,14 @@ stages:
     again = submit("pipeline", file, "--cluster", cluster_file)
     assert again.stdout.count("done already") == 5
     assert "job " not in again.stdout
-    # what a stage stands on decides too: another finetune leaves pretrain and knn as they are
+    # other settings of one stage are refused for its existing runs
     file.write_text(file.read_text().replace("train.steps=5", "train.steps=6"))
     refused = submit("pipeline", file, "--cluster", cluster_file, status=2)
     assert "train.steps: 5 -> 6" in refused.stderr
 
 
-def test_a_stage_that_fails_is_named_and_those_after_it_do_not_run(
-    slurm: Slurm, cluster_file: Path, tmp_path: Path
-) -> None:
-    """A split that is not in data which are still to be made: nobody can know before."""
+def test_pipeline_failure_cancels_the_stages_after_it(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
+    """The split does not exist, which no check can know before the data are made."""
     out, file = tmp_path / "pipe", tmp_path / "pipeline.yaml"
     small = "model.name=vit_demo4 model.image_size=32 view.test_crop=1 train.precision=fp32 train.global_batch=16"
     file.write_text(f"""\
@@ -129,14 +130,14 @@ stages:
 """)
     submit("pipeline", file, "--cluster", cluster_file)
     slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 120)
-    standing = {line.split()[0]: line for line in mae_dist("runs", out).splitlines() if line.split()}
-    assert "failed: exit status 2" in standing["pretrain"]
-    assert "cancelled" in standing["knn"]
+    rows = {line.split()[0]: line for line in mae_dist("runs", out).splitlines() if line.split()}
+    assert "failed: exit status 2" in rows["pretrain"]
+    assert "cancelled" in rows["knn"]
     assert "no split 'dev'" in mae_dist("logs", out / "pretrain")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--partition", "nowhere"], "partition=nowhere: this cluster has no such partition, only main, urgent"),
         (["--gpus-per-node", "9"], "gpus_per_node=9: the nodes of partition main have 2"),
@@ -153,8 +154,8 @@ stages:
         (["--sweep", "sed=1,2"], "is no section.key"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_queued(
-    words: list[str], said: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
+def test_user_error_is_one_line_and_queues_nothing(
+    words: list[str], message: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
 ) -> None:
     before = set(slurm.run("squeue", "-h", "-o", "%i").split())
     base = [
@@ -170,17 +171,17 @@ def test_mistakes_are_one_line_and_nothing_is_queued(
     done = submit(*base, *words, status=2)
     assert done.stderr.startswith("submit: ")
     assert done.stderr.count("\n") == 1, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stdout == ""
     assert set(slurm.run("squeue", "-h", "-o", "%i").split()) <= before
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_submitted_once(launch: Launch) -> None:
+def test_run_with_a_queued_job_is_refused(launch: Launch) -> None:
     launched = launch("waiting", cluster="sbatch: {begin: now+1hour}")
     assert launched.state() == "queued"
     assert f"job {launched.job} of this run is PENDING" in launch.refused("waiting")
     launched.slurm.run("scancel", launched.job)
     launched.wait(lambda: launched.state() == "stopped", "it is cancelled")
-    second = launch("waiting", cluster="sbatch: {begin: now+1hour}")  # nothing of the first is in its way
+    second = launch("waiting", cluster="sbatch: {begin: now+1hour}")  # what the first left does not matter
     launched.slurm.run("scancel", second.job)

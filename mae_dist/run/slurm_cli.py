@@ -1,0 +1,88 @@
+"""SLURM's commands and job states, for what runs on login nodes and in the tasks of jobs. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable
+
+TIMEOUT = 20.0
+"""Seconds to wait for a command of SLURM, which itself waits 9 s for a controller that is down, or longer."""
+NO_CONFIG = ("resolve_ctls_from_dns_srv", "configuration source", "unable to status file")
+"""Parts of the error messages of SLURM's commands when they do not know where its controller is."""
+
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""Job states before a start, the first or another."""
+ACTIVE = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+"""Job states between a start and its end."""
+COMPLETING, CANCELLED, FAILED = "COMPLETING", "CANCELLED", "FAILED"
+KILLED = ("TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "LAUNCH_FAILED", "REVOKED")
+"""Final job states in which SLURM killed the tasks, so that the state explains more than their exit statuses."""
+ALIVE = (*WAITING, *ACTIVE, COMPLETING)
+"""States of a job that can still write to its run."""
+
+
+def call(*command: str, stdin: str = "") -> str:
+    """Standard output of a command of SLURM; ValueError with SLURM's reason in one line where it fails."""
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{command[0]}: not found; is this a login node of a SLURM cluster? Without one: launch/torchrun.sh"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]}: no answer in {TIMEOUT:g} s; is SLURM's controller down?") from None
+    if done.returncode:
+        text = one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}"
+        no_config = any(part in text for part in NO_CONFIG)
+        advice = "; is SLURM set up in this shell? try `module load slurm`, or set SLURM_CONF"
+        raise ValueError(text + advice * no_config)
+    return done.stdout
+
+
+def one_line(text: str) -> str:
+    """The error messages of a command of SLURM in one line, each once."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """The state of each of these jobs now, RUNNING or TIMEOUT for example.
+
+    Jobs that SLURM does not know are left out: all of them where there is no SLURM or it does not answer.
+    """
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    arrays = {job: job.partition("_")[0] for job in wanted}
+    # the controller also knows, for some minutes, those that have ended; -r: a line for each of an array
+    found = _job_states("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-j", ",".join(sorted(wanted)))
+    if missing := wanted - found.keys():
+        numbers = ",".join(sorted({arrays[job] for job in missing}))
+        recorded = _job_states("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", numbers)
+        # those of an array that never started share one line, 12_[3-7%2] for example, or 12 if it was cancelled at once
+        shared = {job.partition("_")[0]: state for job, state in recorded.items() if "[" in job or "_" not in job}
+        recorded = {job: shared[array] for job, array in arrays.items() if array in shared} | recorded
+        found = recorded | found
+    return {job: found[job] for job in wanted if job in found}
+
+
+def state_and_restarts(job: str) -> tuple[str | None, int | None]:
+    """State of a job and the number of its requeues, as the controller has them; (None, None) where it is silent."""
+    first_line = _output("scontrol", "show", "job", "-o", job).partition("\n")[0]  # of an array: the job itself
+    fields = dict(word.split("=", 1) for word in first_line.split() if "=" in word)
+    return fields.get("JobState"), int(fields["Restarts"]) if "Restarts" in fields else None
+
+
+def _job_states(*command: str) -> dict[str, str]:
+    """Job -> state, from a command that prints lines JOB|STATE."""
+    pairs = (line.split("|") for line in _output(*command).splitlines())
+    return {pair[0]: pair[1].split()[0] for pair in pairs if len(pair) == 2 and pair[1]}  # CANCELLED by 0
+
+
+def _output(*command: str) -> str:
+    """What a command of SLURM prints, whatever its exit status; "" where there is no such command or no answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
