@@ -26,14 +26,18 @@ class Cluster:
     qos: str | None = setting(None, "quality of service")
     constraint: str | None = setting(None, "features that the nodes must have, a100 for example")
     nodes: str = setting("1", "nodes; 1-4: as many of them as are free, again at every requeue")
-    gpus_per_node: int = setting(0, "GPUs of each node, one rank each")
-    tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU")
-    cpus_per_task: int | None = setting(None, "CPU cores of each rank")
-    memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all")
+    gpus_per_node: int = setting(0, "GPUs of each node, one rank each", at_least=0)
+    tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU", at_least=1)
+    cpus_per_task: int | None = setting(None, "CPU cores of each rank", at_least=1)
+    memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all", at_least=0)
     time: str = setting("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
-    start_up: float = setting(60.0, "seconds from the start of a job to its first step")
-    stop_before_end: float = setting(180.0, "seconds before the time limit at which a run saves and is requeued")
-    lose_at_most: float = setting(30.0, "minutes of work that a stop without warning may lose; runs save that often")
+    start_up: float = setting(60.0, "seconds from the start of a job to its first step", at_least=0)
+    stop_before_end: float = setting(
+        180.0, "seconds before the time limit at which a run saves and is requeued", at_least=0
+    )
+    lose_at_most: float = setting(
+        30.0, "minutes of work that a stop without warning may lose; runs save that often", above=0
+    )
     torchrun: bool = setting(False, "one task and torchrun on each node, instead of one task a rank")
     exclusive: bool = setting(False, "share the nodes with nobody")
     setup: tuple[str, ...] = setting((), "shell lines of the job before its tasks start: modules, environments")
@@ -84,15 +88,7 @@ def check_fields(cluster: Cluster) -> None:
     """Raise ValueError for values that no cluster could satisfy."""
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", cluster.nodes) or cluster.nodes_range[0] > cluster.nodes_range[1]:
         raise ValueError(f"nodes={cluster.nodes}: must be a number, or a range such as 1-4")
-    for name in ("gpus_per_node", "start_up", "stop_before_end", "memory"):
-        if (getattr(cluster, name) or 0) < 0:
-            raise ValueError(f"{name}={getattr(cluster, name):g}: must be 0 or more")
-    for name in ("tasks_per_node", "cpus_per_task"):
-        value = getattr(cluster, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be 1 or more")
-    if not cluster.lose_at_most > 0:
-        raise ValueError(f"lose_at_most={cluster.lose_at_most:g}: must be greater than 0 minutes")
+    configuration.check_ranges(cluster)
     for name, value in cluster.sbatch.items():
         if isinstance(value, dict | list):
             raise ValueError(f"sbatch.{name}={value}: must be one value, or true for an option that has none")

@@ -56,7 +56,7 @@ class Run:
     config: Any = None
     stamp: tuple[str, str] | None = None
 
-    @cached_property  # asked once: a run that ends while others are being queued changes nothing
+    @cached_property  # computed once: a run that ends while others are being queued changes nothing
     def done(self) -> bool:
         """Whether this run is finished, with the same settings and inputs."""
         if self.stamp is None:

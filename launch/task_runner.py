@@ -135,9 +135,9 @@ def should_requeue(
 ) -> Decision:
     """Whether to requeue a job, and why or why not.
 
-    ``exit_statuses`` begin with task 0's; ``stop_requested``: task 0 was asked to stop, with ``time_limit`` because of
-    the time limit; ``before``: the reasons of earlier requeues since the newest checkpoint; ``restarts``: how many
-    requeues for a lost rank are allowed without a new checkpoint. Of time limits one is allowed.
+    ``exit_statuses`` begin with task 0's. ``stop_requested``: of task 0, with ``time_limit`` because of the time limit.
+    ``before`` are the reasons of earlier requeues since the newest checkpoint; without a new one, ``restarts`` requeues
+    for a lost rank are allowed and one at the time limit.
     """
     if USER_ERROR in exit_statuses:
         return Decision(None)
@@ -157,7 +157,7 @@ def should_requeue(
 
 
 class TaskRunner:
-    """One task in one start of its job: its child process, and whether it was asked to stop."""
+    """One task in one start of its job: its child process, and whether a stop was requested."""
 
     def __init__(self, job: JobSpec, task: SlurmTask):
         self.job, self.task, self.deadline = job, task, end_of_job()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run on one or many machines without SLURM: the same line on each of them, at about the same time.
+# A run on one or more machines without SLURM: type the same line on each of them, at about the same time.
 #
 #   launch/torchrun.sh pretrain CONFIG.yaml data.path=DIR out=RUN                     one machine, one rank a GPU
 #   NODES=4 HEAD=node1 launch/torchrun.sh pretrain CONFIG.yaml out=RUN                four machines, meeting at node1
 #
 # Variables: NODES (1), HEAD (host[:port] of one of them, port 29500), RANKS (of each machine; one a GPU, or 1),
-# RESTARTS (3), PYTHON (python). SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make the ranks save and leave; the same line goes
-# on. A lost rank is started again. RUN must be a folder that all machines see.
+# RESTARTS (3), PYTHON (python). SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make the ranks save and exit; the same line
+# resumes. A lost rank is started again. RUN must be a folder that all machines see.
 set -euo pipefail
 
 case "${1:-}" in
@@ -26,19 +26,19 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 here=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-if ((nodes == 1)); then # mae-dist's own launcher, which is torchrun's agent with fewer words
+if ((nodes == 1)); then # mae-dist's own launcher starts torchrun's agent
   exec "${PYTHON:-python}" -m mae_dist "$@" "machine.processes=$ranks" "machine.restarts=${RESTARTS:-3}"
 fi
 [[ $HEAD == *:* ]] || HEAD=$HEAD:29500
 
-# Told to stop, torchrun passes SIGTERM on and gives its ranks 30 s to save; by other signals it would just end.
+# At SIGTERM torchrun signals its ranks and gives them 30 s to save; SIGUSR1 and SIGUSR2 would just end it.
 trap '' USR1 USR2
 "${PYTHON:-python}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
   --rdzv-endpoint "$HEAD" --rdzv-id mae_dist --max-restarts "${RESTARTS:-3}" -m mae_dist "$@" &
 agent=$!
 trap 'kill -TERM "$agent" 2>/dev/null || true' TERM USR1 USR2
-trap : INT # the terminal has told everybody
-while :; do # a signal ends the wait, not the agent
+trap : INT # the terminal sends it to all processes
+while :; do # a signal ends `wait`, not the agent
   status=0
   wait "$agent" || status=$?
   kill -0 "$agent" 2>/dev/null || break
