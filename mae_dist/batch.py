@@ -1,4 +1,4 @@
-"""Batch: the border between data and model. The only type that both sides know."""
+"""Batch: the only type that data and models share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Batch(NamedTuple):
     """Samples of one micro-batch, on one device.
 
-    ``ids`` and ``epochs`` say which draws belong to a sample (see `rng`), whichever rank it is on. ``labels`` is -1
-    where a sample has none. ``bad`` marks samples that could not be read and were replaced by their neighbour.
+    ``ids`` and ``epochs`` determine the random draws of a sample (see `rng`) on any rank. ``labels`` is -1 where a
+    sample has none. ``bad`` marks unreadable samples that another sample of their shard replaces.
     """
 
     images: Float[Tensor, "b ..."]  # normalised, (b, c, h, w); or features in their place, (b, d)
@@ -27,14 +27,14 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of samples. (`len` stays the number of fields, which torch relies on when it moves named tuples.)"""
+        """Number of samples. (`len` is the number of fields, on which torch relies when it moves named tuples.)"""
         return self.ids.shape[0]
 
     def split(self, size: int) -> list[Batch]:
-        """Pieces of at most `size` samples."""
+        """Split into batches of at most `size` samples."""
         return [Batch(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on `device`; asynchronous from pinned memory."""
+    """Copy a batch to `device`, asynchronously if it is in pinned memory."""
     return Batch(*(part.to(device, non_blocking=True) for part in batch))

@@ -1,4 +1,4 @@
-"""What every verb of the command line shares: which there are, the argument parser, how durations are shown."""
+"""The command line: all verbs, their argument parser, and how durations are printed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 
 class Verb(NamedTuple):
-    """A verb: its module, with `run(config)` if the verb has a schema, else `main(argv)`; and its line in --help."""
+    """A verb: its module, which has `run(config)` if the verb has a schema, else `main(argv)`, and its help text."""
 
     module: str
     summary: str
@@ -20,7 +20,7 @@ VERBS = {
     "finetune": Verb("mae_dist.stages.finetune", "train backbone and head on labels"),
     "report": Verb("mae_dist.monitor.report", "one HTML file from one or more runs: curves, pictures, numbers"),
     "runs": Verb("mae_dist.monitor.runs", "a table of runs: status, step, loss, speed, result"),
-    "logs": Verb("mae_dist.monitor.logs", "the output of the newest job of a run, the first failing rank first"),
+    "logs": Verb("mae_dist.monitor.logs", "output of the newest job of a run, the first failing rank first"),
     "ckpt": Verb("mae_dist.commands.ckpt", "list, inspect and verify the checkpoints of a run"),
     "replay": Verb("mae_dist.commands.replay", "compute a past step again: samples, crops, masks and losses"),
     "data": Verb("mae_dist.commands.data", "pack archives and folders into tars, index existing tars, show a data set"),
@@ -42,14 +42,14 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError where it would end the process."""
+    """An ArgumentParser that raises ValueError for a user's mistake instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that fits."""
+    """A time in the largest unit that fits: '2.5 h'."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

@@ -1,5 +1,6 @@
-"""The sizes of all models by name, as the papers have them, and how many parameters follow. Imports no torch, so that a
-launcher can say how large a checkpoint will be.
+"""Sizes of all models by name, from the papers, and their number of parameters.
+
+Imports no torch, so that a launcher can compute the size of a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ SIZES: dict[str, dict[str, int]] = {
     "vit_demo4": {"patch": 4, "dim": 128, "depth": 4, "num_heads": 4},
     "mixer_demo4": {"patch": 4, "dim": 128, "depth": 4, "token_hidden": 64, "channel_hidden": 512},
 }
-"""Name -> what its constructor is given."""
+"""Model name -> arguments of its constructor."""
 
 
 def size_of(name: str) -> dict[str, int]:
-    """The sizes of a model; ValueError with the nearest name, or names, for one that does not exist."""
+    """The sizes of a model. Raises ValueError, with the nearest names, for a model that does not exist."""
     if not isinstance(name, str):
         raise ValueError(f"model.name={name!r}: must be a name, vit_b16 for example; `mae-dist models` lists them")
     if name not in SIZES:
@@ -50,7 +51,7 @@ def size_of(name: str) -> dict[str, int]:
 
 
 def _near(name: str) -> list[str]:
-    """The models that a wrong name, timm's for example, may mean: of its size, with its patch where it has a number."""
+    """Models that a wrong name, for example timm's, may mean: those of its size, and of its patch if it has one."""
     plain = re.sub(r"[\W_]", "", name.lower())
     families = {_family(known) for known in SIZES if plain.startswith(_family(known))}
     families |= set() if families else {_family(known) for known in difflib.get_close_matches(name, SIZES, n=1)}
@@ -63,12 +64,12 @@ def _family(name: str) -> str:
 
 
 def default_image_size(patch: int) -> int:
-    """Pixels a side that a patch size is for, unless told otherwise: CIFAR's or ImageNet's."""
+    """Default image size of a patch size, in pixels a side: CIFAR's 32 up to patch 4, else ImageNet's 224."""
     return 32 if patch <= 4 else 224
 
 
 def num_parameters(name: str, image_size: int) -> int:
-    """Parameters of a backbone of RGB images (a ViT's with class token and one last norm), fixed ones too."""
+    """Number of parameters of a backbone for RGB images, with fixed ones (ViT: class token, one last norm)."""
     size = size_of(name)
     patch, dim, tokens = size["patch"], size["dim"], (image_size // size["patch"]) ** 2
     embedding = 3 * patch**2 * dim + dim

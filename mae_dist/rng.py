@@ -1,7 +1,7 @@
 """Random draws as a pure function of (seed, purpose, epoch, ids): the counter-based generator Philox4x32-10.
 
-Promises the same bits from NumPy and from torch on any device, because the rounds are written once in 64-bit integer
-arithmetic that both understand. There is no state: whoever knows the five numbers can redraw. Imports no torch.
+NumPy and torch give identical bits on any device, because the rounds are written once, in 64-bit integer arithmetic
+that both have. There is no state: anyone who knows (seed, purpose, epoch, id) can repeat a draw. Imports no torch.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3.
 """
@@ -20,7 +20,7 @@ LOW = 0xFFFFFFFF
 
 
 class Purpose(IntEnum):
-    """What a draw is for. Each purpose is a stream of its own; numbers never change, or old runs would."""
+    """What a draw is for. Each purpose has a stream of its own. Its number must never change, or runs would change."""
 
     SHARDS = 1
     SAMPLES = 2
@@ -39,9 +39,9 @@ class Purpose(IntEnum):
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 on arrays: four counter words and two key words, each int64 holding 32 bits, broadcast together.
+    """Philox4x32-10 of four counter words and two key words, int64 arrays of 32-bit values that are broadcast together.
 
-    The 32 x 32 -> 64 bit products wrap into the sign of int64; shifting and masking gives back the high word.
+    The 32 x 32 -> 64 bit products may overflow into the sign of int64; shifting and masking recovers the high word.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -53,9 +53,9 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 
 
 def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
-    """Random words, shape (len(ids), num), int64 holding 32 bits, NumPy or torch like `ids`.
+    """Random 32-bit words as int64 of shape (len(ids), num), NumPy or torch like `ids`.
 
-    Word j of sample i depends on (seed, purpose, epochs[i], ids[i], j) alone. `epochs` is an array like `ids`, or one
+    Word j of sample i is a function of (seed, purpose, epochs[i], ids[i], j). `epochs` is an array like `ids`, or an
     int.
     """
     blocks = -(-num // 4)

@@ -1,4 +1,4 @@
-"""Philox: the published numbers, the same bits from NumPy and torch, and each sample's draws its own."""
+"""Philox: the published numbers, identical bits from NumPy and torch, and draws that are functions of the sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONES = 0xFFFFFFFF
         ),
     ],
 )
-def test_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, ...], expected: str) -> None:
+def test_philox_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, ...], expected: str) -> None:
     """Random123's file kat_vectors, lines philox4x32 10."""
     for array in (lambda v: np.array([v], dtype=np.int64), lambda v: torch.tensor([v])):
         c0, c1, c2, c3 = (array(v) for v in counter)
@@ -32,7 +32,7 @@ def test_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, ..
         assert " ".join(f"{int(word[0]):08x}" for word in words) == expected
 
 
-def test_numpy_and_torch_give_the_same_bits() -> None:
+def test_philox_numpy_and_torch_bits_are_identical() -> None:
     generator = np.random.default_rng(0)
     ids, epochs = generator.integers(0, 2**40, 50), generator.integers(0, 2**31, 50)
     for num in (1, 4, 7):
@@ -42,7 +42,7 @@ def test_numpy_and_torch_give_the_same_bits() -> None:
         assert np.array_equal(ours, theirs.numpy())
 
 
-def test_a_draw_depends_on_its_own_sample_only() -> None:
+def test_rng_draw_is_independent_of_other_samples() -> None:
     ids, epochs = np.array([4, 9, 2, 9]), np.array([0, 1, 0, 2])
     together = rng.bits(5, Purpose.CROP, epochs, ids, 6)
     for i in range(4):
@@ -52,7 +52,7 @@ def test_a_draw_depends_on_its_own_sample_only() -> None:
     assert np.array_equal(rng.bits(5, Purpose.CROP, epochs, ids, 11)[:, :6], together)  # more words change no word
 
 
-def test_every_argument_counts() -> None:
+def test_rng_draw_depends_on_every_argument() -> None:
     def draw(seed: int, purpose: Purpose, epoch: int, sample: int) -> tuple[int, ...]:
         return tuple(rng.bits(seed, purpose, epoch, np.array([sample]), 4)[0].tolist())
 
@@ -64,7 +64,7 @@ def test_every_argument_counts() -> None:
     assert len(draws) == len(Purpose) + 7
 
 
-def test_uniform() -> None:
+def test_rng_uniform_is_uniform_in_0_1() -> None:
     draws = rng.uniform(1, Purpose.CROP, 0, np.arange(20_000), 4)
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -77,7 +77,7 @@ def test_uniform() -> None:
     assert abs(np.corrcoef(draws[1:, 0], draws[:-1, 0])[0, 1]) < 0.03
 
 
-def test_golden_numbers() -> None:
+def test_rng_golden_numbers() -> None:
     """If this fails, every earlier run has become irreproducible."""
     words = rng.bits(7, Purpose.CROP, np.array([0, 3]), np.array([5, 2**33 + 1]), 5)
     assert words.tolist() == [

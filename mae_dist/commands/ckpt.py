@@ -1,6 +1,6 @@
-"""`mae-dist ckpt {list,inspect,verify} RUN`: what checkpoints a run has, what is in one, and whether they are whole.
+"""`mae-dist ckpt {list,inspect,verify} RUN`: list a run's checkpoints, show the tensors of one, verify checksums.
 
-Reads only; a run in progress is not disturbed.
+Only reads, so it can be used on a run in progress.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mae_dist.run.layout import step_of
 
 
 def main(argv: list[str]) -> int:
-    """Run `mae-dist ckpt ARGV`; give the exit status: 2 when `verify` finds damage."""
-    parser = Parser(prog="mae-dist ckpt", description="List, look into and verify the checkpoints of a run.")
+    """Run `mae-dist ckpt ARGV` and return its exit status: 2 when `verify` finds damage."""
+    parser = Parser(prog="mae-dist ckpt", description="List, inspect and verify the checkpoints of a run.")
     actions = parser.add_subparsers(required=True, metavar="{list,inspect,verify}")
     for name, run, text in (
-        ("list", show_list, "steps, sizes and ages"),
-        ("inspect", inspect, "the tensors in a checkpoint"),
-        ("verify", verify, "read every file and compare it with its checksum"),
+        ("list", show_list, "print steps, sizes and ages"),
+        ("inspect", inspect, "print the tensors of a checkpoint"),
+        ("verify", verify, "compare every file with its checksum"),
     ):
         action = actions.add_parser(name, help=text)
         action.add_argument("folder", metavar="RUN", help="folder of the run")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_list(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
-    """One line a checkpoint, and what is being written."""
+    """Print a line per checkpoint, and the checkpoint that is being written."""
     table = Table("step", "written", "age", "MiB", "files", "ranks", "tensors", title=f"checkpoints of {run.path}")
     for path in paths:
         manifest = read_manifest(path)
@@ -62,12 +62,14 @@ def show_list(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
         )  # fmt: skip
     Console().print(table)
     for path in sorted((run.path / "checkpoints").glob(".saving-*")):
-        print(f"step {int(path.name.removeprefix('.saving-')):,} is being written, or was when its run was killed")
+        print(
+            f"step {int(path.name.removeprefix('.saving-')):,} is being written, or its run was killed while writing it"
+        )
     return 0
 
 
 def inspect(run: RunDir, paths: list[Path], arguments: argparse.Namespace) -> int:
-    """Names and shapes of the tensors of one checkpoint."""
+    """Print names and shapes of the tensors of one checkpoint."""
     known = {step_of(path): path for path in paths}
     step = arguments.step if arguments.step is not None else max(known)
     if step not in known:
@@ -88,19 +90,19 @@ def inspect(run: RunDir, paths: list[Path], arguments: argparse.Namespace) -> in
 
 
 def verify(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
-    """Say of each checkpoint whether its files are what was written."""
+    """Print for each checkpoint whether its files match their checksums."""
     damages = {path: checkpoint.verify(path) for path in track(paths, f"verifying {run.path}", transient=True)}
     for path, damage in damages.items():
-        print(f"{path.name}: {'whole' if damage is None else f'DAMAGED: {damage}'}")
+        print(f"{path.name}: {'intact' if damage is None else f'DAMAGED: {damage}'}")
     if not any(damages.values()):
         return 0
-    sound = [path for path, damage in damages.items() if damage is None]
-    print(f"the run would go on from {sound[-1].name}" if sound else "no checkpoint of this run can be used")
+    intact = [path for path, damage in damages.items() if damage is None]
+    print(f"the run would resume from {intact[-1].name}" if intact else "no checkpoint of this run can be used")
     return 2
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, or None when it cannot be read."""
+    """Read the manifest of a checkpoint; None if it is unreadable."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         return manifest if {"files", "world", "num_tensors"} <= manifest.keys() else None

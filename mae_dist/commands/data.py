@@ -1,14 +1,13 @@
-"""The verb `mae-dist data`: pack sources into shards, index tars of other people, show what a data set holds.
+"""`mae-dist data {pack,index,show}`: pack sources into tars, index existing tars, show a data set.
 
-Each action ends by printing what it wrote, where, and what to type next. What a user got wrong becomes a ValueError of
-one sentence. The work itself is in `data.pack` and `data.index`. Imports no torch by itself.
+Each action ends by printing what it wrote, where, and the next command. The work is done in `data.pack` and
+`data.index`. Imports no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -24,32 +23,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mae_dist import image_grid
 from mae_dist.cli import Parser
 from mae_dist.data import index
+from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.pack import ProgressCallback, Source, from_cifar100, from_folder, from_synthetic, pack
 
-LOOKED_AT = 2000
-"""Images of a split whose size `show` reads (evenly spaced)."""
+NUM_SIZES = 2000
+"""Number of images of a split whose size `show` reads (evenly spaced)."""
 ROWS, COLUMNS, TILE = 8, 10, 96
+"""Rows and columns of the sheet that `show` draws, and pixels a side of a tile."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `mae-dist data ARGV`; give the exit status. Raises ValueError for what a user got wrong."""
+    """Run `mae-dist data ARGV` and return its exit status. Raises ValueError for a user's mistake."""
     arguments = _parser().parse_args(argv)
     arguments.run(arguments)
     return 0
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mae-dist data", description="Make, index and look at data sets of ordinary tars.")
+    parser = Parser(prog="mae-dist data", description="Pack, index and show data sets of ordinary tars.")
     actions = parser.add_subparsers(required=True, metavar="{pack,index,show}")
 
-    packing = actions.add_parser("pack", help="write a source as tars with indexes and a dataset.json")
+    packing = actions.add_parser("pack", help="pack a source into tars with indexes and a dataset.json")
     kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,synthetic}")
-    cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or any archive in the layout of its python version")
+    cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or another archive in the layout of its python version")
     cifar100.add_argument("--source", type=Path, help="cifar-100-python.tar.gz (default: download it)")
     cifar100.set_defaults(run=_pack_cifar100)
     folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet) or SOURCE/CLASS/")
-    folder.add_argument("--source", type=Path, required=True, help="the folder")
-    folder.add_argument("--test-share", type=float, default=0.0, help="share to hold out as test (without splits)")
+    folder.add_argument("--source", type=Path, required=True, help="the folder of images")
+    folder.add_argument(
+        "--test-share",
+        type=float,
+        default=0.0,
+        help="share of the images to hold out as split test, if SOURCE has no splits (default 0)",
+    )
     folder.set_defaults(run=_pack_folder)
     synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
     synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
@@ -57,26 +63,26 @@ def _parser() -> Parser:
     synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
     synthetic.set_defaults(run=_pack_synthetic)
     for kind in (cifar100, folder, synthetic):
-        kind.add_argument("--out", type=Path, required=True, help="the new folder")
+        kind.add_argument("--out", type=Path, required=True, help="the folder to make")
         kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
 
-    indexing = actions.add_parser("index", help="index tars that are there already")
-    indexing.add_argument("tars", nargs="+", metavar="GLOB", help="the tars, for example 'data/train-*.tar'")
-    indexing.add_argument("--split", default="train", help="what they are called in dataset.json (default train)")
-    indexing.add_argument("--out", type=Path, help="folder of index and dataset.json (default: beside the tars)")
+    indexing = actions.add_parser("index", help="index existing tars")
+    indexing.add_argument("tars", nargs="+", metavar="GLOB", help="tars, for example 'data/train-*.tar'")
+    indexing.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
+    indexing.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     indexing.set_defaults(run=_index)
 
-    showing = actions.add_parser("show", help="counts, classes, sizes, and a sheet of samples")
+    showing = actions.add_parser("show", help="print counts, classes and sizes, and draw a sheet of samples")
     showing.add_argument("folder", type=Path, metavar="DIR", help="folder with a dataset.json")
-    showing.add_argument("--split", help="split to look into (default: train, or the first)")
-    showing.add_argument("--out", type=Path, help="the sheet (default: DIR/sheet-SPLIT.png)")
+    showing.add_argument("--split", help="the split to show (default: train, or the first)")
+    showing.add_argument("--out", type=Path, help="file of the sheet (default: DIR/sheet-SPLIT.png)")
     showing.set_defaults(run=_show)
     return parser
 
 
 @contextmanager
 def _progress() -> Iterator[ProgressCallback]:
-    """A ProgressCallback that draws bars on a terminal's stderr, and nothing anywhere else."""
+    """A ProgressCallback that draws progress bars on stderr if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
@@ -141,13 +147,11 @@ def _index(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{' '.join(arguments.tars)}: no file matches")
     folders = {tar.parent for tar in tars}
     if arguments.out is None and len(folders) > 1:
-        raise ValueError(f"the tars lie in {len(folders)} folders; say with --out DIR where their index should lie")
+        raise ValueError(f"the tars are in {len(folders)} folders; pass --out DIR for their indexes")
     folder = tars[0].parent if arguments.out is None else arguments.out
     twins = [stem for stem, count in Counter(tar.stem for tar in tars).items() if count > 1]
     if twins:
-        raise ValueError(
-            f"{twins[0]}.tar is there twice, in two folders; index one folder a time, with an --out for each"
-        )
+        raise ValueError(f"two folders contain a {twins[0]}.tar; index one folder at a time, with an --out for each")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
@@ -155,14 +159,14 @@ def _index(arguments: argparse.Namespace) -> None:
             dataset = _merge(before, arguments.split, tars, folder, tick)
         dataset.save(folder)
     except PermissionError as error:
-        raise ValueError(f"{folder}: cannot be written; say with --out DIR where the index should lie") from error
+        raise ValueError(f"{folder}: cannot be written; pass --out DIR for the index") from error
     _report(dataset, folder)
 
 
 def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, tick: ProgressCallback) -> index.Dataset:
-    """`before` with `split` made of `tars`, whose indexes are written into `folder`.
+    """Index `tars` into `folder`; return `before` with these tars as its split `split`.
 
-    What was known of the replaced split is forgotten: mean and std if it was train, names of too few classes.
+    Facts of a replaced split are dropped: mean and std if it is train, and class names if there are more classes.
     """
     shards, num_classes = [], 0
     for number, tar in enumerate(tars):
@@ -188,27 +192,14 @@ def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, ti
 def _common_size(
     shards: list[index.Shard], tars: list[Path], folder: Path, tick: ProgressCallback
 ) -> tuple[int, int] | None:
-    """(height, width) if all images share it. Only headers are read, and those only until two differ."""
+    """(height, width) if all images have one size, else None. Reads headers only, until two differ."""
     data = index.ShardIndex(tars, [folder / f"{tar.stem}.idx" for tar in tars], shards, index.Dataset(""))
-    first = _size(data.read(0))
+    first = stored_size(data.read(0))
     for sample in range(1, len(data)):
-        if first is None or _size(data.read(sample)) != first:
+        if first is None or stored_size(data.read(sample)) != first:
             return None
         tick("sizes", sample + 1, len(data))
     return first
-
-
-def _size(sample: index.Sample) -> tuple[int, int] | None:
-    """(height, width) of a stored image, None if it cannot be told."""
-    try:
-        if sample.extension == "npy":
-            height, width = np.load(io.BytesIO(sample.image), allow_pickle=False).shape[:2]
-        else:
-            with Image.open(io.BytesIO(sample.image)) as image:
-                width, height = image.size
-        return height, width
-    except Exception:  # decoders raise whatever they like at a broken header
-        return None
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -220,15 +211,15 @@ def _show(arguments: argparse.Namespace) -> None:
         for sample in range(len(data)):
             labels[sample] = data.label(sample)
             tick("labels", sample + 1, len(data))
-        looked_at = _evenly(np.arange(len(data)), LOOKED_AT)
+        chosen = _evenly(np.arange(len(data)), NUM_SIZES)
         sizes: Counter[tuple[int, int] | None] = Counter()
-        for number, sample in enumerate(looked_at):
-            sizes[_size(data.read(int(sample)))] += 1
-            tick("sizes", number + 1, len(looked_at))
+        for number, sample in enumerate(chosen):
+            sizes[stored_size(data.read(int(sample)))] += 1
+            tick("sizes", number + 1, len(chosen))
     print(f"{arguments.folder}: {dataset.name}, {_facts(dataset)}")
     _print_splits(dataset)
     _print_classes(split, labels, dataset.classes)
-    _print_sizes(split, sizes, len(looked_at))
+    _print_sizes(split, sizes, len(chosen))
     target = arguments.out
     if target is None:
         target = (arguments.folder if os.access(arguments.folder, os.W_OK) else Path()) / f"sheet-{split}.png"
@@ -255,12 +246,12 @@ def _print_classes(split: str, labels: np.ndarray, classes: list[str] | None) ->
     print(f"  {split}: {len(counts)} classes of {counts[-1][1]} to {counts[0][1]} images; largest: {largest}")
 
 
-def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], looked_at: int) -> None:
+def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], num_images: int) -> None:
     unreadable = sizes.pop(None, 0)
     common = ", ".join(f"{width} x {height} ({count})" for (height, width), count in _known(sizes).most_common(5))
     more = f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
     broken = f"; {unreadable} unreadable" if unreadable else ""
-    print(f"  {split}: width x height of {looked_at} looked at: {common}{more}{broken}")
+    print(f"  {split}: width x height of {num_images} images: {common}{more}{broken}")
 
 
 def _known(sizes: Counter[tuple[int, int] | None]) -> Counter[tuple[int, int]]:
@@ -268,7 +259,7 @@ def _known(sizes: Counter[tuple[int, int] | None]) -> Counter[tuple[int, int]]:
 
 
 def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None) -> Image.Image:
-    """ROWS samples of up to COLUMNS classes, a class a column; samples from everywhere if most classes are smaller."""
+    """Draw ROWS samples of up to COLUMNS classes, a column per class; samples of all if most classes are smaller."""
     present = np.unique(labels[labels >= 0])
     if 0 < len(present) * ROWS <= len(data):
         shown = _evenly(present, COLUMNS)
@@ -285,10 +276,8 @@ def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None
 
 
 def _pixels(sample: index.Sample) -> np.ndarray:
-    """uint8 (height, width, 3); a grey square for what cannot be decoded."""
+    """Decode a sample to uint8 (height, width, 3); a grey pixel if it is unreadable."""
     try:
-        if sample.extension == "npy":
-            return np.array(Image.fromarray(np.load(io.BytesIO(sample.image), allow_pickle=False)).convert("RGB"))
-        return np.array(Image.open(io.BytesIO(sample.image)).convert("RGB"))
-    except Exception:  # as in _size
+        return np.asarray(decode(sample))
+    except ValueError:
         return np.full((1, 1, 3), 128, dtype=np.uint8)

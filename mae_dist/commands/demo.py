@@ -1,13 +1,12 @@
-"""`mae-dist demo`: the whole walk on the embedded data set: pack, pretrain, kNN, probe, fine-tune, report.
+"""`mae-dist demo`: all stages on the embedded data set: pack, pretrain, kNN, probe, fine-tune, report.
 
-Each measure is taken twice with the same settings, from the pretrained backbone and from random initialisation. Every
-step is the command that a user would type, in a process of its own; running the demo again goes on where it was
-stopped.
+kNN, probe and fine-tuning run twice with equal settings: from the pretrained backbone and from random initialisation.
+Every step is the command that a user would type, in a process of its own. After an interruption, running the demo again
+continues it.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mae_dist.cli import Parser
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import RANDOM
 
@@ -42,10 +42,12 @@ MEASURES = {"knn": ("nearest neighbours", KNN), "probe": ("linear probe", PROBE)
 
 
 def main(argv: list[str]) -> int:
-    """Walk through everything; give the exit status of the first step that failed, or 0."""
-    parser = argparse.ArgumentParser(prog="mae-dist demo", description="The whole walk on the embedded data set.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for data, runs and report")
-    parser.add_argument("--processes", type=int, help="ranks (default: one a GPU, or two on CPUs)")
+    """Run `mae-dist demo ARGV`; return 0, or the exit status of the first step that failed."""
+    parser = Parser(prog="mae-dist demo", description="Run all stages on the embedded data set, in minutes.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for data, runs and report (default runs/demo)"
+    )
+    parser.add_argument("--processes", type=int, help="number of ranks (default: one per GPU, or two on CPUs)")
     options = parser.parse_args(argv)
     began, out = time.perf_counter(), options.out
     data, pretrained = out / "data", out / "pretrain"
@@ -68,25 +70,25 @@ def main(argv: list[str]) -> int:
     if status := step("report", *map(str, runs), "--out", str(report), "--title", TITLE):
         return status
     Console().print(table(out))
-    print(f"{time.perf_counter() - began:.0f} s; the report with pictures and curves: {report.resolve()}")
+    print(f"{time.perf_counter() - began:.0f} s; report with pictures and curves: {report.resolve()}")
     return 0
 
 
-def step(*words: str) -> int:
-    """Say and run `mae-dist WORDS`; give its exit status."""
-    print(f"\n$ mae-dist {shlex.join(words)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "mae_dist", *words], check=False).returncode
+def step(*argv: str) -> int:
+    """Print and run `mae-dist ARGV`; return its exit status."""
+    print(f"\n$ mae-dist {shlex.join(argv)}", flush=True)
+    return subprocess.run([sys.executable, "-m", "mae_dist", *argv], check=False).returncode
 
 
 def default_processes() -> int:
-    """One rank a GPU; on CPUs two."""
+    """One rank per GPU, or two on CPUs."""
     import torch
 
     return torch.cuda.device_count() or 2
 
 
 def fast_precision() -> str:
-    """bf16 where the GPU or the CPU computes in it; elsewhere it would only be slower than fp32."""
+    """bf16 if the GPU or the CPU has instructions for it, else fp32, which is then faster."""
     import torch
 
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -94,7 +96,7 @@ def fast_precision() -> str:
 
 
 def table(out: Path) -> Table:
-    """Top-1 of every measure, pretrained against random, as the runs' result.json have them."""
+    """Table of top-1 for random and pretrained weights, from the result.json of the runs."""
     table = Table("measure", "from random", "pretrained", "gain", title="top-1 on the test split, percent")
     for verb, (label, _) in MEASURES.items():
         top1 = {suffix: (RunDir(out / f"{verb}-{suffix}").result() or {})["top1"] for suffix in (RANDOM, "pretrained")}

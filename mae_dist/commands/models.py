@@ -1,4 +1,4 @@
-"""`mae-dist models [NAME ...]`: parameters, multiply-adds and activation memory of models, counted on empty ones."""
+"""`mae-dist models [NAME ...]`: parameters, multiply-adds and activation memory of models, counted without weights."""
 
 from __future__ import annotations
 
@@ -18,37 +18,35 @@ from mae_dist.objectives.mae import MAE
 from mae_dist.schema import MaeConfig
 
 LEGEND = """\
-params: the backbone's, without a head. GFLOPs: 10^9 multiply-adds of one forward pass of one image, as the papers'
-tables count them; a training step is about three times as many. MB: 10^6 bytes that one image's forward pass in fp32
-keeps for the backward pass, nothing recomputed (in 16 bits about half); weights, gradients and moments are 16 bytes a
-parameter beside them."""
+params: of the backbone, without a head. GFLOPs: 10^9 multiply-adds of the forward pass of one image, as in the papers'
+tables; a training step takes about three times as many. MB: 10^6 bytes that the forward pass of one image in fp32 keeps
+for the backward pass, without activation checkpointing (in 16 bits about half). Weights, gradients and moments take
+another 16 bytes a parameter."""
 
 
 def main(argv: list[str]) -> int:
-    """Print the table."""
-    parser = Parser(
-        prog="mae-dist models", description="What models cost: pretraining, and fine-tuning of all patches."
-    )
+    """Run `mae-dist models ARGV`: print the table and return the exit status."""
+    parser = Parser(prog="mae-dist models", description="Cost of models in pretraining and in fine-tuning.")
     parser.add_argument(
-        "words", nargs="*", metavar="NAME", help="models (default: all), and settings like mae.predict=0.5"
+        "names", nargs="*", metavar="NAME", help="models (default: all), and settings like mae.predict=0.5"
     )
     parser.add_argument("--image-size", type=int, help="pixels a side (default: 32 for patches up to 4, else 224)")
     options = parser.parse_intermixed_args(argv)
-    names = [word for word in options.words if "=" not in word]
-    settings = mae_settings([word for word in options.words if "=" in word])
+    names = [name for name in options.names if "=" not in name]
+    settings = mae_settings([name for name in options.names if "=" in name])
     size = {} if options.image_size is None else {"image_size": options.image_size}
     table = Table("model", "px", "params M", "GFLOPs\npretrain", "GFLOPs\nfine-tune", "MB\npretrain", "MB\nfine-tune")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
-    without = []
+    unsuitable = []
     for name in names or models.BACKBONES:
         try:
             table.add_row(*row(name, settings, size))
         except ValueError:
             if names:
                 raise
-            without.append(name)
+            unsuitable.append(name)
     if not table.rows:
         raise ValueError(
             f"--image-size {options.image_size}: no model can be pretrained on such images with these settings"
@@ -58,27 +56,27 @@ def main(argv: list[str]) -> int:
     hidden = f"{settings.mask_ratio:.0%} hidden ({settings.hidden}), {settings.predict:.0%} of it decoded"
     decoder = f"decoder {settings.decoder_dim} wide and {settings.decoder_depth} deep ({settings.decoder})"
     print(f"pretrain: {hidden}; {decoder}.\n{LEGEND}")
-    if without:
-        print(f"Not for these images and settings: {', '.join(without)}.")
+    if unsuitable:
+        print(f"Not possible with these images and settings: {', '.join(unsuitable)}.")
     return 0
 
 
-def mae_settings(words: list[str]) -> MaeConfig:
-    """The section `mae` with `mae.field=value` words applied (ValueError for others)."""
-    for word in words:
-        name, _, value = word.partition("=")
+def mae_settings(overrides: list[str]) -> MaeConfig:
+    """The section `mae` with overrides `mae.field=value` applied. Raises ValueError for other settings."""
+    for override in overrides:
+        name, _, value = override.partition("=")
         if name in ("image_size", "model.image_size"):
-            raise ValueError(f"{word}: pixels a side are an option here; write --image-size {value}")
-        if not word.startswith("mae."):
+            raise ValueError(f"{override}: the image size is an option of this command; use --image-size {value}")
+        if not override.startswith("mae."):
             raise ValueError(
-                f"{word}: of the settings only those of mae change this table, for example mae.decoder_depth=4; "
-                "--image-size does too"
+                f"{override}: this table depends only on --image-size and on settings of mae, for example "
+                "mae.decoder_depth=4"
             )
-    return config.load("pretrain", None, ["data.path=.", "out=.", "model.name=.", *words]).mae
+    return config.load("pretrain", None, ["data.path=.", "out=.", "model.name=.", *overrides]).mae
 
 
 def row(name: str, settings: MaeConfig, size: dict[str, int]) -> list[str]:
-    """The cells of one model (ValueError when it cannot be made or pretrained so)."""
+    """Cells of one model's row. Raises ValueError when it cannot be built or pretrained with these settings."""
     pretrain, finetune = pretraining(name, settings, **size), finetuning(name, **size)
     with torch.device("meta"):
         backbone = models.build(name, **size)
@@ -89,7 +87,7 @@ def row(name: str, settings: MaeConfig, size: dict[str, int]) -> list[str]:
 
 
 def finetuning(name: str, **overrides: int) -> Cost:
-    """A forward pass of the whole image through the backbone."""
+    """Cost of a forward pass of all patches through the backbone."""
 
     def measure(depth: int) -> Cost:
         backbone = models.build(name, depth=depth, pool="avg", **overrides)
@@ -100,7 +98,7 @@ def finetuning(name: str, **overrides: int) -> Cost:
 
 
 def pretraining(name: str, settings: MaeConfig, **overrides: int) -> Cost:
-    """A forward pass of masked autoencoding."""
+    """Cost of a forward pass of masked autoencoding with its decoder."""
 
     def measure(depth: int, decoder_depth: int) -> Cost:
         backbone = models.build(name, depth=depth, **overrides)
@@ -111,7 +109,7 @@ def pretraining(name: str, settings: MaeConfig, **overrides: int) -> Cost:
 
 
 def one(backbone: Backbone) -> Batch:
-    """A batch of one image. Its id is a real number, for masks are drawn in many small steps that are quicker so."""
+    """A batch of one image. Its id is on the CPU: drawing masks, in many small operations, is faster there."""
     number = torch.zeros(1, dtype=torch.int64, device="cpu")
     images = torch.zeros(1, backbone.channels, *backbone.image_size)
     return Batch(images, number, number, number, number.bool())

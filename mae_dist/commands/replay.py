@@ -1,8 +1,8 @@
-"""`mae-dist replay RUN --step N [--rank R]`: a past step again: its samples, crops and masks, losses and gradient.
+"""`mae-dist replay RUN --step N [--rank R]`: recompute a past step: its samples, crops, masks, losses and gradient.
 
-Everything but the weights follows from the settings, so only those are loaded: of the newest checkpoint before the
-step. When that is the very step before, loss and gradient are those of the run; else they are approximate, and it says
-how much older the weights are (checkpoint.keep_every keeps some). Writes a picture and a table into the run's folder.
+Everything but the weights follows from the settings. The weights come from the newest checkpoint before the step. If
+that is of the step just before, loss and gradient equal those of the run; otherwise they are approximate, and the age
+of the weights is printed (checkpoint.keep_every keeps more checkpoints). Writes replay.json and replay.png.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ from mae_dist.run.layout import step_of, write_text
 from mae_dist.stages.setup import Setup, build_setup
 
 SHOWN = 16
-"""Samples in the picture and in the printed table: those with the largest loss."""
+"""Number of samples in the picture and in the printed table: those with the largest loss."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `mae-dist replay ARGV`; give the exit status."""
-    parser = Parser(prog="mae-dist replay", description="Compute a past step of a run again, and show what was in it.")
+    """Run `mae-dist replay ARGV` and return its exit status."""
+    parser = Parser(prog="mae-dist replay", description="Recompute a past step of a run and show its samples.")
     parser.add_argument("folder", metavar="RUN", help="folder of the run")
-    parser.add_argument("--step", type=int, required=True, help="which step, 1 for the first")
-    parser.add_argument("--rank", type=int, help="only the share of this rank (default: the whole global batch)")
-    parser.add_argument("--data", help="where the data lie now, if they were moved")
-    parser.add_argument("--out", type=Path, help="folder for picture and table (default: RUN/replay/step-N)")
+    parser.add_argument("--step", type=int, required=True, help="the step, 1 for the first")
+    parser.add_argument(
+        "--rank", type=int, help="only this rank's share of the batch (default: the whole global batch)"
+    )
+    parser.add_argument("--data", help="folder of the data now, if they were moved")
+    parser.add_argument("--out", type=Path, help="folder for replay.json and replay.png (default: RUN/replay/step-N)")
     arguments = parser.parse_args(argv)
     run = RunDir.existing(arguments.folder, "RUN")
     verb, data_fingerprint, settings = run.settings()
@@ -56,34 +58,34 @@ def main(argv: list[str]) -> int:
     part = share_of(run, arguments.step, arguments.rank)
     objective = importlib.import_module(VERBS[verb].module).build(setup)
     weights = load_weights(run, setup, objective, arguments.step)
-    found = again(setup, objective, arguments.step, part)
-    whose = "" if arguments.rank is None else f"-rank-{arguments.rank}"
-    out = arguments.out or run.path / "replay" / f"step-{arguments.step:09d}{whose}"
+    found = recompute(setup, objective, arguments.step, part)
+    suffix = "" if arguments.rank is None else f"-rank-{arguments.rank}"
+    out = arguments.out or run.path / "replay" / f"step-{arguments.step:09d}{suffix}"
     show(run, setup, objective, arguments, weights, part, found, out)
     return 0
 
 
 def reopen(run: RunDir, verb: str, settings: Any, data_fingerprint: str, path: str | None) -> Setup:
-    """The run's data and model, on one process (ValueError when the data are not those of the run)."""
+    """The run's setup in one process. Raises ValueError when the data are not those of the run."""
     if verb == "knn":
         raise ValueError(f"RUN={run.path}: a knn run has no steps")
     machine = dataclasses.replace(settings.machine, processes=1, strategy="ddp", workers=0)
     data = dataclasses.replace(settings.data, path=path or settings.data.path)
     if not data.path.endswith(".tar") and not Path(data.path).is_dir():
-        raise ValueError(f"data.path={data.path}: no such folder; say with --data where the data of the run lie now")
+        raise ValueError(f"data.path={data.path}: no such folder; pass --data with the current folder of the data")
     setup = build_setup(
         verb, dataclasses.replace(settings, machine=machine, data=data, out=str(run.path)), verb != "pretrain"
     )
     if setup.data_fingerprint != data_fingerprint:
         raise ValueError(
-            f"data.path={data.path}: these are not the data that this step of {run.path} was trained on "
-            f"(fingerprint {setup.data_fingerprint}, not {data_fingerprint}); say with --data where those lie"
+            f"data.path={data.path}: not the data that this step of {run.path} was trained on (fingerprint "
+            f"{setup.data_fingerprint}, not {data_fingerprint}); pass --data with the folder of those"
         )
     return setup
 
 
 def share_of(run: RunDir, step: int, rank: int | None) -> tuple[int, int]:
-    """(rank, world) of what is to be computed: a rank as the run had it at that step, or everything as (0, 1)."""
+    """(rank, world) of the share to recompute: a rank of the run at that step, or (0, 1) for the whole batch."""
     if rank is None:
         return 0, 1
     world = run.started(step).get("world", 1)
@@ -93,7 +95,7 @@ def share_of(run: RunDir, step: int, rank: int | None) -> tuple[int, int]:
 
 
 def load_weights(run: RunDir, setup: Setup, objective: Objective, step: int) -> int:
-    """Fill the objective from the newest whole checkpoint before the step; give the step of these weights."""
+    """Load the newest intact checkpoint before the step into the objective; return the step of its weights."""
     objective.to(setup.device).train()
     for path in reversed(run.checkpoints()):
         if step_of(path) < step and checkpoint.verify(path) is None:
@@ -104,8 +106,8 @@ def load_weights(run: RunDir, setup: Setup, objective: Objective, step: int) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Again:
-    """A step computed again: its samples, their losses, the loss as the run records it, and the gradient's norm."""
+class Replay:
+    """A recomputed step: samples, predictions, each sample's loss, the mean loss, and the norm of the gradient."""
 
     batch: Batch
     prediction: torch.Tensor
@@ -114,8 +116,8 @@ class Again:
     grad_norm: float
 
 
-def again(setup: Setup, objective: Objective, step: int, part: tuple[int, int]) -> Again:
-    """Forward and backward of the step's samples, or of one rank's."""
+def recompute(setup: Setup, objective: Objective, step: int, part: tuple[int, int]) -> Replay:
+    """Forward and backward pass of the step's samples, or of one rank's share of them."""
     settings, source = setup.config, setup.source(setup.train_split, training=True)
     group = config.group(settings)
     first, last = share(settings.train.global_batch, *part, group)
@@ -132,17 +134,17 @@ def again(setup: Setup, objective: Objective, step: int, part: tuple[int, int]) 
     losses, predictions = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     norm = parallel.gradient_norm([p for p in objective.parameters() if p.requires_grad])
     whole = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-    return Again(whole, predictions, losses.tolist(), float(losses.double().mean()), float(norm))
+    return Replay(whole, predictions, losses.tolist(), float(losses.double().mean()), float(norm))
 
 
 def show(
     run: RunDir, setup: Setup, objective: Objective, arguments: argparse.Namespace, weights: int,
-    part: tuple[int, int], found: Again, out: Path,
+    part: tuple[int, int], found: Replay, out: Path,
 ) -> None:  # fmt: skip
-    """Print and write what was found."""
+    """Print the table and write replay.json and replay.png."""
     step, batch = arguments.step, found.batch
     rows = [
-        {"id": id_, "epoch": epoch, "key": setup.train_split.describe(id_), "label": label, "loss": loss}
+        {"id": id_, "epoch": epoch, "key": setup.train_split.sample_name(id_), "label": label, "loss": loss}
         for id_, epoch, label, loss in zip(
             batch.ids.tolist(), batch.epochs.tolist(), batch.labels.tolist(), found.losses, strict=True
         )
@@ -164,28 +166,22 @@ def show(
         table.add_row(row["key"], str(row["id"]), str(row["epoch"]), str(row["label"]), f"{row['loss']:.6f}")
     Console().print(table)
     age = step - 1 - weights
-    with_ = (
-        "the weights it had"
-        if age == 0
-        else (
-            f"the weights of step {weights}, {age} older (APPROXIMATE: no checkpoint nearer; see checkpoint.keep_every)"
-        )
-    )
-    print(f"step {step} with {with_}")
-    whose = "" if part[1] == 1 else f" of the {len(rows)} samples of rank {part[0]}, of {part[1]}"
-    print(f"computed now{whose}: mean loss {found.loss:.8f}  gradient norm {found.grad_norm:.6f}")
+    approximate = f"weights of step {weights}, {age} steps older (APPROXIMATE: see checkpoint.keep_every)"
+    print(f"step {step} with {approximate if age else 'the weights that the run had'}")
+    scope = "" if part[1] == 1 else f" for the {len(rows)} samples of rank {part[0]} of {part[1]}"
+    print(f"recomputed{scope}: mean loss {found.loss:.8f}  gradient norm {found.grad_norm:.6f}")
     if part[1] == 1 and "loss" in recorded:
         print(f"recorded by the run: mean loss {recorded['loss']:.8f}  gradient norm {recorded.get('grad_norm', '?')}")
-    print(f"{out} holds replay.json (ids, keys, losses, masks) and replay.png")
+    print(f"wrote replay.json (ids, keys, losses, masks) and replay.png to {out}")
 
 
-def sheet(setup: Setup, objective: Objective, found: Again, chosen: list[int]) -> Any:
-    """The chosen samples as the model saw them; for MAE also what was hidden and what it made of it."""
+def sheet(setup: Setup, objective: Objective, found: Replay, chosen: list[int]) -> Any:
+    """An image grid of the chosen samples as the model saw them; for MAE also masked and reconstructed."""
     batch = Batch(*(part[chosen] for part in found.batch))
     data = setup.config.data
-    looks = [batch.images]
+    rows = [batch.images]
     if isinstance(objective, MAE):
-        looks = objective.pictures(batch, found.prediction[chosen].float())
+        rows = objective.pictures(batch, found.prediction[chosen].float())
     return image_grid.sheet(
-        [list(denormalise(look, data.mean, data.std)) for look in looks], [str(i) for i in batch.ids.tolist()]
+        [list(denormalise(images, data.mean, data.std)) for images in rows], [str(i) for i in batch.ids.tolist()]
     )

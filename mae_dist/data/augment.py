@@ -1,8 +1,8 @@
 """Augmentations beyond the crop, each a pure function of (seed, epoch, id): RandAugment and random erasing.
 
-RandAugment is timm's, which draws from Python's and NumPy's global generators: it runs with both seeded for one
-sample, and both are put back. timm's random erasing draws on the device from torch's global generator, box after box of
-a batch; that belongs to no sample, so ours is written here, with timm's boxes and pixels.
+RandAugment is timm's, which draws from Python's and NumPy's global generators: both are seeded for each sample and
+restored afterwards. timm's random erasing draws from torch's global generator, for a batch at once, so it cannot be a
+function of the sample; it is written here anew, with timm's distributions of boxes and pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Augment = Callable[[UInt8[np.ndarray, "h w 3"], int, int], UInt8[np.ndarray, "h 
 
 @contextmanager
 def seeded(seed: int, purpose: rng.Purpose, epoch: int, id_: int) -> Iterator[None]:
-    """Python's and NumPy's global generators, set for one sample inside and as they were afterwards."""
+    """Seed Python's and NumPy's global generators for one sample; restore their states at the end."""
     before = random.getstate(), np.random.get_state()
     words = rng.bits(seed, purpose, epoch, np.array([id_]), 2)[0]
     random.seed(int(words[0]))
@@ -45,23 +45,22 @@ def seeded(seed: int, purpose: rng.Purpose, epoch: int, id_: int) -> Iterator[No
 
 
 def rand_augment(recipe: str, size: int, mean: tuple[float, float, float], seed: int) -> Augment:
-    """RandAugment (Cubuk et al. 2020) by timm's string, as (pixels, epoch, id) -> pixels.
+    """timm's RandAugment (Cubuk et al. 2020) for a string such as rand-m9-mstd0.5, as (pixels, epoch, id) -> pixels.
 
-    Moves reach 0.45 of the image's side, and what comes in from outside has the mean colour, as in timm's training.
-    Raises ValueError for a string that timm does not understand.
+    Translations reach 0.45 of the image's side, and pixels from outside have the mean colour, as in timm's training.
+    Raises ValueError for a string that timm does not know.
     """
     from timm.data import auto_augment  # a second of imports that few runs need
 
     colour = tuple(min(255, round(255 * channel)) for channel in mean)
     hints = {"translate_const": int(size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC}
     try:
-        if not PATTERN.fullmatch(recipe):  # timm passes over what it cannot read
+        if not PATTERN.fullmatch(recipe):  # timm ignores parts that it does not know
             raise ValueError("expected rand-m<magnitude>-...")
         transform = auto_augment.rand_augment_transform(recipe, hints)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
-            f"view.randaugment={recipe}: timm does not understand it ({error or 'unknown part'}); "
-            f"try rand-m9-mstd0.5-inc1"
+            f"view.randaugment={recipe}: timm does not know it ({error or 'unknown part'}); try rand-m9-mstd0.5-inc1"
         ) from error
 
     for op in transform.ops:
@@ -76,8 +75,9 @@ def rand_augment(recipe: str, size: int, mean: tuple[float, float, float], seed:
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the highest bits of each channel. At full magnitude timm keeps none: Pillow 13 refuses that, those before it
-    gave black, which is what the papers' runs have seen.
+    """Keep the highest `bits` of each channel; with 0 bits the image is black.
+
+    At full magnitude timm keeps 0 bits, which Pillow 13 refuses; earlier versions gave black, as in the papers' runs.
     """
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
@@ -85,9 +85,9 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 def erase(
     images: Float[Tensor, "b c h w"], probability: float, seed: int, epochs: np.ndarray, ids: np.ndarray
 ) -> Float[Tensor, "b c h w"]:
-    """Random erasing (Zhong et al. 2020, algorithm 1): with `probability` a box of each image becomes N(0, 1) noise.
+    """Random erasing (Zhong et al. 2020, algorithm 1) of normalised images.
 
-    `images` are normalised, so noise has their mean and deviation.
+    With `probability`, a box of an image is filled with N(0, 1) noise. `epochs` and `ids` are int64 (b,).
     """
     images, size = images.clone(), (images.shape[2], images.shape[3])
     boxes = erased_boxes(probability, seed, epochs, ids, size)
@@ -102,7 +102,7 @@ def erase(
 def erased_boxes(
     probability: float, seed: int, epochs: np.ndarray, ids: np.ndarray, size: tuple[int, int]
 ) -> list[list[int]]:
-    """[top, left, height, width] of each sample; height 0 where nothing is erased."""
+    """[top, left, height, width] of each sample's erased box, in pixels; height 0 where nothing is erased."""
     draws = rng.uniform(seed, rng.Purpose.ERASE, epochs, ids, 1 + 4 * ATTEMPTS)
     area, aspect, y, x = np.moveaxis(draws[:, 1:].reshape(len(ids), ATTEMPTS, 4), 2, 0)
     area = (AREA[0] + area * (AREA[1] - AREA[0])) * size[0] * size[1]
@@ -116,7 +116,7 @@ def erased_boxes(
 
 
 def noise(seed: int, epoch: int, id_: int, num: int, device: torch.device) -> Float[Tensor, " num"]:
-    """Normal numbers of one sample (Box and Muller 1958)."""
+    """N(0, 1) numbers of one sample (Box and Muller 1958)."""
     words = rng.bits(seed, rng.Purpose.ERASE_PIXELS, epoch, torch.tensor([id_], device=device), 2 * num)[0]
     first, second = words.view(2, num).double() / 2.0**32
     return ((-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()).float()

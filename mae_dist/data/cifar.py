@@ -1,8 +1,8 @@
-"""CIFAR-100's archive (its python version), and any other in that layout, read into arrays.
+"""Read CIFAR-100's archive (its python version), or any archive in that layout, into arrays.
 
-Promises: nothing is extracted to disk, links in the archive are not followed, and a pickle can give nothing but arrays,
-strings, numbers, lists and dicts: one that asks for more is refused before it runs. What comes back fits together
-(shapes, lengths, label ranges). Knows no shards. Imports no torch.
+Nothing is extracted to disk, and links in the archive are not followed. A pickle may contain only arrays, strings,
+numbers, lists and dicts: any other is refused before it is executed. Shapes, lengths and label ranges are checked.
+Knows no shards. Imports no torch.
 
 Source of the data: Krizhevsky, "Learning multiple layers of features from tiny images" (2009).
 """
@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from mae_dist.data.atomic import replacing
+
 log = logging.getLogger(__name__)
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -34,7 +36,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Archive:
-    """Its name, the names of the fine labels, and per split images uint8 (n, 32, 32, 3) and labels int64 (n,)."""
+    """Name, names of the fine labels, and per split the images uint8 (n, 32, 32, 3) and labels int64 (n,)."""
 
     name: str
     classes: list[str]
@@ -42,17 +44,17 @@ class Archive:
 
 
 def read(archive: Path) -> Archive:
-    """All images and their fine labels, in the archive's order; the coarse labels are left out.
+    """Read all images and their fine labels, in the archive's order; coarse labels are left out.
 
-    An archive with another checksum than the official one is welcome, and a warning tells. Raises ValueError when it is
-    cut, misses a member, holds anything but plain data, or its arrays do not fit each other.
+    An archive with another checksum than the official one is read with a warning. Raises ValueError when the archive is
+    cut short, lacks a member or holds anything but plain data, or when its arrays do not fit each other.
     """
     if not archive.is_file():
         raise ValueError(f"{archive}: no such file; expected CIFAR-100's python version, {FOLDER}.tar.gz")
     with archive.open("rb") as stream:
         md5 = hashlib.file_digest(stream, "md5").hexdigest()
     if md5 != MD5:
-        log.warning("%s: md5 %s is not CIFAR-100's (%s): taken as data of its own", archive, md5, MD5)
+        log.warning("%s: md5 %s is not CIFAR-100's (%s): read as another data set in its layout", archive, md5, MD5)
     members = _members(archive)
     where = f"{archive}: meta"
     names = _field(_unpickle(members["meta"], where), "fine_label_names", where)
@@ -64,33 +66,32 @@ def read(archive: Path) -> Archive:
 
 
 def download(tick: Callable[[int, int], None]) -> Path:
-    """The official archive in the user's cache folder, fetched if it is not there yet; `tick` gets (bytes, of bytes).
+    """Path of the official archive in the user's cache folder, downloaded once; calls `tick(bytes, total bytes)`.
 
-    Raises ValueError when there is no way to it or what came is not the official file.
+    Raises ValueError when the download fails or its checksum is wrong.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae_dist"
     target = cache / f"{FOLDER}.tar.gz"
     if target.is_file():
         return target
-    part = cache / f".{target.name}.{os.getpid()}"
     md5 = hashlib.md5(usedforsecurity=False)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL, timeout=30) as response, part.open("wb") as stream:
-            total = int(response.headers.get("Content-Length") or 0)
-            while block := response.read(1 << 20):
-                stream.write(block)
-                md5.update(block)
-                tick(stream.tell(), total)
-        if md5.hexdigest() != MD5:
-            raise ValueError(f"{URL}: what came has md5 {md5.hexdigest()}, not {MD5}; try again, or pass --source FILE")
-        os.replace(part, target)
+        with replacing(target) as part:
+            with urllib.request.urlopen(URL, timeout=30) as response, part.open("wb") as stream:
+                total = int(response.headers.get("Content-Length") or 0)
+                while block := response.read(1 << 20):
+                    stream.write(block)
+                    md5.update(block)
+                    tick(stream.tell(), total)
+            if md5.hexdigest() != MD5:
+                raise ValueError(
+                    f"{URL}: downloaded a file with md5 {md5.hexdigest()}, not {MD5}; try again, or pass --source FILE"
+                )
     except OSError as error:
         raise ValueError(
-            f"{URL}: cannot be downloaded ({error}); fetch it elsewhere and pass --source {target.name}"
+            f"{URL}: cannot be downloaded ({error}); download it elsewhere and pass --source {target.name}"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -106,7 +107,7 @@ def _members(archive: Path) -> dict[str, bytes]:
                     assert content is not None
                     found[name] = content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{archive}: not a whole .tar.gz ({error}); fetch it again") from error
+        raise ValueError(f"{archive}: not a complete .tar.gz ({error}); download it again") from error
     for path, name in wanted.items():
         if name not in found:
             raise ValueError(f"{archive}: has no file {path}; expected CIFAR-100's python version")
@@ -128,13 +129,13 @@ PLAIN = {
     "numpy.dtype": np.dtype,
     "_codecs.encode": _latin1,
 }
-"""What an array's pickle asks for, and what it gets: the least that does the job."""
+"""The globals that a pickled array refers to, and the harmless functions that are used in their place."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in PLAIN:
-            raise ValueError(f"it asks for {module}.{name}, which is not plain data")
+            raise ValueError(f"it contains {module}.{name}, which is not plain data")
         return PLAIN[f"{module}.{name}"]
 
 
@@ -143,7 +144,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
         plain = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in plain.items()}
     except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{where}: refused, no pickle of plain data ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{where}: refused, not a pickle of plain data ({' '.join(str(error).split())})") from error
 
 
 def _field(plain: dict[str, Any], name: str, where: str) -> Any:

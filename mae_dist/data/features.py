@@ -1,13 +1,13 @@
-"""Features of a split, computed once and kept on disk: a source of batches like those of `loader`.
+"""Features of a split, computed once and kept on disk: a `Source` of batches like those of `loader`.
 
     FOLDER/
-      00000.npy          features of SHARD samples, float32 (n, width); mapped into memory, not read
-      00000.labels.npy   their labels and whether they are bad, int64 (n, 2); written first
-      .00000.npy         one that is being written
+      00000.npy          features of SHARD samples, float32 (n, width), memory-mapped
+      00000.labels.npy   labels and whether the sample was unreadable, int64 (n, 2); written first
+      .00000.npy.PID     a file that is being written
 
-Shards are of a fixed number of samples and computed in fixed pieces, so that their bits depend on neither the number of
-ranks nor on who computes them; a shard is whole or not there, so that a start after a kill goes on. Knows no model: it
-is given a function from images to features.
+Shards have a fixed number of samples and are computed in fixed pieces, so their bits do not depend on the number of
+ranks. A shard is written atomically, so after a kill only missing shards are computed. Knows no model: `fill` takes a
+function from images to features.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from mae_dist.batch import Batch
+from mae_dist.data.atomic import replacing
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.loader import Plan, Source
 from mae_dist.data.views import View
@@ -32,11 +33,11 @@ from mae_dist.dist import RankError
 SHARD = 512
 """Samples a shard."""
 PIECE = 256
-"""Samples that are computed at once."""
+"""Samples of one forward pass."""
 
 
 class Features:
-    """The features of a split, `width` numbers a sample, in `folder`, given on `device`."""
+    """Features of a split, `width` numbers a sample, stored in `folder`; batches are on `device`."""
 
     def __init__(self, folder: Path, index: ShardIndex, width: int, device: torch.device, shard: int = SHARD):
         self.folder, self.index, self.width, self.device, self.shard = folder, index, width, device, shard
@@ -45,19 +46,20 @@ class Features:
 
     @property
     def num_bytes(self) -> int:
-        """What all features take on disk."""
+        """Size of all features on disk."""
         return len(self.index) * self.width * 4
 
     def missing(self) -> list[int]:
-        """Shards that are not there, or not whole."""
-        return [number for number in range(self.num_shards) if not self._whole(number)]
+        """Numbers of the shards that are missing or damaged."""
+        return [number for number in range(self.num_shards) if not self._complete(number)]
 
     def fill(
         self, source: Source, view: View, compute: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1
     ) -> None:
-        """Compute this rank's part of what is missing, with a bar on rank 0.
+        """Compute this rank's share of the missing shards, with a progress bar on rank 0.
 
-        Raises RankError where a feature is not finite or cannot be written.
+        ``compute`` maps images (b, c, h, w) to features (b, width). Raises RankError when a feature is not finite or a
+        file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = [number for number in self.missing() if number % world == rank]
@@ -69,8 +71,8 @@ class Features:
             if not (finite := values.isfinite().all(1)).all():
                 first = number * self.shard + int((~finite).nonzero()[0])
                 raise RankError(
-                    f"{self.index.describe(first)}: its features are not finite; try train.precision=fp32, or look at "
-                    f"the run that init_from= names"
+                    f"{self.index.sample_name(first)}: its features are not finite; try train.precision=fp32, or "
+                    f"check the run that init_from= names"
                 )
             facts = torch.cat([torch.stack([part.labels, part.bad.long()], 1) for part in parts])
             try:
@@ -78,12 +80,12 @@ class Features:
                 self._write(f"{number:05d}.npy", values.cpu().numpy())
             except OSError as error:
                 raise RankError(
-                    f"{self.folder}: features cannot be written ({error.strerror or error}); make room, the same "
-                    f"command goes on"
+                    f"{self.folder}: features cannot be written ({error.strerror or error}); make room and "
+                    f"run the command again: it continues"
                 ) from None
 
-    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:  # noqa: ARG002  (the one that they were computed in)
-        """The batches of a plan, in its order, with features in the place of images."""
+    def batches(self, plan: Plan, _view: View, /) -> Iterator[Batch]:
+        """Batches of a plan, in its order, with features as `images`; they were computed with the view of `fill`."""
         for epochs, ids in plan:
             values, facts = self._gather(ids)
             where = torch.from_numpy(ids)
@@ -111,7 +113,7 @@ class Features:
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
-    def _whole(self, number: int) -> bool:
+    def _complete(self, number: int) -> bool:
         try:
             shapes = [self._load(f"{number:05d}{end}").shape for end in (".npy", ".labels.npy")]
         except (OSError, ValueError):
@@ -119,13 +121,7 @@ class Features:
         return shapes == [(len(self._ids(number)), self.width), (len(self._ids(number)), 2)]
 
     def _write(self, name: str, array: np.ndarray) -> None:
-        """Whole or not at all."""
-        temporary = self.folder / f".{name}"
-        try:
-            with temporary.open("wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.folder / name) as work, work.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -1,11 +1,11 @@
 """ShardIndex: where every sample of a split lies, as byte offsets into ordinary webdataset tars.
 
-Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: a line a sample, `ext offset size name` a
-member), and one `dataset.json` for the folder, drawn at `Dataset` below. An index is built in one pass over the
-headers of a tar; nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer
-and a seek costs nothing. Offsets load shard by shard when first needed: memory grows with shards, not with samples.
+Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: one line a sample, `ext offset size name` for
+each member), and one `dataset.json` for the folder (see `Dataset`). An index is built in one pass over the headers of a
+tar; nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer and seeking is
+free. Offsets are loaded per shard when first needed, so memory grows with the number of shards.
 
-Knows no model, no view and no order. Never unpickles anything.
+Knows no model, no view and no order. Unpickles nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_dist.data.atomic import replacing
+
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "npy")
@@ -34,12 +36,12 @@ FILE = "dataset.json"
 
 
 class ChangedError(ValueError):
-    """A shard is not what its index says. Unlike for a bad sample, no neighbour stands in."""
+    """A shard is shorter than its index says. Unlike for an unreadable sample, no other sample replaces it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: `tar` is a path relative to dataset.json (or absolute), `num_bytes` the size of the file."""
+    """One tar file: ``tar`` is its path, relative to dataset.json or absolute; ``sha256`` is empty if not computed."""
 
     tar: str
     num_samples: int
@@ -65,15 +67,13 @@ class Dataset:
     std: tuple[float, float, float] | None = None
 
     def save(self, folder: Path) -> None:
-        """Write FILE into `folder`, whole or not at all."""
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
-        temporary = folder / f".{FILE}.{os.getpid()}"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, folder / FILE)
+        """Write dataset.json into `folder`, atomically."""
+        with replacing(folder / FILE) as work:
+            work.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Dataset:
-        """Read FILE from `folder` (ValueError in one sentence when it is missing or not ours)."""
+        """Read dataset.json from `folder`. Raises ValueError when it is missing or has another format."""
         path = folder / FILE
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
@@ -97,7 +97,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Sample:
-    """The bytes of one sample: its webdataset key, the image's extension and content, and its label (-1: none)."""
+    """One stored sample: webdataset key, extension and bytes of its image file, and label (-1: none)."""
 
     key: str
     extension: str
@@ -107,14 +107,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Table:
-    """Members of one shard's samples, one row a sample: names, and (offset, size) of image and label (-1: none)."""
+    """One shard's index, a row per sample: the name of the image, and where image and label lie (-1: no label)."""
 
     names: list[str]
     spans: np.ndarray  # int64 (rows, 4): image offset, image size, label offset, label size
 
 
 class ShardIndex:
-    """All samples of one split. A sample's id is its place in the concatenation of the shards."""
+    """All samples of one split. The id of a sample is its position in the concatenation of the shards."""
 
     def __init__(self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset):
         self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
@@ -130,16 +130,16 @@ class ShardIndex:
         return (self.tars, self.indexes, self.shards, self.dataset)
 
     def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)  # file handles and tables are opened anew in each worker
+        self.__init__(*state)  # each worker opens its own file handles and tables
 
     @property
     def num_labelled(self) -> int:
-        """Samples that have a label."""
+        """Number of samples that have a label."""
         return sum(shard.num_labelled for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what the data is, not of where it lies: names, counts, sizes and known sha256 of shards."""
+        """A short hash of the names, counts, sizes and known sha256 of the shards; independent of their folder."""
         rows = [f"{Path(s.tar).name} {s.num_samples} {s.num_bytes} {s.sha256}" for s in self.shards]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
@@ -149,17 +149,17 @@ class ShardIndex:
         return shard, sample - int(self.ends[shard] - self.counts[shard])
 
     def neighbour(self, sample: int) -> int:
-        """The sample that stands in for an unreadable one: the next of its shard, cyclically."""
+        """The id of the sample that replaces an unreadable one: the next of its shard, cyclically."""
         shard, row = self.locate(sample)
         return sample - row + (row + 1) % int(self.counts[shard])
 
-    def describe(self, sample: int) -> str:
-        """'key in shard.tar', for messages."""
+    def sample_name(self, sample: int) -> str:
+        """A sample's name for messages: 'a/b.jpg in x.tar'."""
         shard, row = self.locate(sample)
         return f"{self._table(shard).names[row]} in {self.tars[shard].name}"
 
     def read(self, sample: int) -> Sample:
-        """The bytes of one sample. Raises ValueError if the label is no number, ChangedError if the tar is cut."""
+        """Read one sample. Raises ValueError if its label is not a number, ChangedError if the tar is too short."""
         shard, row = self.locate(sample)
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
@@ -168,14 +168,14 @@ class ShardIndex:
         return Sample(key, extension.lower().rpartition(".")[2], image, self.label(sample))
 
     def label(self, sample: int) -> int:
-        """The label of one sample without its image (-1: none). Raises ValueError like `read`."""
+        """Read the label of one sample (-1: none). Raises ValueError if it is not a number, ChangedError as `read`."""
         shard, row = self.locate(sample)
         offset, size = (int(v) for v in self._table(shard).spans[row, 2:])
         return -1 if offset < 0 else int(self._open(str(self.tars[shard])).read(offset, size))
 
 
 class _Handle:
-    """A file kept open for os.pread; closed when it falls out of the cache."""
+    """An open file for os.pread; it is closed when the cache drops it."""
 
     def __init__(self, path: str):
         self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
@@ -183,7 +183,7 @@ class _Handle:
     def read(self, offset: int, size: int) -> bytes:
         content = os.pread(self.descriptor, size, offset)
         if len(content) != size:
-            raise ChangedError(f"{self.path}: ends inside a sample; it was changed or cut after it was indexed")
+            raise ChangedError(f"{self.path}: ends inside a sample: it was changed or cut short after it was indexed")
         return content
 
     def __del__(self) -> None:
@@ -191,15 +191,15 @@ class _Handle:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """'a/b.seg.png' -> ('a/b', 'seg.png'), webdataset's and DALI's rule."""
+    """Split 'a/b.seg.png' into key and extension ('a/b', 'seg.png'), by the rule of webdataset and DALI."""
     dot = name.find(".", name.rfind("/") + 1)
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
 def open_split(path: str, split: str) -> ShardIndex:
-    """The index of a split: `path` is a folder with dataset.json, or a glob of tars that have their .idx beside them.
+    """Open a split: `path` is a folder with dataset.json, or a glob of tars with their .idx files beside them.
 
-    With a glob, `split` does not matter: its tars are the split. Raises ValueError in one sentence.
+    With a glob, its tars are the split and `split` is ignored. Raises ValueError when a file is missing or changed.
     """
     if not glob.has_magic(path) and not path.endswith(".tar"):
         folder = Path(path)
@@ -222,32 +222,32 @@ def open_split(path: str, split: str) -> ShardIndex:
         shards = [known.get(tar) for tar in tars]
     for tar, index, shard in zip(tars, indexes, shards, strict=True):
         if not tar.is_file():
-            raise ValueError(f"{tar}: named in {FILE} but not there")
+            raise ValueError(f"{tar}: {FILE} lists it, but there is no such file")
         if not index.is_file():
             raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
         if shard is not None and tar.stat().st_size != shard.num_bytes:
             raise ValueError(
-                f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut; "
+                f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
     known_or_not = zip(tars, indexes, shards, strict=True)
-    index = ShardIndex(tars, indexes, [s or _describe(tar, index) for tar, index, s in known_or_not], dataset)
+    index = ShardIndex(tars, indexes, [s or _shard_of(tar, index) for tar, index, s in known_or_not], dataset)
     if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
     return index
 
 
-def _describe(tar: Path, index: Path) -> Shard:
-    """A shard that no dataset.json knows, as its index says; its sha256 is left empty."""
+def _shard_of(tar: Path, index: Path) -> Shard:
+    """The Shard of a tar that no dataset.json lists, from its index; sha256 is empty."""
     labelled = int((_read_table(index).spans[:, 2] >= 0).sum())
     return Shard(tar.name, _count(index), labelled, tar.stat().st_size, "")
 
 
 def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
-    """Index one tar into `index` (written whole or not at all); give its Shard and its labels (int64, -1: none).
+    """Index one tar and write the index file atomically; return its Shard and its labels (int64 (n,), -1: none).
 
     Members of a sample need not be neighbours. Samples without an image are left out, with a warning. Raises ValueError
-    when the file is no tar, is cut, or holds no sample.
+    when the file is no uncompressed tar, is cut short, or holds no sample.
     """
     samples: dict[str, dict[str, tuple[int, int, str]]] = {}
     labels: dict[str, int] = {}
@@ -263,12 +263,12 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
                     )
                 members = samples.setdefault(key, {})
                 if extension.lower() in members:
-                    raise ValueError(f"{tar}: member {member.name} is there twice")
+                    raise ValueError(f"{tar}: contains {member.name} twice")
                 members[extension.lower()] = (member.offset_data, member.size, member.name)
                 if extension.lower() == LABEL:
                     labels[key] = _label(tar, member, archive)
     except tarfile.TarError as error:
-        raise ValueError(f"{tar}: not a whole uncompressed tar ({error})") from error
+        raise ValueError(f"{tar}: not a complete uncompressed tar ({error})") from error
     size = tar.stat().st_size
     end = max((offset + length for members in samples.values() for offset, length, _ in members.values()), default=0)
     if end > size:
@@ -282,9 +282,8 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
     lines = [f"{VERSION} {len(kept)}"]
     for members in kept.values():
         lines.append(" ".join(f"{ext} {offset} {length} {name}" for ext, (offset, length, name) in members.items()))
-    temporary = index.with_name(f".{index.name}.{os.getpid()}")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, index)
+    with replacing(index) as work:
+        work.write_text("\n".join(lines) + "\n")
     found = np.array([labels.get(key, -1) for key in kept], dtype=np.int64)
     return Shard(tar.name, len(kept), int((found >= 0).sum()), size, _sha256(tar)), found
 

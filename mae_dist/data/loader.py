@@ -1,11 +1,10 @@
 """From a plan of (epochs, ids) to batches on the device.
 
-Two sources with one interface. `InMemorySource` holds a split of small, equally large images in memory as uint8 and
-makes views of whole batches on the device. `TarSource` reads and decodes by byte offset in worker processes. Either way
-what a batch holds depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is made, never
-what.
+Two sources with one interface. `InMemorySource` holds a split of small images of one size in memory as uint8 and crops
+whole batches on the device. `TarSource` reads and decodes by byte offset in worker processes. Either way the content of
+a batch depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is computed, never its values.
 
-Knows no order and no model: it is told what to fetch.
+Knows no order and no model.
 """
 
 from __future__ import annotations
@@ -27,32 +26,34 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_dist import signals
 from mae_dist.batch import Batch, to_device
+from mae_dist.data.decode import decode
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
-from mae_dist.data.views import View, crop, decode, resample
+from mae_dist.data.views import View, crop, resample
 from mae_dist.dist import LOST_WORKER, RankError, RankLostError
 
 log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2**31
-"""A split of equally large images stays in memory up to this size as uint8."""
+"""Size up to which a split of images of one size is held in memory, as uint8."""
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
+"""(epochs, ids) of each batch, int64 (b,) each."""
 
 
 class Source(Protocol):
-    """Where batches of a split come from."""
+    """Gives batches of a split: `InMemorySource`, `TarSource`, or `features.Features`."""
 
     index: ShardIndex
 
-    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
-        """The batches of a plan, in its order."""
+    def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
+        """Batches of a plan, in its order, on the device, with images as `view` shows them."""
         ...
 
 
 def open_source(
     index: ShardIndex, device: torch.device, workers: int, needs_pil: bool = False, quiet: bool = False
 ) -> InMemorySource | TarSource:
-    """The source that suits the split: resident when its images are equally large, fit, and are shown in batches."""
+    """InMemorySource if all images have one size, fit in RESIDENT_BYTES and need no PIL; otherwise TarSource."""
     size = index.dataset.image_size
     if not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
         return InMemorySource(index, device, quiet)
@@ -60,7 +61,7 @@ def open_source(
 
 
 class InMemorySource:
-    """All images of a split as uint8 in the device's memory: images (n, h, w, 3), labels (n,), bad (n,)."""
+    """A whole split in the device's memory: images uint8 (n, h, w, 3), labels (n,), bad (n,)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
         assert index.dataset.image_size is not None
@@ -72,13 +73,15 @@ class InMemorySource:
         ):
             image, labels[i], bad[i] = read(index, i)
             if (image.height, image.width) != index.dataset.image_size:
-                raise ValueError(f"{index.describe(i)}: {image.height}x{image.width}, but dataset.json says image_size "
-                                 f"{index.dataset.image_size}; index the data again")  # fmt: skip
+                raise ValueError(
+                    f"{index.sample_name(i)}: {image.height}x{image.width}, but image_size in dataset.json is "
+                    f"{index.dataset.image_size}; index the data again"
+                )
             images[i] = np.asarray(image)
         self.images, self.labels, self.bad = (torch.from_numpy(a).to(device) for a in (images, labels, bad))
 
-    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
-        """The batches of a plan, in its order."""
+    def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
+        """Batches of a plan, in its order; cropping and resizing run on the device."""
         height, width = self.images.shape[1:3]
         for epochs, ids in plan:
             boxes, flips = view.boxes(epochs, ids, np.full((len(ids), 2), (height, width)))
@@ -88,20 +91,20 @@ class InMemorySource:
 
 
 class TarSource:
-    """Images of any size, read and decoded by `workers` processes (0: by this one)."""
+    """Images of any size, read and decoded by `workers` processes (0: in this process)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, workers: int):
         self.index, self.device, self.workers = index, device, workers
 
-    def batches(self, plan: Plan, view: View) -> Iterator[Batch]:
-        """The batches of a plan, in its order; the next one is copied to the device while this one is used."""
+    def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
+        """Batches of a plan, in its order; the next batch is copied to the device while one is in use."""
         loader = DataLoader(
             Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
             pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
             worker_init_fn=_leave_signals_to_the_rank,
         )  # fmt: skip
         waiting = None
-        for cpu in _in_words(loader):
+        for cpu in _with_rank_errors(loader):
             batch = to_device(cpu, self.device)
             if waiting is not None:
                 yield _finish(*waiting, view)
@@ -111,7 +114,7 @@ class TarSource:
 
 
 class Decoder(Dataset[Batch]):
-    """Micro-batches as items: (epochs, ids) -> Batch of uint8 images on the CPU."""
+    """Maps (epochs, ids) to a Batch of cropped uint8 images (b, c, h, w) on the CPU; runs in worker processes."""
 
     def __init__(self, index: ShardIndex, view: View):
         self.index, self.view, self.augment = index, view, view.augment()
@@ -131,29 +134,30 @@ class Decoder(Dataset[Batch]):
 
 
 def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
-    """(image, label, bad) of a sample; for an unreadable one, of the next readable of its shard, with a warning.
+    """Read and decode a sample: (image, label, bad).
 
-    Raises ValueError when the whole shard is unreadable, or shorter than its index says.
+    An unreadable sample is replaced by the next readable one of its shard, with a warning and `bad` set. Raises
+    ValueError when no sample of the shard is readable, or when the tar is shorter than its index says.
     """
-    wanted = sample
+    first = sample
     while True:
         try:
             content = index.read(sample)
-            return decode(content.extension, content.image), content.label, sample != wanted
+            return decode(content), content.label, sample != first
         except ChangedError:
             raise
         except ValueError as error:
-            log.warning("unreadable: %s (%s); its neighbour stands in", index.describe(sample), error)
+            log.warning("unreadable: %s (%s); the next sample of its tar replaces it", index.sample_name(sample), error)
             sample = index.neighbour(sample)
-            if sample == wanted:
-                raise ValueError(f"{index.describe(sample)}: no sample of this tar can be read ({error})") from error
+            if sample == first:
+                raise ValueError(f"{index.sample_name(sample)}: no sample of this tar can be read ({error})") from error
 
 
 def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every sample once over all ranks, in order, in batches of at most `batch`; epoch 0.
+    """(epochs, ids) of this rank's batches in an evaluation: over all ranks every sample once, in order, in epoch 0.
 
-    Every rank gets the same number of batches, since ranks that share a model compute together; with fewer samples
-    than ranks some are empty.
+    Batches have at most `batch` samples. Every rank gets as many batches, since ranks that shard a model compute
+    together; with fewer samples than ranks some batches are empty.
     """
     start, stop = share(num_samples, rank, world)
     number = -(-num_samples // (world * batch))
@@ -167,8 +171,8 @@ def _leave_signals_to_the_rank(_: int) -> None:
     signals.ignore_once()
 
 
-def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """A worker's ValueError without the worker's traceback."""
+def _with_rank_errors(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Raise a worker's ValueError as RankError without its traceback, and a killed worker as RankLostError."""
     try:
         yield from loader
     except ValueError as error:
@@ -181,10 +185,9 @@ def _in_words(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 @atexit.register
 def end_workers() -> None:
-    """A rank that ends must not wait for its workers, which ignore the first signal; nothing they do is worth saving.
+    """Kill the loader's worker processes when a rank exits; they have nothing to save.
 
-    Without this `multiprocessing`, which signals once and joins at exit, waits for ever for workers whose iterator an
-    exception has kept alive.
+    Without this, `multiprocessing` would send them one SIGTERM at exit, which they ignore, and wait forever.
     """
     if workers := multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise

@@ -1,9 +1,9 @@
-"""Order: which sample comes when, as a pure function of (seed, shard sizes, window, position).
+"""Order: the order of samples in training, a pure function of (seed, shard sizes, window, position).
 
 Each epoch permutes the shards, then the samples within each run of `window` shards, so that reads stay near each
 other. Epochs follow each other without a gap: position p of the stream is sample p mod N of epoch p // N, and step k
-of a run takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches only
-share that range out. NumPy only; memory grows with shards, and with the samples of the window at hand.
+of a run takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches divide
+that range among them. Memory grows with the number of shards, and with the samples of a window. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ KEPT_WINDOWS = 4
 
 
 class Order:
-    """The infinite stream of (epoch, sample id) over shards of the given sizes.
+    """The infinite stream of (epoch, sample id) over shards with `counts` samples.
 
-    ``left_out``: sample id -> position from which on the next sample of its shard takes its place.
+    ``left_out`` maps a sample id to the position from which on the next sample of its shard replaces it.
     """
 
     def __init__(self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None):
@@ -33,7 +33,7 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, ids), int64 arrays of length stop - start, at these positions of the stream."""
+        """(epochs, ids) at positions start to stop - 1 of the stream, int64 (stop - start,) each."""
         epochs, ids = [], []
         while start < stop:
             epoch, place = divmod(start, self.num_samples)
@@ -48,7 +48,7 @@ class Order:
         return np.concatenate(epochs), np.concatenate(ids)
 
     def _replaced(self, start: int, ids: np.ndarray) -> np.ndarray:
-        """The ids at positions from `start` on, without those that are left out there."""
+        """Replace the ids that are left out; `ids` are at positions from `start` on."""
         if not self.left_out:
             return ids
         return np.array([self._next(int(id_), start + i) for i, id_ in enumerate(ids)], dtype=np.int64)
@@ -86,21 +86,22 @@ class Order:
 
 
 def permutation(seed: int, purpose: rng.Purpose, epoch: int, values: np.ndarray) -> np.ndarray:
-    """`values` (integers), sorted by 62 random bits of each, ties in the given order."""
+    """Permute `values` (int64 (n,)): sort them by 62 random bits of each, ties in the given order."""
     words = rng.bits(seed, purpose, epoch, values, 2)
     return values[np.argsort((words[:, 0] << 30) ^ words[:, 1], kind="stable")]
 
 
 def share(total: int, rank: int, world: int, group: int = 1) -> tuple[int, int]:
-    """The half-open range of `total` things that a rank takes: neighbours, sizes differing by at most one `group`,
-    which is never parted.
+    """The half-open range (first, last) of `total` items that belongs to a rank.
+
+    Ranges of ranks are contiguous, differ in size by at most one `group`, and never divide a group.
     """
     groups = total // group
     return groups * rank // world * group, groups * (rank + 1) // world * group
 
 
 def num_micro(global_batch: int, world: int, micro_batch: int, group: int = 1) -> int:
-    """Micro-batches of a step: the same number on every rank, though shares may differ by one group."""
+    """Number of micro-batches of a step, equal on all ranks although their shares may differ by one group."""
     groups = global_batch // group
     largest, smallest = -(-groups // world), groups // world
     return min(-(-largest // (micro_batch // group)), smallest)
@@ -109,7 +110,7 @@ def num_micro(global_batch: int, world: int, micro_batch: int, group: int = 1) -
 def plan(
     order: Order, steps: range, global_batch: int, micro: int, rank: int, world: int, group: int = 1
 ) -> Iterator[tuple]:
-    """(epochs, ids) of each micro-batch of this rank, `micro` of them a step."""
+    """(epochs, ids), int64 (b,) each, of this rank's micro-batches in the given steps, `micro` a step."""
     first, last = share(global_batch, rank, world, group)
     for step in steps:
         base = step * global_batch + first

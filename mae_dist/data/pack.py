@@ -1,11 +1,10 @@
-"""Sources -> shards: CIFAR-100, class folders and the synthetic set become webdataset tars, indexes and dataset.json.
+"""Pack CIFAR-100, class folders or the synthetic set into webdataset tars with indexes and a dataset.json.
 
-Promises: the same input gives the same bytes, and a folder that is there is whole (it is written beside its place and
-renamed last). Small sources (cifar100, synthetic) are written in their own order; class folders by a fixed permutation,
-so that shards are not sorted by class.
+Equal input gives equal bytes, and the folder is written atomically. cifar100 and synthetic are written in their own
+order; class folders are permuted in a fixed way, so that shards are not sorted by class.
 
-Knows no model, no view and no progress bar: whoever wants one passes a `ProgressCallback`. Imports no torch;
-webdataset, which does, is imported when the first shard is written.
+Knows no model and no view; progress is reported to a `ProgressCallback`. Imports no torch; webdataset, which does, is
+imported when the first shard is written.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import io
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,31 +22,32 @@ from PIL import Image
 
 from mae_dist import rng
 from mae_dist.data import cifar, index, synthetic
+from mae_dist.data.atomic import replacing
 
 log = logging.getLogger(__name__)
 
 FOLDER_IMAGES = ("jpg", "jpeg", "png", "webp")
 MEASURED = 10_000
-"""Images of a class folder that mean and std are computed on (evenly spaced; all, if there are fewer)."""
+"""Images of a class folder from which mean and std are computed (evenly spaced; all if there are fewer)."""
 MAX_BAD = 0.01
-"""Share of unreadable images at which packing a folder gives up."""
+"""Largest share of unreadable images in a split of a packed folder."""
 PACK_EPOCH = 2**32 - 1
-"""The epoch of the permutation of class folders: one that no run reaches."""
+"""Epoch of the random draws that permute class folders; no run reaches it."""
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with (what is being done, how much is done, of how much)."""
+"""Called as (what is being done, number done, total number)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """The ProgressCallback of those who want no progress bar."""
+    """A ProgressCallback that does nothing."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image on its way into a shard.
+    """One image to be packed.
 
-    ``content`` is the encoded file and ``extension`` its kind (lower case, no dot); ``size`` is (height, width);
-    ``pixels`` is uint8 (height, width, 3) if the image counts for mean and std; ``name`` is its origin (may be empty).
+    ``content`` is the encoded file and ``extension`` its format (lower case, no dot); ``size`` is (height, width);
+    ``pixels`` is uint8 (height, width, 3) if the image counts for mean and std; ``name`` is its file's name, or empty.
     """
 
     extension: str
@@ -61,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from: a name, the names of the labels, pictures per split, and the pictures of one split."""
+    """What to pack: name, class names, number of pictures per split, and a function that yields those of a split."""
 
     name: str
     classes: list[str]
@@ -73,7 +72,7 @@ def pack(source: Source, out: Path, shard_size: int = 5000, tick: ProgressCallba
     """Write `source` as a data set into the new folder `out`: {split}-000000.tar and .idx, ..., and dataset.json.
 
     Members are named {split}_{number}[-{name}].{extension} and .cls, at most `shard_size` samples a tar (fewer when a
-    tar reaches 3 GB). Raises ValueError when `out` has files in it or cannot be written, and what the source refuses. A
+    tar reaches 3 GB). Raises ValueError when `out` has files in it or cannot be written, and what `source` raises. A
     process that is killed may leave a hidden folder .NAME.PID beside `out`, never a part of `out`.
     """
     out = Path(os.path.abspath(out))
@@ -81,16 +80,12 @@ def pack(source: Source, out: Path, shard_size: int = 5000, tick: ProgressCallba
         raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if shard_size < 1:
         raise ValueError(f"--shard-size {shard_size}: must be 1 or more samples")
-    work = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        work.mkdir(parents=True)
-        dataset = _write(source, work, shard_size, tick)
-        os.replace(work, out)
+        with replacing(out) as work:
+            work.mkdir(parents=True)
+            return _write(source, work, shard_size, tick)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return dataset
 
 
 def _write(source: Source, folder: Path, shard_size: int, tick: ProgressCallback) -> index.Dataset:
@@ -137,7 +132,7 @@ def _write(source: Source, folder: Path, shard_size: int, tick: ProgressCallback
 
 
 class _Moments:
-    """Mean and deviation of the channels over all pixels, summed in whole numbers, hence exact."""
+    """Mean and standard deviation of each channel over all pixels, exact because the sums are of integers."""
 
     def __init__(self) -> None:
         self.num_pixels, self.sums, self.squares = 0, [0, 0, 0], [0, 0, 0]
@@ -161,7 +156,7 @@ class _Moments:
 
 
 def _safe(name: str) -> str:
-    """`name` as a part of a key: no space, no dot, nothing beyond ASCII, and short enough for a tar header."""
+    """Make `name` usable in a key: ASCII letters, digits, _ and - only, at most 60 characters for the tar header."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
 
 
@@ -180,7 +175,7 @@ def _from_array(pixels: np.ndarray, label: int) -> Picture:
 
 
 def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
-    """The procedural set of `data.synthetic`; test pictures are drawn with parameters that training never has."""
+    """The procedural set of `data.synthetic`, whose test pictures have parameters that training pictures never have."""
     counts = {"train": num_train, "test": num_test}
     for split, count in counts.items():
         if count < 1:
@@ -200,9 +195,9 @@ def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
 
 
 def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progress) -> Source:
-    """CIFAR-100, or the data of any archive in its layout, in the archive's order and with the fine labels only.
+    """CIFAR-100, or any archive in its layout, in the archive's order and with fine labels only.
 
-    Without `archive` the official file is downloaded. Raises ValueError as `data.cifar` does.
+    Without `archive` the official file is downloaded. Raises ValueError as `cifar.read` and `cifar.download` do.
     """
     if archive is None:
         archive = cifar.download(lambda done, total: tick("download CIFAR-100", done, total))
@@ -222,11 +217,10 @@ def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progr
 def from_folder(folder: Path, test_share: float = 0.0) -> Source:
     """Images in folder/SPLIT/CLASS/* (ImageNet's layout) or folder/CLASS/*, bytes unchanged, classes sorted by name.
 
-    Splits `val` and `validation` are stored as `test`. Without splits everything is `train`, or `test_share` of it
-    (0..1) is held out as `test`. Every image is decoded once, to find those that cannot be: they are named in the log
-    and left out, up to MAX_BAD of a split. Mean and std are over all pixels of at most MEASURED evenly spaced training
-    images.
-    Raises ValueError when there are no images, or too many unreadable ones.
+    Splits `val` and `validation` are stored as `test`. Without splits everything is `train`, or a `test_share` of it
+    (0..1) is held out as `test`. Every image is decoded once; unreadable ones are logged and left out, up to MAX_BAD of
+    a split. Mean and std are over all pixels of at most MEASURED evenly spaced training images. Raises ValueError when
+    there are no images, or too many unreadable ones.
     """
     if not folder.is_dir():
         raise ValueError(f"--source {folder}: no such folder")
@@ -316,7 +310,7 @@ def _decodable(split: str, files: list[tuple[int, Path]]) -> Iterator[Picture]:
             if bad > MAX_BAD * len(files):
                 raise ValueError(
                     f"{file}: unreadable, as are {bad - 1} others of the {len(files)} images of split {split!r}; "
-                    f"more than {MAX_BAD:.0%} is too many: repair or remove them (the log names them)"
+                    f"more than {MAX_BAD:.0%} is too many: repair or remove them (they are logged)"
                 ) from error
             continue
         extension = file.suffix[1:].lower()

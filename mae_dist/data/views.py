@@ -1,16 +1,15 @@
-"""Views: from stored bytes to the pixels that a model sees. Every view is one box, perhaps mirrored, resized; what else
-training may do to it is `augment`'s business.
+"""Views: from decoded images to the pixels that a model sees. A view is one box of the image, resized and perhaps
+flipped; `augment` has the other augmentations.
 
-Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two roads lead
-from a box to pixels: `crop` for one image of any size (PIL, as the papers' code), and `resample` for a batch of
-equally small images on any device, where cropping, flipping and resizing are two small matrix products per image.
+Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two functions
+make pixels from a box: `crop` for one image of any size (PIL, as the official code), and `resample` for a batch of
+images of one size on any device, where cropping, flipping and resizing are two small matrix products per image.
 
 Knows no model, no file layout and no rank.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
@@ -29,7 +28,10 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class View:
-    """How samples are shown: `settings`, size in pixels, channel statistics, seed, and whether it is training."""
+    """How samples are cropped, augmented and normalised.
+
+    ``settings`` is the section `view`, ``image_size`` the side in pixels, ``mean`` and ``std`` are per channel in 0..1.
+    """
 
     settings: schema.ViewConfig
     image_size: int
@@ -39,7 +41,7 @@ class View:
     training: bool
 
     def boxes(self, epochs: np.ndarray, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) = top, left, height, width, float64, and flips (n,), bool; `sizes` (n, 2) = height, width."""
+        """Boxes float64 (n, 4): top, left, height, width in pixels; flips bool (n,). `sizes` (n, 2): height, width."""
         kind = self.settings.crop
         if not self.training:
             return center_boxes(sizes, self.settings.test_crop), np.zeros(len(ids), dtype=bool)
@@ -55,17 +57,17 @@ class View:
 
     @property
     def needs_pil(self) -> bool:
-        """Whether images must be shown one at a time, as PIL's, because a library augments them."""
+        """Whether images must be augmented one at a time as PIL images, as timm's RandAugment does."""
         return self.training and self.settings.randaugment is not None
 
     def augment(self) -> augment.Augment | None:
-        """What happens to the pixels of a crop in training, if anything; ValueError for what timm does not know."""
+        """RandAugment for the pixels of one crop, or None. Raises ValueError for a string that timm does not know."""
         if not self.needs_pil:
             return None
         return augment.rand_augment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
 
     def finish(self, images: Float[Tensor, "b c h w"], epochs: np.ndarray, ids: np.ndarray) -> Float[Tensor, "b c h w"]:
-        """Pixels in 0..1 as the model takes them: normalised, in training perhaps partly erased."""
+        """Normalise pixels in 0..1 and, in training, apply random erasing."""
         images = normalise(images, self.mean, self.std)
         if not self.training or not self.settings.random_erasing:
             return images
@@ -76,13 +78,13 @@ class View:
 
 
 def center_boxes(sizes: np.ndarray, share: float) -> np.ndarray:
-    """The central square with `share` of the shorter side: "resize, then centre crop" as one box."""
+    """Central squares with `share` of the shorter side: "resize, then centre crop" as one box (n, 4)."""
     side = share * sizes.min(1, keepdims=True)
     return np.concatenate([(sizes - side) / 2, side, side], 1)
 
 
 def shifted_boxes(draws: np.ndarray, sizes: np.ndarray, pad: int) -> np.ndarray:
-    """The whole image moved by -pad..pad whole pixels each way; what lies outside is black."""
+    """Boxes (n, 4) of whole images shifted by -pad..pad whole pixels in each direction; the outside is black."""
     offsets = np.floor(draws * (2 * pad + 1)) - pad
     return np.concatenate([offsets, sizes], 1)
 
@@ -90,11 +92,11 @@ def shifted_boxes(draws: np.ndarray, sizes: np.ndarray, pad: int) -> np.ndarray:
 def resized_boxes(
     draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], clamp: bool
 ) -> np.ndarray:
-    """Random resized crops as torchvision draws them: area uniform, log aspect uniform, place uniform, whole pixels.
+    """Boxes (n, 4) of random resized crops as in torchvision: area, log aspect ratio and place uniform, whole pixels.
 
-    `draws` (n, attempts, 4) uniform in [0, 1). The first attempt that fits counts, else a centre crop of the nearest
-    allowed aspect. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, and one attempt
-    is enough.
+    `draws` (n, attempts, 4) are uniform in [0, 1). The first attempt that fits into the image is taken, else a centre
+    crop of the nearest allowed aspect ratio. With `clamp` (the crop of MAE's linear probe) sides are cut to the image
+    instead, so that one attempt is enough.
     """
     height, width = (sizes[:, None, i].astype(np.float64) for i in (0, 1))
     area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
@@ -116,29 +118,11 @@ def resized_boxes(
     return np.where(fits.any(1, keepdims=True), chosen, fallback)
 
 
-def decode(extension: str, content: bytes) -> Image.Image:
-    """An RGB image from the bytes of a file; EXIF orientation is ignored, as in the papers' code.
-
-    Raises ValueError when the bytes are no whole image of a kind we read.
-    """
-    if extension == "npy":
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)  # np.load would also take archives
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise ValueError(f"array of {array.dtype} {array.shape}, expected uint8 (height, width, 3)")
-        return Image.fromarray(array)
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
-
-
 def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Box, bicubic resize with antialiasing, flip: (size, size, 3).
+    """Crop one image to a box, resize (bicubic, antialiased), flip: uint8 (size, size, 3).
 
-    A box of whole pixels is cut out first, black where it leaves the image, as torchvision does; a fractional one (a
-    centre crop) is resized out of its surroundings, as resizing the whole image first would.
+    A box of whole pixels is cut out first, black outside the image, as in torchvision. For a fractional box (a centre
+    crop) pixels around it count too, as if the whole image were resized before cropping.
     """
     if np.array_equal(box, np.rint(box)):
         top, left, height, width = (int(v) for v in box)
@@ -153,7 +137,7 @@ def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np
 def resample(
     images: UInt8[Tensor, "b h w c"], boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> Float[Tensor, "b c size size"]:
-    """The same as `crop` for a batch on its device, without rounding to 8 bits: values in 0..1."""
+    """Crop, resize and flip a batch on its device, as `crop` does but without rounding to 8 bits; values in 0..1."""
     if not len(images):
         return images.new_zeros((0, images.shape[3], size, size), dtype=torch.float32)
     height, width = images.shape[1:3]
@@ -169,9 +153,10 @@ def resample(
 
 
 def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Weights (n, target, source) of a bicubic resize (Keys, a = -0.5; antialiased as PIL's) of `length` from `start`.
+    """Matrices (n, target, source) that resize `length` pixels from `start` (n,) on one axis to `target` pixels.
 
-    Where `cut`, pixels around the box have no weight and what lies outside the image is black; else surroundings count.
+    Bicubic (Keys 1981, a = -0.5), antialiased as in PIL. Where `cut` (n,), pixels around the box have no weight and the
+    outside of the image is black; elsewhere pixels around the box count.
     """
     start, end, cut = (v[:, None, None] for v in (start, start + length, cut))
     step = (end - start) / target
@@ -188,13 +173,13 @@ def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source
 
 
 def normalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> Float[Tensor, "b c h w"]:
-    """Pixels in 0..1 -> zero mean, unit deviation per channel."""
+    """Normalise pixels in 0..1 with the given mean and standard deviation per channel."""
     mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
     return (images - mean_) / std_
 
 
 def denormalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> UInt8[np.ndarray, "b h w c"]:
-    """The inverse, as 8-bit pixels for people."""
+    """8-bit pixels (b, h, w, c) of normalised images, for figures."""
     mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
     pixels = ((images * std_ + mean_).clamp(0, 1) * 255).round().byte()
     return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()

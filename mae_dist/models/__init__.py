@@ -1,4 +1,4 @@
-"""The table of backbones and `build`, which makes any of them by name; `mae_dist.model_sizes` has the numbers."""
+"""All backbones by name, and `build`, which makes one; their sizes are in `mae_dist.model_sizes`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ def _constructor(name: str) -> partial[Backbone]:
 
 
 BACKBONES: dict[str, partial[Backbone]] = {name: _constructor(name) for name in SIZES}
-"""Name -> constructor, whose `keywords` are its sizes."""
+"""Model name -> constructor with the sizes of that model as `keywords`."""
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> Backbone:
-    """A backbone by name, initialised from `seed` as MAE does; overrides are its constructor's arguments.
+    """Make a backbone by name and initialise it from `seed` as MAE does; `overrides` are constructor arguments.
 
-    On the meta device it stays empty. Raises ValueError for an unknown name (with the nearest one), impossible sizes,
-    or an argument that the model does not have.
+    On the meta device its parameters stay without values. Raises ValueError for an unknown name (with the nearest
+    ones), for impossible sizes, and for an argument that the model does not have.
     """
     size_of(name)
     known = signature(BACKBONES[name]).parameters
     for key, value in overrides.items():
         if key not in known:
-            raise ValueError(f"model.{key}={value}: {name} has none; leave it out (it has {', '.join(known)})")
+            raise ValueError(
+                f"model.{key}={value}: {name} has no such setting; leave it out (it has {', '.join(known)})"
+            )
         pair = key == "image_size" and isinstance(value, tuple) and len(value) == 2
         numbers = value if pair else (value,)
         if key in (*SIZES[name], "image_size", "channels") and not all(isinstance(n, int) and n > 0 for n in numbers):

@@ -1,6 +1,6 @@
-"""Backbone: what every model shares. It gives tokens (`encode`) and one feature vector per image (`forward`).
+"""Backbone, the base class of all models: tokens of an image (`encode`) and one feature vector per image (`forward`).
 
-A backbone can encode a subset of an image's patches, which is all that masked autoencoding asks of it. It has no head.
+A backbone can encode a subset of an image's patches, which is all that masked autoencoding needs. It has no head.
 Names and shapes in its state dict are timm's.
 """
 
@@ -23,17 +23,17 @@ def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n
 
 
 def unpatchify(patches: Float[Tensor, "b n ppc"], patch: int, height: int) -> Float[Tensor, "b c hp wp"]:
-    """The inverse; `height` is the number of patch rows."""
+    """Images from flattened patches as `patchify` gives them; `height` is the number of patch rows."""
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=patch, q=patch, h=height)
 
 
 def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
-    """Each sample's tokens at its own positions."""
+    """The tokens of each sample at the positions `index` of that sample."""
     return tokens.gather(1, repeat(index, "b k -> b k d", d=tokens.shape[2]))
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch, kept as the convolution that timm names."""
+    """A linear map of each flattened patch; its parameters have the names and shapes of timm's convolution."""
 
     def __init__(self, patch: int, channels: int, dim: int):
         super().__init__()
@@ -44,10 +44,11 @@ class PatchEmbed(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Patches of `patch` x `patch` pixels in a `grid` of rows and columns, `depth` blocks of width `dim`.
+    """A stack of `depth` blocks, `dim` wide, over a `grid` (rows, columns) of patches of `patch` x `patch` pixels.
 
-    ``num_prefix`` tokens (a class token) stand before those of patches. Raises ValueError when a side of the image,
-    `image_size` pixels or (height, width), is no multiple of the patch.
+    ``num_prefix`` tokens (1 with a class token, else 0) come before the patch tokens; ``num_frozen`` leading blocks are
+    not trained. ``image_size`` is in pixels, one side or (height, width); raises ValueError when a side is no multiple
+    of `patch`.
     """
 
     num_prefix: int
@@ -72,10 +73,10 @@ class Backbone(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def train_last(self, num_blocks: float) -> None:
-        """Partial fine-tuning (He et al. 2022, figure 9): only the last blocks and the last norm are trained from now.
+        """Partial fine-tuning (He et al. 2022, figure 9): train only the last `num_blocks` blocks and the last norm.
 
-        0.5: of the last block only its second branch, norm and MLP; 0: the norm alone. ``num_frozen`` says how many
-        blocks train nothing. Raises ValueError when there are not so many blocks.
+        0.5 trains the second branch (norm and MLP) of the last block only, 0 the last norm alone. Sets `num_frozen`.
+        Raises ValueError when the model has fewer blocks.
         """
         if num_blocks != 0.5 and num_blocks not in range(self.depth + 1):
             raise ValueError(
@@ -94,11 +95,11 @@ class Backbone(nn.Module):
         visible: Int[Tensor, "b k"] | None = None,
         encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Tokens as the first block takes them: prefix, then patches. Arguments: see `encode`."""
+        """Prefix and patch tokens before the first block, (b, num_prefix + patches, dim). Arguments as in `encode`."""
         raise NotImplementedError
 
     def decoder_block(self, dim: int, num_heads: int) -> Block:
-        """A block of the kind that this backbone is made of, `dim` wide, for a decoder over the same grid."""
+        """A block of this backbone's type, `dim` wide, for a decoder over its grid; a Mixer ignores `num_heads`."""
         raise NotImplementedError
 
     def encode(
@@ -108,22 +109,22 @@ class Backbone(nn.Module):
         scale: Float[Tensor, "depth two b"] | None = None,
         encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Prefix and patch tokens after the last norm.
+        """Prefix and patch tokens after the last norm, (b, num_prefix + patches, dim).
 
-        With `visible` nothing else of the image is looked at: the other patches are absent or, with an
-        `encoder_mask_token`, that token is in their places. ``scale``: see `layers.Block`.
+        ``visible`` lists the patches of each sample that are encoded (None: all). The others are left out or, with
+        `encoder_mask_token`, replaced by that token. ``scale`` holds the branch factors of `layers.Block` per block.
         """
         x = self.embed(images, visible, encoder_mask_token)
-        present = visible if encoder_mask_token is None else None
+        positions = visible if encoder_mask_token is None else None
         for number, block in enumerate(self.blocks):
-            x = block(x, None if scale is None else scale[number], present)
+            x = block(x, None if scale is None else scale[number], positions)
         return self.norm(x)
 
     def layers(self, images: Float[Tensor, "b c h w"], numbers: Collection[int]) -> list[Float[Tensor, "b n d"]]:
-        """Prefix and patch tokens after each of these blocks, ascending from 1, none twice.
+        """Prefix and patch tokens after each of the blocks `numbers` (1 for the first), in ascending order.
 
-        After the last block they have its norm, as `encode` gives them; after others, where no norm was trained,
-        LayerNorm without affine, so that all have one scale.
+        The last block's tokens go through the backbone's norm, as in `encode`. Other blocks have no trained norm: their
+        tokens go through a LayerNorm without affine parameters, so that all have one scale.
         """
         x, found = self.embed(images), []
         for number, block in enumerate(self.blocks[: max(numbers)], 1):
@@ -135,7 +136,7 @@ class Backbone(nn.Module):
     def forward(
         self, images: Float[Tensor, "b c h w"], scale: Float[Tensor, "depth two b"] | None = None
     ) -> Float[Tensor, "b d"]:
-        """One feature vector per image: the class token, or the mean of the patch tokens."""
+        """One feature vector per image: the class token, or the mean of the patch tokens (``pool="avg"``)."""
         tokens = self.encode(images, scale=scale)
         return self.fc_norm(tokens[:, self.num_prefix :].mean(1) if self.pool == "avg" else tokens[:, 0])
 

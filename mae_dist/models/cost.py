@@ -1,7 +1,6 @@
-"""What a forward pass costs, in multiply-adds and in memory for the backward pass, counted without any weights.
+"""Cost of a forward pass in multiply-adds and in memory kept for the backward pass, counted without weights.
 
-A module is called on the meta device, where tensors have shapes and no storage, so that what is counted is the code
-that trains and not a formula beside it.
+The module runs on the meta device, where tensors have shapes and no storage, so the code that trains is counted itself.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Cost(NamedTuple):
-    """``multiply_adds``: those of matrix products and convolutions, which is what the papers' tables call FLOPs.
-    ``activations``: bytes of different memory that autograd keeps until the backward pass, parameters not counted.
+    """Cost of one forward pass.
+
+    ``multiply_adds`` counts those of matrix products and convolutions, which the papers' tables call FLOPs.
+    ``activations`` is the memory in bytes that autograd keeps for the backward pass, without parameters.
     """
 
     multiply_adds: int
@@ -28,15 +29,15 @@ class Cost(NamedTuple):
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Numbers in a module's parameters."""
+    """Number of elements in all parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count(module: nn.Module, *inputs: Any) -> Cost:
-    """The cost of `module(*inputs)`, all of it on the meta device; of a batch of one, hence: per image.
+    """Cost of `module(*inputs)`, all on the meta device; with a batch of one it is the cost per image.
 
-    Attention is taken for what the fused kernels make of it: they keep queries, keys, values, the result and one number
-    a row, and not the matrix of weights.
+    Attention is counted as the fused kernels compute it: they keep queries, keys, values, the result and one number a
+    row, but not the attention matrix.
     """
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -44,7 +45,7 @@ def count(module: nn.Module, *inputs: Any) -> Cost:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
+            kept[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention(), Counter() as counter:
@@ -53,7 +54,7 @@ def count(module: nn.Module, *inputs: Any) -> Cost:
 
 
 def of_depths(measure: Callable[..., Cost], *depths: int) -> Cost:
-    """`measure(*depths)` for stacks in which a block more always costs the same: shallow ones tell of any depth."""
+    """`measure(*depths)`, extrapolated from depths 1 and 2, as every further block of a stack costs the same."""
     shallow = [min(depth, 1) for depth in depths]
     total = base = measure(*shallow)
     for number, depth in enumerate(depths):
@@ -64,7 +65,7 @@ def of_depths(measure: Callable[..., Cost], *depths: int) -> Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Sums up torch's own formulas for the operations that are called."""
+    """Adds up the FLOPs of all operations, by torch's own formulas."""
 
     flops = 0
 
@@ -76,7 +77,7 @@ class Counter(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Puts `Fused` in the place of torch's attention, which on the meta device is not fused."""
+    """Replaces torch's attention, which is not fused on the meta device, by `Fused`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         called = Fused.apply if func is F.scaled_dot_product_attention else func
@@ -84,7 +85,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class Fused(torch.autograd.Function):
-    """The two products of attention, and what a fused kernel keeps of them; for shapes only."""
+    """The two matrix products of attention, keeping what a fused kernel keeps; its values have no meaning."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

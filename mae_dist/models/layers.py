@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 EPS = 1e-6
 """Epsilon of every LayerNorm (the papers' value, not torch's)."""
-TOKENS = ("cls_token", "mask_token", "encoder_mask_token", "query")
-"""Parameters that stand for a token and start as N(0, 0.02)."""
+TOKENS = ("cls_token", "mask_token", "stand_in", "query")
+"""Names of the parameters that are tokens; they start as N(0, 0.02)."""
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1), heads of dim / num_heads."""
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) with dim / num_heads channels a head."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
@@ -30,13 +30,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], last: int | None = None) -> Float[Tensor, "b m d"]:
-        """What each token, or each of the `last` ones, gathers from all."""
-        if last is None:
+    def forward(self, x: Float[Tensor, "b n d"], num_out: int | None = None) -> Float[Tensor, "b m d"]:
+        """Attention of the last `num_out` tokens (None: of every token) to all tokens."""
+        if num_out is None:
             q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         else:
             dim, bias = x.shape[2], self.qkv.bias
-            q = F.linear(x[:, -last:], self.qkv.weight[:dim], None if bias is None else bias[:dim])
+            q = F.linear(x[:, -num_out:], self.qkv.weight[:dim], None if bias is None else bias[:dim])
             kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
             q = rearrange(q, "b m (h d) -> b h m d", h=self.num_heads)
             k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens to others: queries from `x`, keys and values from `context`."""
+    """Multi-head cross-attention: queries from `x` (dim wide), keys and values from `context` (context_dim wide)."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int):
         super().__init__()
@@ -60,7 +60,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Two linear layers with an exact GELU between them."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -72,22 +72,23 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual branches, each on what a LayerNorm gives: the unit that is recomputed, compiled and sharded.
+    """Two residual branches with a LayerNorm before each. Activation checkpointing, compilation and FSDP act per block.
 
-    A block is called with tokens `x` and, each perhaps None: `scale` (two, b), the weights of the two branches of each
-    sample (stochastic depth: 0 or 1 / keep probability); `present` (b, k), the positions of the grid that `x` holds
-    where some are absent; `last`, how many of the last tokens its output is wanted for.
+    `forward` takes tokens `x` (b, n, d) and three optional arguments. `scale` (two, b): factors of the two branches for
+    each sample (stochastic depth: 0 or 1 / keep probability). `positions` (b, k): the grid positions of the patch
+    tokens in `x`, where that is not the whole grid in order. `num_out`: compute only the last `num_out` tokens.
     """
 
 
 def residual(x: Tensor, branch: Tensor, scale: Float[Tensor, "two b"] | None, number: int) -> Tensor:
-    """x + branch, weighted per sample by row `number` of `scale`."""
+    """x + branch, with the branch multiplied per sample by row `number` of `scale`."""
     return x + (branch if scale is None else scale[number, :, None, None] * branch)
 
 
 class AttentionBlock(Block):
-    """Pre-norm transformer block (Dosovitskiy et al. 2021, eq. 2-3). Positions are in its tokens, so `present` is not
-    looked at.
+    """Pre-norm transformer block (Dosovitskiy et al. 2021, eq. 2-3).
+
+    The tokens already hold their position embedding, so `positions` is ignored. See `Block` for the other arguments.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True):
@@ -101,17 +102,18 @@ class AttentionBlock(Block):
         self,
         x: Float[Tensor, "b n d"],
         scale: Float[Tensor, "two b"] | None = None,
-        present: Int[Tensor, "b k"] | None = None,  # noqa: ARG002
-        last: int | None = None,
+        positions: Int[Tensor, "b k"] | None = None,  # noqa: ARG002
+        num_out: int | None = None,
     ) -> Float[Tensor, "b m d"]:
-        attended = self.attn(self.norm1(x), last)
-        x = residual(x if last is None else x[:, -last:], attended, scale, 0)
+        attended = self.attn(self.norm1(x), num_out)
+        x = residual(x if num_out is None else x[:, -num_out:], attended, scale, 0)
         return residual(x, self.mlp(self.norm2(x)), scale, 1)
 
 
 class CrossBlock(Block):
-    """Cross-attention to a context, then an MLP: no token sees another of its kind (CrossMAE, Fu et al. 2024,
-    section 3.2).
+    """Cross-attention of tokens `x` to a `context`, then an MLP; the tokens of `x` do not attend to each other.
+
+    Source: CrossMAE (Fu et al. 2024), section 3.2.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -127,12 +129,12 @@ class CrossBlock(Block):
 
 
 def single(x: Tensor) -> Tensor:
-    """16-bit numbers as fp32; fp32 and float64 as they are. For what losses are computed from."""
+    """16-bit numbers cast to fp32, others unchanged: losses are computed in fp32 or more."""
     return x.float() if x.element_size() < 4 else x
 
 
 def depth_scale(keep: Bool[Tensor, "depth two b"], rates: Float[Tensor, " depth"]) -> Float[Tensor, "depth two b"]:
-    """Stochastic depth (Huang et al. 2016), inverted: kept branches are divided by their probability of being kept."""
+    """Branch factors of stochastic depth (Huang et al. 2016): 0 where a branch is dropped, else 1 / (1 - rate)."""
     return keep / (1 - rates)[:, None, None]
 
 
@@ -149,17 +151,19 @@ def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "n dim"
 
 
 Fill = Callable[[Tensor, Tensor], object]
-"""Puts a value into a parameter; `Tensor.copy_` where the parameter is an ordinary tensor."""
+"""fill(parameter, value) sets a parameter: `Tensor.copy_`, or `parallel.copy_into` where parameters are sharded."""
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None, fill: Fill = Tensor.copy_) -> None:
-    """MAE's initialisation: Xavier-uniform linear layers with zero bias, LayerNorm 1 and 0, tokens N(0, 0.02). So is
-    the patch embedding, but for its bias, which the official code leaves as torch draws it for a convolution.
+    """Initialise the parameters of `module` as the official MAE code does.
 
-    Every parameter is drawn on the CPU from a generator of its own, seeded by (seed, its name), so that the bits depend
-    on neither the order of construction nor device nor ranks. Parameters that a module's `fixed()` names take the value
-    given there. What has no storage yet stays so, and everything in `skip` is left alone.
+    Linear layers are Xavier-uniform with zero bias, LayerNorms 1 and 0, tokens N(0, 0.02). The patch embedding is
+    Xavier-uniform as a linear layer; its bias is drawn as torch draws a convolution's.
+
+    Every parameter is drawn on the CPU from a generator of its own, seeded by (seed, its name), so that its bits depend
+    neither on the order of construction nor on devices or ranks. A module with a method `fixed()` gives the values of
+    the parameters that it names there. Parameters on the meta device, and all in `skip`, are left unchanged.
     """
     skipped = set(skip.modules()) if skip is not None else set()
     for prefix, part in module.named_modules():
@@ -183,7 +187,7 @@ def _draw(part: nn.Module, leaf: str, shape: torch.Size, seed: int) -> Tensor:
         return value.uniform_(-bound, bound, generator=generator)
     if leaf in TOKENS:
         return value.normal_(0.0, 0.02, generator=generator)
-    bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))  # a linear layer, or a patch embedding seen as one
+    bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))  # linear layers, and the patch embedding as one
     return value.uniform_(-bound, bound, generator=generator)
 
 

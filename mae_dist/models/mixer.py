@@ -1,8 +1,8 @@
-"""MLP-Mixer (Tolstikhin et al. 2021), able to look at a subset of its patches.
+"""MLP-Mixer (Tolstikhin et al. 2021) that can encode a subset of its patches.
 
-What is hidden is absent before anything is mixed: token mixing sees zeros in its place, which here means that only the
-weights of visible positions are used, each sample's own, and channel mixing runs on visible tokens alone. So masks per
-sample save what they save in a ViT. Names and shapes in the state dict are those of timm's MlpMixer without its head.
+Hidden patches enter token mixing as zeros: each sample uses only the weights of its visible positions. Channel mixing
+runs on visible tokens alone. So masking saves as much computation as in a ViT. Names and shapes in the state dict are
+those of timm's MlpMixer without its head.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from mae_dist.models.layers import EPS, Block, Mlp, residual
 
 
 class TokenMlp(Mlp):
-    """An MLP over positions, the same for every channel (Tolstikhin et al. 2021, eq. 1, first line)."""
+    """An MLP over positions, applied to every channel (Tolstikhin et al. 2021, eq. 1, first line)."""
 
     def forward(
-        self, x: Float[Tensor, "b k d"], present: Int[Tensor, "b k"] | None = None, last: int | None = None
+        self, x: Float[Tensor, "b k d"], positions: Int[Tensor, "b k"] | None = None, num_out: int | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Mixed tokens in the order of `x`, all or the `last` ones.
+        """Mixed tokens in the order of `x`: all, or the last `num_out`.
 
-        `present` says which positions of the grid `x` holds, in any order; none: all of it, in order. Sums over k of n
-        positions are scaled by sqrt(n / k), which makes them as large as sums over all, weights being of either sign;
-        n / k, dropout's way, would make them twice as large where a quarter is visible.
+        `positions` lists the grid positions of the tokens in `x`, in any order; None means the whole grid in order.
+        Sums over k of n positions are scaled by sqrt(n / k), which keeps their magnitude, as weights have either sign;
+        n / k, as in dropout, would double it with a quarter visible.
         """
-        if present is None and last is None:
+        if positions is None and num_out is None:
             return rearrange(super().forward(rearrange(x, "b n d -> b d n")), "b d n -> b n d")
-        assert present is not None
-        wanted = present if last is None else present[:, -last:]
-        first = F.embedding(present, self.fc1.weight.T)
+        assert positions is not None
+        out = positions if num_out is None else positions[:, -num_out:]
+        first = F.embedding(positions, self.fc1.weight.T)
         scale = math.sqrt(self.fc1.in_features / x.shape[1])
         hidden = torch.baddbmm(self.fc1.bias, x.transpose(1, 2), first, alpha=scale)
-        second, bias = F.embedding(wanted, self.fc2.weight), F.embedding(wanted, self.fc2.bias[:, None])
+        second, bias = F.embedding(out, self.fc2.weight), F.embedding(out, self.fc2.bias[:, None])
         return torch.baddbmm(bias, second, F.gelu(hidden).transpose(1, 2))
 
 
 class MixerBlock(Block):
-    """Token mixing, then channel mixing (Tolstikhin et al. 2021, eq. 1)."""
+    """Token mixing, then channel mixing (Tolstikhin et al. 2021, eq. 1). See `Block` for the arguments."""
 
     def __init__(self, dim: int, num_patches: int, token_hidden: int, channel_hidden: int):
         super().__init__()
@@ -56,19 +56,19 @@ class MixerBlock(Block):
         self,
         x: Float[Tensor, "b n d"],
         scale: Float[Tensor, "two b"] | None = None,
-        present: Int[Tensor, "b k"] | None = None,
-        last: int | None = None,
+        positions: Int[Tensor, "b n"] | None = None,
+        num_out: int | None = None,
     ) -> Float[Tensor, "b m d"]:
-        mixed = self.mlp_tokens(self.norm1(x), present, last)
-        x = residual(x if last is None else x[:, -last:], mixed, scale, 0)
+        mixed = self.mlp_tokens(self.norm1(x), positions, num_out)
+        x = residual(x if num_out is None else x[:, -num_out:], mixed, scale, 0)
         return residual(x, self.mlp_channels(self.norm2(x)), scale, 1)
 
 
 class Mixer(Backbone):
-    """The backbone: the feature is the mean of the tokens after the last norm; there is no class token.
+    """MLP-Mixer backbone: its feature is the mean of the tokens after the last norm; there is no class token.
 
-    ``token_hidden`` and ``channel_hidden`` are the paper's D_S and D_C. A Mixer is bound to the grid it was made for.
-    Raises ValueError for a pooling other than "avg".
+    ``token_hidden`` and ``channel_hidden`` are the paper's D_S and D_C. The weights fit one grid only. Raises
+    ValueError for a pooling other than "avg".
     """
 
     num_prefix = 0
@@ -86,7 +86,7 @@ class Mixer(Backbone):
         self.norm, self.fc_norm = nn.LayerNorm(dim, eps=EPS), nn.Identity()
 
     def decoder_block(self, dim: int, num_heads: int) -> Block:  # noqa: ARG002  (a Mixer has no heads)
-        """The paper's proportions: D_S = dim / 2, D_C = 4 dim."""
+        """A Mixer block in the paper's proportions, D_S = dim / 2 and D_C = 4 dim, over this backbone's grid."""
         return MixerBlock(dim, self.num_patches, dim // 2, 4 * dim)
 
     def embed(

@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al. 2021), able to encode a subset of its patches.
+"""Vision Transformer (Dosovitskiy et al. 2021), that can encode a subset of its patches.
 
 Names and shapes in the state dict are those of timm's VisionTransformer without its head.
 """
@@ -18,15 +18,16 @@ from mae_dist.models.layers import EPS, AttentionBlock, Block, sincos_positions
 
 
 def class_and_grid(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
-    """Fixed positions of a class token, 0, and of a grid of (rows, columns)."""
+    """Fixed position embedding: zeros for the class token, sin-cos for a grid of (rows, columns)."""
     return torch.cat([torch.zeros(1, dim), sincos_positions(dim, *grid)])[None]
 
 
 def resize_positions(
     positions: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "1 m d"]:
-    """Positions of a class token and of a grid of `old` (rows, columns), for a grid of `new`: the class token's as it
-    is, the others bicubic (the official code's interpolate_pos_embed, for rectangles too).
+    """Resize a position embedding from a grid of `old` (rows, columns) to one of `new`, bicubically.
+
+    The class token's position is unchanged. As interpolate_pos_embed of the official MAE code, also for rectangles.
     """
     grid = rearrange(positions[:, 1:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
@@ -34,12 +35,12 @@ def resize_positions(
 
 
 class ViT(Backbone):
-    """The backbone.
+    """Vision Transformer backbone with a class token.
 
-    With ``pool="cls"`` the final norm is `norm` and the feature is the class token; ``pool="avg"``: patch tokens are
-    averaged and then normed by `fc_norm` (MAE's fine-tuning, section A.1). ``position="sincos"`` keeps positions fixed,
-    ``"learned"`` trains them from there. Raises ValueError for other words, and for a `dim` that heads and positions do
-    not divide.
+    ``pool="cls"``: the feature is the class token after the last norm (`norm`). ``pool="avg"``: it is the mean of the
+    patch tokens, then normed by `fc_norm` (He et al. 2022, section A.1). ``position="sincos"`` keeps the position
+    embedding fixed, ``"learned"`` starts from it and trains it. Raises ValueError for other values of both, and for a
+    `dim` that is not divisible by `num_heads` and by 4.
     """
 
     num_prefix = 1
@@ -63,7 +64,7 @@ class ViT(Backbone):
         self.fc_norm = nn.LayerNorm(dim, eps=EPS) if pool == "avg" else nn.Identity()
 
     def fixed(self) -> dict[str, Tensor]:
-        """Positions at the start: 0 for the class token, then the grid."""
+        """Initial values that are not drawn: the sin-cos position embedding."""
         return {"pos_embed": class_and_grid(self.dim, self.grid)}
 
     def decoder_block(self, dim: int, num_heads: int) -> Block:

@@ -1,4 +1,4 @@
-"""Objectives: what is learned. Each is a module that holds a `backbone` and maps a Batch to per-sample losses."""
+"""Objectives: modules that hold a `backbone` and map a Batch to per-sample losses."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from mae_dist.schema import OptimConfig
 
 
 class Output(NamedTuple):
-    """What an objective says of a micro-batch: each sample's loss, and its prediction (logits, or masked pixels)."""
+    """Result of an objective on a micro-batch: each sample's loss and its prediction (logits, or masked pixels)."""
 
     loss: Float[Tensor, " b"]
     prediction: Float[Tensor, "b ..."]
 
 
 class Objective(nn.Module):
-    """A backbone and what it is trained with. ``seed`` decides initialisation and everything drawn per sample."""
+    """A backbone and the loss that trains it. ``seed`` decides the initialisation and all that is drawn per sample."""
 
     def __init__(self, backbone: Backbone, seed: int):
         super().__init__()
         self.backbone, self.seed = backbone, seed
 
     def initialise(self, fill: Fill = Tensor.copy_) -> None:
-        """Give every parameter the value it starts with; `fill` knows how to put it there."""
+        """Set every parameter to its initial value; `fill(parameter, value)` writes one."""
         initialise(self.backbone, self.seed, fill=fill)
         self.initialise_rest(fill)
 
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
-        """The same for everything but the backbone."""
+        """Set every parameter outside the backbone to its initial value; `fill(parameter, value)` writes one."""
         initialise(self, self.seed, skip=self.backbone, fill=fill)
 
     def groups(self, optim: OptimConfig) -> list[dict[str, Any]] | None:  # noqa: ARG002
-        """Groups of parameters with lr_scale, weight_decay and, each, the `rule` that trains it (see `optim.build`).
-        None: those of `optim.param_groups`.
+        """Parameter groups with lr_scale, weight_decay and the update rule of each (see `optim.build`).
+
+        None means the default groups of `optim.param_groups`.
         """
         return None

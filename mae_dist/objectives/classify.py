@@ -20,7 +20,7 @@ UNMIXED = MixConfig()
 
 
 class Classifier(Objective):
-    """A backbone with a linear head, which starts as `draw_head` says."""
+    """A backbone with a linear head, whose initial weights are drawn by `draw_head`."""
 
     def __init__(self, backbone: Backbone, num_classes: int, std: float, seed: int, bias: float = 0.0):
         super().__init__(backbone, seed)
@@ -34,17 +34,19 @@ class Classifier(Objective):
 
 @torch.no_grad()
 def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_, bias: float = 0.0) -> None:
-    """Weights N(0, std), truncated at 2 in absolute value, drawn from `seed` alone; every bias the same."""
+    """Set the weights of a head to N(0, std) truncated at +-2, drawn from `seed` alone, and its biases to `bias`."""
     generator = torch.Generator().manual_seed(seed)
     fill(head.weight, nn.init.trunc_normal_(torch.empty(head.weight.shape), std=std, generator=generator))
     fill(head.bias, torch.full(head.bias.shape, bias))
 
 
 class Finetune(Classifier):
-    """Backbone and head, trained together. Stochastic depth is drawn from (seed, epoch, id) of each sample (blocks that
-    are not trained have none), mixing from that of each pair. ``loss``: "softmax", cross-entropy over classes, or
-    "sigmoid", binary ones summed over classes, with biases that start at -log(classes), where each class is as likely
-    as it is (Beyer et al. 2020).
+    """Fine-tuning: backbone and head are trained together.
+
+    Stochastic depth is a function of (seed, epoch, id) of each sample, and frozen blocks have none; mixup and CutMix
+    are functions of those of each pair. ``loss``: "softmax" is cross-entropy over classes; "sigmoid" is binary
+    cross-entropy summed over classes, with biases that start at -log(classes), the prior of balanced classes (Beyer et
+    al. 2020).
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Finetune(Classifier):
         self.drop_path, self.label_smoothing, self.loss, self.mix = drop_path, label_smoothing, loss, mix
 
     def forward(self, batch: Batch) -> Output:
-        """Loss of each sample, or of what it was mixed into, and its logits."""
+        """Loss and logits (b, classes) of each sample, after mixup or CutMix where those are on."""
         images = batch.images
         targets = mixing.smoothed(batch.labels, self.head.out_features, self.label_smoothing, images.dtype)
         if self.training and self.mix.enabled:
@@ -78,10 +80,10 @@ class Finetune(Classifier):
 
 
 class Probe(Classifier):
-    """Linear probe (He et al. 2022, section A.1): frozen backbone, batch norm without affine, linear head.
+    """Linear probe (He et al. 2022, section A.1): frozen backbone, batch norm without affine parameters, linear head.
 
-    Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch,
-    however many ranks share it.
+    Features are computed `chunk` samples at a time, and normalised with the statistics of the whole global batch on any
+    number of ranks.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, *, chunk: int, seed: int):
@@ -93,7 +95,7 @@ class Probe(Classifier):
         self.norm.reset()
 
     def forward(self, batch: Batch) -> Output:
-        """Cross-entropy of each sample and its logits."""
+        """Cross-entropy and logits (b, classes) of each sample."""
         self.backbone.eval()
         with torch.no_grad():
             features = torch.cat([self.backbone(part.images) for part in batch.split(self.chunk)])
@@ -102,10 +104,10 @@ class Probe(Classifier):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm without affine, for features that need no gradient: statistics of all ranks; running ones to evaluate.
+    """Batch norm without affine parameters over the batch of all ranks, for features that need no gradient.
 
-    The same as torch's BatchNorm1d(dim, affine=False, eps=1e-6, momentum=0.1) on the gathered batch (Ioffe and Szegedy
-    2015, algorithm 1).
+    Equals torch's BatchNorm1d(dim, affine=False, eps=1e-6, momentum=0.1) on the gathered batch (Ioffe and Szegedy 2015,
+    algorithm 1). In evaluation it uses the running statistics.
     """
 
     running_mean: Tensor
@@ -118,12 +120,12 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
 
     def reset(self) -> None:
-        """Forget the running statistics."""
+        """Set the running statistics to mean 0 and variance 1."""
         self.running_mean.zero_()
         self.running_var.fill_(1.0)
 
     def forward(self, x: Float[Tensor, "b d"], counts: Bool[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
-        """All of `x`, normalised with the statistics of those that count: none: all."""
+        """All rows of `x`, normalised; in training with statistics of the rows marked by `counts` (None: of all)."""
         if self.training:
             weight = torch.ones_like(x[:, :1]) if counts is None else counts[:, None].to(x)
             count = dist.all_reduce_sum(weight.sum()).clamp(min=1)

@@ -1,9 +1,10 @@
-"""Masked autoencoding of a ViT or a Mixer (He et al. 2022, section 3): hide a part, encode the rest, predict it.
+"""Masked autoencoding of a ViT or a Mixer (He et al. 2022, section 3): encode part of an image, predict the rest.
 
-What is hidden is absent from the encoder (``hidden="drop"``), or a learned token is in its place ("token": SimMIM, Xie
-et al. 2022). The decoder is of the backbone's own kind over visible and predicted patches ("full"), or predicted
-patches look at visible ones only ("cross"); its last block computes nothing that the loss does not need, except after
-"token" with "full", where all patches are in it, as in SimMIM. Names in the state dict are the official code's.
+Hidden patches are left out of the encoder (``hidden="drop"``) or replaced by a learned token (``"token"``: SimMIM, Xie
+et al. 2022). The decoder has blocks of the backbone's type over visible and predicted patches (``decoder="full"``), or
+predicted patches attend to visible ones only (``"cross"``: CrossMAE, Fu et al. 2024). Its last block computes only what
+the loss needs, except for ``"token"`` with ``"full"``, which decodes all patches, as in SimMIM. Names in the state dict
+are the official code's.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from mae_dist.schema import MaeConfig
 
 
 def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """`norm_pix`: each patch to zero mean and unit (unbiased) variance over its pixels (He et al. 2022, section 3)."""
+    """Normalise each patch to zero mean and unit (unbiased) variance over its pixels (He et al. 2022, section 3)."""
     mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 class MAE(Objective):
-    """Backbone, light decoder, pixel loss; ``seed`` decides initialisation and masks.
+    """A backbone, a light decoder and a pixel loss; ``seed`` decides the initialisation and the masks.
 
-    Raises ValueError for settings that are impossible or go with no such backbone.
+    Raises ValueError for settings that are impossible, alone or with this backbone.
     """
 
     def __init__(self, backbone: Backbone, settings: MaeConfig, seed: int):
@@ -47,8 +48,8 @@ class MAE(Objective):
             raise ValueError("mae.decoder_depth=0: only mae.hidden=token with mae.decoder=full needs no block")
         if whole and not cross and settings.predict < 1:
             raise ValueError(f"mae.predict={settings.predict}: mae.hidden=token has all patches in its decoder already")
-        if whole:
-            self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, backbone.dim))
+        if whole:  # the encoder's mask token; its name is in checkpoints, and seeds its initial value
+            self.stand_in = nn.Parameter(torch.zeros(1, 1, backbone.dim))
         if cross:
             blocks = [CrossBlock(dim, backbone.dim, settings.decoder_heads) for _ in range(settings.decoder_depth)]
         else:
@@ -64,22 +65,22 @@ class MAE(Objective):
         self.initialise_rest()
 
     def fixed(self) -> dict[str, Tensor]:
-        """The decoder's positions, which are not trained: 0 for a prefix, then the grid."""
+        """Initial values that are not drawn: the decoder's position embedding (zeros for a class token, sin-cos)."""
         dim, backbone = self.settings.decoder_dim, self.backbone
         grid = sincos_positions(dim, *backbone.grid)
         return {"decoder_pos_embed": torch.cat([torch.zeros(backbone.num_prefix, dim), grid])[None]}
 
     def mask(self, batch: Batch) -> Mask:
-        """The masks of a batch, a function of its epochs and ids."""
+        """The masks of a batch, a pure function of (seed, epochs, ids)."""
         grid = self.backbone.grid
         return masks.draw(self.settings.masking, self.seed, batch.epochs, batch.ids, grid, self.num_visible)
 
     def predicted(self, mask: Mask) -> Int[Tensor, "b p"]:
-        """The masked patches that are decoded: all, or a random `predict` of them."""
+        """Positions of the masked patches that are predicted: all, or a random share `mae.predict` of them."""
         return mask.masked[:, : self.num_predicted]
 
     def forward(self, batch: Batch) -> Output:
-        """Loss of each sample: mean squared error over its predicted patches; predictions (b, predicted, pixels)."""
+        """Each sample's mean squared error over its predicted patches, and the predictions (b, predicted, ppc)."""
         mask = self.mask(batch)
         prediction = single(self.predict(batch.images, mask))
         target = take(patchify(batch.images, self.backbone.patch), self.predicted(mask))
@@ -88,64 +89,66 @@ class MAE(Objective):
         return Output((prediction - target).square().mean((1, 2)), prediction)
 
     def predict(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b p ppc"]:
-        """Pixels of the patches that `predicted` lists."""
-        encoder_mask_token = self.encoder_mask_token if self.settings.hidden == "token" else None
-        latent, wanted = (
-            self.backbone.encode(images, mask.visible, encoder_mask_token=encoder_mask_token),
-            self.predicted(mask),
-        )
+        """Predicted pixels of the patches that `predicted` lists, normalised if `mae.norm_pix`."""
+        encoder_mask_token = self.stand_in if self.settings.hidden == "token" else None
+        latent = self.backbone.encode(images, mask.visible, encoder_mask_token=encoder_mask_token)
+        predict_idx = self.predicted(mask)
         if self.settings.decoder == "cross":
-            x = self._across(latent, wanted)
+            x = self._decode_cross(latent, predict_idx)
         elif encoder_mask_token is not None:
-            x = self._whole(latent, wanted)
+            x = self._decode_simmim(latent, predict_idx)
         else:
-            x = self._full(latent, mask.visible, wanted)
+            x = self._decode_full(latent, mask.visible, predict_idx)
         return self.decoder_pred(self.decoder_norm(x))
 
-    def _positions(self, index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    def _pos_embed(self, index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
         positions = self.decoder_pos_embed[:, self.backbone.num_prefix :]
         return take(positions.expand(len(index), -1, -1), index)
 
-    def _asked(self, latent: Tensor, wanted: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
-        return self.mask_token.to(latent.dtype) + self._positions(wanted)
+    def _queries(self, latent: Tensor, predict_idx: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
+        return self.mask_token.to(latent.dtype) + self._pos_embed(predict_idx)
 
-    def _across(self, latent: Float[Tensor, "b n d"], wanted: Int[Tensor, "b p"]) -> Float[Tensor, "b p dd"]:
-        x = self._asked(latent, wanted)
+    def _decode_cross(self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"]) -> Float[Tensor, "b p dd"]:
+        x = self._queries(latent, predict_idx)
         for block in self.decoder_blocks:
             x = block(x, latent)
         return x
 
-    def _whole(self, latent: Float[Tensor, "b n d"], wanted: Int[Tensor, "b p"]) -> Float[Tensor, "b p dd"]:
+    def _decode_simmim(
+        self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"]
+    ) -> Float[Tensor, "b p dd"]:
         x = self.decoder_embed(latent) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return take(x[:, self.backbone.num_prefix :], wanted)
+        return take(x[:, self.backbone.num_prefix :], predict_idx)
 
-    def _full(
-        self, latent: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], wanted: Int[Tensor, "b p"]
+    def _decode_full(
+        self, latent: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], predict_idx: Int[Tensor, "b p"]
     ) -> Float[Tensor, "b p dd"]:
         latent, prefix = self.decoder_embed(latent), self.backbone.num_prefix
-        seen = latent[:, prefix:] + self._positions(visible)
+        seen = latent[:, prefix:] + self._pos_embed(visible)
         first = latent[:, :prefix] + self.decoder_pos_embed[:, :prefix]
-        x = torch.cat([first, seen, self._asked(latent, wanted)], 1)
-        present = torch.cat([visible, wanted], 1)
+        x = torch.cat([first, seen, self._queries(latent, predict_idx)], 1)
+        positions = torch.cat([visible, predict_idx], 1)
         for block in self.decoder_blocks[:-1]:
-            x = block(x, None, present)
-        return self.decoder_blocks[-1](x, None, present, wanted.shape[1])
+            x = block(x, None, positions)
+        return self.decoder_blocks[-1](x, None, positions, predict_idx.shape[1])
 
     @torch.no_grad()
     def pictures(self, batch: Batch, prediction: Float[Tensor, "b p ppc"]) -> list[Float[Tensor, "b c h w"]]:
-        """[original, what the encoder saw, what the decoder made of it], normalised like the batch.
+        """[originals, masked, reconstructed] for a figure, each (b, c, h, w) and normalised like the batch.
 
-        Hidden patches are 0 (the mean colour) in the second, and in the third where they were not predicted. With
-        `norm_pix` predictions are scaled back with the true statistics of each patch, which the model does not know:
-        structure is the model's, brightness is not.
+        Hidden patches are 0 (the mean colour) in the masked images, and in the reconstructed ones where they were not
+        predicted. With `norm_pix`, predictions are scaled back with the true mean and variance of each patch, which the
+        model does not know: the structure in a patch is predicted, its brightness and contrast are not.
         """
         mask, patches = self.mask(batch), patchify(batch.images, self.backbone.patch)
-        wanted = self.predicted(mask)
+        predict_idx = self.predicted(mask)
         if self.settings.norm_pix:
-            true = take(patches, wanted)
+            true = take(patches, predict_idx)
             prediction = prediction * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         hidden = patches.scatter(1, repeat(mask.masked, "b m -> b m d", d=patches.shape[2]), 0.0)
-        filled = hidden.scatter(1, repeat(wanted, "b p -> b p d", d=patches.shape[2]), prediction.to(patches.dtype))
+        filled = hidden.scatter(
+            1, repeat(predict_idx, "b p -> b p d", d=patches.shape[2]), prediction.to(patches.dtype)
+        )
         return [batch.images] + [unpatchify(p, self.backbone.patch, self.backbone.grid[0]) for p in (hidden, filled)]

@@ -1,7 +1,7 @@
 """Masks: which patches of each sample are hidden, as pure functions of (seed, epoch, id).
 
-A mask is index lists; a boolean one, whose meaning must be remembered, exists nowhere. All three kinds are one stable
-sort of integers per sample, so every device gives the same lists: a mask says which patches come first.
+A mask is two lists of patch positions; there are no boolean masks, so nobody must remember what True means. All three
+kinds of mask are one stable sort of integers per sample, so every device gives identical lists.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ LONGEST_BLOCK = 0.3
 
 
 class Mask(NamedTuple):
-    """Each sample's patches in two lists of positions that together hold every patch once; `masked` is in random order,
-    so that its beginning is a random subset.
+    """Positions of each sample's visible and masked patches; together the two lists hold every patch once.
+
+    `masked` is in random order, so its first k entries are a random subset.
     """
 
     visible: Int[Tensor, "b v"]
@@ -33,9 +34,9 @@ class Mask(NamedTuple):
 
 
 def num_visible(kind: str, grid: tuple[int, int], mask_ratio: float) -> int:
-    """Patches that stay visible: the same number in every image.
+    """Number of visible patches of every image, for a mask of this `kind` on a grid of (rows, columns) patches.
 
-    Raises ValueError when all or none would, or when the grid or the ratio is not made for a grid mask.
+    Raises ValueError when it would be none or all, or when a grid mask does not fit the grid or the ratio.
     """
     num = grid[0] * grid[1]
     visible = int(num * (1 - mask_ratio))
@@ -53,7 +54,7 @@ def num_visible(kind: str, grid: tuple[int, int], mask_ratio: float) -> int:
 def draw(
     kind: str, seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int], num_visible: int
 ) -> Mask:
-    """The masks of samples. ``kind`` is "random", "block" or "grid" (He et al. 2022, figure 6)."""
+    """Draw the masks of samples. ``kind`` is "random", "block" or "grid" (He et al. 2022, figure 6)."""
     num = grid[0] * grid[1]
     if kind == "random":
         order = torch.argsort(rng.bits(seed, rng.Purpose.MASK, epochs, ids, num), dim=1, stable=True)
@@ -74,10 +75,10 @@ def block_ranks(
 ) -> Int[Tensor, "b n"]:
     """NUM_BLOCKS - i for patches that the i-th rectangle is the first to cover, 0 for those that none covers.
 
-    Hiding the `num_hidden` largest is block-wise masking (BEiT, Bao et al. 2022, algorithm 1) with an exact count:
-    whole rectangles one after another, and of the last as many patches as are left to hide. All rectangles are drawn at
-    once, so that no sample waits for another. As in BEiT, rectangles lie within the grid, so that corners are hidden
-    seldom (of 14 x 14 at three quarters 18 % of the time) and the centre nearly always (98 %).
+    Hiding the `num_hidden` patches of largest rank is block-wise masking (BEiT, Bao et al. 2022, algorithm 1) with an
+    exact count: whole rectangles one after another, and part of the last one. All rectangles are drawn at once, so the
+    number of operations does not depend on the draws. As in BEiT, rectangles lie within the grid, so corners are hidden
+    seldom (18 % of the time on a grid of 14 x 14 with three quarters hidden) and the centre nearly always (98 %).
     """
     rows, columns = grid
     draws = rng.bits(seed, rng.Purpose.BLOCKS, epochs, ids, 4 * NUM_BLOCKS).double() / 2.0**32
@@ -104,7 +105,7 @@ def _within(
 def in_phase(
     seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int]
 ) -> Bool[Tensor, "b n"]:
-    """One patch of every 2 x 2: the same of the four all over an image, another in the next image."""
+    """Mark one patch of every 2 x 2: one of the four corners per image, drawn for each image."""
     phase = rng.bits(seed, rng.Purpose.BLOCKS, epochs, ids, 1) & 3
     y, x = torch.meshgrid(*(torch.arange(side, device=ids.device) for side in grid), indexing="ij")
     return (2 * (y % 2) + x % 2).flatten() == phase

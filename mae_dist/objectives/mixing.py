@@ -1,14 +1,13 @@
-"""Mixup and CutMix: two images and their labels in one, as a pure function of the pair.
+"""Mixup and CutMix: blend two images and their labels, as a pure function of the pair.
 
 Partners are neighbours 2i and 2i + 1 of the run's order, so a pair never crosses a rank or a micro-batch (whose shares
 are even, see `data.order.share`), and what is drawn for it depends on (seed, epoch, id) of its first sample alone.
-timm's Mixup has the same arithmetic, and a test holds this to it, but draws from NumPy's global generator and mixes
-sample i with sample n - 1 - i of whatever batch a rank has.
+timm's Mixup has the same arithmetic, which a test compares, but it draws from NumPy's global generator and mixes sample
+i with sample n - 1 - i of a rank's batch.
 
-The official fine-tuning runs mix otherwise (timm's mode="batch"): lambda, the choice of mixup or CutMix, and the box
-are drawn once for all images of a GPU's batch; here they are drawn for each pair (timm's mode="pair"). Each image is
-mixed as often and as strongly, but those of a step are no longer all mixed alike. What the images of a GPU's batch have
-in common depends on ranks and micro-batches; what a pair has in common does not.
+Difference to the official fine-tuning (timm's mode="batch"): there lambda, the choice of mixup or CutMix, and the box
+are drawn once for all images of a GPU's batch, which depends on ranks and micro-batches; here they are drawn for each
+pair (timm's mode="pair"). Each image is mixed as often and as strongly, but not all images of a step alike.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from mae_dist.batch import Batch
 from mae_dist.schema import MixConfig
 
 ATTEMPTS = 32
-"""Pairs of uniform numbers from which a Beta is drawn. For alpha up to 1 at least every second is accepted, so none is
-with a probability of at most 2^-32; then lambda is 1/2."""
+"""Attempts at drawing a Beta. For alpha up to 1 each succeeds with a probability of at least 1/2, so all fail with
+one of at most 2^-32; then lambda is 1/2."""
 
 
 def smoothed(
     labels: Int[Tensor, " b"], num_classes: int, smoothing: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "b classes"]:
-    """One-hot targets, `smoothing` of them spread over all classes (Szegedy et al. 2016, section 7)."""
+    """One-hot targets (b, classes) with label smoothing (Szegedy et al. 2016, section 7)."""
     hot = F.one_hot(labels, num_classes).to(dtype)
     return hot * (1 - smoothing) + smoothing / num_classes
 
@@ -39,10 +38,10 @@ def smoothed(
 def mix(
     batch: Batch, targets: Float[Tensor, "b classes"], settings: MixConfig, seed: int
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
-    """Images and targets, mixed pair by pair (Zhang et al. 2018, eq. 1; Yun et al. 2019, eq. 1), on their device.
+    """Mix images and targets pair by pair (Zhang et al. 2018, eq. 1; Yun et al. 2019, eq. 1), on their device.
 
-    The weight of an image in its own place is lambda ~ Beta(alpha, alpha) over all its pixels, or 0 in a box and 1
-    around it; its target weighs as much as its pixels do on average.
+    Mixup weighs each image of a pair by lambda ~ Beta(alpha, alpha) and its partner by 1 - lambda; CutMix takes a box
+    from the partner. The weight of a target is the mean weight of its image's pixels.
     """
     assert batch.size % 2 == 0, "pairs do not cross micro-batches"
     size = (batch.images.shape[2], batch.images.shape[3])
@@ -56,7 +55,7 @@ def mix(
 def pixel_weights(
     draws: Float[Tensor, "pairs draws"], settings: MixConfig, size: tuple[int, int]
 ) -> Float[Tensor, "pairs h w"]:
-    """How much of each pixel of a pair is its own: lambda, or 0 within CutMix's box and 1 around it."""
+    """Weight of each pixel of an image against its partner's: lambda, or 0 within CutMix's box and 1 around it."""
     height, width = size
     cut = draws[:, 0] < (1.0 if settings.mixup == 0 else settings.switch if settings.cutmix > 0 else 0.0)
     alpha = torch.where(cut, settings.cutmix, settings.mixup).clamp(min=1e-9)
@@ -69,15 +68,17 @@ def pixel_weights(
 
 
 def _outside(draw: Tensor, length: Tensor, size: int) -> Tensor:
-    """Places along one axis that lie outside a box of this length around a random centre, cut at the border."""
+    """Marks pixels along one axis outside a box of this length around a random centre, clipped to the image."""
     centre, place = (draw * size).floor(), torch.arange(size, device=draw.device)
     start, stop = centre - (length / 2).floor(), centre + ((length + 1) / 2).floor()
     return (place < start[:, None]) | (place >= stop[:, None])
 
 
 def beta(draws: Float[Tensor, "n twice"], alpha: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Beta(alpha, alpha) from uniform numbers by rejection (Johnk 1964): the first x, y = u^(1/alpha), v^(1/alpha) with
-    x + y <= 1 give x / (x + y). All attempts are drawn at once, so that no device waits to hear how it went.
+    """Beta(alpha, alpha) from uniform numbers by rejection (Johnk 1964).
+
+    The first x, y = u^(1/alpha), v^(1/alpha) with x + y <= 1 give x / (x + y). All attempts are computed at once, so
+    the host never waits for the device.
     """
     x, y = rearrange(draws, "n (two k) -> two n k", two=2).pow(1 / alpha[:, None])
     fits = (x + y <= 1) & (x + y > 0)

@@ -1,9 +1,8 @@
-"""The probe board: many heads on one frozen backbone, side by side, so that the features of a batch are computed once.
+"""Several probe heads on one frozen backbone, trained together, so that the features of a batch are computed once.
 
-No head knows of another: losses are added, so that gradients stay apart, and a head that diverges is given zero
-gradients from then on while the others go on. Heads that read the same numbers are computed as one wide matrix. Heads
-are fp32 whatever the precision of the backbone. Samples that are held out stay in the stream, but nothing is learned
-from them.
+Heads are independent: their losses are added, so gradients do not mix, and a head that diverges gets zero gradients
+from then on while the others are trained further. Heads that read the same features are computed as one wide matrix.
+Heads are fp32 whatever the precision of the backbone. Held-out samples stay in the stream with a loss of zero.
 """
 
 from __future__ import annotations
@@ -28,25 +27,26 @@ from mae_dist.objectives import Objective, Output
 from mae_dist.objectives.classify import GlobalBatchNorm, draw_head
 
 LIMIT = 1e15
-"""A sample's loss, or the norm of a gradient, from which on a head has diverged. Sums of such are still finite."""
+"""A head has diverged when a sample's loss or a gradient's norm reaches this. Sums of smaller ones are finite."""
 HEAD_DIM = 64
 """Channels of one attention head of attentive pooling."""
 ATTENTIVE = "attentive"
 SGD: dict[str, Any] = {"rule": "lars", "trust": None}
 RULES: dict[str, dict[str, Any]] = {"lars": {"rule": "lars"}, "sgd": SGD, "adamw": {"rule": "adamw"}}
-"""How `optim.build` is told of a method."""
+"""The update rule of each method, as a part of its parameter groups (see `optim.build`)."""
 
 
 def held_out(seed: int, share: float, ids: Any) -> Any:
-    """Which samples are held out: a pure function of (seed, id), bool (n,), NumPy or torch like `ids`."""
+    """Mark held-out samples, about a `share` of `ids`, by (seed, id) alone; bool (n,), NumPy or torch like `ids`."""
     return rng.bits(seed, rng.Purpose.HELD_OUT, 0, ids, 1)[:, 0] < math.ceil(share * 2**32)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A row of the board: how it is found (lars, sgd, adamw, ridge, knn), and the features that it reads.
+    """One head: the method that trains it (lars, sgd, adamw, ridge, knn) and the features that it reads.
 
-    ``base_lr`` is for 256 images; ``weight_decay`` is the penalty, relative to the mean variance, of ridge regression.
+    ``base_lr`` is per 256 images. For ridge regression ``weight_decay`` is the penalty, as a multiple of the features'
+    mean variance.
     """
 
     method: str
@@ -64,13 +64,15 @@ class Head:
 
     @property
     def reads(self) -> tuple[int, str, bool]:
-        """Block, features, and whether they are batch-normed: what heads that are computed together have in common."""
+        """(block, features, batch-normed): heads with the same value are computed together."""
         return self.block, self.features, self.method == "lars"
 
 
 class AttentivePool(nn.Module):
-    """Multi-head cross-attention of one learned query to patch tokens (the attentive probe of Chen et al. 2023,
-    "Context autoencoder"). A bias of keys would change nothing, one of values is the following layer's.
+    """Multi-head cross-attention of one learned query to patch tokens, as in an attentive probe.
+
+    Source: Chen et al. 2023, "Context autoencoder". There are no biases: one of the keys would cancel in the softmax,
+    one of the values is covered by the following linear layer.
     """
 
     def __init__(self, dim: int):
@@ -79,30 +81,30 @@ class AttentivePool(nn.Module):
         self.query = nn.Parameter(torch.zeros(dim))
         self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(2))
 
-    def look_for(self) -> Float[Tensor, "heads d"]:
-        """Each attention head's query seen through the keys: its product with a token is the token's score."""
+    def score_weights(self) -> Float[Tensor, "heads d"]:
+        """Vectors whose product with a token is its score for each attention head (query times key matrix)."""
         query, key = (rearrange(p, "(h c) ... -> h c ...", h=self.num_heads) for p in (self.query, self.key.weight))
         return torch.einsum("hc,hcd->hd", query, key) / math.sqrt(query.shape[1])
 
     def values(self) -> Float[Tensor, "heads c d"]:
-        """The map to values, by attention head."""
+        """The value matrix of each attention head (c output channels a head)."""
         return rearrange(self.value.weight, "(h c) d -> h c d", h=self.num_heads)
 
 
 def attend(pools: list[AttentivePool], tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b pools d"]:
-    """What each pool makes of the tokens. Tokens are averaged before they are mapped to values, which is the same."""
-    scores = tokens @ torch.cat([pool.look_for() for pool in pools]).T
+    """The output of each pool. Tokens are averaged before the linear map to values, which gives equal results."""
+    scores = tokens @ torch.cat([pool.score_weights() for pool in pools]).T
     mixed = scores.softmax(1).transpose(1, 2) @ tokens
     values = torch.cat([pool.values() for pool in pools])
     return rearrange(torch.einsum("bkd,kcd->bkc", mixed, values), "b (a h) c -> b a (h c)", a=len(pools))
 
 
 class ProbeHeads(Objective):
-    """The heads that `settings` describe, over ``width`` features a sample, which lie in `columns` by (block, kind).
+    """All heads of the section `heads`, over ``width`` features a sample; `columns` maps (block, kind) to their slice.
 
-    Patch tokens, for attentive pooling, are the last columns. A batch holds images, of which features are computed
-    `chunk` at a time, or features. Of the last block they are what the backbone's own pooling would give; for others
-    see `Backbone.layers`. Raises ValueError for a class token or a block that the backbone does not have.
+    The last columns are the patch tokens, for attentive pooling. A batch holds either images, whose features are
+    computed `chunk` at a time, or features. Features of the last block are those of the backbone's own pooling; for
+    other blocks see `Backbone.layers`. Raises ValueError for a class token or a block that the backbone does not have.
     """
 
     dead: Tensor
@@ -137,10 +139,10 @@ class ProbeHeads(Objective):
         self.initialise_rest()
         for number in range(len(self.heads)):
             for _, parameter in self.parameters_of(number):
-                parameter.register_hook(partial(self._spare, number))
+                parameter.register_hook(partial(self._zero_if_dead, number))
 
     def _heads(self) -> list[Head]:
-        """All heads, those that are computed together beside each other."""
+        """All heads, in an order in which heads that are computed together are neighbours."""
         settings, found = self.settings, []
         for block, kind in self.reads:
             for methods in (("lars",), ("sgd", "adamw")):
@@ -154,7 +156,7 @@ class ProbeHeads(Objective):
         return columns.stop - columns.start
 
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
-        """Every head starts as a probe's does, with the same numbers, whatever stands beside it."""
+        """Set every head to the initial values that a single linear probe has, whichever other heads there are."""
         for linear in self.linears:
             assert isinstance(linear, nn.Linear)
             draw_head(linear, 0.01, self.seed, fill)
@@ -162,14 +164,14 @@ class ProbeHeads(Objective):
             initialise(pool, self.seed, fill=fill)
 
     def parameters_of(self, number: int) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of a head, named."""
+        """(name, parameter) of everything that head `number` trains."""
         parts: list[nn.Module] = [self.linears[number]]
         if self.heads[number].features == ATTENTIVE:
             parts.append(self.pools[number - len(self.heads)])
         return [pair for part in parts for pair in part.named_parameters()]
 
     def groups(self, optim: schema.OptimConfig) -> list[dict[str, Any]]:
-        """Each head with its own rule, rate and weight decay; the schedule of `optim` is scaled to its rate."""
+        """Parameter groups with each head's own rule, weight decay and lr_scale; `optim` gives the common schedule."""
         groups: dict[tuple[str, float, float], dict[str, Any]] = {}
         for number, head in enumerate(self.heads):
             assert head.base_lr is not None
@@ -181,21 +183,21 @@ class ProbeHeads(Objective):
                 group["params"].append(parameter)
         return list(groups.values())
 
-    def _spare(self, number: int, gradient: Tensor) -> Tensor:
-        """No gradient for a head that has diverged, so that neither norm nor step of the others is touched."""
+    def _zero_if_dead(self, number: int, gradient: Tensor) -> Tensor:
+        """A zero gradient for a diverged head, which keeps it out of the gradient norm; else `gradient` unchanged."""
         alive = ~self.dead[number] & (gradient.norm() < LIMIT)
         return torch.where(alive, gradient, torch.zeros_like(gradient))
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Float[Tensor, "b width"]:
-        """Those that a batch holds, or those of its images."""
+        """The features of a batch: its own where it holds features, else computed from its images."""
         if batch.images.ndim == 2:
             return batch.images
         self.backbone.eval()
         return torch.cat([self.rows(images) for images in batch.images.split(self.chunk)])
 
     def rows(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b width"]:
-        """The features of images, which are computed at once."""
+        """The features of images, computed in one forward pass."""
         backbone, prefix = self.backbone, self.backbone.num_prefix
         numbers = {*self.blocks, backbone.depth} if self.settings.attentive else set(self.blocks)
         found = []
@@ -212,7 +214,7 @@ class ProbeHeads(Objective):
     def logits(
         self, rows: Float[Tensor, "b width"], trained: Bool[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b heads classes"]:
-        """What each head says of features. In training, batch norm learns from those that are `trained` on (all)."""
+        """Logits of each head for features `rows`; in training, batch norm uses rows marked `trained` (None: all)."""
         found, number = [], 0
         for (block, kind, normed), together in groupby(self.heads, key=lambda head: head.reads):
             linears = self.linears[number : number + len(list(together))]
@@ -230,7 +232,7 @@ class ProbeHeads(Objective):
         return torch.cat(found, 1)
 
     def forward(self, batch: Batch) -> Output:
-        """The sum of all heads' cross-entropies for each sample, and their logits (b, heads, classes)."""
+        """Each sample's sum of the cross-entropies of all heads, and the logits (b, heads, classes)."""
         rows = self.features(batch)
         with torch.autocast(rows.device.type, enabled=False):
             trained = ~held_out(self.seed, self.settings.held_out, batch.ids)
@@ -240,11 +242,11 @@ class ProbeHeads(Objective):
             loss = rearrange(loss, "(b a) -> b a", a=len(self.heads))
             if self.training:
                 self.dead |= self._diverged(loss.detach(), rows)
-                loss = loss * (trained.float() / (1 - self.settings.held_out))[:, None]  # they count for the others
+                loss = loss * (trained.float() / (1 - self.settings.held_out))[:, None]  # the mean loss keeps its scale
             return Output(torch.where(self.dead, 0, loss).sum(1), logits)
 
     def _diverged(self, loss: Float[Tensor, "b heads"], rows: Float[Tensor, "b width"]) -> Bool[Tensor, " heads"]:
-        """Heads whose loss is out of bounds on any rank. None where features are to blame: then the step is skipped."""
+        """Heads whose loss reaches LIMIT on any rank; none if a feature is not finite (then the step is skipped)."""
         found = torch.cat([~(loss < LIMIT).all(0), ~rows.isfinite().all()[None]]).float()
         found = dist.all_reduce_sum(found) > 0
         return found[:-1] & ~found[-1]

@@ -94,7 +94,7 @@ class Setup:
         return Task(
             verb=self.verb, objective=objective, num_micro=num_micro, num_samples=len(self.train_split),
             batches=lambda steps: self.training_batches(source, num_micro, steps, self.left_out()), evaluate=evaluate,
-            sample_name=self.train_split.describe, no_decay_tokens=no_decay_tokens,
+            sample_name=self.train_split.sample_name, no_decay_tokens=no_decay_tokens,
             load_initial_weights=lambda: self.load_initial_weights(objective.backbone),
         )  # fmt: skip
 

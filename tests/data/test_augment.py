@@ -1,4 +1,4 @@
-"""RandAugment and random erasing: timm's, but of a sample's own randomness, on any source, with any workers."""
+"""RandAugment and random erasing: as timm's, but functions of the sample, for any source and any workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pixels(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 
 
-def test_rand_augment_is_timms_under_the_samples_seed_and_leaves_no_trace() -> None:
+def test_randaugment_equals_timm_with_the_samples_seed_and_restores_global_rng() -> None:
     ours = augment.rand_augment(RECIPE, 24, MEAN, seed=3)
     timms = rand_augment_transform(
         RECIPE, {"translate_const": 10, "img_mean": (128, 102, 76), "interpolation": Image.Resampling.BICUBIC}
@@ -50,26 +50,26 @@ def test_rand_augment_is_timms_under_the_samples_seed_and_leaves_no_trace() -> N
 
 
 @pytest.mark.parametrize("recipe", ["rand-m10-n4-inc1-p1", "rand-m15-n2-mmax15-p1", "rand-m15-n4-mmax15-inc1-p1"])
-def test_the_largest_magnitudes_are_taken(recipe: str) -> None:
+def test_randaugment_accepts_the_largest_magnitudes(recipe: str) -> None:
     """Posterize keeps no bit there, which Pillow 13 would refuse."""
     ours = augment.rand_augment(recipe, 24, MEAN, seed=3)
     found = [ours(pixels(), 0, id_) for id_ in range(100)]
     assert any(not image.any() for image in found) == ("inc1" in recipe)
 
 
-def test_posterize_keeps_the_highest_bits() -> None:
+def test_randaugment_posterize_keeps_the_highest_bits() -> None:
     for bits in range(9):
         kept = np.asarray(augment.posterize(Image.fromarray(pixels()), bits))
         assert np.array_equal(kept, pixels() >> (8 - bits) << (8 - bits))
 
 
-def test_a_recipe_that_timm_does_not_know_is_refused() -> None:
+def test_randaugment_unknown_to_timm_is_refused() -> None:
     for recipe in ("strong", "rand-mx", "augmix-m3", "rand-m9-x7"):
-        with pytest.raises(ValueError, match=rf"view\.randaugment={recipe}: timm does not understand it"):
+        with pytest.raises(ValueError, match=rf"view\.randaugment={recipe}: timm does not know it"):
             augment.rand_augment(recipe, 24, MEAN, seed=3)
 
 
-def test_augmented_images_depend_on_neither_source_nor_workers_nor_company(tars: Tars) -> None:
+def test_augmented_images_are_identical_for_any_source_workers_and_batch(tars: Tars) -> None:
     data = tars([4, 5, 3])
     shown = view(randaugment=RECIPE, random_erasing=0.5, crop="pad")
     plan = [(np.array([0, 0, 1]), np.array([3, 7, 3])), (np.array([2, 0]), np.array([11, 0]))]
@@ -85,7 +85,7 @@ def test_augmented_images_depend_on_neither_source_nor_workers_nor_company(tars:
     assert not torch.equal(whole[0].images[0], whole[0].images[2])  # another epoch, another look
 
 
-def test_evaluation_is_not_augmented(tars: Tars) -> None:
+def test_evaluation_images_are_not_augmented(tars: Tars) -> None:
     data = tars([4])
     plan = [(np.zeros(4, dtype=np.int64), np.arange(4))]
     plain, augmented = view(training=False), view(training=False, randaugment=RECIPE, random_erasing=1.0)
@@ -95,7 +95,7 @@ def test_evaluation_is_not_augmented(tars: Tars) -> None:
         assert torch.equal(a.images, b.images)
 
 
-def test_erased_boxes_are_as_often_and_as_large_as_promised() -> None:
+def test_random_erasing_boxes_have_the_configured_frequency_and_size() -> None:
     ids = np.arange(4000)
     boxes = np.array(augment.erased_boxes(0.25, 0, np.zeros_like(ids), ids, (64, 48)))
     top, left, height, width = boxes.T
@@ -110,7 +110,7 @@ def test_erased_boxes_are_as_often_and_as_large_as_promised() -> None:
     assert np.array_equal(boxes[10:20], augment.erased_boxes(0.25, 0, np.zeros(10, np.int64), ids[10:20], (64, 48)))
 
 
-def test_what_is_erased_becomes_normal_noise_and_the_rest_stays() -> None:
+def test_random_erasing_fills_the_box_with_normal_noise_and_keeps_the_rest() -> None:
     images = torch.full((400, 3, 32, 32), 7.0)
     ids = np.arange(400)
     epochs = np.zeros_like(ids)

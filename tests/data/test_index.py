@@ -1,4 +1,4 @@
-"""ShardIndex: offsets are the bytes, whatever the tar looks like; what cannot be indexed is refused in one sentence."""
+"""ShardIndex: offsets lead to the members' bytes in any tar; unsuitable tars are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def indexed(folder: Path, members: list[tuple[str, bytes]], name: str = "x") -> 
     return index.open_split(str(tar), "any")
 
 
-def test_index_has_dalis_format_and_the_offsets_of_the_members(tmp_path: Path) -> None:
+def test_index_file_has_the_dali_format_and_correct_offsets(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [*samples(3), ("s2.json", b"{}")])
     shard, labels = index.build(tar, tmp_path / "x.idx")
     lines = (tmp_path / "x.idx").read_text().splitlines()
@@ -62,7 +62,7 @@ def test_index_has_dalis_format_and_the_offsets_of_the_members(tmp_path: Path) -
     assert (shard.num_samples, shard.num_labelled, shard.num_bytes) == (3, 3, tar.stat().st_size)
 
 
-def test_read_gives_every_sample_and_label_over_shards(tmp_path: Path) -> None:
+def test_index_read_returns_every_sample_and_label_of_all_shards(tmp_path: Path) -> None:
     for number, first in enumerate((0, 5)):
         tar = write_tar(tmp_path / f"x-{number}.tar", samples(5 - number, first))
         index.build(tar, tar.with_suffix(".idx"))
@@ -74,32 +74,34 @@ def test_read_gives_every_sample_and_label_over_shards(tmp_path: Path) -> None:
         assert data.label(i) == i % 3
 
 
-def test_shard_index_travels_to_workers(tmp_path: Path) -> None:
+def test_index_pickles_to_dataloader_workers(tmp_path: Path) -> None:
     data = indexed(tmp_path, samples(3))
     data.read(0)
     assert pickle.loads(pickle.dumps(data)).read(2) == data.read(2)
 
 
-def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
+def test_index_members_of_a_sample_need_not_be_adjacent(tmp_path: Path) -> None:
     members = samples(3)
     data = indexed(tmp_path, members[0::2] + members[1::2])
     assert [data.read(i).label for i in range(3)] == [0, 1, 2]
     assert [data.read(i).image for i in range(3)] == [png(i) for i in range(3)]
 
 
-def test_sample_without_image_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_index_leaves_out_samples_without_image_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = indexed(tmp_path, [*samples(2), ("lonely.cls", b"1")])
     assert [data.read(i).key for i in range(len(data))] == ["s0", "s1"]
     assert "lonely" in caplog.text
 
 
-def test_sample_without_label_has_minus_one(tmp_path: Path) -> None:
+def test_index_label_of_an_unlabelled_sample_is_minus_one(tmp_path: Path) -> None:
     data = indexed(tmp_path, [("a.png", png(1)), ("b.png", png(2)), ("b.cls", b"7\n")])
     assert [data.read(i).label for i in range(2)] == [-1, 7]
     assert data.num_labelled == 1
 
 
-def test_folders_upper_case_and_double_extensions(tmp_path: Path) -> None:
+def test_index_handles_folders_upper_case_and_double_extensions(tmp_path: Path) -> None:
     data = indexed(tmp_path, [("d/a.seg.png", png(9)), ("d/a.JPEG", png(1)), ("d/b.input.png", png(2))])
     assert [(data.read(i).key, data.read(i).extension, data.read(i).image) for i in range(2)] == [
         ("d/a", "jpeg", png(1)),
@@ -113,11 +115,11 @@ def test_folders_upper_case_and_double_extensions(tmp_path: Path) -> None:
         ([], "holds no samples"),
         ([("a.cls", b"1")], "holds no samples"),
         ([("a b.png", png(1))], "space in its name"),
-        ([("a.png", png(1)), ("a.png", png(2))], "a.png is there twice"),
+        ([("a.png", png(1)), ("a.png", png(2))], "contains a.png twice"),
         ([("a.png", png(1)), ("a.cls", b"cat")], "a.cls holds b'cat'"),
     ],
 )
-def test_tars_that_cannot_be_indexed(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+def test_index_refuses_unsuitable_tars(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     tar = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(ValueError, match=message):
         index.build(tar, tmp_path / "x.idx")
@@ -125,21 +127,21 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path, members: list[tuple[str, by
 
 
 @pytest.mark.parametrize("keep", [700, 100])
-def test_truncated_tar_is_refused(tmp_path: Path, keep: int) -> None:
+def test_index_refuses_a_truncated_tar(tmp_path: Path, keep: int) -> None:
     tar = write_tar(tmp_path / "x.tar", [("a.png", bytes(2000))])
     tar.write_bytes(tar.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"x.tar: (cut short|not a whole)"):
+    with pytest.raises(ValueError, match=r"x.tar: (cut short|not a complete)"):
         index.build(tar, tmp_path / "x.idx")
 
 
-def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
+def test_index_refuses_a_file_that_is_no_tar(tmp_path: Path) -> None:
     tar = tmp_path / "x.tar"
     tar.write_bytes(b"hello" * 1000)
-    with pytest.raises(ValueError, match="not a whole uncompressed tar"):
+    with pytest.raises(ValueError, match="not a complete uncompressed tar"):
         index.build(tar, tmp_path / "x.idx")
 
 
-def test_tar_that_changed_since_dataset_json_is_refused(tmp_path: Path) -> None:
+def test_index_refuses_a_tar_changed_since_dataset_json(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", samples(2))
     main(["index", str(tar)])
     write_tar(tar, samples(20))
@@ -147,7 +149,7 @@ def test_tar_that_changed_since_dataset_json_is_refused(tmp_path: Path) -> None:
         index.open_split(str(tmp_path), "train")
 
 
-def test_index_of_other_peoples_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_index_command_on_existing_webdataset_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         write_tar(tmp_path / f"x-{number}.tar", samples(4, first=number * 4))
     main(["index", str(tmp_path / "x-*.tar"), "--split", "train"])
@@ -159,7 +161,7 @@ def test_index_of_other_peoples_tars(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "next: mae-dist data show" in capsys.readouterr().out
 
 
-def test_index_elsewhere_leaves_the_tars_alone_and_merges_splits(tmp_path: Path) -> None:
+def test_data_index_command_with_out_keeps_tars_and_merges_splits(tmp_path: Path) -> None:
     tars, out = tmp_path / "tars", tmp_path / "out"
     tars.mkdir()
     write_tar(tars / "a.tar", samples(3))
@@ -174,7 +176,7 @@ def test_index_elsewhere_leaves_the_tars_alone_and_merges_splits(tmp_path: Path)
     assert index.open_split(str(out), "test").read(0).image == png(5, size=(6, 2))
 
 
-def test_index_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+def test_data_index_command_refuses_mistakes(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "x.tar", samples(1))
@@ -183,5 +185,5 @@ def test_index_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         main(["index", str(tmp_path / "nothing*")])
     with pytest.raises(ValueError, match="--out DIR"):
         main(["index", pattern])
-    with pytest.raises(ValueError, match=r"x\.tar is there twice"):
+    with pytest.raises(ValueError, match=r"two folders contain a x\.tar"):
         main(["index", pattern, "--out", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""Loader: a batch depends on its (epochs, ids) alone; bad samples are replaced and named, cut shards refused."""
+"""Loader: a batch is a function of its (epochs, ids); unreadable samples are replaced and logged, cut tars refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps(data: index.ShardIndex, first: int, last: int) -> list[tuple[np.ndarra
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 2), (1, 0), (2, 0), (2, 3)])
-def test_streamed_batches_depend_on_neither_workers_nor_start(tars: Tars, workers: int, start: int) -> None:
+def test_loader_batches_are_identical_for_any_workers_and_resume_step(tars: Tars, workers: int, start: int) -> None:
     data = tars([4, 5, 3], size=None, extension="jpg")
     whole = list(loader.TarSource(data, CPU, 0).batches(steps(data, 0, 5), view()))
     batches = list(loader.TarSource(data, CPU, workers).batches(iter(steps(data, start, 5)), view()))
@@ -51,7 +51,7 @@ def test_streamed_batches_depend_on_neither_workers_nor_start(tars: Tars, worker
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_stream_is_the_same_on_any_number_of_ranks_from_any_step(tars: Tars, workers: int) -> None:
+def test_loader_stream_is_elastic_over_ranks_micro_batches_and_resume_step(tars: Tars, workers: int) -> None:
     """Every pixel, box, id and epoch of the global batch; 7 images a step, which none of the worlds divides."""
     data = tars([4, 5, 3], size=None, extension="jpg")
     order = Order(1, data.counts, 2)
@@ -73,7 +73,7 @@ def test_the_stream_is_the_same_on_any_number_of_ranks_from_any_step(tars: Tars,
         assert all(same(a, b) for a, b in zip(found, reference[first:], strict=True)), (world, first, micro)
 
 
-def test_a_sample_looks_the_same_in_any_company(tars: Tars) -> None:
+def test_loader_image_is_independent_of_its_batch(tars: Tars) -> None:
     data = tars([4, 4])
     epochs, ids = np.array([0, 0, 2, 0]), np.array([5, 1, 5, 7])
     for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
@@ -86,7 +86,7 @@ def test_a_sample_looks_the_same_in_any_company(tars: Tars) -> None:
 
 @pytest.mark.parametrize("crop", ["resized", "pad"])
 @pytest.mark.parametrize("training", [True, False])
-def test_resident_and_streamed_agree(tars: Tars, crop: str, training: bool) -> None:
+def test_loader_in_memory_and_tar_source_agree(tars: Tars, crop: str, training: bool) -> None:
     data = tars([4, 5, 3], broken={2, 6})
     streamed = list(loader.TarSource(data, CPU, 0).batches(steps(data, 0, 4), view(crop, 32, training)))
     resident = list(loader.InMemorySource(data, CPU).batches(steps(data, 0, 4), view(crop, 32, training)))
@@ -100,22 +100,22 @@ def test_resident_and_streamed_agree(tars: Tars, crop: str, training: bool) -> N
             assert close.all()
 
 
-def test_open_source_chooses_by_size(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_open_source_chooses_by_size(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tars([3])
     assert isinstance(loader.open_source(data, CPU, 0), loader.InMemorySource)
     monkeypatch.setattr(loader, "RESIDENT_BYTES", 3 * 32 * 32 * 3 - 1)
     assert isinstance(loader.open_source(data, CPU, 0), loader.TarSource)
 
 
-def test_images_of_another_size_than_promised_are_refused(tars: Tars) -> None:
+def test_loader_refuses_images_of_another_size_than_dataset_json(tars: Tars) -> None:
     data = tars([3])
     object.__setattr__(data.dataset, "image_size", (32, 31))
-    with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size \(32, 31\)"):
+    with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size in dataset.json is \(32, 31\)"):
         loader.InMemorySource(data, CPU)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "resident"])
-def test_truncated_jpegs_are_replaced_by_their_neighbour(
+def test_loader_replaces_truncated_jpegs_by_the_next_sample(
     tars: Tars, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     """Sample 3 is the last of its shard: its neighbour is the first of the same shard. 5 and 6 follow each other."""
@@ -126,9 +126,9 @@ def test_truncated_jpegs_are_replaced_by_their_neighbour(
         (batch,) = source.batches([(np.zeros(8, dtype=np.int64), ids)], view("center", 32, training=False))
     assert batch.ids.tolist() == list(range(8))
     assert batch.bad.tolist() == [i in (3, 5, 6) for i in range(8)]
-    encoder_mask_token = [0, 1, 2, 0, 4, 7, 7, 7]
-    assert batch.labels.tolist() == [i % 3 for i in encoder_mask_token]
-    assert torch.equal(batch.images, batch.images[encoder_mask_token])
+    replacements = [0, 1, 2, 0, 4, 7, 7, 7]
+    assert batch.labels.tolist() == [i % 3 for i in replacements]
+    assert torch.equal(batch.images, batch.images[replacements])
     others = [0, 1, 2, 4, 7]
     assert all(not torch.equal(batch.images[i], batch.images[j]) for i in others for j in others if i != j)
     for name in ("s0003.jpg in x-0.tar", "s0005.jpg in x-1.tar", "s0006.jpg in x-1.tar"):
@@ -136,20 +136,20 @@ def test_truncated_jpegs_are_replaced_by_their_neighbour(
     assert "s0004" not in caplog.text
 
 
-def test_a_shard_without_a_readable_sample_is_an_error(tars: Tars) -> None:
+def test_loader_raises_for_a_shard_without_readable_samples(tars: Tars) -> None:
     data = tars([2, 3], broken={2, 3, 4})
     with pytest.raises(ValueError, match=r"s0003\.png in x-1\.tar: no sample of this tar can be read"):
         loader.read(data, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_cut_after_indexing_is_an_error_that_names_it(
+def test_loader_raises_for_a_tar_cut_after_indexing_and_names_it(
     tars: Tars, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tars([4, 4])
     tar = Path(data.tars[1])
     tar.write_bytes(tar.read_bytes()[:-12_000])
-    with pytest.raises(ValueError, match=r"^\S*x-1\.tar: ends inside a sample; it was changed or cut"):
+    with pytest.raises(ValueError, match=r"^\S*x-1\.tar: ends inside a sample: it was changed or cut"):
         list(loader.TarSource(data, CPU, workers).batches(steps(data, 0, 2), view()))
     with pytest.raises(ValueError, match=r"x-1\.tar"):
         loader.InMemorySource(data, CPU)
@@ -159,7 +159,7 @@ def test_a_shard_cut_after_indexing_is_an_error_that_names_it(
 
 
 @pytest.mark.parametrize("num", [1, 5, 16, 23])
-def test_evaluation_takes_each_sample_once(num: int) -> None:
+def test_loader_evaluation_plan_has_each_sample_once(num: int) -> None:
     for world in (1, 2, 3, 7):
         shares = [list(loader.evaluation_plan(num, 4, rank, world)) for rank in range(world)]
         parts = [part for share in shares for part in share]
@@ -168,7 +168,7 @@ def test_evaluation_takes_each_sample_once(num: int) -> None:
         assert len({len(share) for share in shares}) == 1, "ranks that share a model compute together"
 
 
-def test_a_batch_of_nothing_is_a_batch(tars: Tars) -> None:
+def test_loader_gives_an_empty_batch_for_an_empty_plan(tars: Tars) -> None:
     data, nothing = tars([4]), np.array([], dtype=np.int64)
     for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
         (batch,) = source.batches([(nothing, nothing)], view(training=False))

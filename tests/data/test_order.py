@@ -1,4 +1,4 @@
-"""Order: permutations with locality, one stream however it is shared out, and any position at once."""
+"""Order: local permutations, one stream for any number of ranks, and random access to any position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def flat(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
-def test_each_epoch_is_a_permutation_and_epochs_differ(window: int) -> None:
+def test_order_of_each_epoch_is_a_permutation_and_epochs_differ(window: int) -> None:
     order = Order(0, COUNTS, window)
     epochs = [order.at(e * NUM, (e + 1) * NUM) for e in range(4)]
     for number, (epoch, ids) in enumerate(epochs):
@@ -31,7 +31,7 @@ def test_each_epoch_is_a_permutation_and_epochs_differ(window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_ids_of_a_window_come_from_its_shards_only(window: int) -> None:
+def test_order_window_contains_only_ids_of_its_shards(window: int) -> None:
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
     for epoch in range(3):
         shards = shard_of[Order(4, COUNTS, window).at(epoch * NUM, (epoch + 1) * NUM)[1]]
@@ -50,7 +50,7 @@ def test_ids_of_a_window_come_from_its_shards_only(window: int) -> None:
             shards = shards[size:]
 
 
-def test_any_slice_equals_the_slice_of_the_whole() -> None:
+def test_order_of_any_slice_equals_the_slice_of_the_whole() -> None:
     whole = flat([Order(2, COUNTS, 2).at(0, 4 * NUM)])
     order = Order(2, COUNTS, 2)
     for a, b in [(0, 1), (NUM - 1, NUM + 1), (3 * NUM, 4 * NUM), (5, 3 * NUM + 2), (NUM, NUM + 3), (17, 40)]:
@@ -60,7 +60,7 @@ def test_any_slice_equals_the_slice_of_the_whole() -> None:
 @pytest.mark.parametrize("global_batch", [8, 10, 13])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 100])
-def test_ranks_in_order_make_the_stream(global_batch: int, world: int, micro_batch: int) -> None:
+def test_order_shares_of_all_ranks_make_the_stream_elastic(global_batch: int, world: int, micro_batch: int) -> None:
     """33 samples an epoch, 9 steps: some batches straddle two epochs."""
     stream = flat([Order(6, COUNTS, 3).at(0, 9 * global_batch)])
     micro = num_micro(global_batch, world, micro_batch)
@@ -73,13 +73,13 @@ def test_ranks_in_order_make_the_stream(global_batch: int, world: int, micro_bat
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 8])
-def test_seeking_equals_going_on(step: int) -> None:
+def test_order_resume_by_seeking_equals_continuing(step: int) -> None:
     whole = list(plan(Order(6, COUNTS, 3), range(9), 10, 2, 1, 3))
     later = list(plan(Order(6, COUNTS, 3), range(step, 9), 10, 2, 1, 3))
     assert [flat([part]) for part in later] == [flat([part]) for part in whole[2 * step :]]
 
 
-def test_shares_are_neighbours_of_nearly_equal_size() -> None:
+def test_order_shares_are_contiguous_and_nearly_equal() -> None:
     for total, world in itertools.product(range(40), range(1, 9)):
         ranges = [share(total, rank, world) for rank in range(world)]
         assert [i for a, b in ranges for i in range(a, b)] == list(range(total))
@@ -87,7 +87,7 @@ def test_shares_are_neighbours_of_nearly_equal_size() -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_micro_batches_are_never_empty_and_small_enough() -> None:
+def test_order_micro_batches_are_nonempty_and_within_the_limit() -> None:
     for global_batch, world, micro_batch in itertools.product(range(1, 40), range(1, 9), (1, 2, 3, 7, 64)):
         if world > global_batch:
             continue
@@ -99,7 +99,7 @@ def test_micro_batches_are_never_empty_and_small_enough() -> None:
             assert max(sizes) <= micro_batch + (micro == global_batch // world)  # where shares are 1 and 2, 2 at once
 
 
-def test_memory_grows_with_shards_and_the_window_at_hand() -> None:
+def test_order_memory_grows_with_shards_and_one_window() -> None:
     """1e5 shards of 1e4 samples: 1e9 ids, of which one window is resident."""
     order = Order(0, np.full(100_000, 10_000), 4)
     order.at(123_456_789, 123_456_789 + 64)
@@ -115,7 +115,7 @@ def test_memory_grows_with_shards_and_the_window_at_hand() -> None:
     assert len(order._windows) == KEPT_WINDOWS
 
 
-def test_golden_order() -> None:
+def test_order_golden_numbers() -> None:
     """If this fails, every earlier run has become irreproducible."""
     epochs, ids = Order(3, np.array([5, 4, 7, 6]), 2).at(0, 44)
     assert epochs.tolist() == [0] * 22 + [1] * 22

@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, twice the same bytes, whole or not at all; sources that lie are refused."""
+"""Packing: lossless, deterministic and atomic; inconsistent sources are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def image_file(path: Path, value: int, size: tuple[int, int] = (8, 8), kind: str
 # --- the writing
 
 
-def test_cifar_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_pack_cifar100_roundtrip_is_lossless(tmp_path: Path) -> None:
     source = cifar_archive(tmp_path / "mini-python.tar.gz")
     main(["pack", "cifar100", "--source", str(source), "--out", str(tmp_path / "out"), "--shard-size", "4"])
     dataset = index.Dataset.load(tmp_path / "out")
@@ -83,7 +83,7 @@ def test_cifar_comes_out_as_it_went_in(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(dataset.std), train.std(0), rtol=1e-12)
 
 
-def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
+def test_pack_shards_are_readable_by_webdataset(tmp_path: Path) -> None:
     from webdataset.compat import WebDataset
 
     pack(from_synthetic(12, 4), tmp_path / "out", shard_size=5)
@@ -95,7 +95,7 @@ def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
     assert {image.shape for _, image, _ in found} == {(32, 32, 3)}
 
 
-def test_same_input_same_bytes(tmp_path: Path) -> None:
+def test_pack_is_deterministic_byte_for_byte(tmp_path: Path) -> None:
     source = tmp_path / "images"
     for number in range(6):
         image_file(source / f"class {number % 2}" / f"{number}.png", number)
@@ -107,7 +107,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert content_of(tmp_path / "s3") != content_of(tmp_path / "s1")
 
 
-def test_interrupted_pack_leaves_nothing(tmp_path: Path) -> None:
+def test_pack_interrupted_leaves_nothing(tmp_path: Path) -> None:
     def pictures(_: str) -> Iterator[Picture]:
         yield Picture("png", b"x", 0, (1, 1))
         raise KeyboardInterrupt
@@ -117,7 +117,7 @@ def test_interrupted_pack_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_existing_data_is_not_overwritten(tmp_path: Path) -> None:
+def test_pack_does_not_overwrite_existing_data(tmp_path: Path) -> None:
     out = tmp_path / "100% new"  # a name that ShardWriter would take for a format
     out.mkdir()
     pack(from_synthetic(3, 3), out)
@@ -128,7 +128,7 @@ def test_existing_data_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["pack", "synthetic", "--out", "x", "--test", "0"], "--test 0"),
         (["pack", "synthetic", "--out", "x", "--shard-size", "0"], "--shard-size 0"),
@@ -138,19 +138,19 @@ def test_existing_data_is_not_overwritten(tmp_path: Path) -> None:
         (["nonsense"], "invalid choice"),
     ],
 )
-def test_what_a_user_gets_wrong_is_a_value_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+def test_pack_mistakes_raise_value_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        main(words)
+        main(argv)
     assert list(tmp_path.iterdir()) == []
 
 
 # --- CIFAR-100's archive
 
 
-def test_other_checksum_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cifar_other_checksum_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert from_cifar100(cifar_archive(tmp_path / "mini.tar.gz")).name == "mini"
     assert "is not CIFAR-100's" in caplog.text
 
@@ -161,7 +161,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("member", ["meta", "train"])
-def test_malicious_pickle_is_refused_before_it_runs(
+def test_cifar_malicious_pickle_is_refused_before_execution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -176,7 +176,7 @@ class Huge:
         return np.empty(0).__reduce__()[0], (np.ndarray, (2**40, 2**20), b"f8")
 
 
-def test_pickle_cannot_ask_for_a_huge_array(tmp_path: Path) -> None:
+def test_cifar_pickle_cannot_allocate_a_huge_array(tmp_path: Path) -> None:
     source = cifar_archive(tmp_path / "huge.tar.gz", meta={b"fine_label_names": Huge()})
     with pytest.raises(ValueError, match="list of names"):  # an empty array came; NumPy would run out of memory
         from_cifar100(source)
@@ -189,8 +189,8 @@ TRAIN = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 1]}
     ("changes", "message"),
     [
         ({"test": None}, "no file cifar-100-python/test"),
-        ({"train": b"not a pickle"}, "no pickle of plain data"),
-        ({"train": [1, 2]}, "no pickle of plain data"),
+        ({"train": b"not a pickle"}, "not a pickle of plain data"),
+        ({"train": [1, 2]}, "not a pickle of plain data"),
         ({"train": {b"data": TRAIN[b"data"]}}, "no 'fine_labels'"),
         ({"train": TRAIN | {b"fine_labels": [0, 3]}}, "labels from 0 to 3, but meta names 3 classes"),
         ({"train": TRAIN | {b"fine_labels": [0, -1]}}, "labels from -1"),
@@ -201,12 +201,12 @@ TRAIN = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 1]}
         ({"meta": {b"fine_label_names": 3}}, "list of names"),
     ],
 )
-def test_archives_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_cifar_inconsistent_archives_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_cifar100(cifar_archive(tmp_path / "bad.tar.gz", **changes))
 
 
-def test_truncated_archives_are_refused(tmp_path: Path) -> None:
+def test_cifar_truncated_archives_are_refused(tmp_path: Path) -> None:
     whole = cifar_archive(tmp_path / "a.tar.gz").read_bytes()
     for name, content in {
         "cut": whole[: len(whole) // 2],
@@ -216,11 +216,11 @@ def test_truncated_archives_are_refused(tmp_path: Path) -> None:
     }.items():
         file = tmp_path / f"{name}.tar.gz"
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}.tar.gz: not a whole .tar.gz"):
+        with pytest.raises(ValueError, match=f"{name}.tar.gz: not a complete .tar.gz"):
             from_cifar100(file)
 
 
-def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
+def test_cifar_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(pickle.dumps(TRAIN, protocol=2))
     source = tmp_path / "link.tar.gz"
@@ -233,7 +233,9 @@ def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
         from_cifar100(source)
 
 
-def test_download_is_checked_and_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_download_verifies_checksum_and_offline_error_has_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def offline(*_: Any, **__: Any) -> Any:
@@ -247,7 +249,7 @@ def test_download_is_checked_and_offline_says_what_to_do(tmp_path: Path, monkeyp
         headers: dict[str, str] = {}  # noqa: RUF012
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"something else"))
-    with pytest.raises(ValueError, match="has md5"):
+    with pytest.raises(ValueError, match="file with md5"):
         from_cifar100()
     assert list((tmp_path / "mae_dist").iterdir()) == []
 
@@ -255,7 +257,7 @@ def test_download_is_checked_and_offline_says_what_to_do(tmp_path: Path, monkeyp
 # --- class folders
 
 
-def test_folder_with_splits_keeps_bytes_extension_and_class_order(tmp_path: Path) -> None:
+def test_pack_folder_keeps_bytes_extension_and_class_order(tmp_path: Path) -> None:
     source = tmp_path / "imagenet"
     files = {}
     for number in range(12):
@@ -278,7 +280,7 @@ def test_folder_with_splits_keeps_bytes_extension_and_class_order(tmp_path: Path
     assert found == files
 
 
-def test_shards_of_a_folder_are_not_sorted_by_class(tmp_path: Path) -> None:
+def test_pack_folder_shards_are_not_sorted_by_class(tmp_path: Path) -> None:
     for number in range(40):
         image_file(tmp_path / "in" / str(number // 20) / f"{number}.png", number)
     pack(from_folder(tmp_path / "in"), tmp_path / "out")
@@ -288,7 +290,7 @@ def test_shards_of_a_folder_are_not_sorted_by_class(tmp_path: Path) -> None:
     assert 5 < sum(labels[:20]) < 15
 
 
-def test_test_share_holds_out_exactly_and_loses_nothing(tmp_path: Path) -> None:
+def test_pack_folder_test_share_is_exact_and_complete(tmp_path: Path) -> None:
     written = {image_file(tmp_path / "in" / str(n % 3) / f"{n}.png", n).read_bytes() for n in range(30)}
     pack(from_folder(tmp_path / "in", test_share=0.2), tmp_path / "out")
     parts = {}
@@ -299,7 +301,7 @@ def test_test_share_holds_out_exactly_and_loses_nothing(tmp_path: Path) -> None:
     assert parts["train"] | parts["test"] == written
 
 
-def test_links_to_class_folders_are_followed(tmp_path: Path) -> None:
+def test_pack_folder_follows_links_to_class_folders(tmp_path: Path) -> None:
     image_file(tmp_path / "elsewhere" / "a.png", 1)
     (tmp_path / "in").mkdir()
     os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "linked")
@@ -307,7 +309,9 @@ def test_links_to_class_folders_are_followed(tmp_path: Path) -> None:
     assert (source.classes, source.counts) == (["linked"], {"train": 1})
 
 
-def test_broken_images_are_named_and_left_out_up_to_a_share(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pack_folder_leaves_out_unreadable_images_up_to_a_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(150):
         image_file(tmp_path / "in" / "c" / f"{number}.jpg", number, size=(64, 64), kind="JPEG")
     broken = tmp_path / "in" / "c" / "7.jpg"
@@ -322,7 +326,7 @@ def test_broken_images_are_named_and_left_out_up_to_a_share(tmp_path: Path, capl
     assert not (tmp_path / "out2").exists()
 
 
-def test_folders_that_are_no_class_folders(tmp_path: Path) -> None:
+def test_pack_folder_refuses_folders_without_classes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     image_file(tmp_path / "flat" / "a.png", 1)
     image_file(tmp_path / "half" / "train" / "c" / "a.png", 1)
@@ -340,7 +344,7 @@ def test_folders_that_are_no_class_folders(tmp_path: Path) -> None:
 # --- show
 
 
-def test_show_counts_and_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_show_command_counts_and_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(from_synthetic(80, 20), tmp_path / "out")
     capsys.readouterr()
     main(["show", str(tmp_path / "out")])
@@ -356,7 +360,9 @@ def test_show_counts_and_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "x.png").is_file()
 
 
-def test_show_survives_broken_and_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_show_command_handles_unreadable_and_unlabelled_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name in ("a.jpg", "b.jpg"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
@@ -367,7 +373,7 @@ def test_show_survives_broken_and_unlabelled_images(tmp_path: Path, capsys: pyte
     assert "2 unreadable" in printed
 
 
-def test_dataset_json_is_plain_json(tmp_path: Path) -> None:
+def test_pack_dataset_json_content(tmp_path: Path) -> None:
     pack(from_synthetic(3, 3), tmp_path / "out")
     plain = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert plain["format"] == index.FORMAT

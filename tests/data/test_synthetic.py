@@ -1,4 +1,4 @@
-"""The embedded data set: a pure function of its numbers, balanced, with splits that share no pair of colours."""
+"""The synthetic set: a pure function of (seed, split, id), balanced, with splits that share no pair of hues."""
 
 import colorsys
 
@@ -7,7 +7,7 @@ import numpy as np
 from mae_dist.data import synthetic
 
 
-def test_a_picture_depends_on_its_numbers_alone() -> None:
+def test_synthetic_picture_is_a_pure_function_of_seed_split_and_id() -> None:
     pictures, labels = synthetic.draw(0, "train", np.arange(40))
     assert pictures.shape == (40, 32, 32, 3)
     assert pictures.dtype == np.uint8
@@ -18,12 +18,12 @@ def test_a_picture_depends_on_its_numbers_alone() -> None:
         assert not np.array_equal(other[0], pictures)
 
 
-def test_classes_are_balanced_and_named() -> None:
+def test_synthetic_classes_are_balanced_and_named() -> None:
     _, labels = synthetic.draw(0, "test", np.arange(100))
     assert np.bincount(labels).tolist() == [10] * len(synthetic.CLASSES)
 
 
-def test_no_pair_of_hues_is_in_both_splits() -> None:
+def test_synthetic_splits_share_no_pair_of_hues() -> None:
     train, test = (set(synthetic.hue_pairs(split)) for split in ("train", "test"))
     assert train
     assert test
@@ -32,7 +32,7 @@ def test_no_pair_of_hues_is_in_both_splits() -> None:
         assert {pair[side] for pair in test} <= {pair[side] for pair in train}
 
 
-def test_no_test_picture_is_nearly_a_training_one() -> None:
+def test_synthetic_test_pictures_are_no_near_copies_of_training_ones() -> None:
     train, _ = synthetic.draw(0, "train", np.arange(1000))
     test, _ = synthetic.draw(0, "test", np.arange(200))
     a, b = (p.reshape(len(p), -1).astype(np.float32) / 255 for p in (train, test))
@@ -40,7 +40,7 @@ def test_no_test_picture_is_nearly_a_training_one() -> None:
     assert across.min() > 0.05  # root mean square per channel, of 1
 
 
-def test_pictures_are_coloured_as_their_split_says() -> None:
+def test_synthetic_pictures_have_the_hues_of_their_split() -> None:
     """The commonest hue of a plain, lightly lit ground lies in a sector, not in a gap between two."""
     hue, ground = synthetic.hue_pairs("train")[0]
     assert 0 <= hue < synthetic.HUES
@@ -53,7 +53,7 @@ def test_pictures_are_coloured_as_their_split_says() -> None:
     assert inside > 0.85
 
 
-def test_raw_pixels_say_little() -> None:
+def test_synthetic_raw_pixel_baselines_are_near_chance() -> None:
     """Nearest neighbours of pixels stay near chance (10 %), so a demo that does well has learned something."""
     train, labels = synthetic.draw(0, "train", np.arange(3000))
     test, truth = synthetic.draw(0, "test", np.arange(500))
@@ -64,7 +64,7 @@ def test_raw_pixels_say_little() -> None:
     assert 8 < top1 < 30
 
 
-def test_pictures_never_change_by_accident() -> None:
+def test_synthetic_golden_pictures() -> None:
     """Golden pixels, so that the README's numbers keep their meaning; elsewhere sine may differ by one step."""
     golden = {
         ("train", 0): [[12, 143, 35], [2, 87, 13], [36, 115, 56], [12, 163, 40]],

@@ -1,4 +1,4 @@
-"""The ViT is timm's, name by name and number by number, and can encode any subset of its patches."""
+"""ViT and `build`: names, shapes and outputs equal timm's, and any subset of the patches can be encoded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_names_shapes_and_outputs_are_timms(pool: str) -> None:
+def test_vit_names_shapes_and_outputs_equal_timm(pool: str) -> None:
     ours = small(pool).eval()
     timms = VisionTransformer(
         img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=0,
@@ -63,7 +63,9 @@ def test_names_shapes_and_outputs_are_timms(pool: str) -> None:
         (16, (32, 32), 1, False),
     ],
 )
-def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int, qkv_bias: bool, pool: str) -> None:
+def test_vit_all_parameter_shapes_equal_timm(
+    patch: int, size: tuple[int, int], channels: int, qkv_bias: bool, pool: str
+) -> None:
     """Rectangular images, other numbers of channels, other patches, no bias of queries, keys and values."""
     shape = {"patch": patch, "image_size": size, "channels": channels, "qkv_bias": qkv_bias}
     ours = ViT(dim=24, depth=2, num_heads=3, pool=pool, **shape).double().eval()
@@ -85,7 +87,7 @@ def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int, 
 
 
 @pytest.mark.parametrize("name", models.BACKBONES)
-def test_every_backbone_can_be_made(name: str) -> None:
+def test_build_makes_every_backbone(name: str) -> None:
     with torch.device("meta"):
         backbone = models.BACKBONES[name]()
     if isinstance(backbone, ViT):
@@ -98,13 +100,13 @@ def test_every_backbone_can_be_made(name: str) -> None:
     [("vit_ti16", 5_524_416), ("vit_s16", 21_665_664), ("vit_b16", 85_798_656), ("vit_l16", 303_301_632),
      ("vit_h14", 630_764_800)],
 )  # fmt: skip
-def test_sizes_are_the_published_ones(name: str, num: int) -> None:
+def test_model_sizes_are_the_published_ones(name: str, num: int) -> None:
     """What timm's models of these names have without their heads."""
     with torch.device("meta"):
         assert num_parameters(models.BACKBONES[name]()) == num
 
 
-def test_build_takes_overrides_and_initialises() -> None:
+def test_build_accepts_overrides_and_initialises() -> None:
     backbone = models.build("vit_demo4", seed=1, image_size=16, pool="avg", position="learned")
     assert (backbone.grid, backbone.pool, backbone.get_parameter("pos_embed").requires_grad) == ((4, 4), "avg", True)
     positions = backbone.get_parameter("pos_embed")
@@ -133,20 +135,20 @@ def test_build_takes_overrides_and_initialises() -> None:
         ("", "`mae-dist models` lists them"),
     ],
 )
-def test_unknown_names_get_a_hint(name: str, hint: str) -> None:
+def test_build_unknown_name_suggests_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"model.name={name}: no such model; {hint}") + "$"):
         models.build(name)
 
 
 @pytest.mark.parametrize("name", [None, 16, ["vit_b16"]])
-def test_what_is_no_name_is_refused(name: Any) -> None:
+def test_build_refuses_names_that_are_no_strings(name: Any) -> None:
     """As users have it: without the checks of types that tests wrap around every function."""
     with pytest.raises(ValueError, match=rf"^model\.name={re.escape(repr(name))}: must be a name, vit_b16 for"):
         unwrap(model_sizes.size_of)(name)
 
 
 @pytest.mark.parametrize(("size", "hint"), [(34, "try 32 or 36$"), (3, "try 4$")])
-def test_image_sizes_that_do_not_fit(size: int, hint: str) -> None:
+def test_build_refuses_image_sizes_not_divisible_by_the_patch(size: int, hint: str) -> None:
     with pytest.raises(ValueError, match=f"image_size={size}: not divisible by the patch size 4; {hint}"):
         models.build("vit_demo4", image_size=size)
 
@@ -167,23 +169,23 @@ def test_image_sizes_that_do_not_fit(size: int, hint: str) -> None:
         ({"num_heads": 2, "dim": 66}, "model.dim=66: must be divisible by num_heads=2 and by 4"),
         (
             {"num_classes": 10},
-            "model.num_classes=10: vit_demo4 has none; leave it out (it has patch, dim, depth, num_heads, image_size, "
+            "model.num_classes=10: vit_demo4 has no such setting; leave it out (it has patch, dim, depth, num_heads, image_size, "
             "channels, pool, position, qkv_bias)",
         ),
     ],
 )
-def test_impossible_models_are_refused_in_one_sentence(override: dict[str, Any], message: str) -> None:
+def test_build_refuses_impossible_models_in_one_sentence(override: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         models.build("vit_demo4", **override)
 
 
 @pytest.mark.parametrize("override", [{"dim": None}, {"token_hidden": 0}, {"num_heads": 4}, {"pool": "max"}])
-def test_impossible_mixers_are_refused_in_one_sentence(override: dict[str, Any]) -> None:
+def test_build_refuses_impossible_mixers_in_one_sentence(override: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^model.{next(iter(override))}="):
         models.build("mixer_demo4", **override)
 
 
-def test_patches_are_in_maes_order() -> None:
+def test_patchify_has_the_order_of_mae() -> None:
     images = pixels(2, 12)
     patches = patchify(images, 4)
     assert patches.shape == (2, 9, 48)
@@ -196,7 +198,7 @@ def test_patches_are_in_maes_order() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3), (2, 5)])
-def test_positions_are_the_papers(height: int, width: int) -> None:
+def test_sincos_positions_equal_the_official_code(height: int, width: int) -> None:
     """The official get_2d_sincos_pos_embed: first half from the column ("w goes first"), each half [sin, cos]."""
     dim = 16
     expected = torch.zeros(height * width, dim, dtype=torch.float64)
@@ -210,7 +212,7 @@ def test_positions_are_the_papers(height: int, width: int) -> None:
     assert (sincos_positions(dim, height, width) - expected).abs().max() < 1e-7
 
 
-def test_learned_positions_get_a_gradient_and_fixed_ones_do_not() -> None:
+def test_vit_learned_positions_get_a_gradient_and_fixed_ones_do_not() -> None:
     for position in ("learned", "sincos"):
         vit = small(position=position)
         vit(pixels(2)).square().sum().backward()
@@ -219,7 +221,7 @@ def test_learned_positions_get_a_gradient_and_fixed_ones_do_not() -> None:
         assert all(p.grad is not None for name, p in vit.named_parameters() if name != "pos_embed")
 
 
-def test_visible_patches_are_encoded_wherever_they_stand_in_the_list() -> None:
+def test_vit_encoding_is_independent_of_the_order_of_visible_patches() -> None:
     vit, images = small().eval(), pixels(3)
     with torch.no_grad():
         tokens = vit.encode(images)
@@ -229,7 +231,7 @@ def test_visible_patches_are_encoded_wherever_they_stand_in_the_list() -> None:
     assert (permuted[:, 1:] - take(tokens[:, 1:], index)).abs().max() < 1e-12
 
 
-def test_hidden_patches_do_not_matter() -> None:
+def test_vit_encoding_ignores_hidden_patches() -> None:
     vit, images = small().eval(), pixels(2)
     visible = torch.tensor([[3, 0, 9], [15, 2, 7]])
     patches = patchify(images, 4)
@@ -238,7 +240,7 @@ def test_hidden_patches_do_not_matter() -> None:
         assert torch.equal(vit.encode(images, visible), vit.encode(unpatchify(kept, 4, 4), visible))
 
 
-def test_initialisation_is_maes_and_a_function_of_seed_and_name() -> None:
+def test_initialisation_is_that_of_mae_and_a_function_of_seed_and_name() -> None:
     first, second = nn.Module(), nn.Module()
     parts = {"fc": lambda: nn.Linear(200, 600), "norm": lambda: nn.LayerNorm(50), "other": lambda: nn.Linear(200, 600)}
     for name in parts:
@@ -273,7 +275,7 @@ def test_initialisation_is_maes_and_a_function_of_seed_and_name() -> None:
     assert all(torch.equal(before[k], v) for k, v in vit.state_dict().items())
 
 
-def test_a_dropped_branch_leaves_the_tokens_alone() -> None:
+def test_drop_path_of_a_branch_leaves_tokens_unchanged() -> None:
     block, x = small().blocks[0].eval(), torch.randn(2, 5, 24, dtype=torch.float64)
     assert isinstance(block, AttentionBlock)
     with torch.no_grad():
@@ -285,13 +287,13 @@ def test_a_dropped_branch_leaves_the_tokens_alone() -> None:
     assert (out[1] - expected).abs().max() < 1e-12
 
 
-def test_depth_scale_keeps_the_expectation() -> None:
+def test_drop_path_keeps_the_expectation() -> None:
     keep, rates = torch.tensor([[[True, False]], [[True, False]]]), torch.tensor([0.0, 0.2])
     assert depth_scale(keep.expand(2, 2, 2), rates)[:, 0].tolist() == [[1.0, 0.0], [1.25, 0.0]]
 
 
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (8, 8)), ((14, 14), (32, 32)), ((2, 3), (5, 4)), ((6, 6), (3, 3))])
-def test_positions_are_resized_as_by_the_official_code(old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_resize_positions_equals_the_official_code(old: tuple[int, int], new: tuple[int, int]) -> None:
     """Its interpolate_pos_embed written out, channel by channel; the class token's stays."""
     positions = torch.randn(1, 1 + old[0] * old[1], 8, generator=torch.Generator().manual_seed(0))
     resized = resize_positions(positions, old, new)

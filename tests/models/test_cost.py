@@ -1,4 +1,4 @@
-"""Costs: what is counted is the papers' tables, formulas written out, and what a real forward pass keeps."""
+"""Costs: counts equal the papers' tables, explicit formulas, and what a real forward pass keeps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def head(dim: int) -> int:
 
 
 @pytest.mark.parametrize(("ours", "timms"), TIMMS.items())
-def test_names_shapes_and_counts_are_those_of_timms_models(ours: str, timms: str) -> None:
+def test_cost_names_shapes_and_counts_equal_timm(ours: str, timms: str) -> None:
     backbone = empty(ours)
     with torch.device("meta"):
         theirs = timm.create_model(timms, num_classes=1000)
@@ -53,11 +53,11 @@ def test_names_shapes_and_counts_are_those_of_timms_models(ours: str, timms: str
      ("vit_h14", True, 632), ("mixer_s32", False, 19), ("mixer_s16", False, 18), ("mixer_b32", False, 60),
      ("mixer_b16", False, 59), ("mixer_l16", False, 207)],
 )  # fmt: skip
-def test_parameters_are_the_papers(name: str, classes: bool, millions: float) -> None:
+def test_cost_parameters_equal_the_papers(name: str, classes: bool, millions: float) -> None:
     """Touvron et al. 2021, table 1; Dosovitskiy et al. 2021, table 1; Tolstikhin et al. 2021, table 1.
 
     What they count differs: Ti, S and H with a head of 1000 classes, B/16 and all Mixers without one. No patch size is
-    said for ViT-L: its 307 M are those of L/32 with a head (L/16 has 304 M).
+    printed for ViT-L: its 307 M are those of L/32 with a head (L/16 has 304 M).
     """
     backbone = empty(name)
     num = cost.num_parameters(backbone) + (head(backbone.dim) if classes else 0)
@@ -68,13 +68,13 @@ def test_parameters_are_the_papers(name: str, classes: bool, millions: float) ->
     ("name", "giga", "digits"),
     [("vit_ti16", 1.3, 1), ("vit_s16", 4.6, 1), ("vit_b16", 17.6, 1), ("mixer_b16", 12.6, 1), ("mixer_s32", 1.0, 1)],
 )
-def test_flops_are_the_papers(name: str, giga: float, digits: int) -> None:
+def test_cost_flops_equal_the_papers(name: str, giga: float, digits: int) -> None:
     """DeiT's and timm's tables."""
     assert round(finetuning(name).multiply_adds / 1e9, digits) == giga
 
 
 @pytest.mark.parametrize(("name", "giga"), [("vit_b16", 17.58), ("vit_l16", 61.60), ("vit_h14", 167.40)])
-def test_flops_are_mmpretrains(name: str, giga: float) -> None:
+def test_cost_flops_equal_mmpretrain(name: str, giga: float) -> None:
     """Its table comes from fvcore, which also counts a head and 5 operations for each number that a norm is given."""
     backbone = empty(name)
     norms = (2 * backbone.depth + 1) * (backbone.num_patches + 1) * backbone.dim
@@ -93,7 +93,7 @@ def vit_block(tokens: int, dim: int) -> int:
      ("vit_l16", (512, 8), (15.22, 5.38, 20.76, 61.55)), ("vit_h14", (512, 8), (41.24, 7.13, 48.56, 167.3)),
      ("vit_b16", (512, 1), (4.29, 0.76, 5.17, 17.56)), ("vit_ti4", (192, 4), (0.092, 0.123, 0.215, 0.365))],
 )  # fmt: skip
-def test_pretraining_is_the_formula(
+def test_cost_of_pretraining_equals_the_formula(
     name: str, decoder: tuple[int, int], table: tuple[float, float, float, float]
 ) -> None:
     """`table`: encoder on a quarter and the class token, decoder, the official MAE, full encoder, in 10^9.
@@ -118,7 +118,7 @@ def test_pretraining_is_the_formula(
 
 
 @pytest.mark.parametrize("name", ["mixer_s32", "mixer_b16", "mixer_l16"])
-def test_mixer_is_the_formula(name: str) -> None:
+def test_cost_of_mixer_equals_the_formula(name: str) -> None:
     """Of a quarter of the tokens too: all that a block does is done for visible tokens only."""
     backbone = empty(name)
     dim, patches, pixels = backbone.dim, backbone.num_patches, 3 * backbone.patch**2
@@ -136,7 +136,7 @@ def test_mixer_is_the_formula(name: str) -> None:
     assert pretraining(name, settings).multiply_adds == encoder(seen) + decoding
 
 
-def test_attention_is_counted() -> None:
+def test_cost_counts_attention() -> None:
     """Queries of 5 tokens, keys and values of 7, both products, projection; what a fused kernel keeps."""
 
     class Cross(nn.Module):
@@ -175,7 +175,7 @@ def really_kept(module: nn.Module, *inputs: object) -> int:
 
 @pytest.mark.parametrize("name", ["vit_demo4", "mixer_demo4"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_counts_are_those_of_a_real_forward_pass(name: str, settings: dict) -> None:
+def test_cost_on_meta_equals_a_real_forward_pass(name: str, settings: dict) -> None:
     """Memory to the byte, of torch's own fused attention; and from shallow models as from the deep one."""
     shape: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 3, "decoder_heads": 4}
     mae = MaeConfig(**(shape | settings))
@@ -188,42 +188,50 @@ def test_counts_are_those_of_a_real_forward_pass(name: str, settings: dict) -> N
         assert cost.count(MAE(deep, mae, seed=0), one(deep)) == pretraining(name, mae)
 
 
-def test_the_verb_lists_models(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_command_lists_named_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "vit_b16", "mixer_b16", "mae.decoder_depth=1"]) == 0
-    said = capsys.readouterr().out
-    (vit,) = [line.split() for line in said.splitlines() if "vit_b16" in line]
+    output = capsys.readouterr().out
+    (vit,) = [line.split() for line in output.splitlines() if "vit_b16" in line]
     assert vit[1::2] == ["vit_b16", "224", "85.80", "4.92", "17.6", "36.3", "117"]
-    assert "mixer_b16" in said
-    assert "multiply-adds" in said
-    assert "decoder 512 wide and 1 deep" in said
+    assert "mixer_b16" in output
+    assert "multiply-adds" in output
+    assert "decoder 512 wide and 1 deep" in output
 
 
 @pytest.mark.slow
-def test_the_table_lists_every_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_command_lists_every_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--image-size", "64"]) == 0
-    table, _, without = capsys.readouterr().out.partition("Not for these images and settings: ")
+    table, _, without = capsys.readouterr().out.partition("Not possible with these images and settings: ")
     assert set(without.rstrip(".\n").split(", ")) == {name for name in models.BACKBONES if name.endswith("14")}
     assert all(f" {name} " in table for name in models.BACKBONES if name not in without)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["vit_b_16"], "model.name=vit_b_16: no such model; did you mean vit_b16?"),
         (["vit_b16", "--image-size", "100"], "model.image_size=100: not divisible by the patch size 16"),
         (["vit_b32", "--image-size", "32"], "of 1 patches some must be hidden and some visible"),
         (["--image-size", "7"], "--image-size 7: no model can be pretrained on such images"),
-        (["vit_b16", "train.epochs=3"], "train.epochs=3: of the settings only those of mae"),
-        (["vit_b16", "train.epochs=3"], "; --image-size does too"),
-        (["vit_b16", "model.image_size=448"], "model.image_size=448: pixels a side are an option here; write --image-"),
-        (["image_size=384"], "image_size=384: pixels a side are an option here; write --image-size 384"),
+        (
+            ["vit_b16", "train.epochs=3"],
+            "train.epochs=3: this table depends only on --image-size and on settings of mae",
+        ),
+        (["vit_b16", "train.epochs=3"], "for example mae.decoder_depth=4"),
+        (
+            ["vit_b16", "model.image_size=448"],
+            "model.image_size=448: the image size is an option of this command; use --",
+        ),
+        (["image_size=384"], "image_size=384: the image size is an option of this command; use --image-size 384"),
         (["vit_b16", "mae.decodr=cross"], "did you mean mae.decoder?"),
         (["vit_b16", "mae.decoder_depth=0"], "mae.decoder_depth=0"),
         (["--image-size", "many"], "--image-size"),
     ],
 )
-def test_mistakes_end_with_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", *words]) == 2
+def test_models_command_mistakes_print_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", *argv]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
-    assert said in lines[0]
+    assert message in lines[0]

@@ -1,4 +1,4 @@
-"""The Mixer is timm's, name by name and number by number; what is hidden from it leaves no trace."""
+"""Mixer: names, shapes and outputs equal timm's, and hidden patches have no influence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def batch_of(num: int) -> Batch:
     return Batch(pixels(num), torch.full((num,), -1), ids, torch.zeros_like(ids), torch.zeros(num, dtype=torch.bool))
 
 
-def test_names_shapes_and_outputs_are_timms() -> None:
+def test_mixer_names_shapes_and_outputs_equal_timm() -> None:
     ours = small().eval()
     timms = MlpMixer(
         img_size=16, patch_size=4, embed_dim=24, num_blocks=3, mlp_ratio=(0.5, 2.0), num_classes=0
@@ -66,7 +66,7 @@ def test_names_shapes_and_outputs_are_timms() -> None:
 @pytest.mark.parametrize(
     ("patch", "size", "channels"), [(4, (8, 20), 3), (8, (32, 16), 1), (14, (28, 42), 4), (2, (6, 4), 3)]
 )
-def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int) -> None:
+def test_mixer_all_parameter_shapes_equal_timm(patch: int, size: tuple[int, int], channels: int) -> None:
     """Rectangular images, other numbers of channels, other patches."""
     ours = Mixer(
         patch=patch, image_size=size, channels=channels, dim=24, depth=2, token_hidden=12, channel_hidden=48
@@ -83,7 +83,7 @@ def test_every_shape_is_timms(patch: int, size: tuple[int, int], channels: int) 
         assert (ours.encode(images) - timms.forward_features(images)).abs().max() < 1e-12
 
 
-def test_absent_tokens_are_zeros_before_each_mixing() -> None:
+def test_mixer_hidden_tokens_equal_zeros_before_token_mixing() -> None:
     """Written out: a full grid in which hidden tokens are zero wherever positions are mixed, sums scaled."""
     mixer, images = small(), pixels(3)
     visible = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(3)])
@@ -100,7 +100,7 @@ def test_absent_tokens_are_zeros_before_each_mixing() -> None:
         assert (mixer.encode(images, visible) - expected).abs().max() < 1e-12
 
 
-def test_branches_are_as_large_with_a_quarter_of_the_patches_as_with_all() -> None:
+def test_mixer_branches_keep_their_magnitude_with_a_quarter_of_the_patches() -> None:
     mixer = models.build("mixer_ti4", seed=1)
     sizes = []
     for block in mixer.blocks:
@@ -114,7 +114,7 @@ def test_branches_are_as_large_with_a_quarter_of_the_patches_as_with_all() -> No
     assert all(0.8 < a / b < 1.25 for a, b in zip(part, whole, strict=True))
 
 
-def test_all_present_in_any_order_is_the_whole_grid() -> None:
+def test_mixer_all_positions_in_any_order_equal_the_whole_grid() -> None:
     mixer, images = small(), pixels(3)
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
     with torch.no_grad():
@@ -133,7 +133,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_hidden_pixels_change_no_prediction(settings: dict) -> None:
+def test_mixer_predictions_ignore_hidden_pixels(settings: dict) -> None:
     objective, batch = mae(**settings), batch_of(3)
     mask, patches = objective.mask(batch), patchify(batch.images, 4)
     index = mask.masked[..., None].expand(-1, -1, 48)
@@ -145,7 +145,7 @@ def test_hidden_pixels_change_no_prediction(settings: dict) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_every_trained_parameter_gets_a_gradient(settings: dict) -> None:
+def test_mixer_every_trained_parameter_gets_a_gradient(settings: dict) -> None:
     """Else ranks would wait for each other (DDP) for what never comes."""
     objective = mae(**settings)
     objective(batch_of(3)).loss.sum().backward()
@@ -153,8 +153,8 @@ def test_every_trained_parameter_gets_a_gradient(settings: dict) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_no_class_token_and_no_positions() -> None:
+def test_mixer_has_no_class_token_and_no_positions() -> None:
     with pytest.raises(ValueError, match=r"model\.pool=cls: a Mixer has no class token"):
         models.build("mixer_ti4", pool="cls")
-    with pytest.raises(ValueError, match=r"model\.position=learned: mixer_ti4 has none; leave it out"):
+    with pytest.raises(ValueError, match=r"model\.position=learned: mixer_ti4 has no such setting; leave it out"):
         models.build("mixer_ti4", position="learned")

@@ -38,7 +38,7 @@ def finetune(drop_path: float = 0.0, label_smoothing: float = 0.0, depth: int = 
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
+def test_finetune_loss_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
     objective, batch = finetune(label_smoothing=smoothing), batch_of(6)
     loss, logits = objective(batch)
     assert torch.equal(logits, objective.head(objective.backbone(batch.images)))
@@ -46,7 +46,7 @@ def test_loss_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
     assert torch.allclose(loss, -(target * logits.log_softmax(1)).sum(1), atol=1e-6)
 
 
-def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes() -> None:
+def test_finetune_sigmoid_loss_is_binary_cross_entropy_summed_over_classes() -> None:
     objective = Finetune(vit(), 5, drop_path=0.0, label_smoothing=0.1, seed=3, loss="sigmoid")
     assert torch.allclose(objective.head.bias, torch.full((5,), -math.log(5)))
     nn.init.normal_(objective.head.weight, generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes() -> None:
     assert torch.allclose(loss, -(target * p.log() + (1 - target) * (1 - p).log()).sum(1), atol=1e-5)
 
 
-def test_mixing_happens_in_training_only_and_to_images_and_targets() -> None:
+def test_finetune_applies_mixup_to_images_and_targets_in_training_only() -> None:
     mix = MixConfig(mixup=0.8, cutmix=1.0)
     objective = Finetune(vit(), 5, drop_path=0.0, label_smoothing=0.1, seed=3, mix=mix)
     nn.init.normal_(objective.head.weight, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def scale_of(objective: Finetune, batch: Batch) -> torch.Tensor:
     return scale
 
 
-def test_stochastic_depth_grows_from_zero_and_keeps_the_expectation() -> None:
+def test_drop_path_rate_grows_from_zero_and_keeps_the_expectation() -> None:
     objective = finetune(drop_path=0.4, depth=5).train()
     scale = scale_of(objective, batch_of(4000))
     assert scale.shape == (5, 2, 4000)
@@ -88,7 +88,7 @@ def test_stochastic_depth_grows_from_zero_and_keeps_the_expectation() -> None:
     assert (torch.corrcoef(flat) - torch.eye(8)).abs().max() < 0.08  # branches are dropped independently
 
 
-def test_stochastic_depth_belongs_to_the_sample() -> None:
+def test_drop_path_is_a_function_of_the_sample() -> None:
     objective = finetune(drop_path=0.5, depth=6).train()
     whole = scale_of(objective, batch_of(20))
     parts = torch.cat([scale_of(objective, part) for part in batch_of(20).split(7)], -1)
@@ -100,7 +100,7 @@ def test_stochastic_depth_belongs_to_the_sample() -> None:
     assert not torch.allclose(objective(batch_of(20, epoch=1)).prediction, logits, atol=1e-2)
 
 
-def test_stochastic_depth_is_off_in_evaluation_and_at_rate_zero() -> None:
+def test_drop_path_is_off_in_evaluation_and_at_rate_zero() -> None:
     objective, batch = finetune(drop_path=0.5), batch_of(20)
     plain = objective.head(objective.backbone(batch.images))
     assert not torch.allclose(objective.train()(batch).prediction, plain, atol=1e-2)
@@ -108,7 +108,7 @@ def test_stochastic_depth_is_off_in_evaluation_and_at_rate_zero() -> None:
     assert finetune(drop_path=0.0).train()._scale(batch) is None
 
 
-def test_global_batch_norm_is_torchs() -> None:
+def test_global_batch_norm_equals_torch() -> None:
     ours, torchs = GlobalBatchNorm(7).double(), nn.BatchNorm1d(7, affine=False, eps=1e-6, momentum=0.1).double()
     generator = torch.Generator().manual_seed(0)
     for num in (6, 9, 2):
@@ -123,7 +123,7 @@ def test_global_batch_norm_is_torchs() -> None:
     assert torch.equal(ours.running_mean, before)
 
 
-def test_probe_trains_the_head_and_leaves_the_backbone_alone() -> None:
+def test_probe_trains_the_head_and_keeps_the_backbone_frozen() -> None:
     objective = Probe(vit(pool="cls"), 5, chunk=4, seed=0).train()
     before = {k: v.clone() for k, v in objective.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
@@ -141,14 +141,14 @@ def test_probe_trains_the_head_and_leaves_the_backbone_alone() -> None:
     assert {n for n, p in objective.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
 
 
-def test_probe_does_not_depend_on_the_chunk() -> None:
+def test_probe_is_independent_of_the_chunk_size() -> None:
     outputs = [Probe(vit(), 5, chunk=chunk, seed=0).train()(batch_of(10)) for chunk in (1, 3, 10, 64)]
     for output in outputs:
         assert torch.allclose(output.prediction, outputs[0].prediction, atol=1e-4)
         assert torch.allclose(output.loss, outputs[0].loss, atol=1e-4)
 
 
-def test_head_is_drawn_from_the_seed() -> None:
+def test_head_initial_weights_are_a_function_of_the_seed() -> None:
     head, same, other = (Probe(vit(), 900, chunk=4, seed=seed).head for seed in (5, 5, 6))
     assert torch.equal(head.weight, same.weight)
     assert not torch.equal(head.weight, other.weight)
@@ -164,7 +164,7 @@ def mixer(depth: int = 3) -> Mixer:
 
 @pytest.mark.parametrize("make", [lambda: vit(3, "cls"), lambda: vit(3, "avg"), lambda: mixer(3)])
 @pytest.mark.parametrize("num_blocks", [0.0, 0.5, 1.0, 3.0])
-def test_partial_fine_tuning_trains_the_last_blocks_the_norm_and_the_head(
+def test_partial_finetune_trains_the_last_blocks_the_norm_and_the_head(
     make: Callable[[], Backbone], num_blocks: float
 ) -> None:
     """Every parameter that is to be trained gets a gradient (DDP asks for it), every other stays as it is."""
@@ -181,7 +181,7 @@ def test_partial_fine_tuning_trains_the_last_blocks_the_norm_and_the_head(
     assert backbone.num_frozen == {0: 3, 0.5: 2, 1: 2, 3: 0}[num_blocks]
 
 
-def test_blocks_that_are_not_trained_have_no_stochastic_depth() -> None:
+def test_partial_finetune_frozen_blocks_have_no_drop_path() -> None:
     objective, whole = finetune(drop_path=0.4, depth=5).train(), finetune(drop_path=0.4, depth=5).train()
     objective.backbone.train_last(2.0)
     scale = scale_of(objective, batch_of(200))
@@ -190,6 +190,6 @@ def test_blocks_that_are_not_trained_have_no_stochastic_depth() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [-1.0, 0.3, 1.5, 4.0])
-def test_impossible_numbers_of_trained_blocks_are_refused(num_blocks: float) -> None:
+def test_partial_finetune_refuses_impossible_numbers_of_blocks(num_blocks: float) -> None:
     with pytest.raises(ValueError, match=r"model.train_blocks=.*: must be 0.5 or a whole number from 0 to .* 3$"):
         vit(3).train_last(num_blocks)

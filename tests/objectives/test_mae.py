@@ -1,4 +1,4 @@
-"""MAE: hidden pixels stay hidden, and the loss is that of a plain reading of the paper."""
+"""MAE: hidden pixels have no influence, and loss and decoders equal plain implementations of the papers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batch_of(num: int, epoch: int = 0, first: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize(("size", "patch", "ratio", "num"), [(224, 16, 0.75, 49), (32, 4, 0.75, 16), (32, 4, 0.9, 6)])
-def test_number_of_visible_patches(size: int, patch: int, ratio: float, num: int) -> None:
+def test_mask_number_of_visible_patches(size: int, patch: int, ratio: float, num: int) -> None:
     with torch.device("meta"):
         backbone = ViT(patch=patch, dim=8, depth=1, num_heads=1, image_size=size)
     objective = MAE(backbone, MaeConfig(mask_ratio=ratio, decoder_dim=8, decoder_depth=1, decoder_heads=1), seed=0)
@@ -46,7 +46,7 @@ def test_number_of_visible_patches(size: int, patch: int, ratio: float, num: int
     assert objective.mask(batch_of(2)).visible.shape == (2, num)
 
 
-def test_ratio_that_leaves_nothing_to_see_is_refused() -> None:
+def test_mask_ratio_that_leaves_no_visible_patch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mae\.mask_ratio=0\.99: of 16 patches some must be hidden and some visible"):
         tiny(mask_ratio=0.99)
 
@@ -62,12 +62,12 @@ def test_ratio_that_leaves_nothing_to_see_is_refused() -> None:
         ({"predict": 1.5}, "mae.predict=1.5: must be greater than 0 and at most 1"),
     ],
 )
-def test_impossible_decoders_are_refused(shape: dict[str, Any], message: str, decoder: str) -> None:
+def test_mae_refuses_impossible_decoders(shape: dict[str, Any], message: str, decoder: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         tiny(decoder=decoder, **shape)
 
 
-def test_hidden_pixels_change_no_prediction() -> None:
+def test_mae_predictions_ignore_hidden_pixels() -> None:
     objective, batch = tiny(), batch_of(3)
     mask = objective.mask(batch)
     patches = patchify(batch.images, 4)
@@ -135,7 +135,7 @@ def papers_loss(objective: MAE, image: torch.Tensor, visible: list[int]) -> torc
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_loss_is_the_papers(norm_pix: bool) -> None:
+def test_mae_loss_equals_the_paper(norm_pix: bool) -> None:
     objective, batch = tiny(norm_pix), batch_of(4, epoch=2, first=2**33)
     losses = objective(batch).loss
     visible = objective.mask(batch).visible.tolist()
@@ -171,7 +171,7 @@ def full_prediction(objective: MAE, latent: torch.Tensor, visible: list[int], pr
 
 @pytest.mark.parametrize("predict", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("decoder", ["cross", "full"])
-def test_decoders_are_their_loops(decoder: str, predict: float) -> None:
+def test_mae_decoders_equal_plain_loops(decoder: str, predict: float) -> None:
     """Loss, predictions and every gradient of one image against the decoder read plainly."""
     objective, batch = tiny(decoder=decoder, predict=predict), batch_of(1, epoch=3, first=11)
     output, mask = objective(batch), objective.mask(batch)
@@ -192,7 +192,7 @@ def test_decoders_are_their_loops(decoder: str, predict: float) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["cross", "full"])
-def test_only_a_full_decoder_cares_which_others_are_predicted(decoder: str) -> None:
+def test_mae_predictions_depend_on_other_predicted_patches_only_in_a_full_decoder(decoder: str) -> None:
     objective, batch = tiny(decoder=decoder), batch_of(3)
     mask = objective.mask(batch)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_only_a_full_decoder_cares_which_others_are_predicted(decoder: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["vit", "mixer"])
-def test_the_end_of_a_block_is_the_end_of_the_whole_block(kind: str) -> None:
+def test_block_num_out_equals_the_end_of_the_full_output(kind: str) -> None:
     """A last block computes the `last` tokens only; they, and all gradients, are those of the block in full."""
     backbone = (
         tiny().backbone
@@ -237,7 +237,7 @@ def test_the_end_of_a_block_is_the_end_of_the_whole_block(kind: str) -> None:
     ],
     ids=str,
 )
-def test_gradient_reaches_every_trainable_parameter(settings: dict[str, Any]) -> None:
+def test_mae_gradient_reaches_every_trainable_parameter(settings: dict[str, Any]) -> None:
     """Else ranks would wait for each other (DDP) for what never comes."""
     objective = tiny(**settings)
     objective(batch_of(3)).loss.sum().backward()
@@ -250,7 +250,7 @@ def test_gradient_reaches_every_trainable_parameter(settings: dict[str, Any]) ->
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
 @pytest.mark.parametrize("settings", [{}, {"decoder": "cross", "predict": 0.5}, {"hidden": "token"}], ids=str)
 @pytest.mark.parametrize("kind", ["vit", "mixer"])
-def test_images_may_be_rectangular_and_of_any_number_of_channels(
+def test_mae_accepts_rectangular_images_and_any_number_of_channels(
     kind: str, settings: dict[str, Any], masking: Any, channels: int
 ) -> None:
     """Losses, gradients and pictures of 2 x 6 patches; the true target gives the true image back."""
@@ -278,7 +278,7 @@ def test_images_may_be_rectangular_and_of_any_number_of_channels(
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_pictures(norm_pix: bool) -> None:
+def test_mae_pictures_show_original_masked_and_reconstructed(norm_pix: bool) -> None:
     objective, batch = tiny(norm_pix), batch_of(3)
     mask, patches = objective.mask(batch), patchify(batch.images, 4)
     target = take(patches, mask.masked)
@@ -292,7 +292,7 @@ def test_pictures(norm_pix: bool) -> None:
         assert torch.equal(take(patchify(picture, 4), mask.visible), take(patches, mask.visible))
 
 
-def test_decoder_names_are_the_official_ones() -> None:
+def test_mae_decoder_names_equal_the_official_code() -> None:
     """facebookresearch/mae, models_mae.py; the encoder's names are timm's and tested there."""
     names = {name for name in tiny().state_dict() if not name.startswith("backbone.")}
     block = {f"{part}.{leaf}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

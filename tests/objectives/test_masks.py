@@ -1,4 +1,4 @@
-"""Masks: exact counts, functions of each sample alone, as random and as blocky as they say."""
+"""Masks: exact counts, functions of the sample, with the distributions of the papers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def share_of_like_neighbours(hidden: Tensor) -> float:
     return torch.cat([pair.flatten() for pair in pairs]).float().mean().item()
 
 
-def test_visible_and_masked_are_all_patches() -> None:
+def test_mask_visible_and_masked_together_are_all_patches() -> None:
     mask = random_mask(0, *ids_of(50, 0), (14, 14), 49)
     assert mask.visible.shape == (50, 49)
     assert mask.masked.shape == (50, 147)
@@ -47,7 +47,7 @@ def test_visible_and_masked_are_all_patches() -> None:
     assert torch.equal(both, torch.arange(196).expand(50, -1))
 
 
-def test_masks_differ_between_samples_epochs_and_seeds_and_repeat_when_replayed() -> None:
+def test_mask_is_a_function_of_sample_epoch_and_seed() -> None:
     masks = [random_mask(seed, *ids_of(30, epoch), (8, 8), 16).visible for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     rows = {tuple(row) for mask in masks for row in mask.tolist()}
     assert len(rows) == 90
@@ -56,7 +56,7 @@ def test_masks_differ_between_samples_epochs_and_seeds_and_repeat_when_replayed(
     assert torch.equal(again, masks[1][7:9])
 
 
-def test_every_patch_is_equally_often_visible() -> None:
+def test_mask_random_shows_every_patch_equally_often() -> None:
     visible = random_mask(0, *ids_of(4000, 0), (4, 4), 4).visible
     counts = visible.flatten().bincount(minlength=16)
     assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
@@ -64,7 +64,7 @@ def test_every_patch_is_equally_often_visible() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 6)])
-def test_counts_are_exact(kind: str, grid: tuple[int, int]) -> None:
+def test_mask_counts_are_exact(kind: str, grid: tuple[int, int]) -> None:
     num = grid[0] * grid[1]
     mask = masks.draw(kind, 0, *ids_of(200, 3), grid, num // 4)
     assert mask.visible.shape == (200, num // 4)
@@ -73,13 +73,13 @@ def test_counts_are_exact(kind: str, grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("num_visible", [1, 20, 100, 195])
-def test_blocks_hide_as_many_as_they_are_told(num_visible: int) -> None:
+def test_mask_block_hides_the_exact_number(num_visible: int) -> None:
     mask = masks.draw("block", 0, *ids_of(100, 0), (14, 14), num_visible)
     assert torch.equal(hidden(mask, (14, 14)).sum((1, 2)), torch.full((100,), 196.0 - num_visible))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_belongs_to_its_sample(kind: str) -> None:
+def test_mask_of_every_kind_is_a_function_of_the_sample(kind: str) -> None:
     """A slice of a batch gives a slice of the masks; other samples, epochs and seeds give others."""
     epochs, ids = ids_of(60, 1)
     whole = masks.draw(kind, 0, epochs, ids, (8, 8), 16)
@@ -95,7 +95,7 @@ def test_every_kind_belongs_to_its_sample(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8)])
-def test_the_beginning_of_masked_is_a_random_part_of_it(kind: str, grid: tuple[int, int]) -> None:
+def test_mask_masked_starts_with_a_random_subset(kind: str, grid: tuple[int, int]) -> None:
     """Every hidden patch is in the first quarter of the list in a quarter of the images in which it is hidden."""
     num = grid[0] * grid[1]
     mask = masks.draw(kind, 0, *ids_of(4000, 0), grid, num // 4)
@@ -124,7 +124,7 @@ def beit_blocks(generator: random.Random, rows: int, columns: int, num_hidden: i
     return mask
 
 
-def test_block_masks_are_beits() -> None:
+def test_mask_block_equals_beit() -> None:
     """They are as contiguous, and corners and centre are hidden about as often: 0.14 and 0.99 of the time by BEiT's
     loop at three quarters of 14 x 14, where `draw` alone is exact in number.
     """
@@ -146,7 +146,7 @@ def test_block_masks_are_beits() -> None:
     assert (ours.mean(0) - ours.mean(0).T).abs().max() < 0.06
 
 
-def test_grid_masks_show_one_of_every_four() -> None:
+def test_mask_grid_shows_one_patch_of_every_four() -> None:
     """Of each 2 x 2 the same one all over an image, and each of the four in a quarter of the images."""
     seen = 1 - hidden(masks.draw("grid", 0, *ids_of(2000, 0), (4, 6), 6), (4, 6))
     squares = seen.view(2000, 2, 2, 3, 2).permute(0, 1, 3, 2, 4).reshape(2000, 6, 4)
@@ -175,7 +175,7 @@ def test_grid_masks_show_one_of_every_four() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(settings: MaeConfig, message: str) -> None:
+def test_mask_impossible_settings_are_refused_in_a_sentence(settings: MaeConfig, message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         MAE(models.build("vit_ti4"), settings, seed=0)
     assert "\n" not in str(error.value)
@@ -190,7 +190,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(settings: MaeConfig, message: s
          "try another model.image_size)"),
     ],
 )  # fmt: skip
-def test_of_a_grid_mask_only_what_is_wrong_is_named(grid: tuple[int, int], ratio: float, wrong: str) -> None:
+def test_mask_grid_error_names_only_what_is_wrong(grid: tuple[int, int], ratio: float, wrong: str) -> None:
     message = f"mae.masking=grid: shows one patch of every 2 x 2, so {wrong}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         masks.num_visible("grid", grid, ratio)

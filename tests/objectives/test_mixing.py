@@ -1,4 +1,4 @@
-"""Mixup and CutMix: timm's arithmetic for the same draw, pairs that no rank parts, a Beta that is one."""
+"""Mixup and CutMix: timm's arithmetic for equal draws, pairs that no rank divides, a correct Beta distribution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def float64() -> Iterator[None]:
 @pytest.mark.parametrize(
     "settings", [MixConfig(mixup=0.8), MixConfig(cutmix=1.0), MixConfig(mixup=0.8, cutmix=1.0, prob=0.7)]
 )
-def test_images_and_targets_are_timms_for_the_same_draws(settings: MixConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixup_images_and_targets_equal_timm_for_equal_draws(
+    settings: MixConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """timm mixes a batch of two with its flip, which is its partner; lambda and the box's centre are given to it."""
     batch = batch_of(40)
     images, targets = mixing.mix(batch, targets_of(batch), settings, seed=3)
@@ -66,7 +68,7 @@ def test_images_and_targets_are_timms_for_the_same_draws(settings: MixConfig, mo
     assert kinds == {kind for kind, wanted in possible.items() if wanted}
 
 
-def test_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cutmix_boxes_equal_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's box for the same lambda and centre, and lambda corrected by what the border leaves of it."""
     generator = np.random.default_rng(0)
     for _ in range(200):
@@ -85,7 +87,7 @@ def test_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 1.0])
-def test_beta_is_beta(alpha: float) -> None:
+def test_mixup_beta_has_the_beta_distribution(alpha: float) -> None:
     """Mean 1/2, variance 1 / (4 (2 alpha + 1)), fourth central moment of the symmetric Beta, symmetric."""
     draws = torch.rand(40_000, 2 * mixing.ATTEMPTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = mixing.beta(draws, torch.full((40_000,), alpha)) - 0.5
@@ -96,7 +98,7 @@ def test_beta_is_beta(alpha: float) -> None:
     assert values.pow(4).mean().item() == pytest.approx(fourth, rel=0.03)
 
 
-def test_a_pair_is_mixed_alike_wherever_it_is() -> None:
+def test_mixup_of_a_pair_is_independent_of_its_batch() -> None:
     settings = MixConfig(mixup=0.8, cutmix=1.0)
     whole, part = batch_of(12), batch_of(4, first=6)
     images, targets = mixing.mix(whole, targets_of(whole), settings, seed=3)
@@ -107,14 +109,14 @@ def test_a_pair_is_mixed_alike_wherever_it_is() -> None:
     assert not torch.equal(mixing.mix(other, targets_of(other), settings, seed=3)[0], again[0])
 
 
-def test_smoothed_targets_are_those_of_cross_entropy() -> None:
+def test_label_smoothing_targets_equal_cross_entropy() -> None:
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6) % 5
     ours = -(mixing.smoothed(labels, 5, 0.1, torch.float64) * logits.log_softmax(1)).sum(1)
     assert (ours - F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)).abs().max() < 1e-12
 
 
-def test_shares_and_micro_batches_never_part_a_pair() -> None:
+def test_mixup_pairs_are_never_divided_by_ranks_or_micro_batches() -> None:
     for pairs, world, micro_batch in itertools.product(range(1, 20), range(1, 6), (2, 3, 6, 64)):
         if world > pairs:
             continue

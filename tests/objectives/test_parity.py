@@ -1,4 +1,4 @@
-"""Against others' code in float64: transformers' ViTMAE and timm's ViT and Mixer, with the same weights and images.
+"""Parity in float64 with transformers' ViTMAE and timm's ViT and Mixer, with equal weights and images.
 
 Losses, predictions and the gradient of every trained parameter agree within 1e-9, relative to the largest absolute
 value of the tensor. For two biases on which nothing depends, so that their gradient is rounding (`USELESS`), it is
@@ -136,7 +136,7 @@ def noise_of(ours: MAE, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize(("name", "size"), [("vit_ti4", 32), ("vit_ti16", 224)])
-def test_mae_is_transformers(name: str, size: int, norm_pix: bool) -> None:
+def test_mae_equals_transformers(name: str, size: int, norm_pix: bool) -> None:
     settings = MaeConfig(norm_pix=norm_pix, decoder_dim=96, decoder_depth=2, decoder_heads=3)
     ours: MAE = randomised(MAE(models.build(name, image_size=size), settings, seed=3))
     theirs, batch = transformers_mae(ours), batch_of(2, size)
@@ -172,7 +172,7 @@ def classifier_against_timm(backbone: Backbone, theirs: nn.Module, smoothing: fl
 @pytest.mark.parametrize(
     ("name", "size", "pool"), [("vit_ti4", 32, "avg"), ("vit_ti4", 32, "cls"), ("vit_ti16", 224, "avg")]
 )
-def test_finetuning_is_timms(name: str, size: int, pool: str) -> None:
+def test_finetune_equals_timm(name: str, size: int, pool: str) -> None:
     backbone = models.build(name, image_size=size, pool=pool, position="learned")
     theirs = timm.create_model(
         "vit_tiny_patch16_224", img_size=size, patch_size=backbone.patch, num_classes=5,
@@ -184,13 +184,13 @@ def test_finetuning_is_timms(name: str, size: int, pool: str) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "depth"), [("mixer_ti4", 32, 12), ("mixer_s32", 224, 8), ("mixer_b16", 224, 1)]
 )
-def test_mixer_is_timms(name: str, size: int, depth: int) -> None:
+def test_mixer_equals_timm(name: str, size: int, depth: int) -> None:
     backbone = models.build(name, image_size=size, depth=depth)
     theirs = MlpMixer(num_classes=5, img_size=size, patch_size=backbone.patch, embed_dim=backbone.dim, num_blocks=depth)
     classifier_against_timm(backbone, theirs)
 
 
-def test_a_hundred_steps_are_transformers_and_torchs() -> None:
+def test_mae_hundred_steps_equal_transformers_and_torch() -> None:
     """Our groups, schedule, accumulation and step against AdamW with the paper's groups and rates written out."""
     steps, warmup, images, peak = 100, 10, 16, 3e-3
     backbone = models.build("vit_demo4", dim=48, depth=2, num_heads=3, seed=1)
@@ -235,7 +235,7 @@ def test_a_hundred_steps_are_transformers_and_torchs() -> None:
     assert max(gaps) < TOLERANCE
 
 
-def test_twenty_steps_of_the_probe_are_the_papers() -> None:
+def test_probe_twenty_lars_steps_equal_the_paper() -> None:
     """Frozen class token, batch norm without affine, head, LARS and rates against torch's layers and LARS written out
     (He et al. 2022, table 10; You et al. 2017, algorithm 1).
     """
@@ -309,7 +309,7 @@ class Coarse(TorchDispatchMode):
         lambda: Probe(models.build("vit_demo4"), 5, chunk=2, seed=0),
     ],
 )
-def test_float64_stays_float64(make: Any) -> None:
+def test_objectives_keep_float64(make: Any) -> None:
     objective, batch = make().double(), batch_of(4, 32)
     with Coarse() as coarse:
         output = objective(batch)

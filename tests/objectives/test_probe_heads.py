@@ -1,4 +1,4 @@
-"""The probe board: many heads are as each alone and as the paper's probe; what is held out, chosen and tested once."""
+"""Several probe heads: together as each alone, one as the paper's probe; the best is chosen on held-out samples."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def trained(objective: Objective, steps: int = 6, settings: schema.OptimConfig =
     return found
 
 
-def test_one_lars_head_is_the_papers_probe() -> None:
+def test_probe_heads_one_lars_head_equals_the_probe_of_the_paper() -> None:
     probe = Probe(vit(), 5, chunk=4, seed=3).double().train()
     settings = schema.OptimConfig(name="lars", base_lr=0.3, weight_decay=0.0)
     alone = board(share=0.0, lars=(0.3,))
@@ -84,7 +84,7 @@ def test_one_lars_head_is_the_papers_probe() -> None:
     torch.testing.assert_close(norm.running_var, probe.norm.running_var, rtol=1e-12, atol=1e-14)
 
 
-def test_many_heads_are_as_each_alone() -> None:
+def test_probe_heads_together_equal_each_alone() -> None:
     many = board(**GRID, features=("cls", "mean", "both"), blocks=(1, 3), attentive=True)
     trained(many)
     assert len(many.heads) == 2 * 3 * 6 * 2 + 4
@@ -106,7 +106,7 @@ def test_many_heads_are_as_each_alone() -> None:
 
 
 @pytest.mark.parametrize("attentive", [False, True])
-def test_a_head_that_diverges_leaves_the_others_alone(attentive: bool) -> None:
+def test_probe_heads_diverged_head_does_not_affect_others(attentive: bool) -> None:
     """Weight decay times rate above 2 makes SGD's weights grow without end."""
     calm, wild = board(sgd=(0.2,), weight_decay=(0.1,)), board(sgd=(0.2, 1e9), weight_decay=(0.1,))
     if attentive:
@@ -124,18 +124,18 @@ def test_a_head_that_diverges_leaves_the_others_alone(attentive: bool) -> None:
     assert not calm.dead.any()
 
 
-def test_gradients_beyond_the_limit_and_losses_of_the_dead_are_nothing() -> None:
+def test_probe_heads_zero_gradients_beyond_the_limit_and_losses_of_dead_heads() -> None:
     objective = board(sgd=(0.1, 0.2))
     big = torch.full((3,), 2 * LIMIT)
-    assert not objective._spare(0, big).any()
-    assert objective._spare(0, big / 10).all()
+    assert not objective._zero_if_dead(0, big).any()
+    assert objective._zero_if_dead(0, big / 10).all()
     whole = objective(batch_of(8)).loss
     objective.dead[0] = True
-    assert not objective._spare(0, torch.ones(3)).any()
+    assert not objective._zero_if_dead(0, torch.ones(3)).any()
     torch.testing.assert_close(2 * objective(batch_of(8)).loss, whole)  # both heads are still the same
 
 
-def test_features_that_are_not_finite_kill_no_head() -> None:
+def test_probe_heads_nonfinite_features_kill_no_head() -> None:
     """Then the loss is not finite, and the step is skipped as any other."""
     objective, batch = board(**GRID), batch_of(8)
     batch.images[3, 0, 0, 0] = torch.nan
@@ -143,7 +143,7 @@ def test_features_that_are_not_finite_kill_no_head() -> None:
     assert not objective.dead.any()
 
 
-def test_a_step_that_is_not_finite_changes_no_head() -> None:
+def test_probe_heads_nonfinite_step_changes_no_head() -> None:
     objective = board(**GRID)
     groups = objective.groups(OPTIM)
     assert {(g["rule"], g.get("trust", 0), g["lr_scale"]) for g in groups} == {
@@ -167,7 +167,7 @@ def test_a_step_that_is_not_finite_changes_no_head() -> None:
     assert not any(torch.equal(old, new) for old, new in zip(skipped, after, strict=True))
 
 
-def test_held_out_samples_are_chosen_by_id_and_have_no_weight() -> None:
+def test_probe_heads_held_out_samples_are_chosen_by_id_and_have_no_weight() -> None:
     ids = np.arange(20000)
     chosen = held_out(3, 0.25, ids)
     assert abs(chosen.mean() - 0.25) < 0.01
@@ -182,7 +182,7 @@ def test_held_out_samples_are_chosen_by_id_and_have_no_weight() -> None:
     torch.testing.assert_close(loss[~mark], plain[~mark] / 0.75, rtol=1e-6, atol=0)
 
 
-def test_nothing_is_learned_from_what_is_held_out() -> None:
+def test_probe_heads_learn_nothing_from_held_out_samples() -> None:
     """Not even batch norm's statistics: held-out samples of other content leave losses and norms as they are."""
     first, second, batch = board(lars=(0.3,)), board(lars=(0.3,)), batch_of(40)
     mark = held_out(3, 0.25, batch.ids)
@@ -192,7 +192,7 @@ def test_nothing_is_learned_from_what_is_held_out() -> None:
     assert all(torch.equal(norms[0][name], norms[1][name]) for name in ("running_mean", "running_var"))
 
 
-def test_attentive_pooling_is_cross_attention_of_one_query() -> None:
+def test_attentive_pooling_equals_cross_attention_of_one_query() -> None:
     pools = [AttentivePool(192).double() for _ in range(2)]
     for number, pool in enumerate(pools):
         initialise(pool, number)
@@ -208,7 +208,7 @@ def test_attentive_pooling_is_cross_attention_of_one_query() -> None:
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_features_of_the_last_block_are_the_backbones_own(pool: str) -> None:
+def test_probe_heads_features_of_the_last_block_equal_the_backbones(pool: str) -> None:
     backbone, images = vit(pool), batch_of(5).images
     settings = schema.HeadsConfig(ridge=True, features=("cls", "mean"), blocks=(2, 3))
     objective = ProbeHeads(backbone, 5, settings, chunk=2, seed=0)
@@ -223,14 +223,14 @@ def test_features_of_the_last_block_are_the_backbones_own(pool: str) -> None:
     torch.testing.assert_close(rows[:, objective.columns[2, "both"]], torch.cat([inner[:, 0], inner[:, 1:].mean(1)], 1))
 
 
-def test_layers_end_with_what_encode_gives() -> None:
+def test_backbone_layers_end_with_the_output_of_encode() -> None:
     for name in ("vit_demo4", "mixer_demo4"):
         backbone: Backbone = models.build(name)
         images = torch.randn(2, 3, 32, 32)
         assert torch.equal(backbone.layers(images, [1, 4])[-1], backbone.encode(images))
 
 
-def test_ridge_is_a_plain_solution() -> None:
+def test_ridge_equals_a_direct_solution() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 7, generator=generator) * torch.arange(1, 8) + 3
     labels = torch.randint(0, 4, (60,), generator=generator)
@@ -250,7 +250,7 @@ def test_ridge_is_a_plain_solution() -> None:
 
 
 @pytest.mark.parametrize(("hits", "total"), [(500, 1000), (4500, 10000), (30, 400)])
-def test_the_interval_is_about_the_normal_one(hits: int, total: int) -> None:
+def test_bootstrap_interval_is_near_the_normal_one(hits: int, total: int) -> None:
     share = hits / total
     half = 100 * 1.96 * math.sqrt(share * (1 - share) / total)
     low, high = evaluate.bootstrap(hits, total, seed=5)
@@ -272,7 +272,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stored_features_are_the_same_whoever_computes_them(data: Path, tmp_path: Path) -> None:
+def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, tmp_path: Path) -> None:
     index = open_split(str(data), "train")
     images = InMemorySource(index, CPU, quiet=True)
     view = View(
@@ -319,7 +319,7 @@ def test_stored_features_are_the_same_whoever_computes_them(data: Path, tmp_path
 
 # the verb
 
-WORDS = [
+SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=32", "train.precision=fp32",
     "track.every=1", "machine.restarts=0", "init_from=random", "heads.lars=[1,10]", "heads.sgd=[0.1]",
     "heads.adamw=[1e-2]", "heads.features=[cls,mean]",
@@ -331,26 +331,26 @@ def read(run: Path, name: str = "heads.json") -> dict[str, Any]:
     return json.loads((run / name).read_text())
 
 
-def words(data: Path, out: Path, *more: str) -> list[str]:
-    return ["probe", f"data.path={data}", f"out={out}", *WORDS, *more]
+def argv(data: Path, out: Path, *more: str) -> list[str]:
+    return ["probe", f"data.path={data}", f"out={out}", *SETTINGS, *more]
 
 
-def test_the_best_is_chosen_by_what_is_held_out_and_tested_once(
+def test_probe_heads_best_is_chosen_on_held_out_samples_and_tested_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    looked: list[str] = []
+    evaluated: list[str] = []
     plain = InMemorySource.batches
 
     def watched(self: InMemorySource, plan: Any, view: View) -> Any:
         for batch in plain(self, plan, view):
-            looked.extend([self.index.tars[0].parent.name] if len(self.index) == 60 else [])
+            evaluated.extend([self.index.tars[0].parent.name] if len(self.index) == 60 else [])
             yield batch
 
     monkeypatch.setattr(InMemorySource, "batches", watched)
     out = tmp_path / "run"
     more = ["train.steps=8", "heads.sgd=[0.1,1e9]", "heads.weight_decay=[1]", "heads.ridge=true", "heads.knn=true"]
-    assert main(words(data, out, *more, "track.evaluate_every=0.1")) == 0
-    assert len(looked) == 1, "the test split was looked at more than once"
+    assert main(argv(data, out, *more, "track.evaluate_every=0.1")) == 0
+    assert len(evaluated) == 1, "the test split was read more than once"
     found, result = read(out), read(out, "result.json")
     assert len(found["rows"]) == 2 * (2 + 2 + 1) + 2 * 8 + 2
     best = max((row for row in found["rows"] if not row["diverged"]), key=lambda row: row["held_out_top1"])
@@ -363,16 +363,16 @@ def test_the_best_is_chosen_by_what_is_held_out_and_tested_once(
     table = (out / "heads.md").read_text()
     assert result["chosen"] in table
     assert table.count("| diverged |") == 2
-    said = capsys.readouterr().out
-    assert result["chosen"] in said
-    assert f"interval {result['interval'][0]:.4g} to {result['interval'][1]:.4g}" in said
-    assert "heads.md" in said
+    output = capsys.readouterr().out
+    assert result["chosen"] in output
+    assert f"interval {result['interval'][0]:.4g} to {result['interval'][1]:.4g}" in output
+    assert "heads.md" in output
     assert main(["report", str(out)]) == 0
     assert main(["replay", str(out), "--step", "8"]) == 0
 
 
-def test_without_heads_to_train_there_is_ridge(data: Path, tmp_path: Path) -> None:
-    settings = [word for word in WORDS if not word.startswith("heads.")]
+def test_probe_heads_ridge_alone_needs_no_training(data: Path, tmp_path: Path) -> None:
+    settings = [setting for setting in SETTINGS if not setting.startswith("heads.")]
     shared = ["probe", f"data.path={data}", *settings, "heads.ridge=true", "heads.features=[mean]"]
     for name, fixed in (("stored", FIXED), ("shown", [])):
         assert main([*shared, *fixed, "model.name=mixer_demo4", f"out={tmp_path / name}"]) == 0
@@ -384,11 +384,11 @@ def test_without_heads_to_train_there_is_ridge(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_board_is_the_same_on_any_world_and_after_a_kill(data: Path, tmp_path: Path) -> None:
+def test_probe_heads_are_elastic_and_resume_after_sigkill(data: Path, tmp_path: Path) -> None:
     shared = [*FIXED, "heads.attentive=true", "train.steps=16", "checkpoint.every=4"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main(words(data, one, *shared, "machine.processes=1")) == 0
-    full = command(*words(data, two, *shared, "machine.processes=2"))
+    assert main(argv(data, one, *shared, "machine.processes=1")) == 0
+    full = command(*argv(data, two, *shared, "machine.processes=2"))
     process = subprocess.Popen(full, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not ((two / "metrics.jsonl").is_file() and len(losses(two)) >= 6):
@@ -398,9 +398,9 @@ def test_a_board_is_the_same_on_any_world_and_after_a_kill(data: Path, tmp_path:
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (two / "result.json").exists()
-    said = subprocess.run(full, env=environment(), check=True, capture_output=True, text=True, timeout=120).stderr
-    assert "resumed at step" in said
-    assert "features:" not in said, "computed again"
+    output = subprocess.run(full, env=environment(), check=True, capture_output=True, text=True, timeout=120).stderr
+    assert "resumed at step" in output
+    assert "features:" not in output, "computed again"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for file in sorted((one / "features").rglob("*.npy")):
         assert file.read_bytes() == (two / file.relative_to(one)).read_bytes()
@@ -414,7 +414,7 @@ def test_a_board_is_the_same_on_any_world_and_after_a_kill(data: Path, tmp_path:
         assert other["held_out_top1"] == pytest.approx(mine["held_out_top1"], abs=2)
 
 
-def test_mistakes_end_with_one_line_and_nothing_written(
+def test_probe_heads_mistakes_print_one_line_and_write_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -434,25 +434,25 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["train.clip_grad=1"], ["train.clip_grad=1", "several heads"]),
     ]
     for more, expected in cases:
-        line = refused(capsys, *words(data, out, *more))
+        line = refused(capsys, *argv(data, out, *more))
         for part in expected:
             assert part in line, (line, part)
         assert "VALUE" not in line
         assert not out.exists()
 
 
-def test_features_of_a_start_that_has_gone_on_are_refused(
+def test_features_of_another_checkpoint_of_init_from_are_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(words(data, out, *FIXED, "train.steps=2")) == 0
+    assert main(argv(data, out, *FIXED, "train.steps=2")) == 0
     (out / "result.json").unlink()
     (out / "features/start.txt").write_text("another\n")
-    assert "another checkpoint" in refused(capsys, *words(data, out, *FIXED, "train.steps=2"))
+    assert "another checkpoint" in refused(capsys, *argv(data, out, *FIXED, "train.steps=2"))
 
 
-def test_without_a_grid_a_probe_is_what_it_was(data: Path, tmp_path: Path) -> None:
-    plain = [word for word in WORDS if not word.startswith("heads.")]
+def test_probe_without_heads_settings_has_one_linear_head(data: Path, tmp_path: Path) -> None:
+    plain = [setting for setting in SETTINGS if not setting.startswith("heads.")]
     assert main(["probe", f"data.path={data}", f"out={tmp_path / 'run'}", *plain, "train.steps=2"]) == 0
     assert not (tmp_path / "run/heads.json").exists()
     assert {n for n in weights(tmp_path / "run") if "head" in n and n.startswith("model")} == {

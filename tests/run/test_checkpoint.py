@@ -238,7 +238,7 @@ def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.Capture
     assert main(["ckpt", "verify", str(tmp_path)]) == 2
     said = capsys.readouterr().out
     assert "step-000000007: DAMAGED" in said
-    assert "would go on from step-000000004" in said
+    assert "would resume from step-000000004" in said
     for words in (["inspect", str(tmp_path), "--step", "5"], ["list", str(tmp_path / "none")], ["list"]):
         assert main(["ckpt", *words]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
