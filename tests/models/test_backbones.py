@@ -169,8 +169,8 @@ def test_build_refuses_image_sizes_not_divisible_by_the_patch(size: int, hint: s
         ({"num_heads": 2, "dim": 66}, "model.dim=66: must be divisible by num_heads=2 and by 4"),
         (
             {"num_classes": 10},
-            "model.num_classes=10: vit_demo4 has no such setting; leave it out (it has patch, dim, depth, num_heads, image_size, "
-            "channels, pool, position, qkv_bias)",
+            "model.num_classes=10: vit_demo4 has no such setting; leave it out (it has patch, dim, depth, num_heads, "
+            "image_size, channels, pool, position, qkv_bias)",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mae_dist import models
 from mae_dist.batch import Batch
 from mae_dist.models.backbone import patchify, take
 from mae_dist.models.layers import initialise
@@ -300,3 +301,11 @@ def test_mae_decoder_names_equal_the_official_code() -> None:
     expected = {f"decoder_blocks.{i}.{name}" for i in range(2) for name in block} | {"mask_token", "decoder_pos_embed"}
     expected |= {f"decoder_{part}.{leaf}" for part in ("embed", "norm", "pred") for leaf in ("weight", "bias")}
     assert names == expected
+
+
+@pytest.mark.parametrize(("decoder", "tokens"), [("full", {"stand_in"}), ("cross", {"stand_in", "mask_token"})])
+def test_mae_checkpoint_name_of_the_encoder_mask_token_is_stand_in(decoder: str, tokens: set[str]) -> None:
+    """Checkpoints have this name, and it seeds the token's initial value, so it must not change."""
+    objective = MAE(models.build("vit_demo4"), MaeConfig(hidden="token", decoder=decoder), seed=3)
+    assert {name for name in objective.state_dict() if name.endswith(("stand_in", "mask_token"))} == tokens
+    assert objective.stand_in.flatten()[:2].tolist() == pytest.approx([0.003146164, 0.006690014], rel=1e-6)
