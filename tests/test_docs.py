@@ -215,7 +215,7 @@ def smaller(call: list[str]) -> list[str] | None:
              for word in words]  # fmt: skip
     if program == "python" and words[0] == "launch/submit.py" and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit.py", *words[1:], "--dry-run"]
-    if program != "mae-dist" or words[0] in (*NOT_RUN, "--version") or "CONFIG.yaml" in words or "DATA" in words:
+    if program != "mae-dist" or words[0] in (*NOT_RUN, "--version") or {"CONFIG.yaml", "RUN"} & {*words}:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], "--train", "40", "--test", "20"]
