@@ -15,7 +15,7 @@ import pytest
 
 from mae_dist.data.pack import from_synthetic, pack
 
-from .launching import NODES, ROOT, Launch
+from .launching import NODES, ROOT, Launch, Launched
 
 CLUSTER = Path(__file__).with_name("cluster")
 
@@ -114,3 +114,24 @@ def cluster_file() -> Path:
 def launch(slurm: Slurm, data: Path, cluster_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Submits runs by name."""
     return Launch(slurm, data, cluster_file, tmp_path_factory.mktemp("slurm-runs"))
+
+
+@pytest.fixture(scope="session")
+def time_limited(launch: Launch) -> Launched:
+    """A run that reaches its time limit repeatedly, with slow steps and on nodes of its own, beside the other tests.
+
+    SLURM signals 60 to 90 s after a start, in which no more than 29 of its 60 steps can be made.
+    """
+    return launch(
+        "time-limit", "track.wandb=offline", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
+        nodes=NODES[2:], slow=3.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def reference(time_limited: Launched, launch: Launch) -> Launched:
+    """A run that is not interrupted."""
+    assert time_limited.job  # queued first, as it takes longest
+    launched = launch("reference")
+    launched.finish()
+    return launched

@@ -16,7 +16,7 @@ import yaml
 from mae_dist.errors import STOPPED
 from mae_dist.monitor.status import run_status
 from mae_dist.run import events, jobs, slurm_cli
-from mae_dist.verify import processes
+from mae_dist.verify import compare, processes
 
 ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
@@ -164,3 +164,14 @@ class Launch:
     def refused(self, name: str) -> str:
         """The error message for a run that is refused."""
         return submit(*self.words(name, (), "", NODES[:2], ()), status=2).stderr
+
+
+def assert_equal_runs(found: Launched, wanted: Launched, elastic: bool = False) -> None:
+    """Both runs have the same samples in the same order, losses, weights, moments and averages."""
+    assert (found.run / "ids.jsonl").read_text() == (wanted.run / "ids.jsonl").read_text()
+    run, reference = (compare.read_evidence(launched.run) for launched in (found, wanted))
+    losses = compare.largest_difference(run.losses, reference.losses, range(1, found.total + 1))
+    if elastic:
+        assert losses < 1e-5
+    else:
+        assert (compare.state_difference(run.state, reference.state), losses) == (0, 0)

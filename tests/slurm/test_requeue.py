@@ -10,49 +10,13 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from mae_dist.run import events
-from mae_dist.verify import compare
-
-from .launching import NODES, Launch, Launched
+from .launching import NODES, Launch, Launched, assert_equal_runs
 
 pytestmark = pytest.mark.slow
 INTERRUPTION = 20
 """The step after which a run is interrupted."""
 STEP_SECONDS = 0.1
 """Least seconds a step of such a run, so that it does not finish before it is interrupted."""
-
-
-@pytest.fixture(scope="module")
-def time_limited(launch: Launch) -> Launched:
-    """A run that reaches its time limit repeatedly, with slow steps and on nodes of its own, beside the other tests.
-
-    SLURM signals 25 to 55 s after a start (5 s before the limit, up to 30 s early), in which fewer than 30 of its 60
-    steps can be made; what the ranks need to start, about 5 s on an idle machine, may take up to 25 s.
-    """
-    return launch(
-        "time-limit", "track.wandb=offline", cluster="time: '0:01:00'\nstart_up: 0\nstop_before_end: 5",
-        nodes=NODES[2:], slow=1.8,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def reference(time_limited: Launched, launch: Launch) -> Launched:
-    """A run that is not interrupted."""
-    assert time_limited.job  # queued first, as it takes longest
-    launched = launch("reference")
-    launched.finish()
-    return launched
-
-
-def assert_equal(found: Launched, wanted: Launched, elastic: bool = False) -> None:
-    """Both runs have the same samples in the same order, losses, weights, moments and averages."""
-    assert (found.run / "ids.jsonl").read_text() == (wanted.run / "ids.jsonl").read_text()
-    run, reference = (compare.read_evidence(launched.run) for launched in (found, wanted))
-    losses = compare.largest_difference(run.losses, reference.losses, range(1, found.total + 1))
-    if elastic:
-        assert losses < 1e-5
-    else:
-        assert (compare.state_difference(run.state, reference.state), losses) == (0, 0)
 
 
 def test_run_on_two_nodes_with_two_tasks_each(reference: Launched) -> None:
@@ -115,7 +79,7 @@ def test_requeue_after_preemption_or_node_failure_is_bit_identical(
         launched.slurm.cluster("user-signal", "on")
     launched.finish()
     assert set(launched.results()) == {"success"}
-    assert_equal(launched, reference)
+    assert_equal_runs(launched, reference)
     first, second = launched.starts()
     assert first["step"] == 0
     assert 0 < second["step"] <= second["reached"]  # without a warning, it resumes from an earlier checkpoint
@@ -135,17 +99,4 @@ def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> 
     finally:
         launched.slurm.cluster("start-node", NODES[1])
     assert [start["ranks"] for start in launched.starts()] == [4, 2]
-    assert_equal(launched, reference, elastic=True)
-
-
-def test_requeue_at_the_time_limit_twice_is_bit_identical(time_limited: Launched, reference: Launched) -> None:
-    time_limited.finish(500)
-    requeues = [event for event in time_limited.task_events()[0] if event["event"] == "requeue"]
-    assert len(requeues) >= 2
-    assert {event["reason"] for event in events.of(time_limited.run, "requeue")} <= {"saved", "time_limit"}
-    resumed = [start["step"] for start in time_limited.starts()]
-    assert len(set(resumed)) >= 3  # each start made progress
-    assert_equal(time_limited, reference)
-    offline = [path.name for path in (time_limited.run / "wandb").glob("offline-run-*")]
-    assert len(offline) >= 3
-    assert len({name.rpartition("-")[2] for name in offline}) == 1
+    assert_equal_runs(launched, reference, elastic=True)
