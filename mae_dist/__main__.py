@@ -1,8 +1,7 @@
-"""`mae-dist VERB ...`, also `python -m mae_dist VERB ...`: finds the verb, reads its config, says errors in one line.
+"""`mae-dist VERB ...` or `python -m mae_dist VERB ...`: runs a verb, prints its error in one line, exits with a status.
 
-A verb that makes a run starts one process per GPU of this machine (machine.processes overrules) unless torchrun
-started it already. Help and config errors are answered without importing torch. Exit status: 0 done, 2 a user's error,
-75 stopped by a signal and saved, 1 a rank hung or is gone, 130 interrupted before there was anything to save.
+A verb that makes a run starts one process for each GPU of this machine (machine.processes overrides this) unless
+torchrun has started it. Help and config errors need no import of torch. Exit statuses: see `errors`.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import logging
 import os
 import sys
 
-from mae_dist import __version__, config, schema
+from mae_dist import __version__, config, errors, schema
 from mae_dist.cli import VERBS
-from mae_dist.signals import REQUEUE, Stopped
+from mae_dist.signals import Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist report RUN [RUN ...]
@@ -33,10 +32,14 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
 
 verbs:
 """
+OUT_OF_MEMORY = (
+    "rank {} ran out of memory; try machine.micro_batch=auto, machine.activation_checkpointing=1 or "
+    "machine.strategy=fsdp; the same command goes on"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; give the exit status."""
+    """Run the verb and arguments in `argv`, and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -51,34 +54,28 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(argv[0], argv[1:])
-    except BrokenPipeError:  # whoever reads our answer, `| head` say, has seen enough
+    except BrokenPipeError:  # the reader of this output, `| head` for example, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        kind = type(error).__name__  # RankError and its kind tell what this rank alone knows
-        if str(error) and (rank == 0 or kind.startswith("Rank")):
-            print(f"mae-dist: {error}", file=sys.stderr)
-        return 1 if kind == "RankLostError" else 2
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":
-            raise
-        advice = "try machine.micro_batch=auto, machine.activation_checkpointing=1 or machine.strategy=fsdp"
-        print(f"mae-dist: rank {rank} ran out of GPU memory; {advice}; the same command goes on", file=sys.stderr)
-        return 2
+        return errors.DONE
     except Stopped as stopped:
         if rank == 0:
             print(f"mae-dist: {stopped}", file=sys.stderr)
-        return REQUEUE
+        return errors.STOPPED
     except KeyboardInterrupt:
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
             print("mae-dist: interrupted; the same command starts again, or goes on from a checkpoint", file=sys.stderr)
-        return 130
+        return errors.INTERRUPTED
+    except Exception as error:
+        reason = errors.reason(error)
+        if debug or reason == "crash":
+            raise
+        if errors.is_reported_by(rank, error):
+            print(f"mae-dist: {OUT_OF_MEMORY.format(rank) if reason == 'out_of_memory' else error}", file=sys.stderr)
+        return errors.exit_status(error)
 
 
 def dispatch(verb: str, words: list[str]) -> int:
-    """Run one verb with its arguments."""
+    """Run a verb with its arguments, and return the exit status. Raises what the verb raises."""
     if verb not in VERBS:
         import difflib
 
@@ -103,22 +100,22 @@ def dispatch(verb: str, words: list[str]) -> int:
         return launcher.spawn([verb, *words], processes, settings.machine.restarts)
     importlib.import_module(VERBS[verb].module).run(settings)
     if dist.is_main():
-        conclude(verb, settings.out)
+        print_result(verb, settings.out)
     return 0
 
 
-def conclude(verb: str, out: str) -> None:
-    """Say what came out and where it lies."""
+def print_result(verb: str, out: str) -> None:
+    """Print the final numbers of a run and where its folder is."""
     from mae_dist.run.directory import RunDir
 
     result = RunDir(out).result() or {}
-    numbers = "  ".join(f"{name} {_shown(value)}" for name, value in result.items() if name != "verb")
+    numbers = "  ".join(f"{name} {_format(value)}" for name, value in result.items() if name != "verb")
     print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, list):
-        return " to ".join(map(_shown, value))
+        return " to ".join(map(_format, value))
     return f"{value:.4g}" if isinstance(value, float | int) else str(value)
 
 

@@ -1,7 +1,7 @@
-"""Processes: the group from the environment, rank and world, a few collectives by name, ranks that are lost.
+"""The process group from the environment, rank and world size, a few collectives, and naming ranks that are lost.
 
-A single process is a group of one, so nobody else asks whether there is a group. Apart from `parallel`, `checkpoint`
-and `launcher` this is the only file that knows torch.distributed.
+A single process is a group of one, so no other module checks whether there is a group. Apart from this one only
+`parallel`, `launcher` and the checkpoints in run/ import torch.distributed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mae_dist.errors import MachineFault, RankLost, from_os_error
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ROLL_CALL = 3.0
-"""Seconds that the survivors of a failed collective give each other to say that they are there."""
-
-SYMPTOMS = ("gloo", "pair closure", "connection", "timed out", "timeout", "broken pipe")
-"""What torch says in a plain RuntimeError when a collective fails, depending on which thread notices first."""
-
-
-class RankError(ValueError):
-    """A user's error that this rank alone has met, so that this rank must tell it."""
-
-
-class RankLostError(RankError):
-    """A rank, or a helper of one, hangs or is gone. Nothing is wrong with the settings: starting again goes on."""
-
-
-LOST_WORKER = (
-    "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
-    "the same command goes on from the last checkpoint"
-)
-LEAST_PATIENCE = timedelta(seconds=60)
-"""In which ranks must meet, however short `machine.timeout` is: they begin by reading gigabytes of libraries."""
+"""Seconds in which the survivors of a failed collective must report to each other."""
+LEAST_RENDEZVOUS = timedelta(seconds=60)
+"""Time to wait for all ranks at the start, however short `machine.timeout` is: importing libraries reads gigabytes."""
+GLOO_MESSAGES = ("gloo", "pair closure", "connection", "timed out", "timeout", "broken pipe")
+"""Words in a plain RuntimeError of a failed gloo collective, for which torch has no type (it has one for NCCL and the
+store). They decide only whether the rank prints who is lost or a traceback: its exit status is FAILED either way.
+"""
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=10)
 
@@ -54,7 +43,7 @@ def launched() -> bool:
 
 
 def setup(timeout: float = 600.0) -> torch.device:
-    """Join the process group that the environment describes; give this rank's device.
+    """Join the process group that the environment describes, and return this rank's device.
 
     ``timeout``: seconds that a collective waits for a rank before it fails.
     """
@@ -78,22 +67,23 @@ def setup(timeout: float = 600.0) -> torch.device:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """Store, rank and world; RankLostError where a rank does not come in time."""
-    patience = max(_timeout, LEAST_PATIENCE)
+    """Store, rank and world size. Raises RankLost where a rank does not come in time."""
+    patience = max(_timeout, LEAST_RENDEZVOUS)
     try:
         store, number, count = next(dist.rendezvous("env://", timeout=patience))
         return _of_this_attempt(store, number, count), number, count
     except dist.DistError as error:
         here = os.environ["RANK"]
         what = f"rank {here} did not meet the others within {patience.total_seconds():g} s of its start"
-        raise RankLostError(f"{what}; the same command goes on from the last checkpoint") from error
+        raise RankLost(f"{what}; the same command goes on from the last checkpoint") from error
 
 
 def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
-    """The part of `store` that no earlier attempt of these ranks has written to; rank 0 draws its name.
+    """The part of `store` that no earlier attempt of these ranks has written to, under a random name by rank 0.
 
     torchrun keeps one store when it starts ranks again, with the addresses of the dead in it (pytorch#135712). Rank 0
-    answers a rank only under the word that this rank has just drawn, so nobody takes the name of an earlier attempt.
+    answers a rank only under a random word that this rank has just written, so no rank takes the name of an earlier
+    attempt.
     """
     own = uuid.uuid4().hex
     if number == 0:
@@ -102,14 +92,14 @@ def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
             word = store.get(f"{own}/{other}").decode()  # waits for it
             store.set(f"{own}/{word}", "welcome")
         return dist.PrefixStore(own, store)
-    deadline = time.monotonic() + max(_timeout, LEAST_PATIENCE).total_seconds()
+    deadline = time.monotonic() + max(_timeout, LEAST_RENDEZVOUS).total_seconds()
     while time.monotonic() < deadline:
         name = store.get("attempt").decode()
         store.set(f"{name}/{number}", own)
         if store.check([f"{name}/{own}"]):
             return dist.PrefixStore(name, store)
         time.sleep(0.05)
-    raise RankLostError(f"rank 0 does not answer rank {number} at the start; start again")
+    raise RankLost(f"rank 0 does not answer rank {number} at the start; start again")
 
 
 def shutdown() -> None:
@@ -146,7 +136,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest that any rank has. Travels between CPUs, so that no rank waits for its device."""
+    """The largest value of all ranks. Sent between CPUs, so that no rank waits for its device."""
     box = torch.tensor(value)
     if world() > 1:
         dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -154,7 +144,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate over ranks along dim 0, in rank order; every rank may bring another length."""
+    """Concatenate a tensor over ranks along dim 0, in rank order; its length may differ between ranks."""
     if world() == 1:
         return tensor
     counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world())]
@@ -168,18 +158,27 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def run_on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do something on rank 0 and give its result (a plain object), or its error as a ValueError, to every rank."""
+    """Call `action` on rank 0 and return its result, a plain object, on every rank.
+
+    A ValueError or OSError of it is raised on every rank as a ValueError; a MachineFault, or an OSError of the storage,
+    as a MachineFault, whose message is empty on other ranks than 0.
+    """
     if world() == 1:
         return action()
     box: list[Any] = [None, None]
+    error: ValueError | MachineFault | None = None
     if is_main():
         try:
             box[0] = action()
-        except (ValueError, OSError) as error:
-            box[1] = str(error)
+        except OSError as caught:
+            error = from_os_error(caught, str(caught))
+        except (ValueError, MachineFault) as caught:
+            error = caught
+        box[1] = None if error is None else (isinstance(error, MachineFault), str(error))
     dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
-        raise ValueError(box[1])
+        is_fault, message = box[1]
+        raise (MachineFault(message if is_main() else "") if is_fault else ValueError(message)) from error
     return box[0]
 
 
@@ -190,7 +189,7 @@ def barrier() -> None:
 
 
 def background_group() -> dist.ProcessGroup | None:
-    """A group of all ranks' CPUs, for work in the background: its messages never mix with the loop's."""
+    """A process group of all ranks' CPUs for a background thread, whose messages never mix with the loop's."""
     if world() == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=_timeout)
@@ -200,21 +199,24 @@ def background_group() -> dist.ProcessGroup | None:
 
 @contextmanager
 def name_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
-    """Turn a collective that failed into RankLostError: who did not answer, and at ``what()`` the others were."""
+    """Context manager: raises RankLost instead of the error of a failed collective. Its message names the ranks that
+    did not answer and ``what()`` the others were doing.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # raised by a signal handler, wherever this rank is
-            raise RankLostError(LOST_WORKER) from error
-        symptom = any(word in str(error).lower() for word in SYMPTOMS)
-        if world() == 1 or not (isinstance(error, dist.DistError) or symptom):
+        if world() == 1 or not _is_collective_failure(error):
             raise
         log.debug("a collective failed", exc_info=error)
-        raise RankLostError(_find_missing_ranks(what())) from error
+        raise RankLost(_find_missing_ranks(what())) from error
+
+
+def _is_collective_failure(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in GLOO_MESSAGES)
 
 
 def _find_missing_ranks(what: str) -> str:
-    """Ask who is still there; one sentence from the first of the survivors, nothing from the others."""
+    """A sentence that names the ranks that do not report within ROLL_CALL; empty on all survivors but the first."""
     here, everyone = rank(), world()
     answered = {here}
     with suppress(RuntimeError):

@@ -1,12 +1,13 @@
 """Exit statuses and error types. A decision rests on one of these, never on the text of a message. Imports no torch.
 
-A ValueError is what a user can mend: a setting, a path, a file. A MachineFault is not: the same command starts again
-from the last checkpoint, so launcher and SLURM do that by themselves.
+A ValueError is what a user can mend: a setting, a path, a file. A MachineFault is not: the same command continues from
+the last checkpoint, so launcher and SLURM start it again.
 """
 
 from __future__ import annotations
 
 import errno
+import sys
 
 DONE = 0
 FAILED = 1
@@ -20,7 +21,7 @@ INTERRUPTED = 130
 SIGNAL_BASE = 128
 """A process that signal n ended has the exit status 128 + n, as in a shell."""
 
-FAULTY_STORAGE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO}
+STORAGE_FAULTS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO}
 """Errors of a disk or of a network file system, which no setting mends."""
 
 
@@ -29,14 +30,16 @@ class RankError(ValueError):
 
 
 class MachineFault(Exception):
-    """The machine failed (storage, memory, network), not the settings. The rank that met it prints it."""
+    """The machine failed (storage, memory, network), not the settings. Every rank prints its own; one whose message is
+    empty is printed by another rank.
+    """
 
     reason = "machine_fault"
     """The field `reason` of the event `fail`."""
 
 
 class RankLost(MachineFault):
-    """A rank hangs or is gone. An empty message: another survivor prints who."""
+    """A rank hangs or is gone."""
 
     reason = "rank_lost"
 
@@ -47,6 +50,30 @@ class WorkerLost(MachineFault):
     reason = "worker_lost"
 
 
-def is_storage_fault(error: BaseException) -> bool:
-    """Whether an OSError comes from the machine's storage rather than from a path that a user can mend."""
-    return isinstance(error, OSError) and error.errno in FAULTY_STORAGE
+def from_os_error(error: OSError, message: str) -> ValueError | MachineFault:
+    """An error with this message: a MachineFault where the storage failed, else a ValueError, a path being wrong."""
+    return MachineFault(message) if error.errno in STORAGE_FAULTS else ValueError(message)
+
+
+def reason(error: BaseException) -> str:
+    """The field `reason` of the event `fail`: what kind of error ended a run."""
+    torch = sys.modules.get("torch")  # an error of torch comes after its import
+    if isinstance(error, MachineFault):
+        return error.reason
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return "out_of_memory"
+    if isinstance(error, OSError) and error.errno in STORAGE_FAULTS:
+        return MachineFault.reason
+    return "user_error" if isinstance(error, ValueError | OSError) else "crash"
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a process that ends with this error."""
+    return USER_ERROR if reason(error) == "user_error" else FAILED
+
+
+def is_reported_by(rank: int, error: BaseException) -> bool:
+    """Whether this rank prints and records its error. One that all ranks meet alike, rank 0 reports."""
+    if isinstance(error, MachineFault):
+        return str(error) != ""
+    return rank == 0 or isinstance(error, RankError) or reason(error) != "user_error"

@@ -1,6 +1,6 @@
-"""Starting several ranks on this machine through torchrun's agent, and starting them again when one was lost.
+"""Starts several ranks on this machine through torchrun's agent, and starts them again when one was lost.
 
-Knows no run: a rank that ends with a user's error or because it was told to stop has spoken for itself.
+It decides by exit statuses alone and prints nothing where a rank has printed why it ended.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mae_dist import signals
+from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
 
-DELIBERATE = (2, signals.REQUEUE, 130)
-"""Exit statuses after which starting again would only repeat them: a user's error, stopped and saved, interrupted."""
+FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
+"""Exit statuses after which the ranks are not started again."""
 
 
 def processes_here(wanted: int | None) -> int:
-    """How many ranks to start on this machine: as wanted, else one a GPU, else one."""
+    """How many ranks to start on this machine: `wanted`, else one for each GPU, else one."""
     return wanted or max(1, torch.cuda.device_count())
 
 
 def spawn(argv: list[str], processes: int, restarts: int) -> int:
-    """Run `python -m mae_dist ARGV` on several ranks of this machine; give the exit status.
+    """Run `python -m mae_dist ARGV` on several ranks of this machine, and return the exit status.
 
-    When a rank crashed, hung or was killed, the others stop and all are started again, `restarts` times at most. The
+    When a rank crashes, hangs or is killed, the others stop and all are started again, `restarts` times at most. The
     status is that of the first rank that failed, 128 + n for one that signal n ended.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -45,14 +45,14 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
             max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
         )  # fmt: skip
         status = run(argv, config)
-        if status == 0 or status in DELIBERATE or not restarts:
+        if status in FINAL or not restarts:
             return status
         restarts -= 1
         log.error("starting the ranks again (%d restarts left)", restarts)
 
 
 def run(argv: list[str], config: LaunchConfig) -> int:
-    """Run `python -m mae_dist ARGV` on the ranks of one machine that torchrun's agent starts; their exit status."""
+    """Run `python -m mae_dist ARGV` once on the ranks that torchrun's agent starts, and return their exit status."""
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
@@ -61,9 +61,9 @@ def run(argv: list[str], config: LaunchConfig) -> int:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
-            return 128 - failure.exitcode
+            return SIGNAL_BASE - failure.exitcode
         return failure.exitcode
-    except SignalException as error:  # the ranks were told, and waited for
+    except SignalException as error:  # the agent has passed the signal on and waited for the ranks
         log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
-        return signals.REQUEUE
-    return 0
+        return STOPPED
+    return DONE

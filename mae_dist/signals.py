@@ -1,8 +1,8 @@
-"""Being told to stop. A signal sets a flag; the loop asks for it at a step boundary, where all ranks can save together.
+"""Stop signals: the handler sets a flag, and the loop reads it at a step boundary, where all ranks can save together.
 
-Nothing happens inside a handler but the noting: saving there would need the other ranks, which are somewhere else. A
-second Ctrl-C ends the process at once; other signals may come twice, from a scheduler and from a launcher, and the
-second time perhaps to a process that has saved and is about to say so by its exit status.
+A handler cannot save, since that needs the other ranks, which are at another place in the program. The second Ctrl-C
+ends the process at once. Other signals may arrive twice, from a scheduler and from a launcher, and the second time
+perhaps at a process that has saved and is about to return its exit status.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-"""Asked to stop: by a scheduler, a launcher or a keyboard."""
-REQUEUE = 75
-"""Exit status of a run that was stopped, has saved, and wants to go on (sysexits' EX_TEMPFAIL)."""
+"""Signals that ask a run to stop: from a scheduler, a launcher or the keyboard."""
+
+REQUEUE = 75  # until all have changed to errors.STOPPED
 
 
 class Stopped(Exception):
-    """The run has saved, because a rank was told to stop."""
+    """A rank got a stop signal, and the run has saved."""
 
 
 class StopFlag:
-    """A context manager: while it is open, signals are noted instead of obeyed. Once it is left by `Stopped`, only
-    Ctrl-C is obeyed: the process is on its way out.
+    """Context manager: in its block a stop signal only sets ``requested``. After a block that `Stopped` has ended, only
+    Ctrl-C still acts, since the process is about to exit.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StopFlag:
         self.before = {}
 
     def __enter__(self) -> StopFlag:
-        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self.set) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -38,17 +38,16 @@ class StopFlag:
             leaving = kind is Stopped and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaving else handler)
 
-    def note(self, number: int, _: FrameType | None) -> None:
-        """The handler."""
+    def set(self, number: int, _: FrameType | None = None) -> None:
+        """The signal handler: set ``requested``, and let a second Ctrl-C act at once."""
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(number, self.before[signal.SIGINT])
 
 
 def ignore_once() -> None:
-    """For helpers such as loader workers, which share the terminal and the job of their rank: the rank decides.
-
-    The second signal of a kind is obeyed, so that a rank that ends can end its helpers.
+    """Ignore the first signal of each kind, in loader workers for example, which share the terminal and the job of
+    their rank. The second one ends the process, so that a rank that ends can end its workers.
     """
     for number in SIGNALS:
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

@@ -123,7 +123,7 @@ def make_run(reading: Reading, source: Path, out: Path) -> None:
     origin = {"from": str(source), "format": reading.format, "sha256": digest} | reading.notes.by_title()
     with files.atomic_output(out, "--out") as temporary:
         run = RunDir(temporary)
-        run.open(model.verb, config, model.data_fingerprint)
+        run.open(model.verb, config, model.data_fingerprint, model.step)
         run.save(model.step, {f"model.{name}": tensor for name, tensor in model.state.items()}, keep=1)
         run.record_launch(model.step, device)
         run.finish({"verb": model.verb, "imported": origin})

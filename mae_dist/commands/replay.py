@@ -28,7 +28,7 @@ from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.objectives.probe_heads import ProbeHeads
-from mae_dist.run import checkpoint, tracker
+from mae_dist.run import checkpoint, jsonl
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of, write_text
 from mae_dist.stages.setup import Setup, build_setup
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     run = RunDir.existing(arguments.folder, "RUN")
     verb, data_fingerprint, settings = run.settings()
-    data_fingerprint = run.started(arguments.step).get("data_fingerprint", data_fingerprint)
+    data_fingerprint = run.launch_before(arguments.step).get("data_fingerprint", data_fingerprint)
     setup = reopen(run, verb, settings, data_fingerprint, arguments.data)
     last = config.total_steps(settings.train, len(setup.train_split))
     if not 1 <= arguments.step <= last:
@@ -88,7 +88,7 @@ def share_of(run: RunDir, step: int, rank: int | None) -> tuple[int, int]:
     """(rank, world) of the share to recompute: a rank of the run at that step, or (0, 1) for the whole batch."""
     if rank is None:
         return 0, 1
-    world = run.started(step).get("world", 1)
+    world = run.launch_before(step).get("ranks", 1)
     if not 0 <= rank < world:
         raise ValueError(f"--rank {rank}: step {step} was computed by ranks 0 to {world - 1}")
     return rank, world
@@ -150,7 +150,7 @@ def show(
         )
     ]
     worst = np.argsort([-loss if np.isfinite(loss) else -np.inf for loss in found.losses], kind="stable")[:SHOWN]
-    recorded = next((r for r in tracker.read(run.path / "metrics.jsonl") if r["step"] == step and "lr" in r), {})
+    recorded = next((r for r in jsonl.steps(run.path / "metrics.jsonl") if r["step"] == step), {})
     numbers = {
         "step": step, "rank": arguments.rank, "world": part[1], "weights_of_step": weights, "loss": found.loss,
         "grad_norm": found.grad_norm, "recorded_loss": recorded.get("loss"),

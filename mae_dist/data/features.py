@@ -28,7 +28,7 @@ from mae_dist.data.atomic import replacing
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.loader import Plan, Source
 from mae_dist.data.views import View
-from mae_dist.dist import RankError
+from mae_dist.errors import MachineFault, RankError
 
 SHARD = 512
 """Samples a shard."""
@@ -58,8 +58,8 @@ class Features:
     ) -> None:
         """Compute this rank's share of the missing shards, with a progress bar on rank 0.
 
-        ``compute`` maps images (b, c, h, w) to features (b, width). Raises RankError when a feature is not finite or a
-        file cannot be written.
+        ``compute`` maps images (b, c, h, w) to features (b, width). Raises RankError when a feature is not finite and
+        MachineFault when a file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = [number for number in self.missing() if number % world == rank]
@@ -79,7 +79,7 @@ class Features:
                 self._write(f"{number:05d}.labels.npy", facts.cpu().numpy())
                 self._write(f"{number:05d}.npy", values.cpu().numpy())
             except OSError as error:
-                raise RankError(
+                raise MachineFault(
                     f"{self.folder}: features cannot be written ({error.strerror or error}); make room and "
                     f"run the command again: it continues"
                 ) from None

@@ -15,7 +15,8 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Protocol
 
 import numpy as np
@@ -30,12 +31,16 @@ from mae_dist.data.decode import decode
 from mae_dist.data.index import ChangedError, ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.views import View, crop, resample
-from mae_dist.dist import LOST_WORKER, RankError, RankLostError
+from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error
 
 log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2**31
 """Size up to which a split of images of one size is held in memory, as uint8."""
+LOST_WORKER = (
+    "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
+    "the same command resumes from the last checkpoint"
+)
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
 """(epochs, ids) of each batch, int64 (b,) each."""
 
@@ -137,7 +142,8 @@ def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
     """Read and decode a sample: (image, label, bad).
 
     An unreadable sample is replaced by the next readable one of its shard, with a warning and `bad` set. Raises
-    ValueError when no sample of the shard is readable, or when the tar is shorter than its index says.
+    ValueError when no sample of the shard is readable, or when the tar is shorter than its index says, and MachineFault
+    when the storage fails.
     """
     first = sample
     while True:
@@ -146,6 +152,9 @@ def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
             return decode(content), content.label, sample != first
         except ChangedError:
             raise
+        except OSError as error:
+            where = error.filename or index.sample_name(sample)
+            raise from_os_error(error, f"{where}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:
             log.warning("unreadable: %s (%s); the next sample of its tar replaces it", index.sample_name(sample), error)
             sample = index.neighbour(sample)
@@ -172,15 +181,42 @@ def _leave_signals_to_the_rank(_: int) -> None:
 
 
 def _with_rank_errors(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Raise a worker's ValueError as RankError without its traceback, and a killed worker as RankLostError."""
+    """Batches of a loader. Raises a worker's ValueError as RankError and its MachineFault without its traceback, and
+    WorkerLost when a worker was killed.
+    """
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    _WorkerLostHandler.install()
     try:
-        yield from loader
-    except ValueError as error:
-        raise RankError(re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])) from error
+        yield from batches
+    except (ValueError, MachineFault) as error:
+        message = re.sub(r"^[\w.]*(Error|Fault): ", "", str(error).strip().splitlines()[-1])
+        raise (RankError if isinstance(error, ValueError) else type(error))(message) from error
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if isinstance(error, RuntimeError) and not any(worker.exitcode for worker in workers):
             raise
-        raise RankLostError(LOST_WORKER) from error
+        raise WorkerLost(LOST_WORKER) from error
+
+
+class _WorkerLostHandler:
+    """torch's handler of SIGCHLD, raising WorkerLost where it raises a RuntimeError: at any place in this rank."""
+
+    def __init__(self, torch_handler: Callable[[int, FrameType | None], object]):
+        self.torch_handler = torch_handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.torch_handler(number, frame)
+        except RuntimeError as error:
+            raise WorkerLost(LOST_WORKER) from error
+
+    @staticmethod
+    def install() -> None:
+        """Replace torch's handler, which torch sets once, when a loader with workers first starts."""
+        current = signal.getsignal(signal.SIGCHLD)
+        if callable(current) and not isinstance(current, _WorkerLostHandler):
+            signal.signal(signal.SIGCHLD, _WorkerLostHandler(current))
 
 
 @atexit.register

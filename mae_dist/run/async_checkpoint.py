@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mae_dist import dist
+from mae_dist.errors import MachineFault
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import CheckpointConfig
 
@@ -68,12 +69,12 @@ class AsyncSaver:
         self.stall = time.perf_counter() - began
 
     def wait(self, last: bool = True) -> None:
-        """Wait until no save is in flight. Raises the ValueError of a failed `last` save; logs an earlier one."""
+        """Wait for the save in flight. Raises its error if it is the `last` of the run, else warns."""
         if self.thread:
             self.thread.join()
             self.thread = None
         error, self.error = self.error, None
-        if isinstance(error, ValueError) and not last:
+        if isinstance(error, MachineFault | ValueError | OSError) and not last:
             if dist.is_main():
                 log.warning("%s Training continues.", error)
         elif error is not None:

@@ -1,7 +1,7 @@
 """A checkpoint as a folder of safetensors shards and a manifest: written, verified, read on any number of ranks.
 
-State is tensors only, by name, so that reading a checkpoint never executes anything. `directory.RunDir` decides where
-checkpoints lie and which stay. Knows no model and no loop.
+A checkpoint holds tensors by name and nothing else, so reading one never executes code. It exists only when complete,
+since it is renamed last, and it loads on any number of ranks, however the tensors were sharded when it was written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from mae_dist import dist
+from mae_dist.errors import MachineFault
+from mae_dist.run import jsonl
+
 MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
 """Prefixes of the names in a checkpoint: parameters and buffers, moments and averages of parameters, the loss scale."""
 MANIFEST = "manifest.json"
 PIECE = 2**25
-"""Bytes of a file, at most. Serialising one holds Python's lock, which a save in the background must give back soon."""
+"""Largest file in bytes. Writing a file holds Python's lock, which a save in the background must release soon."""
 
 
 def pieces(state: dict[str, Tensor]) -> dict[str, int]:
-    """Tensor -> number of its file, from 1: files of at most PIECE bytes, or of one tensor."""
+    """The number of each tensor's file, from 1. A file has at most PIECE bytes, or one tensor."""
     numbers, number, size = {}, 1, 0
     for name, tensor in state.items():
         num_bytes = tensor.numel() * tensor.element_size()
@@ -35,8 +40,45 @@ def pieces(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
+def save(path: Path, step: int, state: dict[str, Tensor], group: Any = None) -> None:
+    """Write `state` (tensors or DTensors by name) as the checkpoint `path`, all ranks together (of `group`, if given).
+
+    It is written under another name beside `path` and renamed last, so that a kill leaves no part of it. Raises
+    MachineFault on every rank where it cannot be written, after removing what is there of it.
+    """
+    temporary, replaced = path.with_name(f".saving-{step:09d}"), path.with_name(f".replaced-{step:09d}")
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def publish() -> None:
+        files = {file.name: measure(file, sync=True) for file in sorted(temporary.iterdir())}
+        manifest = {"step": step, "world": dist.world(), "num_tensors": len(state), "files": files}
+        jsonl.write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        sync_directory(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), pieces(state), save_distributed=True)
+    try:
+        dist.run_on_rank0(prepare, group)
+        dcp.save(state, storage_writer=writer, process_group=group)
+        dist.run_on_rank0(publish, group)
+    except (ValueError, OSError, MachineFault, dcp.CheckpointException) as error:
+        if not dist.is_main():
+            raise MachineFault("") from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        raise MachineFault(
+            f"the checkpoint of step {step} could not be written to {path.parent}: {cause}; is the disk full?"
+        ) from error
+
+
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is as its manifest says."""
+    """What is damaged in a checkpoint, or None where the size and sha256 of every file are as in its manifest."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -52,21 +94,23 @@ def verify(path: Path) -> str | None:
 
 
 def names_in(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in a checkpoint."""
+    """Shapes of the tensors in a checkpoint, by name."""
     metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
     return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
 
 
 def trained(there: Container[str], name: str) -> str:
-    """Which of the tensors `there` in a checkpoint is what came out of training for `name`: its average, where there is
-    one, else itself.
+    """The name, among those `there` in a checkpoint, of the trained weights of parameter `name`: its EMA where there is
+    one, else the parameter itself.
     """
     average = f"ema.{name}"
     return average if average in there else f"model.{name}"
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place from a checkpoint, which may hold more (ValueError when it holds less)."""
+    """Fill the tensors of `state` in place from a checkpoint. Raises ValueError where one is not there or has another
+    shape; the checkpoint may hold more.
+    """
     there = names_in(path)
     for name, tensor in state.items():
         if name not in there:
@@ -77,6 +121,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def measure(path: Path, sync: bool = False) -> dict[str, Any]:
+    """The size and sha256 of a file. ``sync``: wait until it is on the disk."""
     with path.open("rb") as stream:
         if sync:
             os.fsync(stream.fileno())
@@ -84,6 +129,7 @@ def measure(path: Path, sync: bool = False) -> dict[str, Any]:
 
 
 def sync_directory(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

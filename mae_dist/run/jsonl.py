@@ -64,6 +64,11 @@ def steps(path: Path) -> list[Record]:
     return [record for record in read(path) if record.get("kind") == STEP]
 
 
+def last_step(path: Path) -> int:
+    """The last training step in a metrics.jsonl, read from its end; 0 where there is none."""
+    return next((record["step"] for record in reversed(tail(path)) if record.get("kind") == STEP), 0)
+
+
 def records_with(path: Path, key: str) -> list[Record]:
     """The records that have the field `key`, oldest first; other lines are not parsed."""
     found, word, place = [], f'"{key}": '.encode(), 0

@@ -1,6 +1,22 @@
-"""Reading a run's folder without torch: what login nodes, launchers and tables need. `checkpoint.RunDir` writes it.
+"""What a run's folder holds, read without torch, as login nodes, launchers and tables need it.
 
-`checkpoint` draws what a run's folder holds, `jobs` what launchers leave there. Opens no checkpoint.
+RUN/
+  config.yaml        format (version of this layout), verb, fingerprint of the data, total_steps, every setting
+  events.jsonl       what happened to the run: starts, stops, failures, rewinds, submissions, see `events`
+  metrics.jsonl      one line a step and one an evaluation, see `tracker`
+  ids.jsonl          with track.ids: the samples of each step
+  checkpoints/
+    step-000001000/  manifest.json (step, files with sizes and sha256) and safetensors shards
+    .saving-...      an unfinished save, never read
+  result.json        final numbers; only a finished run has it
+  pictures/          reconstructions
+  forensics/         samples of steps that were not finite, see `rewind`
+  heads.md, .json    all heads of a probe with several, features/ what they were computed from
+  report.html        what `mae-dist report` draws
+  replay/            what `mae-dist replay` writes
+  wandb/             files of wandb
+  jobs/, code/       logs and events of SLURM jobs, see `jobs`, and the copy of the code that they run
+  .lock              locked by the process that writes here
 """
 
 from __future__ import annotations
@@ -8,73 +24,75 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mae_dist import config as configuration
-from mae_dist.run import jobs
+from mae_dist.run import events, jobs, jsonl
 from mae_dist.schema import RANDOM, RunConfig
 
 log = logging.getLogger(__name__)
 
-CONFIG, RESULT, ENDS, CODE, REVISION = "config.yaml", "result.json", "ends.jsonl", "code", "REVISION"
-LOCK = ".lock"
-"""The file that the process at work in a run holds locked; it says which process that is."""
-BEFORE_THE_RUN = {jobs.FOLDER, CODE, LOCK, "events.jsonl"}
-"""What is in the folder before the run has begun: what became of its jobs, the code that runs, who has claimed it."""
-TAIL = 2**16
-"""Bytes of the end of a metrics.jsonl that `recent` reads."""
+CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
+CODE, REVISION = "code", "REVISION"
+FORMAT = 2
+"""Version of the layout of a run's folder, in its config.yaml."""
+RECENT = 100
+"""Steps over which the training loss is averaged, for tables and for the final result."""
+BEFORE_THE_RUN = {jobs.FOLDER, events.FILE, CODE, LOCK}
+"""What may lie in the folder before the run starts: its submission, its jobs, the code that they run, the lock."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of the run in the folder `path`, as it is. Raises ValueError where it is damaged or of an older
+    layout.
+    """
+    file = path / CONFIG
+    try:
+        plain = dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
+    if plain.get("format") != FORMAT:
+        raise ValueError(
+            f"{file}: was written by an older version of mae_dist; use that version, or make the run again"
+        )
+    return plain
 
 
 def settings(path: Path) -> tuple[str, str, Any]:
-    """(verb, fingerprint of the data, config) as the config.yaml of the run `path` has them, else ValueError."""
-    file = path / CONFIG
+    """(verb, fingerprint of the data, config) of the run in the folder `path`. Raises ValueError like `read_config`."""
+    plain, file = read_config(path), path / CONFIG
     try:
-        plain = yaml.safe_load(file.read_text())
-        verb, data_fingerprint = plain.pop("verb"), plain.pop("data_fingerprint")
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        verb, data_fingerprint, _, _ = (plain.pop(k) for k in ("verb", "data_fingerprint", "total_steps", "format"))
+    except KeyError as error:
         raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
     return verb, data_fingerprint, configuration.from_dict(verb, plain, str(file))
 
 
 def result(path: Path) -> dict[str, Any] | None:
-    """The final numbers of the run `path`, or None while it is incomplete."""
+    """The final numbers of the run in the folder `path`, or None while it is incomplete."""
     file = path / RESULT
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """Complete checkpoints of the run `path`, oldest first."""
+    """The complete checkpoints of the run in the folder `path`, oldest first."""
     return sorted((path / "checkpoints").glob("step-*"))
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step-"))
 
 
-def recent(file: Path) -> list[dict[str, Any]]:
-    """The whole records in the last TAIL bytes of a metrics.jsonl."""
-    if not file.is_file():
-        return []
-    with file.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAIL))
-        lines = stream.read().splitlines(keepends=True)
-    found = []
-    for line in lines[1:] if size > TAIL else lines:
-        with suppress(ValueError):
-            found += [json.loads(line)] if line.endswith(b"\n") else []
-    return found
+recent, write_text, ENDS = jsonl.tail, jsonl.write_atomic, "ends.jsonl"  # until all call them there
 
 
 def absolute(config: Any) -> Any:
-    """The settings with paths that mean the same in any working directory."""
+    """The settings with absolute paths, which are valid in any working directory."""
     data, start = config.data, getattr(config, "init_from", RANDOM)
     test_path = data.test_path and str(Path(data.test_path).absolute())
     data = dataclasses.replace(data, path=str(Path(data.path).absolute()), test_path=test_path)
@@ -83,14 +101,14 @@ def absolute(config: Any) -> Any:
 
 
 def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
-    """Raise ValueError if the folder `path` holds anything but the same run, or what a launcher puts there before. A
-    run that has not made a step has nothing to lose, and may be begun anew with other settings.
+    """Raise ValueError where the folder `path` holds another run, or files that are no run's. A run that has made no
+    step yet may be started again with other settings.
     """
     if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_THE_RUN):
         return
     if not (path / CONFIG).is_file():
         raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
-    if not (checkpoints(path) or recent(path / "metrics.jsonl") or result(path)):
+    if not (checkpoints(path) or jsonl.tail(path / METRICS) or result(path)):
         return
     old_verb, old_data, old = settings(path)
     if old_verb != verb:
@@ -110,28 +128,18 @@ def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: st
         log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def revision() -> str | None:
-    """Commit of the code that runs, with '+' when it was edited, or what its snapshot says; None outside a checkout."""
+    """Commit of the running code, with '+' where it was edited; of a copied code, what its REVISION says; else None."""
     here = Path(__file__).parents[1]
     snapshot = here.with_name(REVISION)
     if snapshot.is_file():
         return snapshot.read_text().strip()
 
-    def ask(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+    def git(*argv: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *argv], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

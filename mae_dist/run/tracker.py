@@ -1,18 +1,16 @@
-"""Tracking: metrics.jsonl first; wandb as a mirror that may be absent or fail; a progress bar, or lines in a log.
+"""Records a run: metrics.jsonl first, then wandb as an optional mirror, and a progress bar or lines in a log.
 
-Every step has exactly one line with a learning rate in metrics.jsonl, also over kills and resumes; an evaluation adds
-one without. With `track.ids`, ids.jsonl says in the same way which samples a step was trained on. Losses stay on the
-device until `flush`, so that a step that is only counted costs no synchronisation; all ranks flush together. Knows no
-model and no data.
+metrics.jsonl has exactly one line for each step ("kind": "step"), also after kills and resumes, and one for each
+evaluation ("kind": "evaluation"). With `track.ids`, ids.jsonl has one line for each step with the samples it was
+trained on. Losses stay on the device until `flush`, so a step costs no synchronisation; all ranks flush together.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-import mmap
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -26,22 +24,23 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist
-from mae_dist.dist import RankError
+from mae_dist.errors import MachineFault
+from mae_dist.run import events, jsonl, layout
 from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often a log gets a line where there is no terminal for a bar."""
-RECENT = 100
-"""Steps over which the final training loss is averaged."""
+"""Least time between two lines of progress in a log, where there is no terminal for a bar."""
 
 
 class Tracker:
-    """The record of a run from `step` on; a context manager. `unit` is images a step."""
+    """Context manager that records a run from `step` on. ``num_bad``: unreadable samples so far; ``skipped``: steps so
+    far whose gradient was not finite, overflows that a loss scale mends left out.
+    """
 
     def __init__(self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int):
-        self.path, self.total, self.num_samples = path / "metrics.jsonl", total, num_samples
+        self.path, self.total, self.num_samples = path / layout.METRICS, total, num_samples
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
@@ -61,28 +60,30 @@ class Tracker:
         self._mirrored(lambda mirror: mirror.finish())
 
     def rewind(self, step: int) -> None:
-        """Drop what was recorded after `step`, as those steps will be made again. Sets ``num_bad``, the unreadable
-        samples of the steps that remain, and ``skipped``, those of them whose gradient was not finite.
-        """
+        """Drop the records of later steps, which will be made again, and count ``num_bad`` and ``skipped`` anew."""
         self.waiting = []
 
         def cut() -> tuple[int, list[int]]:
             if self.ids:
-                rewind(self.ids, step)
-            rewind(self.path, step)
-            bad = sum(record["bad"] for record in records_with(self.path, "bad"))
-            return bad, [r["step"] for r in records_with(self.path, "skipped") if self._is_fault(r)]
+                jsonl.cut_after(self.ids, step)
+            jsonl.cut_after(self.path, step)
+            bad = sum(record["bad"] for record in jsonl.records_with(self.path, "bad"))
+            return bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if self._is_fault(r)]
 
         self.num_bad, self.skipped = dist.run_on_rank0(cut)
         self.restart_clock()
 
     def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
-        """Note a step: `seconds` by what they were spent on; whether a checkpoint was being written; on the device
-        `bad`, `ids`, `epochs` (this rank's), and `loss`, `grad_norm`, `loss_scale` (all ranks').
+        """Record a step at the next flush. ``seconds``: by what they were spent on; ``saving``: a checkpoint is being
+        written; ``tensors``: on the device `bad`, `ids`, `epochs` (this rank's), `loss`, `grad_norm`, `loss_scale`
+        (all ranks').
         """
-        plain = {"step": step, "epoch": round(step * self.unit / self.num_samples, 4), "lr": lr}
+        plain = {"kind": jsonl.STEP, "step": step, "epoch": self._epoch(step), "lr": lr}
         plain |= {name: round(value, 5) for name, value in seconds.items()} | ({"saving": True} if saving else {})
         self.waiting.append((plain, tensors))
+
+    def _epoch(self, step: int) -> float:
+        return round(step * self.unit / self.num_samples, 4)
 
     def flush(self) -> None:
         """Write the steps since the last flush."""
@@ -106,36 +107,36 @@ class Tracker:
         self.skipped += [record["step"] for record in records if self._is_fault(record)]
         self._write(self.path, records)
         for record in records:
-            self._mirrored(lambda mirror, record=record: mirror.log(record))
+            self._mirror(record)
         if self.ids:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
         self._show(records[-1])
 
     def _ids(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Epochs and ids of a step over all ranks, in the order of the global batch."""
+        """Epochs and ids of a step's samples over all ranks, in the order of the global batch."""
         return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
 
     @staticmethod
     def _is_fault(record: dict[str, Any]) -> bool:
-        """Whether the step was not finite for no good reason: a loss scale above 1 is one, since it will be halved."""
+        """Whether a step was skipped, unless its loss scale was above 1: that one is halved, and the next step fits."""
         return record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last flush (an evaluation, a save) out of images_per_second."""
+        """Leave the time since the last flush (an evaluation, a save) out of images_per_second."""
         self.flushed = time.perf_counter()
 
     def numbers(self, step: int, numbers: dict[str, float]) -> None:
-        """Write an evaluation (nothing, when it has no numbers)."""
+        """Record an evaluation, unless it has no numbers."""
         if not numbers:
             return
-        record = {"step": step, "epoch": round(step * self.unit / self.num_samples, 4)} | numbers
+        record = {"kind": jsonl.EVALUATION, "step": step, "epoch": self._epoch(step)} | numbers
         self._write(self.path, [record])
-        self._mirrored(lambda mirror: mirror.log(record))
+        self._mirror(record)
         text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
-        self._say(f"step {step}: {text}")
+        self._print(f"step {step}: {text}")
 
     def picture(self, file: Path) -> None:
-        """Mirror a picture that lies in the run's folder."""
+        """Send a picture in the run's folder to wandb."""
 
         def log_picture(mirror: Any) -> None:
             import wandb
@@ -148,19 +149,22 @@ class Tracker:
         if not dist.is_main():
             return
         try:
-            with path.open("a") as stream:
-                stream.write("".join(json.dumps(record) + "\n" for record in records))
+            jsonl.append(path, *records)
         except OSError as error:
-            raise RankError(
+            raise MachineFault(
                 f"{path}: cannot be written ({error.strerror}); make room, the same command goes on"
-            ) from None
+            ) from error
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in record.items() if name != "kind"}
+        self._mirrored(lambda mirror: mirror.log(numbers))
 
     def _mirrored(self, action: Callable[[Any], None]) -> None:
-        """Do something with the mirror; when it fails, go on without it."""
+        """Call `action` with the wandb run. After a failure, wandb is not used again in this process."""
         if self.mirror:
             try:
                 action(self.mirror)
-            except Exception as error:  # the mirror must never end a run
+            except Exception as error:  # wandb errors must not stop training
                 log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", error)
                 self.mirror = None
 
@@ -178,81 +182,24 @@ class Tracker:
                 "step %d/%d  %s  %s left", last["step"], self.total, text, time.strftime("%H:%M:%S", time.gmtime(left))
             )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.progress and not self.progress.disable:
             self.progress.console.print(text)
         elif self.progress:
             log.info(text)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl up to the first line that is not whole, as a kill leaves it."""
-    records = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a line that a kill has cut. Reads back from the end, as far as needed."""
-    path.touch()
-    if not path.stat().st_size:
-        return
-    evaluations, cut = [], 0
-    with path.open("r+b") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = len(content)
-        while end:
-            start = content.rfind(b"\n", 0, end - 1) + 1
-            line, end_of_line, end = content[start:end], end, start
-            record = _parsed(line)
-            if record is None or record["step"] > step:
-                continue
-            if "lr" in record or "ids" in record:  # a step: what lies before it is older
-                cut = end_of_line
-                break
-            evaluations.append(line)
-    with path.open("r+b") as stream:
-        stream.truncate(cut)
-        stream.seek(cut)
-        stream.writelines(reversed(evaluations))
-
-
-def records_with(path: Path, key: str) -> list[dict[str, Any]]:
-    """The records that have this key; only those are parsed."""
-    if not path.stat().st_size:
-        return []
-    found, word, place = [], f'"{key}": '.encode(), 0
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while (place := content.find(word, place)) >= 0:
-            start, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
-            found.append(json.loads(content[start:end]))
-            place = end
-    return found
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None for one that is not whole."""
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-
-
 def summary(path: Path) -> dict[str, float]:
-    """Final numbers of a run: mean training loss of the last steps, bad samples, and the last evaluation."""
-    records = read(path)
-    steps = [r for r in records if "lr" in r]
-    evaluations = [r for r in records if "lr" not in r]
-    recent = [r["loss"] for r in steps if "loss" in r][-RECENT:]
+    """Final numbers of a metrics.jsonl: mean training loss of the last steps, bad samples, and the last evaluation."""
+    records = jsonl.read(path)
+    steps = [r for r in records if r["kind"] == jsonl.STEP]
+    evaluations = [r for r in records if r["kind"] == jsonl.EVALUATION]
+    recent = [r["loss"] for r in steps if "loss" in r][-layout.RECENT :]
     found = {"loss": sum(recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
     if skipped := sum(r.get("skipped", False) for r in steps):
         found["skipped"] = skipped
     if evaluations:
-        found |= {k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")}
+        found |= {k: v for k, v in evaluations[-1].items() if k not in ("kind", "step", "epoch")}
     return found
 
 
@@ -268,23 +215,26 @@ def _bar(verb: str, step: int, total: int) -> Progress:
     return progress
 
 
+def wandb_id(run: Path) -> str:
+    """The id of the run's wandb run: a hash of its first start, so that a resumed run is one run in wandb."""
+    first = events.of(run, "start")[0]
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:8]
+
+
 def _wandb(path: Path, config: RunConfig, verb: str) -> Any:
-    """The mirror, or None. Its run id lives in the run's folder, so a resumed run is one wandb run."""
+    """A wandb run, or None where `track.wandb` is off or wandb fails."""
     if config.track.wandb == "off":
         return None
     try:
         import wandb
 
-        file = path / "wandb_id"
-        if not file.is_file():
-            file.write_text(secrets.token_hex(4))
         mirror = wandb.init(
-            project=config.track.project, id=file.read_text().strip(), resume="allow", dir=str(path), name=path.name,
+            project=config.track.project, id=wandb_id(path), resume="allow", dir=str(path), name=path.name,
             job_type=verb, mode=config.track.wandb, config=configuration.to_dict(config),
         )  # fmt: skip
         mirror.define_metric("step")
         mirror.define_metric("*", step_metric="step")
         return mirror
-    except Exception as error:  # the mirror must never end a run
+    except Exception as error:  # wandb errors must not stop training
         log.warning("wandb is not available (%s): going on without it; metrics.jsonl has everything", error)
         return None

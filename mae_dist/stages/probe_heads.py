@@ -53,7 +53,8 @@ def run(config: schema.ProbeConfig) -> None:
     setup = build_setup("probe", dataclasses.replace(config, machine=machine), needs_labels=True)
     objective = build(setup)
     held, rest = divide(setup)
-    if not setup.run.open("probe", setup.config, setup.data_fingerprint):
+    total = configuration.total_steps(setup.config.train, len(setup.train_split))
+    if not setup.run.open("probe", setup.config, setup.data_fingerprint, total):
         return
     view, precision = setup.config.view, setup.config.train.precision
     fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment)

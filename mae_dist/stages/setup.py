@@ -165,7 +165,8 @@ def prepare_run(verb: str, config: Any, needs_labels: bool, build: Callable[[Set
     """
     setup = build_setup(verb, config, needs_labels)
     built = build(setup)
-    return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint) else None
+    total = 0 if verb == "knn" else configuration.total_steps(setup.config.train, len(setup.train_split))
+    return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total) else None
 
 
 def build_setup(verb: str, config: Any, needs_labels: bool) -> Setup:

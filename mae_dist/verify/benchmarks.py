@@ -86,7 +86,7 @@ class Runner:
 
     def records(self, run: Path) -> list[dict[str, Any]]:
         """The records of a run's steps after WARM_UP."""
-        return [record for record in jsonl.read(run / "metrics.jsonl") if "lr" in record][WARM_UP:]
+        return jsonl.steps(run / "metrics.jsonl")[WARM_UP:]
 
 
 def resume(runner: Runner) -> Result:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dist.run import directory, jsonl
+from mae_dist.run import directory, events
 from mae_dist.run.layout import write_text
 from mae_dist.verify import compare
 from mae_dist.verify.compare import Evidence, Samples
@@ -96,7 +96,7 @@ class Start:
 
 def read_starts(run: Path) -> list[Start]:
     """The starts of a run, oldest first, from its events.jsonl."""
-    return [Start(e["step"], e["world"], e["git"], e["command"]) for e in jsonl.read(run / "provenance.jsonl")]
+    return [Start(e["step"], e["ranks"], e["git"], e["command"]) for e in events.of(run, "start")]
 
 
 @dataclass(frozen=True)

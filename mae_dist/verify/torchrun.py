@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mae_dist.run import jsonl
+from mae_dist.run import events
 from mae_dist.run.directory import RunDir
 from mae_dist.run.events import Event, Kind
 from mae_dist.verify import processes
@@ -29,7 +29,7 @@ T = TypeVar("T")
 RECOVERY_TIME = 180.0
 """Seconds in which a run must recover from a fault."""
 POLL = 0.01
-FILES = {"start": "provenance.jsonl", "rewind": "rewinds.jsonl"}
+FOLLOWED: tuple[Kind, ...] = ("start", "rewind")
 MARK = "MAE_DIST_CHAOS"
 RESTARTS = 1000
 """torchrun's --max-restarts: more than any plan needs."""
@@ -135,7 +135,7 @@ class TorchrunRun:
 
     def remember(self) -> None:
         """Mark this moment, before a fault."""
-        self.counts = {kind: len(jsonl.read(self.run.path / name)) for kind, name in FILES.items()}
+        self.counts = {kind: len(events.of(self.run.path, kind)) for kind in FOLLOWED}
         self.offset = self.log.stat().st_size if self.log.is_file() else 0
         self.reached = self.step()
 
@@ -147,7 +147,7 @@ class TorchrunRun:
 
     def new_events(self, kind: Kind) -> list[Event]:
         """The run's events of this kind since `remember`, oldest first."""
-        return jsonl.read(self.run.path / FILES[kind])[self.counts[kind] :]
+        return events.of(self.run.path, kind)[self.counts[kind] :]
 
     def update_reached(self) -> None:
         """Set `reached` to the largest step since `remember`."""

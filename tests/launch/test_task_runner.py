@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -203,8 +202,8 @@ def test_torchrun_sh_on_two_machines_stops_at_sigterm_and_resumes(tmp_path: Path
     for machine in start():
         assert machine.wait(timeout=120) == 0
     assert (run / "result.json").exists()
-    first, second = (json.loads(line) for line in (run / "provenance.jsonl").read_text().splitlines())
-    assert first["world"] == second["world"] == 2
+    first, second = events.of(run, "start")
+    assert first["ranks"] == second["ranks"] == 2
     assert 0 < second["step"] == second["reached"]
 
 

@@ -1,13 +1,10 @@
-"""RunDir: what is restored is what was saved, bit for bit; damage is passed over; no folder is taken for another."""
+"""Checkpoints: what is restored is what was saved, bit for bit; damaged ones are skipped; a failed save leaves none."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +18,8 @@ from torch import Tensor, nn
 from mae_dist import config, evaluate, optim, schema, train
 from mae_dist.__main__ import main
 from mae_dist.data.pack import from_synthetic, pack
-from mae_dist.run import async_checkpoint, checkpoint, directory, layout
+from mae_dist.errors import MachineFault
+from mae_dist.run import async_checkpoint, checkpoint, directory
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 
@@ -104,7 +102,7 @@ def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 )
-def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_checkpoint_keeps_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     run = opened(tmp_path)
     state = {
         "scalar": torch.tensor(3).to(dtype),
@@ -117,11 +115,11 @@ def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     assert all(torch.equal(filled[name], state[name]) for name in state)
 
 
-def test_a_new_run_starts_at_zero(tmp_path: Path) -> None:
+def test_restore_without_a_checkpoint_is_step_0(tmp_path: Path) -> None:
     assert opened(tmp_path).restore(simple(0.0)) == 0
 
 
-def test_files_are_safetensors_and_named_in_the_manifest(tmp_path: Path) -> None:
+def test_checkpoint_is_safetensors_named_in_the_manifest(tmp_path: Path) -> None:
     (folder,) = saved(tmp_path, 5).checkpoints()
     files = tensor_files(folder)
     assert files
@@ -138,26 +136,26 @@ def test_files_are_safetensors_and_named_in_the_manifest(tmp_path: Path) -> None
     assert checkpoint.names_in(folder) == {"model.weight": torch.Size([3, 2]), "model.count": torch.Size([])}
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_checkpoint_keep_leaves_the_newest(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2, 30, 4, keep=2)  # a step that is saved again, later, is not the newest
     assert [path.name for path in run.checkpoints()] == ["step-000000004", "step-000000030"]
     run.save(31, simple(31.0), keep=1)
     assert [path.name for path in run.checkpoints()] == ["step-000000031"]
 
 
-def test_some_are_never_removed(tmp_path: Path) -> None:
+def test_checkpoint_keep_every_is_never_removed(tmp_path: Path) -> None:
     run = opened(tmp_path)
     for step in range(1, 9):
         run.save(step, simple(float(step)), keep=2, keep_every=3)
     assert [step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
 
 
-def test_what_cannot_be_written_leaves_the_last_good_one(tmp_path: Path) -> None:
+def test_checkpoint_on_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
     run = saved(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(ValueError, match=r"checkpoint of step 2 could not be written .*File too large"):
+        with pytest.raises(MachineFault, match=r"checkpoint of step 2 could not be written .*File too large"):
             run.save(2, {"model.weight": torch.zeros(100_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -165,7 +163,7 @@ def test_what_cannot_be_written_leaves_the_last_good_one(tmp_path: Path) -> None
     assert run.restore(simple(0.0)) == 1
 
 
-def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_async_save_is_of_the_step_at_which_it_began(tmp_path: Path) -> None:
     run, state = opened(tmp_path), simple(1.0) | {"model.large": torch.ones(1_000_000)}
     with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(keep=5), pinned=False) as saving:
         for step in (1, 2, 3):
@@ -180,7 +178,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Pa
         assert all((tensor == step).all() for tensor in found.values())
 
 
-def test_a_failed_save_in_the_background_is_told_and_only_the_last_ends_the_run(
+def test_async_save_that_fails_is_logged_and_ends_the_run_only_if_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = saved(tmp_path, 1)
@@ -192,11 +190,11 @@ def test_a_failed_save_in_the_background_is_told_and_only_the_last_ends_the_run(
         assert "checkpoint of step 2 could not be written" in caplog.text
         assert "Training continues" in caplog.text
         saving.save(3, simple(3.0))
-        with pytest.raises(ValueError, match="checkpoint of step 3 could not be written"):
+        with pytest.raises(MachineFault, match="checkpoint of step 3 could not be written"):
             saving.wait()
 
 
-def test_no_save_is_in_flight_when_an_evaluation_forks_its_workers(
+def test_async_save_has_ended_before_an_evaluation_forks_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen: a worker that hung in fork() because the thread of a save was just ending, and the rank waited for it."""
@@ -207,19 +205,19 @@ def test_no_save_is_in_flight_when_an_evaluation_forks_its_workers(
         time.sleep(0.3)
         quick(self, *arguments)
 
-    def looked(*arguments: Any) -> float:
+    def measured(*arguments: Any) -> float:
         seen.append([thread for thread in threading.enumerate() if "_write" in thread.name])
         return mean_loss(*arguments)
 
     monkeypatch.setattr(RunDir, "save", slow)
-    monkeypatch.setattr(evaluate, "mean_loss", looked)
+    monkeypatch.setattr(evaluate, "mean_loss", measured)
     words = [*TINY, "train.steps=3", "track.evaluate_every=0.25", "checkpoint.every=1", "machine.processes=1"]
     assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
     assert seen == [[], [], []]
 
 
 @pytest.mark.parametrize(("minutes", "saved"), [("1e-9", [1, 2, 3, 4]), ("60", [4])])
-def test_no_more_than_so_many_minutes_are_lost(tmp_path: Path, minutes: str, saved: list[int]) -> None:
+def test_checkpoint_minutes_bounds_the_lost_work(tmp_path: Path, minutes: str, saved: list[int]) -> None:
     pack(from_synthetic(16, 4), tmp_path / "set", shard_size=8)
     words = [*TINY, "train.steps=4", f"checkpoint.minutes={minutes}", "checkpoint.keep=9", "machine.processes=1"]
     assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
@@ -244,7 +242,7 @@ def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.Capture
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
     run.save(2, simple(7.0), keep=10)
     state = simple(0.0)
@@ -264,7 +262,7 @@ def cut(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("what", ["tensors", "manifest"])
-def test_damage_falls_back_to_the_one_before(
+def test_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, damage: Any, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = saved(tmp_path, 1, 2, 3)
@@ -281,17 +279,17 @@ def test_damage_falls_back_to_the_one_before(
         assert run.restore(state) == 2
     assert all(torch.equal(state[name], tensor) for name, tensor in simple(2.0).items())
     assert "step-000000003 is damaged" in caplog.text
-    assert newest.exists()  # nobody removes what a person may want to look at
+    assert newest.exists()  # a damaged checkpoint is not removed, so that a person can inspect it
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"files": null}', '{"files": {}}', "\xff"])
-def test_a_manifest_that_is_none_counts_as_damage(tmp_path: Path, text: str) -> None:
+def test_damaged_manifest_counts_as_damage(tmp_path: Path, text: str) -> None:
     run = saved(tmp_path, 1)
     (run.checkpoints()[0] / checkpoint.MANIFEST).write_bytes(text.encode("latin-1"))
     assert checkpoint.verify(run.checkpoints()[0]) is not None
 
 
-def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
     for path in run.checkpoints():
         flip(tensor_files(path)[0])
@@ -299,7 +297,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         run.restore(simple(0.0))
 
 
-def test_an_unfinished_save_is_ignored_and_removed(tmp_path: Path) -> None:
+def test_unfinished_save_is_ignored_and_removed(tmp_path: Path) -> None:
     run = saved(tmp_path, 1)
     leftover = tmp_path / "checkpoints" / ".saving-000000002"
     leftover.mkdir()
@@ -310,7 +308,7 @@ def test_an_unfinished_save_is_ignored_and_removed(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_what_does_not_fit_the_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused_by_tensor_name(tmp_path: Path) -> None:
     run = saved(tmp_path, 1)
     with pytest.raises(ValueError, match=r"has no tensor model\.other"):
         run.restore(simple(0.0) | {"model.other": torch.zeros(1)})
@@ -319,137 +317,3 @@ def test_what_does_not_fit_the_model_is_refused_by_name(tmp_path: Path) -> None:
     state = {"model.weight": torch.zeros(3, 2)}
     assert run.restore(state) == 1  # a part may be asked for
     assert (state["model.weight"] == 1).all()
-
-
-def test_a_run_that_has_made_no_step_may_be_begun_with_other_settings(tmp_path: Path) -> None:
-    opened(tmp_path)
-    other = settings(tmp_path, "train.seed=1")
-    assert RunDir(tmp_path).open("pretrain", other, DATA)
-    assert RunDir(tmp_path).settings()[2].train.seed == 1
-
-
-WORKS = """
-import sys, time
-from mae_dist.run.directory import RunDir
-RunDir(sys.argv[1])._claim()
-print("claimed", flush=True)
-time.sleep(float(sys.argv[2]))
-"""
-
-
-def test_only_one_process_is_at_work_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another is waited for, and refused by its name if it stays; one that was killed holds nothing."""
-    command = [sys.executable, "-c", WORKS, str(tmp_path / "run")]
-    with subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "claimed\n"
-        monkeypatch.setattr(directory, "PATIENCE", 0.3)
-        with pytest.raises(ValueError, match=rf"out=\S+run: process {other.pid} on \S+ is at work in this run; end it"):
-            opened(tmp_path / "run")
-        assert not (tmp_path / "run" / "config.yaml").exists()
-        monkeypatch.setattr(directory, "PATIENCE", 30)
-        threading.Timer(0.5, other.kill).start()
-        opened(tmp_path / "run")
-    impatient = f"from mae_dist.run import directory; directory.PATIENCE = 0\n{WORKS}"
-    command = [sys.executable, "-c", impatient, str(tmp_path / "run"), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert f"process {os.getpid()} on " in done.stderr
-
-
-def test_other_settings_are_refused_by_field(tmp_path: Path) -> None:
-    opened(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
-    other = settings(tmp_path, "train.seed=1", "mae.mask_ratio=0.5")
-    with pytest.raises(ValueError, match=r"train\.seed: 0 -> 1; mae\.mask_ratio: 0\.75 -> 0\.5") as error:
-        RunDir(tmp_path).open("pretrain", other, DATA)
-    assert "machine" not in str(error.value)
-    with pytest.raises(ValueError, match=f"content of data.path: {DATA} -> fedcba"):
-        RunDir(tmp_path).open("pretrain", settings(tmp_path), "fedcba")
-    accepting = settings(tmp_path, "data.accept_change=true")
-    assert RunDir(tmp_path).open("pretrain", accepting, "fedcba")
-    assert RunDir(tmp_path).settings()[1] == "fedcba"
-    knn = config.load("knn", None, [f"out={tmp_path}", "data.path=/data", "model.name=vit_demo4", "init_from=random"])
-    with pytest.raises(ValueError, match="verb: pretrain -> knn"):
-        RunDir(tmp_path).open("knn", knn, DATA)
-
-
-def test_where_and_how_may_change(tmp_path: Path) -> None:
-    opened(tmp_path, "data.mean=[0.1,0.2,0.3]")
-    overrides = [
-        "machine.micro_batch=7",
-        "machine.workers=0",
-        "checkpoint.every=3",
-        "track.every=1",
-        "data.path=/moved",
-    ]
-    run = opened(tmp_path, "data.mean=[0.1,0.2,0.3]", *overrides)
-    verb, data, found = run.settings()
-    assert (verb, data) == ("pretrain", DATA)
-    assert found == settings(tmp_path, "data.mean=[0.1,0.2,0.3]", *overrides)
-
-
-def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    (tmp_path / "empty").mkdir()
-    opened(tmp_path / "empty")
-    for path in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(ValueError, match="exists and is no run of mae-dist"):
-            RunDir(path).open("pretrain", settings(path), DATA)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(ValueError, match=r"init_from=\S+: holds no config\.yaml"):
-        RunDir.existing(tmp_path, "init_from")
-    with pytest.raises(ValueError, match=r"init_from=\S+: no such folder"):
-        RunDir.existing(tmp_path / "nowhere", "init_from")
-    assert RunDir.existing(tmp_path / "empty", "init_from").path == tmp_path / "empty"
-
-
-def test_a_run_begins_in_the_folder_that_its_launcher_has_prepared(tmp_path: Path) -> None:
-    for name in ("jobs", "code"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "something").write_text("of the launcher")
-    layout.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="exists and is no run of mae-dist"):
-        layout.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
-    (tmp_path / "thesis.tex").unlink()
-    run = opened(tmp_path)
-    assert run.settings() == layout.settings(tmp_path)
-    assert (tmp_path / "code" / "something").read_text() == "of the launcher"
-
-
-@pytest.mark.parametrize("text", ["", "[1]", "{", "verb: pretrain", "verb: bake\ndata_fingerprint: x\n"])
-def test_a_broken_config_yaml_is_named(tmp_path: Path, text: str) -> None:
-    run = opened(tmp_path)
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.yaml"):
-        run.settings()
-
-
-def test_a_finished_run_is_not_opened_again(tmp_path: Path) -> None:
-    run = opened(tmp_path)
-    assert run.result() is None
-    run.finish({"top1": 12.5})
-    assert run.result() == {"top1": 12.5}
-    assert not RunDir(tmp_path).open("pretrain", settings(tmp_path), DATA)
-
-
-def test_every_start_leaves_a_line_of_provenance(tmp_path: Path) -> None:
-    run = opened(tmp_path)
-    run.record_launch(0, torch.device("cpu"))
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "lr": 0.1}}\n' for step in range(1, 44)))
-    before = time.time() - 90
-    os.utime(tmp_path / "metrics.jsonl", (before, before))
-    run.record_launch(40, torch.device("cpu"))
-    notes = [json.loads(line) for line in (tmp_path / "provenance.jsonl").read_text().splitlines()]
-    assert [note["step"] for note in notes] == [0, 40]
-    assert "reached" not in notes[0]
-    assert notes[1]["reached"] == 43
-    assert 90 <= notes[1]["away"] < 100
-    assert notes[0]["world"] == 1
-    assert notes[0]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-
-
-def test_a_snapshot_of_the_code_says_what_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / layout.REVISION).write_text("0123456789ab+\n")
-    monkeypatch.setattr(layout, "__file__", str(tmp_path / "mae_dist" / "run" / "layout.py"))
-    assert directory.provenance(torch.device("cpu"))["git"] == "0123456789ab+"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mae_dist import config, schema
-from mae_dist.run import tracker
+from mae_dist.run import events, layout, tracker
 
 
 def settings(path: Path, wandb: str = "off") -> schema.PretrainConfig:
@@ -29,7 +29,7 @@ def new_tracker(path: Path, step: int = 0, wandb: str = "off") -> tracker.Tracke
     return tracker.Tracker(path, settings(path, wandb), "pretrain", step, total=100, num_samples=50)
 
 
-def test_off_is_off_whatever_yaml_makes_of_it(tmp_path: Path) -> None:
+def test_wandb_off_is_off_though_yaml_reads_false(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("track: {wandb: off}\n")
     overrides = ["out=x", "data.path=x", "model.name=x"]
@@ -37,7 +37,7 @@ def test_off_is_off_whatever_yaml_makes_of_it(tmp_path: Path) -> None:
     assert settings(tmp_path, wandb="off").track.wandb == "off"
 
 
-def note(
+def record_step(
     tracked: tracker.Tracker, step: int, loss: float = 0.5, bad: int = 0, norm: float = 1.0, scale: float = 1.0
 ) -> None:
     tensors = {
@@ -51,31 +51,39 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_step_is_written_once_when_flushed(tmp_path: Path) -> None:
+def test_metrics_have_each_step_once_after_a_flush(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
-        note(tracked, 1, loss=0.75)
-        note(tracked, 2, bad=3)
+        record_step(tracked, 1, loss=0.75)
+        record_step(tracked, 2, bad=3)
         assert lines(tmp_path) == []
         tracked.flush()
         tracked.flush()
         assert [line["step"] for line in lines(tmp_path)] == [1, 2]
         tracked.numbers(2, {"test_top1": 12.5})
-        note(tracked, 3)
+        record_step(tracked, 3)
         tracked.flush()
     first, second, evaluation, third = lines(tmp_path)
     speed = first.pop("images_per_second")
     assert speed > 0
-    assert first == {"step": 1, "epoch": 0.2, "loss": 0.75, "lr": 1e-3, "grad_norm": 1.0, "data_wait": 0.25}
+    assert first == {
+        "kind": "step",
+        "step": 1,
+        "epoch": 0.2,
+        "loss": 0.75,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "data_wait": 0.25,
+    }
     assert second["bad"] == 3
-    assert evaluation == {"step": 2, "epoch": 0.4, "test_top1": 12.5}
+    assert evaluation == {"kind": "evaluation", "step": 2, "epoch": 0.4, "test_top1": 12.5}
     assert third["step"] == 3
     assert tracked.num_bad == 3
 
 
-def test_resume_drops_later_lines_and_a_cut_one_and_goes_on(tmp_path: Path) -> None:
+def test_resume_drops_later_metrics_and_a_torn_line(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
         for step in range(1, 8):
-            note(tracked, step, loss=step)
+            record_step(tracked, step, loss=step)
         tracked.flush()
         tracked.numbers(4, {"test_top1": 1.0})
         tracked.numbers(7, {"test_top1": 2.0})
@@ -85,31 +93,19 @@ def test_resume_drops_later_lines_and_a_cut_one_and_goes_on(tmp_path: Path) -> N
     with new_tracker(tmp_path, step=4) as tracked:
         assert file.read_text().splitlines() == [*before[:4], before[7]]
         for step in range(5, 7):
-            note(tracked, step, loss=-step)
+            record_step(tracked, step, loss=-step)
         tracked.flush()
     assert [line["loss"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, -5, -6]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_rewind_keeps_lines_as_they_are(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    text = "".join(json.dumps({"step": i, "loss": i / 3, "grad_norm": math.inf}) + "\n" for i in range(1, 6))
-    file.write_text(text + '{"step": 6')
-    tracker.rewind(file, 5)
-    assert file.read_text() == text
-    tracker.rewind(file, 0)
-    assert file.read_text() == ""
-
-
 @pytest.mark.parametrize("broken", [{"loss": math.nan, "norm": math.nan}, {"norm": math.inf}])
-def test_a_step_that_is_not_finite_is_counted_as_skipped_also_over_resumes(
-    tmp_path: Path, broken: dict[str, Any]
-) -> None:
+def test_nonfinite_steps_are_counted_as_skipped_over_resumes(tmp_path: Path, broken: dict[str, Any]) -> None:
     with new_tracker(tmp_path) as tracked:
-        note(tracked, 1)
-        note(tracked, 2, **broken)
-        note(tracked, 3)
-        note(tracked, 4, **broken)
+        record_step(tracked, 1)
+        record_step(tracked, 2, **broken)
+        record_step(tracked, 3)
+        record_step(tracked, 4, **broken)
         tracked.flush()
         assert tracked.skipped == [2, 4]
     assert [line.get("skipped", False) for line in lines(tmp_path)] == [False, True, False, True]
@@ -119,25 +115,25 @@ def test_a_step_that_is_not_finite_is_counted_as_skipped_also_over_resumes(
     assert tracker.summary(tmp_path / "metrics.jsonl")["skipped"] == 1
 
 
-def test_an_overflow_that_the_loss_scale_will_mend_is_no_fault(tmp_path: Path) -> None:
+def test_fp16_overflow_above_loss_scale_1_is_no_fault(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
         tracked.scaled = True
-        note(tracked, 1, norm=math.inf, scale=2.0)
-        note(tracked, 2, norm=math.inf, scale=1.0)
+        record_step(tracked, 1, norm=math.inf, scale=2.0)
+        record_step(tracked, 2, norm=math.inf, scale=1.0)
         tracked.flush()
         assert tracked.skipped == [2]
     assert [line["loss_scale"] for line in lines(tmp_path)] == [2.0, 1.0]
     assert all(line["skipped"] for line in lines(tmp_path))
 
 
-def test_ids_are_written_and_cut_back(tmp_path: Path) -> None:
+def test_ids_are_written_and_cut_on_resume(tmp_path: Path) -> None:
     config_ = config.load(
         "pretrain", None, [f"out={tmp_path}", "data.path=x", "model.name=vit_demo4", "track.ids=true"]
     )
     for start in (0, 2):
         with tracker.Tracker(tmp_path, config_, "pretrain", start, total=100, num_samples=50) as tracked:
             for step in range(start + 1, 5):
-                note(tracked, step)
+                record_step(tracked, step)
             tracked.flush()
     written = [json.loads(line) for line in (tmp_path / "ids.jsonl").read_text().splitlines()]
     assert written == [{"step": step, "epochs": [0, 1], "ids": [step, 7]} for step in range(1, 5)]
@@ -146,39 +142,42 @@ def test_ids_are_written_and_cut_back(tmp_path: Path) -> None:
 def test_bad_samples_are_counted_over_resumes(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
         for step in range(1, 5):
-            note(tracked, step, bad=2)
+            record_step(tracked, step, bad=2)
         tracked.flush()
         assert tracked.num_bad == 8
     with new_tracker(tmp_path, 3) as tracked:
         assert tracked.num_bad == 6
 
 
-def test_summary(tmp_path: Path) -> None:
+def test_summary_is_of_the_last_100_steps_and_the_last_evaluation(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
         for step in range(1, 251):
-            note(tracked, step, loss=step, bad=step % 100 == 0)
+            record_step(tracked, step, loss=step, bad=step % 100 == 0)
         tracked.flush()
         tracked.numbers(200, {"test_top1": 1.0})
         tracked.numbers(250, {"test_top1": 2.0, "test_top5": 3.0})
-    assert tracker.RECENT == 100
+    assert layout.RECENT == 100
     mean = sum(range(151, 251)) / 100
     assert tracker.summary(tmp_path / "metrics.jsonl") == {"loss": mean, "bad": 2, "test_top1": 2.0, "test_top5": 3.0}
 
 
 def test_summary_without_evaluations(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1, "loss": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 2.0}\n')
     assert tracker.summary(tmp_path / "metrics.jsonl") == {"loss": 2.0, "bad": 0}
 
 
 def test_wandb_offline_is_one_run_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    events.append(tmp_path, "start", step=0)
     for start in (0, 2):
         with new_tracker(tmp_path, start, wandb="offline") as tracked:
             assert tracked.mirror is not None
-            note(tracked, start + 1)
-            note(tracked, start + 2)
+            record_step(tracked, start + 1)
+            record_step(tracked, start + 2)
             tracked.flush()
-    name = (tmp_path / "wandb_id").read_text()
+        events.append(tmp_path, "start", step=2)
+    name = tracker.wandb_id(tmp_path)
+    assert len(name) == 8
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(folders) >= 1
     assert all(f"-{name}" in folder for folder in folders)  # two in one second get a number, too
@@ -194,11 +193,11 @@ class Broken:
     finish = log
 
 
-def test_a_mirror_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_wandb_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with new_tracker(tmp_path) as tracked:
         tracked.mirror = Broken()
-        note(tracked, 1)
-        note(tracked, 2)
+        record_step(tracked, 1)
+        record_step(tracked, 2)
         tracked.flush()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert caplog.text.count("wandb failed") == 1

@@ -17,6 +17,7 @@ from running import start
 from mae_dist.batch import Batch
 from mae_dist.data.order import Order
 from mae_dist.objectives import Output
+from mae_dist.run import events
 from mae_dist.verify import chaos, chaos_table, compare, inject_nan
 from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS
@@ -267,4 +268,4 @@ def test_run_is_bit_identical_after_sigkill_power_loss_and_nan(tmp_path: Path) -
         assert row["lost"] == row["repeated"] == row["moved"] == 0, row
     assert next(row for row in found["faults"] if row["kind"] == "nan")["redone"] >= 3
     assert "every promise is kept" in done.stdout
-    assert len((out / "run" / "provenance.jsonl").read_text().splitlines()) == 3  # a start, and two after kills
+    assert len(events.of(out / "run", "start")) == 3  # a start, and two after kills
