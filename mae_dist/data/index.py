@@ -227,7 +227,7 @@ def open_split(path: str, split: str) -> ShardIndex:
             raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
         if shard is not None and tar.stat().st_size != shard.num_bytes:
             raise ValueError(
-                f"{tar}: {tar.stat().st_size} bytes, but {FILE} says {shard.num_bytes}: it was changed or cut short; "
+                f"{tar}: {tar.stat().st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
     known_or_not = zip(tars, indexes, shards, strict=True)
@@ -318,7 +318,7 @@ def _rows(index: Path) -> Iterator[dict[str, tuple[int, int, str]]]:
     count = _count(index)
     lines = index.read_text().splitlines()[1:]
     if len(lines) != count:
-        raise ValueError(f"{index}: says {count} samples but has {len(lines)}; run `mae-dist data index` again")
+        raise ValueError(f"{index}: expected {count} samples, found {len(lines)}; run `mae-dist data index` again")
     for line in lines:
         words = line.split(" ")
         yield {

@@ -116,7 +116,7 @@ def _light(dice: _Dice) -> np.ndarray:
 
 
 def _over(picture: np.ndarray, surface: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """`surface` where the signed `distance` (pixels, inside negative) says so, smooth over one pixel."""
+    """Draw `surface` over `picture` where the signed `distance` in pixels is negative, smoothed over one pixel."""
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     return picture + (surface - picture) * cover
 

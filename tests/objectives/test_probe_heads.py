@@ -50,7 +50,7 @@ def batch_of(num: int, first: int = 0) -> Batch:
     return Batch(images, ids % 5, ids, torch.zeros_like(ids), torch.zeros(num, dtype=torch.bool))
 
 
-def board(share: float = 0.25, **grid: Any) -> ProbeHeads:
+def heads(share: float = 0.25, **grid: Any) -> ProbeHeads:
     return ProbeHeads(vit(), 5, schema.HeadsConfig(held_out=share, **grid), chunk=7, seed=3).double().train()
 
 
@@ -75,7 +75,7 @@ def trained(objective: Objective, steps: int = 6, settings: schema.OptimConfig =
 def test_probe_heads_one_lars_head_equals_the_probe_of_the_paper() -> None:
     probe = Probe(vit(), 5, chunk=4, seed=3).double().train()
     settings = schema.OptimConfig(name="lars", base_lr=0.3, weight_decay=0.0)
-    alone = board(share=0.0, lars=(0.3,))
+    alone = heads(share=0.0, lars=(0.3,))
     expected, found = trained(probe, settings=settings), trained(alone, settings=settings)
     assert found == pytest.approx(expected, rel=1e-12)
     assert expected[-1] != pytest.approx(expected[0], rel=1e-3)
@@ -85,7 +85,7 @@ def test_probe_heads_one_lars_head_equals_the_probe_of_the_paper() -> None:
 
 
 def test_probe_heads_together_equal_each_alone() -> None:
-    many = board(**GRID, features=("cls", "mean", "both"), blocks=(1, 3), attentive=True)
+    many = heads(**GRID, features=("cls", "mean", "both"), blocks=(1, 3), attentive=True)
     trained(many)
     assert len(many.heads) == 2 * 3 * 6 * 2 + 4
     assert len({head.name for head in many.heads}) == len(many.heads)
@@ -98,7 +98,7 @@ def test_probe_heads_together_equal_each_alone() -> None:
             head.method: (head.base_lr,), "weight_decay": (head.weight_decay,), "features": kind,
             "blocks": (head.block,), "attentive": head.features == ATTENTIVE,
         }  # fmt: skip
-        single = board(**one)
+        single = heads(**one)
         trained(single)
         assert single.heads[-1] == head
         alone = single.eval()(batch_of(9)).prediction[:, -1]
@@ -108,10 +108,10 @@ def test_probe_heads_together_equal_each_alone() -> None:
 @pytest.mark.parametrize("attentive", [False, True])
 def test_probe_heads_diverged_head_does_not_affect_others(attentive: bool) -> None:
     """Weight decay times rate above 2 makes SGD's weights grow without end."""
-    calm, wild = board(sgd=(0.2,), weight_decay=(0.1,)), board(sgd=(0.2, 1e9), weight_decay=(0.1,))
+    calm, wild = heads(sgd=(0.2,), weight_decay=(0.1,)), heads(sgd=(0.2, 1e9), weight_decay=(0.1,))
     if attentive:
-        calm = board(sgd=(0.2,), adamw=(1e-3,), weight_decay=(0.1,), attentive=True)
-        wild = board(sgd=(0.2, 1e9), adamw=(1e-3, 1e30), weight_decay=(0.1,), attentive=True)
+        calm = heads(sgd=(0.2,), adamw=(1e-3,), weight_decay=(0.1,), attentive=True)
+        wild = heads(sgd=(0.2, 1e9), adamw=(1e-3, 1e30), weight_decay=(0.1,), attentive=True)
     trained(calm, steps=12)
     trained(wild, steps=12)
     names = {head.name: number for number, head in enumerate(wild.heads)}
@@ -125,7 +125,7 @@ def test_probe_heads_diverged_head_does_not_affect_others(attentive: bool) -> No
 
 
 def test_probe_heads_zero_gradients_beyond_the_limit_and_losses_of_dead_heads() -> None:
-    objective = board(sgd=(0.1, 0.2))
+    objective = heads(sgd=(0.1, 0.2))
     big = torch.full((3,), 2 * LIMIT)
     assert not objective._zero_if_dead(0, big).any()
     assert objective._zero_if_dead(0, big / 10).all()
@@ -137,14 +137,14 @@ def test_probe_heads_zero_gradients_beyond_the_limit_and_losses_of_dead_heads() 
 
 def test_probe_heads_nonfinite_features_kill_no_head() -> None:
     """Then the loss is not finite, and the step is skipped as any other."""
-    objective, batch = board(**GRID), batch_of(8)
+    objective, batch = heads(**GRID), batch_of(8)
     batch.images[3, 0, 0, 0] = torch.nan
     assert not objective(batch).loss.sum().isfinite()
     assert not objective.dead.any()
 
 
 def test_probe_heads_nonfinite_step_changes_no_head() -> None:
-    objective = board(**GRID)
+    objective = heads(**GRID)
     groups = objective.groups(OPTIM)
     assert {(g["rule"], g.get("trust", 0), g["lr_scale"]) for g in groups} == {
         *(("lars", 0, rate / 0.1) for rate in GRID["lars"]), *(("lars", None, rate / 0.1) for rate in GRID["sgd"]),
@@ -174,7 +174,7 @@ def test_probe_heads_held_out_samples_are_chosen_by_id_and_have_no_weight() -> N
     assert torch.equal(held_out(3, 0.25, torch.from_numpy(ids)), torch.from_numpy(chosen))
     assert (held_out(4, 0.25, ids) != chosen).mean() > 0.3
     assert (chosen <= held_out(3, 0.5, ids)).all()
-    objective, batch = board(sgd=(0.1,)), batch_of(40)
+    objective, batch = heads(sgd=(0.1,)), batch_of(40)
     loss, mark = objective(batch).loss, held_out(3, 0.25, batch.ids)
     assert 0 < mark.sum() < 40
     assert torch.equal(loss == 0, mark)
@@ -184,7 +184,7 @@ def test_probe_heads_held_out_samples_are_chosen_by_id_and_have_no_weight() -> N
 
 def test_probe_heads_learn_nothing_from_held_out_samples() -> None:
     """Not even batch norm's statistics: held-out samples of other content leave losses and norms as they are."""
-    first, second, batch = board(lars=(0.3,)), board(lars=(0.3,)), batch_of(40)
+    first, second, batch = heads(lars=(0.3,)), heads(lars=(0.3,)), batch_of(40)
     mark = held_out(3, 0.25, batch.ids)
     other = batch._replace(images=torch.where(mark[:, None, None, None], 7.0 + batch.images, batch.images))
     assert torch.equal(first(batch).loss, second(other).loss)
