@@ -54,8 +54,7 @@ def complete_key(verb: str, key: str) -> str:
     """A key with its section: `train.seed` for `seed`. Raises ValueError where none or several sections have it."""
     if "." in key or key in ("out", "init_from"):
         return key
-    known = [line.split()[0] for line in configuration.settings_help(verb).splitlines()]
-    matches = [name for name in known if name.partition(".")[2] == key]
+    matches = [name for name in configuration.settings_of(verb) if name.partition(".")[2] == key]
     if len(matches) == 1:
         return matches[0]
     assert verb in SCHEMAS

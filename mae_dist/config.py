@@ -27,7 +27,6 @@ from mae_dist.schema import (
     ProbeConfig,
     Range,
     RunConfig,
-    SupervisedConfig,
     TrainConfig,
 )
 
@@ -286,19 +285,18 @@ def check_world(config: RunConfig, world: int) -> None:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
 
 
-def check_same_model(config: SupervisedConfig | KnnRunConfig, origin: RunConfig) -> None:
+def check_same_model(config: RunConfig, origin: RunConfig) -> None:
     """Refuse another model than that of `init_from`, whose settings are ``origin``, and for a Mixer, whose weights are
     bound to a grid, also another image size (ValueError).
     """
     model, other = config.model, origin.model
     if model.name != other.name:
         raise ValueError(
-            f"model.name={model.name}: the run init_from={config.init_from} has {other.name}; "
-            f"set model.name={other.name}"
+            f"model.name={model.name}: the run init_from={config.origin} has {other.name}; set model.name={other.name}"
         )
     if model.image_size != other.image_size and "num_heads" not in model_sizes.size_of(model.name):
         raise ValueError(
-            f"model.image_size={model.image_size}: the run init_from={config.init_from} has {other.image_size}, and "
+            f"model.image_size={model.image_size}: the run init_from={config.origin} has {other.image_size}, and "
             f"{model.name} is bound to its grid; set model.image_size={other.image_size}"
         )
 

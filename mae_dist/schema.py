@@ -77,11 +77,10 @@ class DataConfig:
     )
     accept_change: bool = setting(False, "resume the run although its data have changed since it began")
     mean: tuple[float, float, float] | None = setting(
-        None, "mean of each channel; none: that of init_from, else of dataset.json, else ImageNet's",
-        at_least=0, at_most=1,
-    )  # fmt: skip
+        None, "channel means; none: those of init_from, else of dataset.json, else ImageNet's", at_least=0, at_most=1
+    )
     std: tuple[float, float, float] | None = setting(
-        None, "standard deviation of each channel; none: that of init_from, else of dataset.json, else ImageNet's",
+        None, "channel standard deviations; none: those of init_from, else of dataset.json, else ImageNet's",
         above=0, at_most=1,
     )  # fmt: skip
 
@@ -109,9 +108,8 @@ class ViewConfig:
         unless=KNN,
     )
     random_erasing: float = setting(
-        0.0, "random erasing: probability that a box of the image is replaced by noise", unless=KNN,
-        at_least=0, at_most=1,
-    )  # fmt: skip
+        0.0, "random erasing: probability that a box is replaced by noise", unless=KNN, at_least=0, at_most=1
+    )
     test_crop: float = setting(
         0.875, "side of the centre crop for evaluation, as a fraction of the image's shorter side", above=0, at_most=1
     )
@@ -130,9 +128,8 @@ class ModelConfig:
         None, "position embeddings of a ViT; sincos: fixed; learned: trained, initialised with sincos; none: sincos"
     )
     drop_path: float = setting(
-        0.0, "stochastic depth rate of the last block; it grows linearly from 0 at the first", verbs=FINETUNE,
-        at_least=0, below=1,
-    )  # fmt: skip
+        0.0, "stochastic depth rate of the last block; linear from 0 at the first", verbs=FINETUNE, at_least=0, below=1
+    )
     train_blocks: float | None = setting(
         None, "number of last blocks to train, in addition to the last norm and the head (0.5: only the MLP of the "
         "last block); none: the whole model is trained", verbs=FINETUNE,
@@ -338,13 +335,19 @@ class RunConfig:
     machine: MachineConfig = section(MachineConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     track: TrackConfig = section(TrackConfig)
+    view: ViewConfig = section(ViewConfig)
+
+    @property
+    def origin(self) -> str | None:
+        """The run that `init_from` names; None for random initialisation."""
+        origin = getattr(self, "init_from", RANDOM)
+        return None if origin == RANDOM else origin
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Masked autoencoding (He et al. 2022)."""
 
-    view: ViewConfig = section(ViewConfig)
     mae: MaeConfig = section(MaeConfig)
     optim: OptimConfig = section(OptimConfig)
 
@@ -354,7 +357,6 @@ class SupervisedConfig(RunConfig):
     """The settings that probe and finetune share."""
 
     init_from: str = setting("???", "run whose backbone gives the initial weights, or random")
-    view: ViewConfig = section(ViewConfig)
     optim: OptimConfig = section(OptimConfig)
 
 
@@ -381,7 +383,6 @@ class KnnRunConfig(RunConfig):
     """Weighted nearest neighbours on the features of a frozen backbone."""
 
     init_from: str = setting("???", "run whose backbone is evaluated, or random")
-    view: ViewConfig = section(ViewConfig)
     knn: KnnConfig = section(KnnConfig)
 
 

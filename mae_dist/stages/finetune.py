@@ -19,7 +19,7 @@ def run(config: FinetuneConfig) -> None:
     train_and_test(setup, objective, num_micro=setup.num_micro)
 
 
-def build(setup: Setup) -> classify.Finetune:
+def build(setup: Setup[FinetuneConfig]) -> classify.Finetune:
     """The objective that the settings describe."""
     config = setup.config
     with parallel.meta_init(config.machine):

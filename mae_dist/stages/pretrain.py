@@ -38,7 +38,7 @@ def run(config: PretrainConfig) -> None:
     setup.run.finish({"verb": "pretrain"} | numbers)
 
 
-def build(setup: Setup) -> MAE:
+def build(setup: Setup[PretrainConfig]) -> MAE:
     """The objective that the settings describe."""
     with parallel.meta_init(setup.config.machine):
         return MAE(setup.backbone, setup.config.mae, setup.config.train.seed)

@@ -25,7 +25,7 @@ def run(config: ProbeConfig) -> None:
     train_and_test(setup, objective, num_micro=1)
 
 
-def build(setup: Setup) -> classify.Probe | ProbeHeads:
+def build(setup: Setup[ProbeConfig]) -> classify.Probe | ProbeHeads:
     """The objective that the settings describe."""
     if setup.config.heads.active:
         return probe_heads.build(setup)

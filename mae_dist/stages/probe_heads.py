@@ -67,7 +67,7 @@ def run(config: schema.ProbeConfig) -> None:
         conclude(setup, objective, groups, counts, numbers)
 
 
-def build(setup: Setup) -> ProbeHeads:
+def build(setup: Setup[schema.ProbeConfig]) -> ProbeHeads:
     """The objective that the settings describe."""
     config = setup.config
     return ProbeHeads(
@@ -75,7 +75,7 @@ def build(setup: Setup) -> ProbeHeads:
     )
 
 
-def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+def divide(setup: Setup[schema.ProbeConfig]) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the training samples that are held out, and of the others (ValueError unless there are both)."""
     share, num_samples = setup.config.heads.held_out, len(setup.train_split)
     chosen = held_out(setup.config.train.seed, share, np.arange(num_samples))
@@ -86,7 +86,7 @@ def divide(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
+def prepare(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> dict[str, float]:
     """Launch a run in which no head is trained by steps: load the backbone; no numbers."""
     setup.run.record_launch(0, setup.device)
     setup.load_initial_weights(objective.backbone)
@@ -94,7 +94,9 @@ def prepare(setup: Setup, objective: ProbeHeads) -> dict[str, float]:
     return {}
 
 
-def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray) -> dict[str, float]:
+def train(
+    setup: Setup[schema.ProbeConfig], objective: ProbeHeads, source: Source, held: np.ndarray
+) -> dict[str, float]:
     """Train the heads; evaluations on the way use the held-out samples."""
     config, num_samples = setup.config, len(setup.train_split)
     total = configuration.total_steps(config.train, num_samples)
@@ -111,7 +113,7 @@ def train(setup: Setup, objective: ProbeHeads, source: Source, held: np.ndarray)
     return fit(task, setup.run, config, setup.device)
 
 
-def stored(setup: Setup, objective: ProbeHeads) -> Features:
+def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
     """The features of the training split, computed and written where they are missing.
 
     Raises ValueError when the stored ones come from another checkpoint of init_from, or the disk has no room.
@@ -153,7 +155,7 @@ def stored(setup: Setup, objective: ProbeHeads) -> Features:
 
 
 @torch.no_grad()
-def closed_forms(setup: Setup, objective: ProbeHeads, batches: Iterable[Batch]) -> list[HeadGroup]:
+def closed_forms(setup: Setup[schema.ProbeConfig], objective: ProbeHeads, batches: Iterable[Batch]) -> list[HeadGroup]:
     """Ridge regression and nearest neighbours, where the settings ask for them, on each kind of feature; called by all
     ranks together.
     """
@@ -211,7 +213,7 @@ def count(objective: ProbeHeads, groups: list[HeadGroup], batches: Iterable[Batc
 
 
 def conclude(
-    setup: Setup, objective: ProbeHeads, groups: list[HeadGroup], counts: Int[Tensor, "rows 3"],
+    setup: Setup[schema.ProbeConfig], objective: ProbeHeads, groups: list[HeadGroup], counts: Int[Tensor, "rows 3"],
     numbers: dict[str, float],
 ) -> None:  # fmt: skip
     """Choose the best head on the held-out samples, test it, write heads.md, heads.json and result.json.

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import dist, models, parallel, rewind, schema
+from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.index import ShardIndex, open_split
@@ -23,20 +23,22 @@ from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
+from mae_dist.schema import RunConfig
 from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(Generic[C]):
     """Everything a stage needs: resolved config, run folder, device, data splits, and the backbone. Only a run that
     `needs_labels` has a `test_split` for certain.
     """
 
     verb: str
-    config: Any
+    config: C
     run: RunDir
     device: torch.device
     train_split: ShardIndex
@@ -49,6 +51,8 @@ class Setup:
     def view(self, training: bool) -> views.View:
         """How samples become images: augmented in training, else the test crop."""
         data = self.config.data
+        assert data.mean is not None  # `build_setup` fills them in
+        assert data.std is not None
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
@@ -57,7 +61,7 @@ class Setup:
         workers, view = self.config.machine.workers, self.view(training)
         return loader.open_source(split, self.device, workers, view.needs_pil, quiet=not dist.is_main())
 
-    def with_micro_batch(self, objective: Objective) -> Setup:
+    def with_micro_batch(self, objective: Objective) -> Setup[C]:
         """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
         batch, channels, size = self.config.train.global_batch, self.backbone.channels, self.config.model.image_size
         share, machine = -(-batch // dist.world()), self.config.machine
@@ -134,7 +138,8 @@ class Setup:
             key = checkpoint.trained(stored, f"backbone.{name}")
             if key in stored or not name.startswith(("norm.", "fc_norm.")):
                 wanted[key] = tensor
-        grid = (self.initial_weights.config.model.image_size // backbone.patch,) * 2
+        side = self.initial_weights.config.model.image_size // backbone.patch
+        grid = (side, side)
         positions = next((key for key in wanted if key.endswith(".pos_embed")), None) if grid != backbone.grid else None
         if positions is not None:
             wanted[positions] = torch.empty(stored[positions])
@@ -142,7 +147,7 @@ class Setup:
         if positions is not None:
             self._fit_positions(backbone, wanted[positions], grid)
         if dist.is_main() and any(key.startswith(checkpoint.EMA) for key in wanted):
-            log.info("init_from=%s: its averaged weights", self.config.init_from)
+            log.info("init_from=%s: its averaged weights", self.config.origin)
 
     def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, grid: tuple[int, int]) -> None:
         """Give a ViT the positions that were trained for another grid of patches."""
@@ -153,12 +158,12 @@ class Setup:
         parallel.copy_into(backbone.pos_embed, value)
         if dist.is_main():
             log.info(
-                "init_from=%s: positions of %d x %d patches %s for %d x %d", self.config.init_from, *grid,
+                "init_from=%s: positions of %d x %d patches %s for %d x %d", self.config.origin, *grid,
                 "computed" if compute else "resized (bicubic)", *backbone.grid,
             )  # fmt: skip
 
 
-def prepare_run(verb: str, config: Any, needs_labels: bool, build: Callable[[Setup], T]) -> tuple[Setup, T] | None:
+def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup[C]], T]) -> tuple[Setup[C], T] | None:
     """Check all that can be wrong before work starts, `build` included, and only then open the run's folder: (the
     setup, what `build` made of it), or None when the folder holds a finished run. Raises ValueError on every rank
     alike.
@@ -169,7 +174,7 @@ def prepare_run(verb: str, config: Any, needs_labels: bool, build: Callable[[Set
     return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total) else None
 
 
-def build_setup(verb: str, config: Any, needs_labels: bool) -> Setup:
+def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     """Join the ranks, find data, initial weights and statistics, and build the backbone; nothing is written.
 
     ``needs_labels``: the verb needs a label on every sample, and a test split. Raises ValueError in one sentence.
@@ -178,9 +183,7 @@ def build_setup(verb: str, config: Any, needs_labels: bool) -> Setup:
     configuration.check_world(config, dist.world())
     train_split = open_split(config.data.path, config.data.split)
     test_split = find_test_split(config, required=needs_labels)
-    initial = None
-    if getattr(config, "init_from", schema.RANDOM) != schema.RANDOM:
-        initial = find_initial_weights(config.init_from)
+    initial = find_initial_weights(config.origin) if config.origin is not None else None
     for split in (train_split, test_split) if needs_labels else ():
         refuse_unlabelled(split, verb)
     if initial is not None:
@@ -205,7 +208,7 @@ def build_setup(verb: str, config: Any, needs_labels: bool) -> Setup:
 class InitialWeights:
     """An earlier run to start from: its settings, and the folder of its newest undamaged checkpoint."""
 
-    config: Any
+    config: RunConfig
     path: Path
 
 
@@ -220,7 +223,7 @@ def find_initial_weights(path: str) -> InitialWeights:
     return InitialWeights(run.settings()[2], newest)
 
 
-def with_statistics(config: Any, earlier: Any, index: ShardIndex) -> Any:
+def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:
     """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged)."""
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
@@ -233,7 +236,7 @@ def with_statistics(config: Any, earlier: Any, index: ShardIndex) -> Any:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
 
 
-def find_test_split(config: Any, required: bool) -> ShardIndex | None:
+def find_test_split(config: RunConfig, required: bool) -> ShardIndex | None:
     """The test split, from data.test_path or beside the training split; None where there is none and none is needed."""
     data = config.data
     if data.test_path is not None:
