@@ -39,7 +39,7 @@ class Cluster:
         30.0, "minutes of work that a stop without warning may lose; runs save that often", above=0
     )
     torchrun: bool = setting(False, "one task and torchrun on each node, instead of one task a rank")
-    exclusive: bool = setting(False, "share the nodes with nobody")
+    exclusive: bool = setting(False, "share the nodes with no other job")
     setup: tuple[str, ...] = setting((), "shell lines of the job before its tasks start: modules, environments")
     python: str | None = setting(
         None, "Python of the tasks, 'apptainer exec --nv X.sif python' for example; none: this one"

@@ -91,7 +91,7 @@ def check_idle(runs: Iterable[Path]) -> None:
     states = slurm_cli.states(owners)
     if owners and not states:  # SLURM has forgotten them, or does not answer
         name, run = list(owners.items())[-1]
-        unknown = f"out={run}: whether job {name} of this run is still alive cannot be known"
+        unknown = f"out={run}: it is unknown whether job {name} of this run is still queued or running"
         if shutil.which("squeue") is None:
             raise ValueError(f"{unknown}, as there is no squeue here; submit from a login node of its cluster")
         try:
@@ -101,7 +101,7 @@ def check_idle(runs: Iterable[Path]) -> None:
     if alive := [name for name in owners if states.get(name) in slurm_cli.ALIVE]:
         name, it, more, end = alive[0], "it", "", alive[0]
         if len(alive) > 1:
-            it, more = "them", f", and {len(alive) - 1} more live"
+            it, more = "them", f", and {len(alive) - 1} more are queued or running"
             end = " ".join(dict.fromkeys(job.partition("_")[0] for job in alive))
         raise ValueError(
             f"out={owners[name]}: job {name} of this run is {states[name]}{more}; "

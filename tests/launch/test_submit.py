@@ -201,8 +201,8 @@ def test_run_is_not_submitted_again_while_slurm_does_not_answer(
     capsys.readouterr()
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        f"submit: out={run}: whether job 1 of this run is still alive cannot be known (slurm_load_jobs error: Unable "
-        "to contact slurm controller); try again when SLURM answers\n"
+        f"submit: out={run}: it is unknown whether job 1 of this run is still queued or running (slurm_load_jobs "
+        "error: Unable to contact slurm controller); try again when SLURM answers\n"
     )
     command(slurm, "squeue", "echo '1|PENDING'")
     assert submit.main(words) == 2
@@ -228,6 +228,6 @@ def test_slurm_without_configuration_is_explained(
     monkeypatch.setenv("PATH", "/nowhere")
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        f"submit: out={run}: whether job 12 of this run is still alive cannot be known, as there is no squeue here; "
-        "submit from a login node of its cluster\n"
+        f"submit: out={run}: it is unknown whether job 12 of this run is still queued or running, as there is no "
+        "squeue here; submit from a login node of its cluster\n"
     )
