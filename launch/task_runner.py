@@ -33,7 +33,7 @@ import submitit
 
 from launch.cluster import SIGNAL_LEAD
 from launch.slurm_task import SlurmTask, end_of_job, rendezvous
-from mae_dist.errors import DONE, FAILED, STOPPED, USER_ERROR
+from mae_dist.errors import DONE, FAILED, SIGNAL_BASE, STOPPED, USER_ERROR
 from mae_dist.run import events, jobs, layout, slurm_cli
 
 SIGNAL = "USR2"
@@ -98,8 +98,8 @@ class JobSpec:
             if decision.message:
                 print(f"mae-dist: {decision.message}", flush=True)
         elif status == STOPPED or runner.stop_requested:
-            sys.exit(0)
-        sys.exit(status if status > 0 else 128 - status)
+            sys.exit(DONE)
+        sys.exit(status if status > 0 else SIGNAL_BASE - status)
 
 
 def requeue_marker(logs: str | Path, job: str) -> Path:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_slurm import CLUSTER_FILE, SMALL
+from fake_slurm import CLUSTER_FILE, SMALL, write_config
 
 from launch import preflight, submit
 from launch.cluster import Cluster
@@ -83,12 +83,7 @@ def test_finished_run_and_foreign_folder_are_refused(data: Path, tmp_path: Path)
     run = tmp_path / "run"
     run.mkdir()
     chosen = config.load("pretrain", None, [*SMALL, f"data.path={data}", f"out={run}"])
-    (run / "config.yaml").write_text(
-        "verb: pretrain\ndata_fingerprint: "
-        + preflight.open_split(str(data), "train").fingerprint
-        + "\n"
-        + config.dump(chosen)
-    )
+    write_config(run, "pretrain", chosen, preflight.open_split(str(data), "train").fingerprint)
     preflight.check("pretrain", chosen, Cluster())
     (run / "result.json").write_text(json.dumps({"loss": 1}))
     with pytest.raises(ValueError, match="this run is finished"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_slurm import CLUSTER_FILE, ROOT, SMALL, command
+from fake_slurm import CLUSTER_FILE, ROOT, SMALL, command, write_config
 
 from launch import preflight, snapshot, submit
 from mae_dist import config
@@ -77,9 +77,7 @@ def test_settings_are_frozen_with_absolute_paths(
     settings = frozen(tmp_path / "run", "pretrain")
     assert (settings.out, settings.data.path, settings.data.test_path) == (str(tmp_path / "run"), *(str(data),) * 2)
     # the same command, and the same run started by hand, have equal settings
-    (tmp_path / "run" / "config.yaml").write_text(
-        f"verb: pretrain\ndata_fingerprint: {preflight.open_split('set', 'train').fingerprint}\n{config.dump(settings)}"
-    )
+    write_config(tmp_path / "run", "pretrain", settings, preflight.open_split("set", "train").fingerprint)
     assert submit.main(["pretrain", "--cluster", CLUSTER_FILE, *words]) == 0
     assert (slurm / "2.sbatch").exists()
 
@@ -90,8 +88,7 @@ def test_init_from_is_compared_as_an_absolute_path(tmp_path: Path, monkeypatch: 
     chosen = config.load("probe", None, [*words, "init_from=start"])
     frozen = layout.absolute(chosen)
     assert frozen.init_from == str(tmp_path / "start")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(f"verb: probe\ndata_fingerprint: x\n{config.dump(frozen)}")
+    write_config(tmp_path / "run", "probe", frozen, "x")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
     layout.refuse_others(tmp_path / "run", "probe", chosen, "x")
     with pytest.raises(ValueError, match="init_from: .*/start -> .*/other"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fake_slurm import CLUSTER_FILE, SMALL, command
+from fake_slurm import CLUSTER_FILE, SMALL, command, write_config
 
 from launch import preflight, submit, sweep
 from mae_dist import config
@@ -45,10 +45,9 @@ def test_invalid_sweep_is_refused(words: list[str], message: str) -> None:
 
 def finish(run: Path, words: list[str]) -> None:
     """Make the folder look like a finished run with these settings."""
-    run.mkdir(exist_ok=True)
     chosen = config.load("pretrain", None, [*words, f"out={run}"])
     fingerprint = preflight.open_split(chosen.data.path, "train").fingerprint
-    (run / "config.yaml").write_text(f"verb: pretrain\ndata_fingerprint: {fingerprint}\n{config.dump(chosen)}")
+    write_config(run, "pretrain", chosen, fingerprint)
     (run / "result.json").write_text('{"loss": 1.0}')
 
 
