@@ -45,9 +45,7 @@ def read_evidence(run: Path) -> Evidence:
     """Read metrics.jsonl, ids.jsonl and the last checkpoint of a run's folder, finished or not."""
     losses: dict[int, float] = {}
     norms: dict[int, float] = {}
-    for record in jsonl.read(run / "metrics.jsonl"):
-        if "lr" not in record:
-            continue
+    for record in jsonl.steps(run / "metrics.jsonl"):
         step = record["step"]
         fault = record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
         losses[step] = math.nan if fault or step in losses else record.get("loss", math.nan)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order, share
+from mae_dist.errors import RankLost, WorkerLost
 from mae_dist.run import checkpoint, jsonl
 from mae_dist.run.layout import step_of
 from mae_dist.schema import PretrainConfig
@@ -87,7 +88,9 @@ def hang(target: Target, fault: Fault) -> Recovery:
     """SIGSTOP to one rank: after machine.timeout the others name it and end, torchrun restarts all ranks."""
     target.job.signal(target.job.ranks()[target.rank(fault)], signal.SIGSTOP)
     recovery = target.job.wait_until_resumed()
-    require_output(target, f"rank {target.rank(fault)} did not answer")
+    failures = [event["message"] for event in target.job.new_events("fail") if event["reason"] == RankLost.reason]
+    if not any(f"rank {target.rank(fault)} " in message for message in failures):
+        raise NotRecovered(f"it went on, but no event names rank {target.rank(fault)} as lost: {failures}")
     return recovery
 
 
@@ -98,7 +101,9 @@ def kill_worker(target: Target, fault: Fault) -> Recovery:
         raise NotRecovered(f"rank {target.rank(fault)} has no loader worker to kill: is machine.workers 0?")
     target.job.signal(workers[int(fault.where * len(workers))], signal.SIGKILL)
     recovery = target.job.wait_until_resumed()
-    require_output(target, "a loader process of this rank was killed")
+    failed = [event["rank"] for event in target.job.new_events("fail") if event["reason"] == WorkerLost.reason]
+    if target.rank(fault) not in failed:
+        raise NotRecovered(f"it went on, but its events name ranks {failed} for lost workers")
     return recovery
 
 
@@ -223,7 +228,8 @@ def damaged_checkpoint(target: Target, fault: Fault) -> Recovery:
         stream.write(bytes([byte ^ 1]))
     target.job.start()
     recovery = target.job.wait_until_resumed()
-    require_output(target, damaged.name)
+    if damaged.name not in target.job.output():
+        raise NotRecovered(f"it went on, but its output does not name {damaged.name}")
     if recovery.resumed != step_of(before):
         raise NotRecovered(f"resumed at step {recovery.resumed}, not from {before.name}, the last undamaged checkpoint")
     return recovery
@@ -237,12 +243,6 @@ def resize(target: Target, fault: Fault) -> Recovery:
     job.num_ranks = others[fault.choice % len(others)]
     job.start()
     return job.wait_until_resumed(max_redone=0)
-
-
-def require_output(target: Target, text: str) -> None:
-    """NotRecovered unless `text` is in the run's output since the fault."""
-    if text not in target.job.output():
-        raise NotRecovered(f"it went on, but its output lacks {text!r}")
 
 
 def newest(target: Target) -> Path:

@@ -29,7 +29,6 @@ T = TypeVar("T")
 RECOVERY_TIME = 180.0
 """Seconds in which a run must recover from a fault."""
 POLL = 0.01
-FOLLOWED: tuple[Kind, ...] = ("start", "rewind")
 MARK = "MAE_DIST_CHAOS"
 RESTARTS = 1000
 """torchrun's --max-restarts: more than any plan needs."""
@@ -135,7 +134,7 @@ class TorchrunRun:
 
     def remember(self) -> None:
         """Mark this moment, before a fault."""
-        self.counts = {kind: len(events.of(self.run.path, kind)) for kind in FOLLOWED}
+        self.num_events = len(events.read(self.run.path))
         self.offset = self.log.stat().st_size if self.log.is_file() else 0
         self.reached = self.step()
 
@@ -147,7 +146,7 @@ class TorchrunRun:
 
     def new_events(self, kind: Kind) -> list[Event]:
         """The run's events of this kind since `remember`, oldest first."""
-        return events.of(self.run.path, kind)[self.counts[kind] :]
+        return [event for event in events.read(self.run.path)[self.num_events :] if event["event"] == kind]
 
     def update_reached(self) -> None:
         """Set `reached` to the largest step since `remember`."""
