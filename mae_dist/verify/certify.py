@@ -154,9 +154,8 @@ def plan(ranks: list[int], settings: Any, num_gpus: int | None) -> tuple[list[Sh
         legs = [(Leg(n, fsdp), f"{n} ranks FSDP2") if n == several[-1] else (Leg(n, ddp), f"{n} ranks DDP")
                 for n in several[-2:][::-1]]  # fmt: skip
         title = " -> ".join([*(text for _, text in legs), "1 rank"])
-        shapes.append(
-            Shape(title, f"chain-{'-'.join(str(leg.ranks) for leg, _ in legs)}-1", (*(leg for leg, _ in legs), one))
-        )
+        folder = f"chain-{'-'.join(str(leg.ranks) for leg, _ in legs)}-1"
+        shapes.append(Shape(title, folder, (*(leg for leg, _ in legs), one)))
     return shapes, left_out
 
 
@@ -167,12 +166,11 @@ def accumulating(several: list[int], settings: Any) -> Iterator[Shape]:
         share = -(-batch // ranks)
         size = -(-(min(micro, share) if isinstance(micro, int) else share) // 4)
         if size < share:
-            where = (
-                ("1 rank", "accumulation") if ranks == 1 else (f"{ranks} ranks, FSDP2", f"accumulation-fsdp-{ranks}")
-            )
-            parallel = () if ranks == 1 else ("machine.strategy=fsdp",)
-            leg = Leg(ranks, (*parallel, f"machine.micro_batch={size}"))
-            yield Shape(f"{where[0]}, micro-batches of {size}", where[1], (leg,))
+            title, folder, strategy = f"{ranks} ranks, FSDP2", f"accumulation-fsdp-{ranks}", ("machine.strategy=fsdp",)
+            if ranks == 1:
+                title, folder, strategy = "1 rank", "accumulation", ()
+            leg = Leg(ranks, (*strategy, f"machine.micro_batch={size}"))
+            yield Shape(f"{title}, micro-batches of {size}", folder, (leg,))
 
 
 def compare_shape(shape: Shape, out: Path, failure: str | None) -> ShapeRow:

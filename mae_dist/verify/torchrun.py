@@ -17,14 +17,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from mae_dist.run import events
 from mae_dist.run.directory import RunDir
 from mae_dist.run.events import Event, Kind
 from mae_dist.verify import processes
-
-T = TypeVar("T")
 
 RECOVERY_TIME = 180.0
 """Seconds in which a run must recover from a fault."""
@@ -88,12 +85,7 @@ class TorchrunRun:
         """Send SIGTERM to the launcher and wait until all processes have ended."""
         assert self.launcher is not None
         self.launcher.terminate()
-        deadline = time.monotonic() + RECOVERY_TIME
-        while self.launcher.poll() is None or self.processes():
-            self.update_reached()
-            if time.monotonic() > deadline:
-                raise NotRecovered(f"it has not ended {RECOVERY_TIME:.0f} s after SIGTERM")
-            time.sleep(POLL)
+        self._poll(lambda: self.status() is not None and not self.processes(), "all processes end after SIGTERM")
 
     def kill(self) -> None:
         """Send SIGKILL to the launcher, all ranks and all their helpers, until none is left."""
@@ -148,26 +140,33 @@ class TorchrunRun:
         """The run's events of this kind since `remember`, oldest first."""
         return [event for event in events.read(self.run.path)[self.num_events :] if event["event"] == kind]
 
-    def update_reached(self) -> None:
-        """Set `reached` to the largest step since `remember`."""
-        self.reached = max(self.reached, self.step())
-
-    def wait(self, condition: Callable[[], T], what: str, poll: float = POLL) -> T:
-        """Wait until `condition` returns something true, and return it.
-
-        Raises NotRecovered, naming `what` was waited for, if torchrun ends or RECOVERY_TIME is over.
-        """
+    def status(self) -> int | None:
+        """The exit status of the launcher; None while it runs."""
         assert self.launcher is not None
+        return self.launcher.poll()
+
+    def wait(self, condition: Callable[[], object], what: str, poll: float = POLL) -> None:
+        """Wait until `condition()` is true; NotRecovered, naming `what`, if torchrun ends or RECOVERY_TIME is over."""
+
+        def met() -> bool:
+            if condition():
+                return True
+            if (status := self.status()) is not None:
+                raise NotRecovered(f"torchrun ended with status {status}, before {what}")
+            return False
+
+        self._poll(met, what, poll)
+
+    def _poll(self, condition: Callable[[], bool], what: str, interval: float = POLL) -> None:
+        """Wait RECOVERY_TIME at most for `condition()`, and keep the largest step since `remember` in `reached`."""
         deadline = time.monotonic() + RECOVERY_TIME
         while True:
-            self.update_reached()
-            if found := condition():
-                return found
-            if (status := self.launcher.poll()) is not None:
-                raise NotRecovered(f"torchrun ended with status {status}, before {what}")
+            self.reached = max(self.reached, self.step())
+            if condition():
+                return
             if time.monotonic() > deadline:
                 raise NotRecovered(f"not within {RECOVERY_TIME:.0f} s: {what}")
-            time.sleep(poll)
+            time.sleep(interval)
 
     def wait_until_resumed(self, max_redone: int | None = None) -> Recovery:
         """Wait until the ranks have started again and made a step further than before.
@@ -185,16 +184,11 @@ class TorchrunRun:
 
     def finish(self) -> None:
         """Wait until the run is finished; NotRecovered if it ends otherwise or makes no step in RECOVERY_TIME."""
-        assert self.launcher is not None
-        reached, deadline = -1, time.monotonic() + RECOVERY_TIME
-        while (status := self.launcher.poll()) is None:
-            if self.step() > reached:
-                reached, deadline = self.step(), time.monotonic() + RECOVERY_TIME
-            if time.monotonic() > deadline:
-                raise NotRecovered(f"no step in {RECOVERY_TIME:.0f} s")
-            time.sleep(0.1)
-        if status or self.run.result() is None:
-            raise NotRecovered(f"torchrun ended with status {status}, and the run is not finished")
+        while self.status() is None:
+            step = self.step()
+            self._poll(lambda step=step: self.status() is not None or self.step() > step, "a step is done", 0.1)
+        if self.status() or self.run.result() is None:
+            raise NotRecovered(f"torchrun ended with status {self.status()}, and the run is not finished")
 
 
 def read_process(path: Path, mark: str) -> Process | None:
