@@ -16,7 +16,8 @@ from mae_dist.verify import certificate, certify, processes
 from mae_dist.verify.certificate import FAILED, IDENTICAL, Gaps, tolerance, verdict
 from mae_dist.verify.compare import Evidence
 
-STEPS = 12
+STEPS = 16
+ARGV = ["certify", "model.image_size=16", "--ranks", "1,2", "--steps", str(STEPS), "--out"]
 
 PLANNED = {1: [(0, 3), (0, 1)], 2: [(0, 2), (1, 0)]}
 
@@ -173,9 +174,9 @@ def test_certify_refuses_mistakes_in_one_line(
 
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished `mae-dist certify --ranks 1,2`: some steps of AdamW with clipping in every shape."""
+    """The folder of a finished `mae-dist certify`: a few steps of AdamW with clipping on 1 and 2 ranks."""
     out = tmp_path_factory.mktemp("certify")
-    start("certify", "--ranks", "1,2", "--steps", STEPS, "--out", out, timeout=1200)
+    start(*ARGV, out, timeout=1200)
     return out
 
 
@@ -219,7 +220,7 @@ def test_certify_skips_finished_shapes_and_fails_another_sample_order(
     ids.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     checkpoints = sorted((certified / "resume" / "checkpoints").iterdir())
     before = [path.stat().st_mtime_ns for path in checkpoints]
-    assert main(["certify", "--ranks", "1,2", "--steps", str(STEPS), "--out", str(certified)]) == errors.FAILED
+    assert main([*ARGV, str(certified)]) == errors.FAILED
     found = json.loads((certified / "certificate.json").read_text())
     assert [row["folder"] for row in found["rows"] if row["verdict"] == FAILED] == ["ddp-2"]
     assert [path.stat().st_mtime_ns for path in checkpoints] == before

@@ -257,7 +257,8 @@ def test_elastic_resize_is_injected_only_on_request() -> None:
 @pytest.mark.slow
 def test_run_is_bit_identical_after_sigkill_power_loss_and_nan(tmp_path: Path) -> None:
     out = tmp_path / "chaos"
-    done = start("chaos", "--faults", 3, "--kinds", "kill-rank,power-loss,nan", "--out", out, timeout=400)
+    quick = ["model.image_size=16", "checkpoint.every=10"]
+    done = start("chaos", *quick, "--faults", 3, "--kinds", "kill-rank,power-loss,nan", "--out", out, timeout=400)
     found = json.loads((out / "chaos.json").read_text())
     assert found["passed"]
     assert found["totals"]["final_weights_bit_equal"]
