@@ -68,7 +68,7 @@ class Tracker:
                 jsonl.cut_after(self.ids, step)
             jsonl.cut_after(self.path, step)
             bad = sum(record["bad"] for record in jsonl.records_with(self.path, "bad"))
-            return bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if self._is_fault(r)]
+            return bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if is_fault(r)]
 
         self.num_bad, self.skipped = dist.run_on_rank0(cut)
         self.restart_clock()
@@ -104,7 +104,7 @@ class Tracker:
             record |= {} if math.isfinite(norm) else {"skipped": True}
             records.append(record | ({"bad": int(bad)} if bad else {}))
         self.num_bad += sum(record.get("bad", 0) for record in records)
-        self.skipped += [record["step"] for record in records if self._is_fault(record)]
+        self.skipped += [record["step"] for record in records if is_fault(record)]
         self._write(self.path, records)
         for record in records:
             self._mirror(record)
@@ -115,11 +115,6 @@ class Tracker:
     def _ids(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Epochs and ids of a step's samples over all ranks, in the order of the global batch."""
         return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
-
-    @staticmethod
-    def _is_fault(record: dict[str, Any]) -> bool:
-        """Whether a step was skipped, unless its loss scale was above 1: that one is halved, and the next step fits."""
-        return record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
 
     def restart_clock(self) -> None:
         """Leave the time since the last flush (an evaluation, a save) out of images_per_second."""
@@ -187,6 +182,11 @@ class Tracker:
             self.progress.console.print(text)
         elif self.progress:
             log.info(text)
+
+
+def is_fault(record: dict[str, Any]) -> bool:
+    """Whether a step was skipped, unless its loss scale was above 1: that one is halved, and the next step fits."""
+    return record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
 
 
 def summary(path: Path) -> dict[str, float]:

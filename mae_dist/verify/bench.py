@@ -19,8 +19,7 @@ from rich.table import Table
 
 from mae_dist import config, dist, errors
 from mae_dist.cli import Parser
-from mae_dist.run import directory
-from mae_dist.run.layout import write_text
+from mae_dist.run import directory, jsonl
 from mae_dist.verify import processes
 from mae_dist.verify.benchmarks import BENCHES, Result, Runner
 
@@ -82,7 +81,7 @@ def report(result: Result, file: Path, settings: list[str], machine: dict[str, f
     """Print the table and write the file, with the settings, the machine and the seconds that the bench took."""
     where = directory.provenance(dist.setup()) | machine
     content = asdict(result) | {"settings": settings, "seconds": round(seconds, 1), "provenance": where}
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    jsonl.write_atomic(file, json.dumps(content, indent=1) + "\n")
     table = Table("measured", "value", "target", title=result.title)
     for row in result.measurements:
         target = "" if row.at_most is None else f"at most {row.at_most:g}"

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dist.run import directory, events
-from mae_dist.run.layout import write_text
+from mae_dist.run import directory, events, jsonl
 from mae_dist.verify import compare
 from mae_dist.verify.compare import Evidence, Samples
 
@@ -140,8 +139,8 @@ class Certificate:
 
     def write(self, folder: Path) -> None:
         """Write certificate.json and certificate.md."""
-        write_text(folder / "certificate.json", json.dumps(asdict(self), indent=1) + "\n")
-        write_text(folder / "certificate.md", self.markdown())
+        jsonl.write_atomic(folder / "certificate.json", json.dumps(asdict(self), indent=1) + "\n")
+        jsonl.write_atomic(folder / "certificate.md", self.markdown())
 
     def markdown(self) -> str:
         """The text of certificate.md."""

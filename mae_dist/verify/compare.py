@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
-from mae_dist.run import checkpoint, jsonl
+from mae_dist.run import checkpoint, jsonl, tracker
 from mae_dist.run.layout import checkpoints
 from mae_dist.schema import PretrainConfig
 
@@ -46,9 +46,8 @@ def read_evidence(run: Path) -> Evidence:
     losses: dict[int, float] = {}
     norms: dict[int, float] = {}
     for record in jsonl.steps(run / "metrics.jsonl"):
-        step = record["step"]
-        fault = record.get("skipped", False) and record.get("loss_scale", 1.0) <= 1.0
-        losses[step] = math.nan if fault or step in losses else record.get("loss", math.nan)
+        step, broken = record["step"], tracker.is_fault(record) or record["step"] in losses
+        losses[step] = math.nan if broken else record.get("loss", math.nan)
         if "grad_norm" in record:
             norms[step] = record["grad_norm"]
     samples: dict[int, Samples] = {}
