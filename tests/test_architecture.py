@@ -34,24 +34,15 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_libraries_with_effects_are_imported_in_few_files() -> None:
+    collectives = {"dist.py", "launcher.py", "parallel.py", "checkpoint.py", "async_checkpoint.py", "directory.py"}
     allowed_in = {
-        "omegaconf": {"config.py"},
-        "wandb": {"tracker.py"},
-        "torch.distributed": {
-            "dist.py",
-            "launcher.py",
-            "parallel.py",
-            "checkpoint.py",
-            "async_checkpoint.py",
-            "directory.py",
-        },  # fmt: skip,
-        "torch.nn.parallel": {"parallel.py"},
-        "pickle": {"cifar.py"},
-        "submitit": set(),
-    }
+        "omegaconf": {"config.py"}, "wandb": {"tracker.py"}, "torch.distributed": collectives,
+        "torch.nn.parallel": {"parallel.py"}, "pickle": {"cifar.py"}, "submitit": set(),
+    }  # fmt: skip
+    harmless = "from pickle import UnpicklingError\n"  # the type of torch.load's refusal
     for library, allowed in allowed_in.items():
         pattern = re.compile(rf"^\s*(import|from) {re.escape(library)}\b", re.M)
-        assert {p.name for p in sources() if pattern.search(p.read_text())} <= allowed, library
+        assert {p.name for p in sources() if pattern.search(p.read_text().replace(harmless, ""))} <= allowed, library
 
 
 def test_torch_free_modules_import_no_torch() -> None:

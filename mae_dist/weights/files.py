@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def read_pth(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # raised by weights_only alone
+    except UnpicklingError:  # raised by weights_only alone
         try:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:  # a bare pickle
