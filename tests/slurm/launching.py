@@ -102,13 +102,13 @@ class Launched:
     def succeeded(self) -> bool:
         return self.slurm.state(self.job) in ("COMPLETED", "COMPLETING")
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
         self.slurm.wait(condition, f"{self.run.name}: {what}", seconds)
 
     def reach(self, step: int) -> None:
         self.wait(lambda: processes.reached(self.run) >= step, f"step {step}")
 
-    def finish(self, seconds: float = 180) -> None:
+    def finish(self, seconds: float = 300) -> None:
         self.wait((self.run / "result.json").exists, "the end", seconds)
         self.wait(self.succeeded, "success")
 

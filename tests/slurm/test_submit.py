@@ -71,7 +71,7 @@ def test_sweep_is_a_job_array_with_a_results_table(
         "train.steps=10", "--sweep", "optim.base_lr=1e-3,1e-2", "seed=0,1", "--at-once", "2",
     )  # fmt: skip
     assert "4 runs, 2 at once" in done.stdout
-    slurm.wait((out / "results.md").exists, "the table", 240)
+    slurm.wait((out / "results.md").exists, "the table", 300)
     table = (out / "results.md").read_text()
     names = {f"base_lr-{lr}_seed-{seed}" for lr in ("1e-3", "1e-2") for seed in (0, 1)}
     assert all(name in table for name in names)
@@ -129,7 +129,7 @@ stages:
   knn: {{run: "knn data.path={{data}} init_from={{pretrain}} {small}"}}
 """)
     submit("pipeline", file, "--cluster", cluster_file)
-    slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 120)
+    slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 300)
     rows = {line.split()[0]: line for line in mae_dist("runs", out).splitlines() if line.split()}
     assert "failed: exit status 2" in rows["pretrain"]
     assert "cancelled" in rows["knn"]
