@@ -35,7 +35,7 @@ from mae_dist import config as configuration
 from mae_dist.cli import VERBS
 from mae_dist.data.index import open_split
 from mae_dist.run import jobs, layout
-from mae_dist.schema import RANDOM, SCHEMAS
+from mae_dist.schema import SCHEMAS, RunConfig
 
 KEYS = {"run", "sweep", "at_once"}
 RESERVED_NAMES = ("out", jobs.PIPELINE, jobs.FOLDER, layout.CODE)
@@ -53,7 +53,7 @@ class Run:
     folder: Path
     argv: tuple[str, ...]
     output: Path | None = None
-    config: Any = None
+    config: RunConfig | None = None
     stamp: tuple[str, str] | None = None
 
     @cached_property  # computed once: a run that ends while others are being queued changes nothing
@@ -159,7 +159,7 @@ def read_stage(
         ]
         made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
         for run in runs:
-            if (start := Path(getattr(run.config, "init_from", RANDOM))) in made:
+            if run.config and run.config.origin and (start := Path(run.config.origin)) in made:
                 configuration.check_same_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")

@@ -9,20 +9,19 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist import model_sizes
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.run import jobs, layout, slurm_cli
-from mae_dist.schema import RANDOM, FinetuneConfig, PretrainConfig
+from mae_dist.schema import FinetuneConfig, PretrainConfig, RunConfig
 
 DISK_MARGIN = 2**30
 """Bytes of disk for what is not a checkpoint: logs, pictures, code."""
 
 
-def check(verb: str, config: Any, cluster: Cluster) -> None:
+def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
     """All checks of a run whose data and initial weights exist already."""
     check_ranks(config, cluster)
     for index in splits_used(verb, config):
@@ -34,14 +33,14 @@ def check(verb: str, config: Any, cluster: Cluster) -> None:
     check_disk(config)
 
 
-def splits_used(verb: str, config: Any) -> list[ShardIndex]:
+def splits_used(verb: str, config: RunConfig) -> list[ShardIndex]:
     """The splits on which the result of a run depends."""
     data = config.data
     train = open_split(data.path, data.split)
     return [train] if verb == "pretrain" else [train, open_split(data.test_path or data.path, data.test_split)]
 
 
-def check_ranks(config: Any, cluster: Cluster) -> None:
+def check_ranks(config: RunConfig, cluster: Cluster) -> None:
     """Whether the model exists, and the settings allow the ranks of every number of nodes that SLURM may choose."""
     model_sizes.size_of(config.model.name)
     least, most = cluster.nodes_range
@@ -56,10 +55,10 @@ def check_readable(index: ShardIndex) -> None:
             raise ValueError(f"{file}: you may not read it; ask its owner for `chmod a+r`")
 
 
-def check_initial_weights(config: Any) -> None:
+def check_initial_weights(config: RunConfig) -> None:
     """Whether the run that `init_from=` names has a checkpoint, of the same model."""
-    start = getattr(config, "init_from", RANDOM)
-    if start == RANDOM:
+    start = config.origin
+    if start is None:
         return
     if not (Path(start) / layout.CONFIG).is_file():
         raise ValueError(f"init_from={start}: no run lies there; give the out= folder of an earlier run, or random")
@@ -68,13 +67,13 @@ def check_initial_weights(config: Any) -> None:
     configuration.check_same_model(config, layout.settings(Path(start))[2])
 
 
-def check_folder(verb: str, config: Any) -> None:
+def check_folder(verb: str, config: RunConfig) -> None:
     """Whether the run's folder is its own, and the run is not finished."""
     if finished(verb, config):
         raise ValueError(f"out={config.out}: this run is finished; `mae-dist report {config.out}` draws it")
 
 
-def finished(verb: str, config: Any) -> bool:
+def finished(verb: str, config: RunConfig) -> bool:
     """Whether this run, with these settings and data, is finished. ValueError if its folder holds anything else."""
     out = Path(config.out)
     if (out / layout.CONFIG).is_file():
@@ -121,7 +120,7 @@ def nearest_existing(path: Path) -> Path:
     return next(found for found in (path.absolute(), *path.absolute().parents) if os.path.exists(found))
 
 
-def check_disk(config: Any) -> None:
+def check_disk(config: RunConfig) -> None:
     """Whether the disk has room for the checkpoints that are kept, and for one that is being written."""
     need = state_bytes(config) * (config.checkpoint.keep + 1) + DISK_MARGIN
     free = shutil.disk_usage(nearest_existing(Path(config.out))).free
@@ -132,7 +131,7 @@ def check_disk(config: Any) -> None:
         )
 
 
-def state_bytes(config: Any) -> int:
+def state_bytes(config: RunConfig) -> int:
     """Estimated bytes of a checkpoint: parameters in fp32, their two moments, their EMA if there is one."""
     backbone = model_sizes.num_parameters(config.model.name, config.model.image_size)
     decoder = 13 * config.mae.decoder_depth * config.mae.decoder_dim**2 if isinstance(config, PretrainConfig) else 0

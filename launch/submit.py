@@ -26,7 +26,6 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from launch import cluster as cluster_file
 from launch import local, pipeline, preflight, slurm, snapshot, sweep
@@ -36,7 +35,7 @@ from launch.task_runner import JobSpec
 from mae_dist import config as configuration
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
 from mae_dist.run import jobs, layout
-from mae_dist.schema import SCHEMAS
+from mae_dist.schema import SCHEMAS, C
 
 DESCRIPTION = """\
 Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and are requeued at
@@ -301,7 +300,7 @@ def record_submissions(stage: Stage, cluster: Cluster, names: list[str]) -> None
         jobs.record_submission(run.folder, jobs.Submission(name, logs, nodes, tasks))
 
 
-def with_save_interval(config: Any, cluster: Cluster) -> Any:
+def with_save_interval(config: C, cluster: Cluster) -> C:
     """The settings with checkpoints every `lose_at_most` minutes, unless they set checkpoint.minutes themselves."""
     if config.checkpoint.minutes is not None:
         return config

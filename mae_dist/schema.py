@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+C = TypeVar("C", bound="RunConfig")
+"""A config of a certain verb."""
 
 RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "heads")
 """Sections whose values decide the result of a run."""

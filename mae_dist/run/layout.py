@@ -32,7 +32,7 @@ import yaml
 
 from mae_dist import config as configuration
 from mae_dist.run import events, jobs, jsonl
-from mae_dist.schema import RANDOM, RunConfig
+from mae_dist.schema import C, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +91,12 @@ def step_of(path: Path) -> int:
 recent, write_text, ENDS = jsonl.tail, jsonl.write_atomic, "ends.jsonl"  # until all call them there
 
 
-def absolute(config: Any) -> Any:
+def absolute(config: C) -> C:
     """The settings with absolute paths, which are valid in any working directory."""
-    data, start = config.data, getattr(config, "init_from", RANDOM)
+    data = config.data
     test_path = data.test_path and str(Path(data.test_path).absolute())
     data = dataclasses.replace(data, path=str(Path(data.path).absolute()), test_path=test_path)
-    start = {} if start == RANDOM else {"init_from": str(Path(start).absolute())}
+    start = {} if config.origin is None else {"init_from": str(Path(config.origin).absolute())}
     return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
 
 

@@ -23,12 +23,11 @@ from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
-from mae_dist.schema import RunConfig
+from mae_dist.schema import C, RunConfig
 from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
