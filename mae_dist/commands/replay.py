@@ -30,7 +30,7 @@ from mae_dist.objectives.mae import MAE
 from mae_dist.objectives.probe_heads import ProbeHeads
 from mae_dist.run import checkpoint, jsonl
 from mae_dist.run.directory import RunDir
-from mae_dist.run.layout import step_of, write_text
+from mae_dist.run.layout import step_of
 from mae_dist.stages.setup import Setup, build_setup
 
 SHOWN = 16
@@ -157,7 +157,7 @@ def show(
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     masks = {"visible": objective.mask(batch).visible.tolist()} if isinstance(objective, MAE) else {}
-    write_text(out / "replay.json", json.dumps(numbers | {"samples": rows} | masks, indent=1) + "\n")
+    jsonl.write_atomic(out / "replay.json", json.dumps(numbers | {"samples": rows} | masks, indent=1) + "\n")
     sheet(setup, objective, found, worst.tolist()).save(out / "replay.png")
 
     table = Table("sample", "id", "epoch", "label", "loss", title=f"the largest losses of {len(rows)} samples")

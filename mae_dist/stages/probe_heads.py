@@ -28,8 +28,8 @@ from mae_dist.batch import Batch
 from mae_dist.data.features import Features
 from mae_dist.data.loader import Source
 from mae_dist.objectives.probe_heads import Head, ProbeHeads, held_out
+from mae_dist.run import jsonl
 from mae_dist.run.checkpoint import MANIFEST
-from mae_dist.run.layout import write_text
 from mae_dist.stages.setup import Setup, build_setup, num_classes
 from mae_dist.train import fit
 
@@ -131,7 +131,7 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
                 f"has gone on since; choose another out="
             )
         folder.mkdir(exist_ok=True)
-        write_text(file, key + "\n")
+        jsonl.write_atomic(file, key + "\n")
         needed, free = features.num_bytes * len(missing) // features.num_shards, shutil.disk_usage(folder).free
         if needed > free:
             raise ValueError(
@@ -239,8 +239,8 @@ def conclude(
     result |= evaluate.percentages(tested) | {"interval": [round(low, 4), round(high, 4)]}
     result |= {"num_held_out": int(counts[best, 2]), "diverged": sum(dead), "table": "heads.md"}
     if dist.is_main():
-        write_text(setup.run.path / "heads.json", json.dumps(result | {"rows": rows}, indent=1) + "\n")
-        write_text(setup.run.path / "heads.md", markdown(setup.config, result, rows))
+        jsonl.write_atomic(setup.run.path / "heads.json", json.dumps(result | {"rows": rows}, indent=1) + "\n")
+        jsonl.write_atomic(setup.run.path / "heads.md", markdown(setup.config, result, rows))
     setup.run.finish(numbers | result)
 
 

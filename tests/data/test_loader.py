@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from mae_dist.batch import Batch
 from mae_dist.data import index, loader
 from mae_dist.data.order import Order, plan
 from mae_dist.data.views import View
+from mae_dist.errors import MachineFault, RankError, WorkerLost
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
@@ -174,3 +180,49 @@ def test_loader_gives_an_empty_batch_for_an_empty_plan(tars: Tars) -> None:
         (batch,) = source.batches([(nothing, nothing)], view(training=False))
         assert batch.images.shape == (0, 3, 24, 24)
         assert batch.size == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch, when the loader is deleted
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_loader_worker_killed_by_sigkill_is_worker_lost(tars: Tars, elsewhere: bool) -> None:
+    """In the loader and at any other place in the rank, where torch's handler of SIGCHLD raises."""
+    data = tars([6, 6], size=None, extension="jpg")
+    batches = loader.TarSource(data, CPU, 1).batches(iter(steps(data, 0, 500)), view())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    with pytest.raises(WorkerLost, match="a loader process of this rank was killed"):
+        os.kill(worker.pid, signal.SIGKILL)
+        if elsewhere:
+            time.sleep(60)
+        for _ in batches:
+            pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "wanted"), [(OSError(errno.EIO, "I/O error"), MachineFault), (PermissionError(13, "no"), ValueError)]
+)
+def test_loader_storage_fault_is_a_machine_fault_from_any_process(
+    tars: Tars, workers: int, error: OSError, wanted: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise error
+
+    data = tars([4])
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(wanted, match=rf"^s0\d+\.png in x-0.tar: cannot be read \({error.strerror}\)$") as caught:
+        list(loader.TarSource(data, CPU, workers).batches(iter(steps(data, 0, 1)), view()))
+    assert type(caught.value) is (MachineFault if wanted is MachineFault else RankError)
+
+
+def test_loader_error_of_the_program_in_a_worker_is_no_lost_worker(
+    tars: Tars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed")
+
+    data = tars([4])
+    monkeypatch.setattr(loader, "crop", fail)
+    with pytest.raises(RuntimeError, match="Caught RuntimeError"):
+        list(loader.TarSource(data, CPU, 1).batches(iter(steps(data, 0, 1)), view()))
