@@ -34,7 +34,7 @@ verbs:
 """
 OUT_OF_MEMORY = (
     "rank {} ran out of memory; try machine.micro_batch=auto, machine.activation_checkpointing=1 or "
-    "machine.strategy=fsdp; the same command goes on"
+    "machine.strategy=fsdp; the same command resumes"
 )
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the verb and arguments in `argv`, and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    argv = [argument for argument in argv if argument != "--debug"]
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return errors.STOPPED
     except KeyboardInterrupt:
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            print("mae-dist: interrupted; the same command starts again, or goes on from a checkpoint", file=sys.stderr)
+            print("mae-dist: interrupted; the same command starts again, or resumes from a checkpoint", file=sys.stderr)
         return errors.INTERRUPTED
     except Exception as error:
         reason = errors.reason(error)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return errors.exit_status(error)
 
 
-def dispatch(verb: str, words: list[str]) -> int:
+def dispatch(verb: str, argv: list[str]) -> int:
     """Run a verb with its arguments, and return the exit status. Raises what the verb raises."""
     if verb not in VERBS:
         import difflib
@@ -84,20 +84,20 @@ def dispatch(verb: str, words: list[str]) -> int:
             f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
         )
     if verb not in schema.SCHEMAS:
-        return importlib.import_module(VERBS[verb].module).main(words)
-    if "-h" in words or "--help" in words:
+        return importlib.import_module(VERBS[verb].module).main(argv)
+    if "-h" in argv or "--help" in argv:
         usage = f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]"
         print(f"{usage}\n\n{VERBS[verb].summary}\n\n{config.settings_help(verb)}")
         return 0
-    if dashed := [word for word in words if word.startswith("-")]:
+    if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
-    settings = config.load(verb, *config.split_words(verb, words))
+    settings = config.load(verb, *config.split_words(verb, argv))
     from mae_dist import dist, launcher
 
     processes = 1 if dist.launched() else launcher.processes_here(settings.machine.processes)
     if processes > 1:
         config.check_world(settings, processes)
-        return launcher.spawn([verb, *words], processes, settings.machine.restarts)
+        return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
     importlib.import_module(VERBS[verb].module).run(settings)
     if dist.is_main():
         print_result(verb, settings.out)

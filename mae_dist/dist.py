@@ -75,7 +75,7 @@ def _meet() -> tuple[dist.Store, int, int]:
     except dist.DistError as error:
         here = os.environ["RANK"]
         what = f"rank {here} did not meet the others within {patience.total_seconds():g} s of its start"
-        raise RankLost(f"{what}; the same command goes on from the last checkpoint") from error
+        raise RankLost(f"{what}; the same command resumes from the last checkpoint") from error
 
 
 def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
@@ -229,10 +229,10 @@ def _find_missing_ranks(what: str) -> str:
             answered |= {number for number in range(everyone) if _store.check([f"here/{number}"])}
             time.sleep(0.05)
     except RuntimeError:
-        return f"rank {here} lost touch with the others at {what}; the same command goes on from the last checkpoint"
+        return f"rank {here} lost touch with the others at {what}; the same command resumes from the last checkpoint"
     if here > min(answered):
         return ""
     silent = sorted(set(range(everyone)) - answered)
     names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
     blame = f"{names} did not answer" if silent else "the ranks lost touch with each other"
-    return f"{blame} at {what}: hung or gone; the same command goes on from the last checkpoint"
+    return f"{blame} at {what}: hung or gone; the same command resumes from the last checkpoint"

@@ -60,10 +60,10 @@ def run(argv: list[str], config: LaunchConfig) -> int:
         first_rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            log.error("rank %d was ended by %s; the same command goes on from the last checkpoint", first_rank, name)
+            log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", first_rank, name)
             return SIGNAL_BASE - failure.exitcode
         return failure.exitcode
     except SignalException as error:  # the agent has passed the signal on and waited for the ranks
-        log.error("stopped by %s; the same command goes on", signal.Signals(error.sigval).name)
+        log.error("stopped by %s; the same command resumes", signal.Signals(error.sigval).name)
         return STOPPED
     return DONE

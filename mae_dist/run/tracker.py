@@ -147,7 +147,7 @@ class Tracker:
             jsonl.append(path, *records)
         except OSError as error:
             raise MachineFault(
-                f"{path}: cannot be written ({error.strerror}); make room, the same command goes on"
+                f"{path}: cannot be written ({error.strerror}); make room, the same command resumes"
             ) from error
 
     def _mirror(self, record: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def trained(seed: int, steps: int) -> train.TrainState:
     return train.TrainState(module, optimizer, scale, average, steps)  # pyright: ignore[reportArgumentType]
 
 
-def test_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
+def test_resume_restores_checkpoint_bit_identical(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
     state = {name: tensor.clone() for name, tensor in trained(0, 3).tensors().items()}
     run.save(3, trained(0, 3).tensors(), keep=2)
