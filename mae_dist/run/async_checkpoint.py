@@ -1,4 +1,4 @@
-"""Checkpoints in the background: copied at a step boundary, written by a thread while training continues, one at a time.
+"""Checkpoints in the background: copied at a step boundary, written by a thread beside training, one at a time.
 
 A save that fails (a full disk, say) is logged, and training continues with the earlier checkpoints; only the last save
 must succeed. Ranks write together, over a group of their own. Knows no model and no loop.
