@@ -10,7 +10,9 @@ from pathlib import Path
 
 from launch.pipeline import Run, Stage
 from mae_dist.errors import DONE, STOPPED
-from mae_dist.monitor.logs import Task, cause_in
+from mae_dist.monitor.logs import find_cause, last_line
+from mae_dist.monitor.status import root_failure, since_last_start
+from mae_dist.run import events
 
 ROOT = Path(__file__).parents[1]
 LOG = "local.log"
@@ -27,7 +29,9 @@ def run_stages(stages: list[Stage]) -> int:
             if status == STOPPED:
                 print(f"stopped and saved in {run.name}; the same command resumes", file=sys.stderr)
             elif status:
-                line = Task(0, output, [], cause_in(output)).said or (output[-1] if output else "")
+                failure = root_failure(since_last_start(events.read(run.folder)))
+                cause = find_cause(output, failure) or find_cause(output)
+                line = last_line(output, cause) or (output[-1] if output else "")
                 print(f"submit: stage {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
                       f"its output is in {log_of(run)}", file=sys.stderr)  # fmt: skip
             if status != DONE:

@@ -1,7 +1,4 @@
-"""Pictures for people: rows of equally large images in one sheet, with captions.
-
-Takes arrays, gives PIL images; knows no model, no data set and no file layout. Imports no torch.
-"""
+"""Rows of images in one sheet, with captions: arrays in, a PIL image out. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ INK = (40, 40, 40)
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), tile: int = 96) -> Image.Image:
-    """Rows of uint8 images (h, w, 3) of any size, each shown in a square of `tile` pixels.
+    """Draw rows of uint8 images (h, w, 3) of any size, each scaled into a square of `tile` pixels.
 
-    `captions` stand above the columns (as many as fit; empty: none). Small images are enlarged without smoothing.
+    `captions` are written above the columns, cut to the width of a column. Small images are enlarged without smoothing.
     """
     columns = max(len(row) for row in rows)
     top = CAPTION if captions else 0

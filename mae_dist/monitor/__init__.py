@@ -1,1 +1,1 @@
-"""Looking at runs while they run and afterwards. Nothing in this folder imports torch."""
+"""The verbs that show runs, during training and afterwards. Nothing in this folder imports torch."""

@@ -1,60 +1,56 @@
-"""What came between a run and its end, a line each: that it stopped, was started again, or went back, and why.
+"""What happened between the first start of a run and its end, a line each: every stop, failure, restart and rewind.
 
-From what a run's folder notes of itself: provenance.jsonl, rewinds.jsonl, ends.jsonl, and the events of its jobs. Pure
-functions but for the last; no torch.
+Read from the run's events.jsonl and from the events of its jobs' first tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mae_dist.cli import duration
-from mae_dist.run import jobs
-
-Line = dict[str, Any]
+from mae_dist.run import events, jobs
+from mae_dist.run.events import Event
 
 
 class Incident(NamedTuple):
-    """When, at which step, and what it was."""
+    """When something happened, at which step if that is known, and what it was."""
 
     time: str
     step: str
     what: str
 
 
-def of(
-    starts: list[Line], rewinds: Iterable[Line] = (), ends: Iterable[Line] = (), notes: Iterable[Line] = ()
-) -> list[Incident]:
-    """All of a run, oldest first; ``notes`` are the events of its jobs' first task."""
-    told = [_noted(note) for note in notes if note.get("event") in ("stop_requested", "requeue")]
-    return sorted([*map(_started_again, starts[1:]), *map(_went_back, rewinds), *map(_ended, ends), *told])
+def read(run: Path) -> list[Incident]:
+    """All incidents of a run, oldest first."""
+    recorded, found = events.read(run), []
+    for job in jobs.submissions(run):
+        of_task_0 = jobs.events(Path(job.logs), job.job).get(0, [])
+        found += [event for event in of_task_0 if event["event"] == "stop_requested"]
+    first = next((event for event in recorded if event["event"] == "start"), None)
+    found += [event for event in recorded if event is not first]
+    incidents = (Incident(event["time"], str(event.get("step", "")), text) for event in found if (text := _text(event)))
+    return sorted(incidents, key=lambda incident: incident.time)
 
 
-def notes(run: Path) -> list[Line]:
-    """The events of the first task of all jobs of a run."""
-    return [event for one in jobs.submissions(run) for event in jobs.events(Path(one.logs), one.job).get(0, [])]
-
-
-def _started_again(start: Line) -> Incident:
-    text = f"started again on {start.get('hostname')}, {start.get('world')} ranks"
-    if "reached" in start:
-        text += f"; {start['reached'] - start['step']} steps done again, {duration(start['away'])} after the last one"
-    return Incident(str(start.get("time")), str(start.get("step")), text)
-
-
-def _went_back(rewind: Line) -> Incident:
-    skipped, out = len(rewind["nonfinite"]), len(rewind["left_out"])
-    text = f"went back to step {rewind['to']}: {skipped} steps were not finite; {out} samples left out"
-    return Incident(str(rewind["time"]), str(rewind["step"]), text)
-
-
-def _ended(end: Line) -> Incident:
-    return Incident(str(end["time"]), "", f"{end['state']}: {end['why']}")
-
-
-def _noted(note: Line) -> Incident:
-    stop = note["event"] == "stop_requested"
-    what = f"stop requested by {note['by']}" if stop else f"to be started again: {note['message']}"
-    return Incident(str(note["time"]), "", what)
+def _text(event: Event) -> str:
+    """What happened, in one sentence; empty for events that are no incident."""
+    match event["event"]:
+        case "start":
+            text = f"started again on {event['hostname']}, {event['ranks']} ranks"
+            if "reached" not in event:
+                return text
+            repeated = event["reached"] - event["step"]
+            return f"{text}; {repeated} steps repeated, {duration(event['away'])} after the last step"
+        case "stop_requested":
+            return f"stop requested by {event['by']}"
+        case "stop":
+            return f"stopped: {event['message']}"
+        case "fail":
+            return f"failed ({event['reason']}, rank {event['rank']}): {event['message']}"
+        case "requeue":
+            return f"requeued by {event['by']}: {event['message']}"
+        case "rewind":
+            skipped, left_out = len(event["nonfinite"]), len(event["left_out"])
+            return f"rewound to step {event['to']}: {skipped} steps were not finite; {left_out} samples left out"
+    return ""

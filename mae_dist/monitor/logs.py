@@ -1,26 +1,40 @@
-"""`mae-dist logs RUN [--lines N] [--all]`: what the newest job of a run said, the first failing rank first.
+"""`mae-dist logs RUN [--lines N] [--all]`: the output of the newest job of a run, the first failing rank first.
 
-Of a folder of runs, a sweep's or a pipeline's, the first that has failed is shown; else how all of them stand.
+For a folder of several runs, a sweep or a pipeline, the first failed run is shown; if none failed, the table of all.
 
-When one rank fails the others soon say that it does not answer, and a launcher kills the rest; so the task that ended
-first with a cause of its own is shown in full, and each other task in one line. Reads only, and no torch.
+When one rank fails, the others soon report that it does not answer, and a launcher kills the rest. So the task that is
+likeliest the root cause is shown in full, and each other task in one line. What a rank failed of is read from the run's
+events; failures before the run could record any are found in the logs.
 """
 
 from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist.cli import Parser
+from mae_dist.errors import FAILED, SIGNAL_BASE, USER_ERROR
 from mae_dist.monitor import runs
-from mae_dist.monitor.status import STOPPED, Event, ended, endings, find, of_start, run_status
-from mae_dist.run import jobs, layout, slurm_cli
+from mae_dist.monitor.status import (
+    EXPECTED_STATUSES,
+    describe_status,
+    failures,
+    find_runs,
+    last_ends,
+    one_start,
+    root_failure,
+    run_status,
+)
+from mae_dist.run import events, jobs, layout, slurm_cli
+from mae_dist.run.events import Event
+from mae_dist.run.jobs import Submission
 
 LINES = 40
-LOST = re.compile(r"does? not answer|did not answer|lost touch")
-"""What ranks say that have only lost another (`dist`)."""
+PROGRAM = "mae-dist: "
+"""How the one-line error messages of mae-dist begin."""
 PREFIX = re.compile(r"^\[rank\d+\]: ?")
 """What torch puts before each line of a traceback."""
 TRACEBACK = "Traceback (most recent call last):"
@@ -29,49 +43,59 @@ CHAINED = ("During handling of the above exception", "The above exception was th
 
 @dataclass(frozen=True)
 class Task:
-    """One task in one start: its log of that start, its events, and what of the log is the cause of its end."""
+    """One task in one start: its log and its events of that start, the run's event `fail` of its rank if there is one,
+    and the lines of the log that say why it ended.
+    """
 
     number: int
     lines: list[str]
     events: list[Event]
+    failure: Event | None
     cause: range
 
     @property
-    def host(self) -> str:
-        return next((f" on {event['host']}" for event in self.events if "host" in event), "")
+    def name(self) -> str:
+        """Number and, where it is known, host."""
+        return f"task {self.number}" + next((f" on {event['host']}" for event in self.events if "host" in event), "")
 
     @property
     def end(self) -> Event | None:
-        return endings({0: self.events}).get(0)
+        """The event `end`, None if there is none."""
+        return last_ends({0: self.events}).get(0)
 
     @property
     def failed(self) -> bool:
-        return self.end is not None and self.end["status"] not in (0, *STOPPED)
+        """Whether it ended neither well nor because it was stopped."""
+        return self.end is not None and self.end["status"] not in EXPECTED_STATUSES
 
     @property
-    def said(self) -> str:
-        """The cause in one line, a traceback's last."""
-        return PREFIX.sub("", self.lines[self.cause[-1]]).strip() if self.cause else ""
+    def message(self) -> str:
+        """Why it ended, in one line; empty where that is not known."""
+        return last_line(self.lines, self.cause) or (self.failure or {}).get("message", "")
 
     @property
-    def blame(self) -> tuple[int, str, int]:
-        """Least for the task to show first: those with a cause, the earliest first, then those that agreed in silence,
-        then those that lost another or were told to end by SIGTERM. A rank that was killed has nothing to say.
+    def outcome(self) -> str:
+        """How and when it ended."""
+        return f"{describe_status(self.end['status'])} at {self.end['time']}" if self.end else "no end is recorded"
+
+    @property
+    def sort_key(self) -> tuple[int, str, int]:
+        """Sort key of failed tasks, likeliest root cause first: those with a cause of their own (earliest first), then
+        those that agreed in silence, then those that lost another rank or got SIGTERM. A killed rank logs nothing.
         """
         assert self.end is not None
-        status, lost = self.end["status"], LOST.search(self.said)
-        silent = not self.cause and 0 < status < 128
-        consequence = lost or (silent and status == 1) or status == -signal.SIGTERM
-        return (2 if consequence else 1 if silent else 0), self.end["time"], self.number
-
-    def outcome(self) -> str:
-        """How it ended, in words."""
-        return f"{ended(self.end['status'])} at {self.end['time']}" if self.end else "no end is noted"
+        status, traceback = self.end["status"], len(self.cause) > 1
+        lost = not traceback and self.failure is not None and self.failure["reason"] == "rank_lost"
+        silent = not self.message and 0 < status < SIGNAL_BASE
+        if lost or (silent and status == FAILED) or status == -signal.SIGTERM:
+            return 2, self.end["time"], self.number
+        own = traceback or self.failure or status == USER_ERROR or not 0 < status < SIGNAL_BASE
+        return (0 if own and not silent else 1), self.end["time"], self.number
 
 
 def main(argv: list[str]) -> int:
     """Run `mae-dist logs ARGV`; give the exit status."""
-    parser = Parser(prog="mae-dist logs", description="What the newest job of a run said, the first failure first.")
+    parser = Parser(prog="mae-dist logs", description="The output of the newest job of a run, the first failure first.")
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or of several")
     parser.add_argument("--lines", type=int, default=LINES, metavar="N", help=f"last lines to show (default: {LINES})")
     parser.add_argument("--all", action="store_true", help="all starts of the job, not only the newest")
@@ -79,81 +103,104 @@ def main(argv: list[str]) -> int:
     run: Path = arguments.run
     if arguments.lines < 1:
         raise ValueError(f"--lines {arguments.lines}: must be 1 or more")
-    submissions = jobs.submissions(run)
-    if not submissions and not (run / layout.CONFIG).is_file() and (below := list(find(run))):
-        failed = next((row.path for row in runs.look(below) if row.status.state == "failed"), None)
+    if not jobs.submissions(run) and not (run / layout.CONFIG).is_file() and (below := list(find_runs(run))):
+        failed = next((row.path for row in runs.read_rows(below) if row.status.state == "failed"), None)
         if failed is None:
             return runs.main([str(run)])
-        run, submissions = failed, jobs.submissions(failed)
-    if not submissions:
-        if not (run / layout.CONFIG).is_file():
-            what = "holds no run of mae-dist" if run.is_dir() else "no such folder"
-            raise ValueError(f"RUN={run}: {what}; `mae-dist runs` lists them")
-        raise ValueError(
-            f"RUN={run}: was not launched through launch/submit.py, so nobody kept what it said; its record is in "
-            f"{run / 'metrics.jsonl'} and {run / 'provenance.jsonl'}"
-        )
-    newest = submissions[-1]
-    logs, events = Path(newest.logs), jobs.events(Path(newest.logs), newest.job)
-    states = slurm_cli.states([newest.job])
-    how, word = run_status(run, states), states.get(newest.job, "")
-    starts = sorted({event["start"] for notes in events.values() for event in notes}) or [0]
-    print(f"{run}: {how}")
-    for start in starts if arguments.all else starts[-1:]:
-        told = word if start == starts[-1] else ""
-        show(logs, newest.job, start, of_start(events, start), arguments.lines, told)
+        run = failed
+    show_job(run, newest_submission(run), arguments.lines, arguments.all)
     return 0
 
 
-def show(logs: Path, job: str, start: int, notes: dict[int, list[Event]], num: int, word: str) -> None:
-    """Print what a start of a job said, the last ``num`` lines at most beside the cause; ``word`` is SLURM's."""
-    numbers = notes.keys() or {int(name) for name in _numbers(logs, job)}
-    tasks = [read(logs, job, number, start, notes.get(number, [])) for number in sorted(numbers)]
+def newest_submission(run: Path) -> Submission:
+    """The newest submission of a run. Raises ValueError where there is no run, or where it was not submitted."""
+    if submissions := jobs.submissions(run):
+        return submissions[-1]
+    if (run / layout.CONFIG).is_file():
+        raise ValueError(
+            f"RUN={run}: was not launched through launch/submit.py, so there is no log of it; its record is in "
+            f"{run / layout.METRICS} and {run / events.FILE}"
+        )
+    what = "holds no run of mae-dist" if run.is_dir() else "no such folder"
+    raise ValueError(f"RUN={run}: {what}; `mae-dist runs` lists them")
+
+
+def show_job(run: Path, job: Submission, num_lines: int, all_starts: bool) -> None:
+    """Print the status of a run, and the newest start, or all, of its job."""
+    logs, tasks, recorded = Path(job.logs), jobs.events(Path(job.logs), job.job), events.read(run)
+    states = slurm_cli.states([job.job])
+    print(f"{run}: {run_status(run, states)}")
+    starts = sorted({event["start"] for task in tasks.values() for event in task}) or [0]
+    for start in starts if all_starts else starts[-1:]:
+        found = one_start(tasks, start)
+        failed = failures_by_task(recorded, failures(recorded, tasks, start), len(found))
+        numbers = found.keys() or _tasks_with_log(logs, job.job)
+        slurm_state = states.get(job.job, "") if start == starts[-1] else ""
+        read = [read_task(logs, job.job, n, start, found.get(n, []), failed.get(n)) for n in sorted(numbers)]
+        show_start(logs, job.job, start, read, num_lines, slurm_state)
+
+
+def failures_by_task(recorded: list[Event], failed: list[Event], num_tasks: int) -> dict[int, Event]:
+    """Of each task the `fail` event that is likeliest its cause; a task runs one rank or, under torchrun, several."""
+    num_ranks = next((event["ranks"] for event in reversed(recorded) if event["event"] == "start"), num_tasks)
+    by_task: dict[int, list[Event]] = {}
+    for event in failed:
+        by_task.setdefault(event["rank"] * num_tasks // max(num_ranks, num_tasks, 1), []).append(event)
+    return {task: event for task, found in by_task.items() if (event := root_failure(found))}
+
+
+def show_start(logs: Path, job: str, start: int, tasks: list[Task], num_lines: int, slurm_state: str) -> None:
+    """Print one start of a job: the cause and the last lines of one task, and one line for each other task."""
     if not tasks:
-        known = f"SLURM says {word}" if word else "SLURM does not know it"
-        print(f"job {job} has said nothing yet: {known}, and no task of it has left a log in {logs}")
+        known = f"SLURM's state is {slurm_state}" if slurm_state else "SLURM does not know it"
+        print(f"job {job} has no output yet: {known}, and no task of it has left a log in {logs}")
         return
-    failures = sorted((task for task in tasks if task.failed), key=lambda task: task.blame)
-    shown = failures[0] if failures else tasks[0]
-    where = f"task {shown.number}{shown.host}, start {start} of job {job}"
-    more = f", the first of {len(failures)} that failed" if len(failures) > 1 else ""
-    more += f"; SLURM says {word}" if word and not shown.end else ""
-    print(f"{where}: {shown.outcome()}{more}")
-    cause = shown.cause if failures else range(0)
-    if cause:
-        print("\n" + "\n".join(shown.lines[i] for i in cause))
-    rest = [line for i, line in enumerate(shown.lines) if i not in cause][-num:]
+    failed = sorted((task for task in tasks if task.failed), key=lambda task: task.sort_key)
+    shown = failed[0] if failed else tasks[0]
+    more = f", the first of {len(failed)} that failed" if len(failed) > 1 else ""
+    more += f"; SLURM's state is {slurm_state}" if slurm_state and not shown.end else ""
+    print(f"{shown.name}, start {start} of job {job}: {shown.outcome}{more}")
+    cause = shown.cause if failed else range(0)
+    if failed and shown.message:
+        print("\n" + "\n".join([shown.lines[i] for i in cause] or [shown.message]))
+    rest = [line for i, line in enumerate(shown.lines) if i not in cause][-num_lines:]
     print(f"\nlast lines of {jobs.log_file(logs, job, shown.number)}:" + "".join(f"\n  {line}" for line in rest))
     print()
     for task in tasks:
         if task is not shown:
-            said = f": {task.said}" if task.said and task.failed else ""
-            print(f"task {task.number}{task.host}: {task.outcome()}{said}")
+            print(f"{task.name}: {task.outcome}" + (f": {task.message}" if task.failed and task.message else ""))
 
 
-def read(logs: Path, job: str, number: int, start: int, events: list[Event]) -> Task:
-    """A task's log from the line that begins its start up to the next; without that line, what came before any."""
+def read_task(logs: Path, job: str, number: int, start: int, found: list[Event], failure: Event | None = None) -> Task:
+    """A task with its log of one start: from the line that begins it to the next such line, else what is before any."""
     file = jobs.log_file(logs, job, number)
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     marks = [i for i, line in enumerate(lines) if line.startswith("== start ")]
     begun = [i for i in marks if lines[i].startswith(f"== start {start} of job {job},")]
     after = begun[-1] if begun else -1
     lines = lines[max(after, 0) : next((i for i in marks if i > after), None)]
-    return Task(number, lines, events, cause_in(lines))
+    return Task(number, lines, found, failure, find_cause(lines, failure))
 
 
-def cause_in(lines: list[str]) -> range:
-    """Where the last traceback or the last sentence of mae-dist lies, whichever is later; empty for neither.
+def find_cause(lines: list[str], failure: Mapping[str, str] | None = None) -> range:
+    """Where the cause of a failure lies in a log: a traceback, or one line of mae-dist; empty if there is neither.
 
-    That a rank was lost counts only where there is nothing else: a log may be of several ranks.
+    ``failure`` is the event `fail` if the run recorded one: its message is searched for, and after the loss of another
+    rank a traceback counts for more. Without an event the last traceback or message counts, whichever is later.
     """
     trace = traceback_in(lines)
-    sentences = [i for i, line in enumerate(lines) if line.startswith("mae-dist: ")]
-    own = [i for i in sentences if not LOST.search(lines[i])]
-    if trace and not (own and own[-1] >= trace.stop):
+    messages = [i for i, line in enumerate(lines) if line.startswith(PROGRAM)]
+    if failure:
+        messages = [i for i in messages if lines[i] == f"{PROGRAM}{failure['message']}"]
+    wins = bool(messages) and (failure["reason"] != "rank_lost" if failure else messages[-1] >= trace.stop)
+    if trace and not wins:
         return trace
-    chosen = (own or sentences)[-1:]
-    return range(chosen[0], chosen[0] + 1) if chosen else range(0)
+    return range(messages[-1], messages[-1] + 1) if messages else range(0)
+
+
+def last_line(lines: list[str], cause: range) -> str:
+    """The last line of a cause, without what torch puts before it: of a traceback the error."""
+    return PREFIX.sub("", lines[cause[-1]]).strip() if cause else ""
 
 
 def traceback_in(lines: list[str]) -> range:
@@ -177,7 +224,7 @@ def traceback_in(lines: list[str]) -> range:
     return range(begin, len(bare))
 
 
-def _numbers(logs: Path, job: str) -> list[str]:
-    """Tasks of a job that have a log, in which nothing need have started."""
+def _tasks_with_log(logs: Path, job: str) -> list[int]:
+    """Tasks of a job that have a log, even if none of them has started."""
     names = (file.name.removeprefix(f"{job}_").removesuffix("_log.out") for file in logs.glob(f"{job}_*_log.out"))
-    return [name for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isdigit()]

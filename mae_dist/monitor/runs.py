@@ -1,12 +1,11 @@
-"""`mae-dist runs [DIR ...] [--watch] [--results FILE.md]`: all runs below some folders in one table, how each stands.
+"""`mae-dist runs [DIR ...] [--watch] [--results FILE.md]`: a table of all runs in some folders, with their status.
 
-With `--results`, the finished ones as markdown: in which settings they differ, and what came out. Reads the end of each
-metrics.jsonl only and asks SLURM once for all jobs, so that a hundred runs take less than a second. No torch.
+With `--results`, a markdown table of the finished runs: the settings in which they differ, and their final numbers.
+Reads only the end of each metrics.jsonl and calls SLURM once for all jobs, so a hundred runs take less than a second.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -25,42 +23,40 @@ from rich.table import Table
 
 from mae_dist import config as configuration
 from mae_dist.cli import Parser, duration
-from mae_dist.monitor.status import QUIET, RunStatus, find, newest_submissions, run_status
-from mae_dist.run import jobs, layout, slurm_cli
+from mae_dist.monitor.status import QUIET, RunStatus, find_runs, newest_submissions, run_status
+from mae_dist.run import jobs, jsonl, layout, slurm_cli
 
-RECENT = 100
-"""Steps over which the loss is averaged, at most."""
-EPOCH_ERROR = 5e-5
-"""How far from the truth `epoch` in metrics.jsonl may be."""
-EVERY = 5.0
-"""Seconds between two looks of --watch."""
-WIDE = 1000
-"""Columns of a table that no terminal shows."""
+WATCH_SECONDS = 5.0
+"""How often --watch refreshes the table."""
+PIPE_WIDTH = 1000
+"""Columns of a table that is not printed to a terminal."""
 NUMBERS = ("top1", "top5", "test_loss", "loss")
-"""Final numbers for --results; the first that a run has is its main one."""
+"""Final numbers for --results, the most important first."""
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "requeued": "magenta"}
 HEADINGS = ("run", "verb", "state", "step", "loss", "images/s", "ETA", "saved ago", "job", "result")
-COUNTS = ("step", "loss", "images/s", "ETA", "saved ago")
+NUMERIC = ("step", "loss", "images/s", "ETA", "saved ago")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run in the table; numbers that it does not have are None. Seconds: ``left``, and ``saved`` ago."""
+    """One run in the table; numbers that it does not have are None. ``seconds_left`` until the end at the current
+    speed, ``seconds_saved`` since the newest checkpoint.
+    """
 
     path: Path
     verb: str
     status: RunStatus
     step: int | None
-    total: int | None
+    total_steps: int | None
     loss: float | None
     images_per_second: float | None
-    left: float | None
-    saved: float | None
+    seconds_left: float | None
+    seconds_saved: float | None
     result: dict[str, Any]
 
     def cells(self, name: str) -> list[str]:
-        """What the table shows, in the order of HEADINGS."""
-        total = f"/{self.total:,}" if self.total else ""
+        """The cells of the table as text, in the order of HEADINGS."""
+        total = f"/{self.total_steps:,}" if self.total_steps else ""
         style = STYLES.get(self.status.state, "default")
         main = next((key for key in NUMBERS[:3] if key in self.result), None)
         return [
@@ -68,8 +64,8 @@ class Row:
             "" if self.step is None else f"{self.step:,}{total}",
             "" if self.loss is None else f"{self.loss:.4f}",
             "" if self.images_per_second is None else f"{self.images_per_second:,.0f}",
-            "" if self.left is None else duration(self.left),
-            "" if self.saved is None else duration(self.saved),
+            "" if self.seconds_left is None else duration(self.seconds_left),
+            "" if self.seconds_saved is None else duration(self.seconds_saved),
             self.status.job,
             "" if main is None else f"{main} {self.result[main]:.4g}",
         ]  # fmt: skip
@@ -77,136 +73,126 @@ class Row:
 
 def main(argv: list[str]) -> int:
     """Run `mae-dist runs ARGV`; give the exit status."""
-    parser = Parser(prog="mae-dist runs", description="All runs below some folders, and how each stands.")
+    parser = Parser(prog="mae-dist runs", description="A table of all runs in some folders, with their status.")
     parser.add_argument("folders", metavar="DIR", nargs="*", type=Path, default=[Path("runs")], help="default: runs")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--watch", action="store_true", help=f"look again every {EVERY:g} s, until Ctrl-C")
-    way.add_argument("--results", metavar="FILE.md", type=Path, help="write a table of what the finished ones gave")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--watch", action="store_true", help=f"refresh every {WATCH_SECONDS:g} s, until Ctrl-C")
+    mode.add_argument("--results", metavar="FILE.md", type=Path, help="write a table of the finished runs' results")
     arguments = parser.parse_args(argv)
     for top in arguments.folders:
         if not top.is_dir():
             raise ValueError(f"DIR={top}: no such folder; give one with runs in it")
     if arguments.results:
         return write_results(arguments.folders, arguments.results)
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if not arguments.watch:
         console.print(table(arguments.folders))
         return 0
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(table(arguments.folders), refresh=True)
-            time.sleep(EVERY)
+            time.sleep(WATCH_SECONDS)
     return 0
 
 
 def table(tops: list[Path]) -> Table | str:
-    """The table of all runs below these folders, or a sentence when there are none. Empty columns are left out."""
-    paths = list(dict.fromkeys(path for top in tops for path in find(top)))
+    """The table of all runs in these folders, or a sentence if there are none. Empty columns are left out."""
+    paths = list(dict.fromkeys(path for top in tops for path in find_runs(top)))
     if not paths:
-        return nothing(tops)
-    cells = [row.cells(name_of(row.path, tops)) for row in look(paths)]
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    used = [place for place in range(len(HEADINGS)) if any(line[place] for line in cells)]
-    for place in used:
-        count = HEADINGS[place] in COUNTS
-        made.add_column(HEADINGS[place], justify="right" if count else "left", no_wrap=count, overflow="fold")
+        return no_runs(tops)
+    cells = [row.cells(name_of(row.path, tops)) for row in read_rows(paths)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    used = [column for column in range(len(HEADINGS)) if any(line[column] for line in cells)]
+    for column in used:
+        numeric = HEADINGS[column] in NUMERIC
+        align = "right" if numeric else "left"
+        table.add_column(HEADINGS[column], justify=align, no_wrap=numeric, overflow="fold")
     for line in cells:
-        made.add_row(*(line[place] for place in used))
-    return made
+        table.add_row(*(line[column] for column in used))
+    return table
 
 
-def nothing(tops: list[Path]) -> str:
-    """That there is no run."""
+def no_runs(tops: list[Path]) -> str:
+    """The sentence for folders without runs."""
     return f"no runs in {', '.join(map(str, tops))}"
 
 
 def name_of(path: Path, tops: list[Path]) -> str:
-    """A run's name: its path below the one folder that was asked for, else the whole path."""
+    """A run's name in the table: its path relative to the one folder that was given, else the whole path."""
     return str(path.relative_to(tops[0])) if len(tops) == 1 and path != tops[0] else str(path)
 
 
-def look(paths: list[Path]) -> list[Row]:
-    """How these runs stand; SLURM is asked once, and not of those that are finished."""
-    submissions = newest_submissions([path for path in paths if not (path / layout.RESULT).is_file()])
+def read_rows(paths: list[Path]) -> list[Row]:
+    """The rows of these runs, in their order. SLURM is called once, for the jobs of unfinished runs only."""
+    submissions = newest_submissions(path for path in paths if not (path / layout.RESULT).is_file())
     states = slurm_cli.states(submission.job for submission in submissions.values())
-    return [_row(path, states) for path in paths]
+    return [_read_row(path, states) for path in paths]
 
 
-def _row(path: Path, states: dict[str, str]) -> Row:
-    settings, result = _settings(path), _mapping(path / layout.RESULT)
-    train, every = settings.get("train", {}), settings.get("track", {}).get("every", 0)
-    steps = [record for record in layout.recent(path / "metrics.jsonl") if "lr" in record][-RECENT:]
-    losses = [record["loss"] for record in steps if "loss" in record]
+def _read_row(path: Path, states: dict[str, str]) -> Row:
+    settings = _settings(path)
+    total = settings.get("total_steps")
+    steps = [record for record in jsonl.tail(path / layout.METRICS) if record.get("kind") == jsonl.STEP]
+    losses = [record["loss"] for record in steps[-layout.RECENT :] if "loss" in record]
     last = steps[-1] if steps else {}
-    step, epoch, speed = last.get("step"), last.get("epoch"), last.get("images_per_second")
-    total = train.get("steps")
-    if total is None and epoch:
-        wanted = train["epochs"] * step / epoch
-        total = math.ceil(wanted * (1 - EPOCH_ERROR / epoch))
-    batch = train.get("global_batch", 0)
-    quiet = max(QUIET, 3 * every * batch / speed) if speed else QUIET
-    how = run_status(path, states, quiet)
-    if how.state == "finished":
-        total = step
-    left = (total - step) * batch / speed if how.state == "running" and speed and total and step else None
+    step, speed = last.get("step"), last.get("images_per_second")
+    batch, log_every = settings.get("train", {}).get("global_batch", 0), settings.get("track", {}).get("every", 0)
+    status = run_status(path, states, max(QUIET, 3 * log_every * batch / speed) if speed else QUIET)
+    left = (total - step) * batch / speed if status.state == "running" and speed and total and step else None
     saves = layout.checkpoints(path)
     return Row(
-        path=path, verb=str(settings.get("verb", "")), status=how, step=step, total=total,
-        loss=sum(losses) / len(losses) if losses else None, images_per_second=speed, left=left,
-        saved=time.time() - saves[-1].stat().st_mtime if saves else None, result=result,
+        path=path, verb=str(settings.get("verb", "")), status=status, step=step, total_steps=total,
+        loss=sum(losses) / len(losses) if losses else None, images_per_second=speed, seconds_left=left,
+        seconds_saved=time.time() - saves[-1].stat().st_mtime if saves else None, result=_result(path),
     )  # fmt: skip
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """config.yaml as it is; {} before there is one, and of one that is damaged, which the verb then says."""
+    """config.yaml as it is; {} before there is one, and only a verb where it is damaged or of an older layout."""
     try:
-        text = (path / layout.CONFIG).read_text()
-        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # ten times as fast
-        sound = isinstance(plain, dict) and all(isinstance(plain.get(name), dict) for name in ("train", "track"))
-        return plain if sound else {"verb": "damaged"}
+        return layout.read_config(path)
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {"verb": "damaged"}
+    except ValueError:
+        return {"verb": "unreadable"}
 
 
-def _mapping(file: Path) -> dict[str, Any]:
-    with suppress(FileNotFoundError, ValueError):
-        found = json.loads(file.read_text())
-        return found if isinstance(found, dict) else {}
+def _result(path: Path) -> dict[str, Any]:
+    with suppress(ValueError):
+        return layout.result(path) or {}
     return {}
 
 
-# What came out
+# Results
 
 
 def write_results(tops: list[Path], file: Path) -> int:
     """Write the markdown about the finished runs, print it, and give the exit status.
 
-    Raises ValueError when none is finished: nothing is written then.
+    Raises ValueError, and writes nothing, if none is finished.
     """
-    paths = dict.fromkeys(path for top in tops for path in find(top))
-    rows = look([path for path in paths if is_run(path)])
+    paths = dict.fromkeys(path for top in tops for path in find_runs(top))
+    rows = read_rows([path for path in paths if is_run(path)])
     finished = [row for row in rows if row.status.state == "finished"]
     if not finished:
-        raise ValueError(f"none of the {len(rows)} runs is finished; see mae-dist runs" if rows else nothing(tops))
+        raise ValueError(f"none of the {len(rows)} runs is finished; see mae-dist runs" if rows else no_runs(tops))
     text = markdown({name_of(row.path, tops): row for row in finished})
     others = [f"{name_of(row.path, tops)} ({row.status})" for row in rows if row not in finished]
     if others:
         text += f"\nNot finished: {', '.join(others)}.\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    layout.write_text(file, text)
+    jsonl.write_atomic(file, text)
     print(text, end="")
     return 0
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is a run, queued ones too; not a launcher's stage that makes none, such as this very table's."""
+    """Whether this is a run, perhaps a queued one, and not a stage of a pipeline that makes none."""
     return (path / layout.CONFIG).is_file() or path.parent.name != jobs.PIPELINE
 
 
 def markdown(rows: dict[str, Row]) -> str:
-    """A table a verb: each run's name, the settings in which its runs differ, and its numbers; the best first."""
+    """One table a verb, the best run first: names, the settings in which the verb's runs differ, and final numbers."""
     verbs = dict.fromkeys(row.verb for row in rows.values())
     return "\n".join(_markdown(verb, {k: row for k, row in rows.items() if row.verb == verb}) for verb in verbs)
 
@@ -222,19 +208,19 @@ def _markdown(verb: str, rows: dict[str, Row]) -> str:
     ranked = sorted(rows, key=lambda name: _rank(rows[name].result))
     lines = [["run", *varied, *shown], ["---"] * (1 + len(varied)) + ["---:"] * len(shown)]
     for name in ranked:
-        values = [_said(settings[name].get(key)) for key in varied]
-        lines.append([name, *values, *(_said(rows[name].result.get(key)) for key in shown)])
+        values = [_text(settings[name].get(key)) for key in varied]
+        lines.append([name, *values, *(_text(rows[name].result.get(key)) for key in shown)])
     cells: Iterable[str] = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return f"## {verb}\n\n" + "".join(f"| {line} |\n" for line in cells)
 
 
 def _rank(result: dict[str, Any]) -> tuple[float, float]:
-    """Accuracy from above, then losses from below."""
+    """Sort key: the highest accuracy first, then the lowest loss."""
     loss = next((result[key] for key in NUMBERS[2:] if key in result), math.inf)
     return -result.get("top1", -math.inf), loss
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_text, value))
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

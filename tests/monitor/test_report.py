@@ -1,4 +1,4 @@
-"""The report and its curves: self-contained, well-formed, true to the numbers, and escaped."""
+"""`mae-dist report`: self-contained, well-formed, true to the numbers, and escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,22 +15,25 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
+from markupsafe import escape
 
 from mae_dist import config, image_grid
-from mae_dist.monitor import report, svg
-from mae_dist.run import jobs
+from mae_dist.cli import duration
+from mae_dist.monitor import report
+from mae_dist.run import events, jobs, layout
 
 EVIL = '<script>alert("&")</script>'
 
 
 def make_run(path: Path, verb: str = "pretrain", *overrides: str, num_steps: int = 40) -> Path:
-    """A small RunDir as the real stages write it: 128 images a step, 10 steps an epoch, 640 images a second."""
+    """A small run as the real stages write it: 128 images a step, 10 steps an epoch, 640 images a second."""
     always = [f"out={path}", "data.path=/data", "model.name=vit_p4_d128", "train.global_batch=128"]
     settings = config.load(verb, None, [*always, *overrides])
     path.mkdir(parents=True)
-    head = yaml.safe_dump({"verb": verb, "data_fingerprint": "abc"}, sort_keys=False)
-    (path / "config.yaml").write_text(head + config.dump(settings))
-    same = {"lr": 1e-3, "grad_norm": 0.5, "images_per_second": 640.0, "data_wait": 0.05}
+    head = {"format": layout.FORMAT, "verb": verb, "data_fingerprint": "abc"}
+    head |= {"total_steps": config.total_steps(settings.train, 1280)}
+    (path / "config.yaml").write_text(yaml.safe_dump(head, sort_keys=False) + config.dump(settings))
+    same = {"kind": "step", "lr": 1e-3, "grad_norm": 0.5, "images_per_second": 640.0, "data_wait": 0.05}
     steps = range(1, num_steps + 1)
     write_lines(path / "metrics.jsonl", [{"step": step, "epoch": step / 10, "loss": 1 / step} | same for step in steps])
     return path
@@ -52,7 +54,7 @@ def render(*paths: Path) -> str:
 
 def cells(html: str, name: str) -> list[str]:
     """The texts of a run's row in the summary table."""
-    row = next(r for r in re.findall(r"<tr>(.*?)</tr>", html) if f" {name}</span>" in r)
+    row = next(r for r in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL) if f" {name}</span>" in r)
     return [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
 
 
@@ -94,17 +96,19 @@ class Checker(HTMLParser):
 def family(tmp_path: Path) -> list[Path]:
     """A pretraining with pictures and a resume, and a probe from it beside one from random."""
     pretrain = finish(make_run(tmp_path / "mae"), verb="pretrain", loss=0.4123, steps=40)
-    starts = [{"step": s, "time": "2026-07-10T12:00:00", "hostname": EVIL, "world": 2} for s in (0, 17)]
+    day = "2026-07-10T"
+    starts = [{"step": step, "hostname": EVIL, "ranks": 2} for step in (0, 17)]
     starts[1] |= {"reached": 20, "away": 93.0}
-    write_lines(pretrain / "provenance.jsonl", starts)
-    rewind = {"time": "2026-07-10T11:00:00", "step": 9, "to": 6, "nonfinite": [7, 8, 9], "left_out": [3]}
-    write_lines(pretrain / "rewinds.jsonl", [rewind])
-    end = {"time": "2026-07-10T11:58:20", "state": "stopped", "why": "stopped and saved at step 17"}
-    write_lines(pretrain / "ends.jsonl", [end])
+    events.append(pretrain, "start", time=day + "10:01:00", **starts[0])
+    events.append(pretrain, "rewind", time=day + "11:00:00", step=9, to=6, nonfinite=[7, 8, 9], left_out=[3])
     jobs.record_submission(pretrain, jobs.Submission("7", str(pretrain / "jobs"), "1", 1))
-    logs, day = pretrain / "jobs", "2026-07-10T"
-    jobs.record(logs, "7", 0, "stop_requested", 0, time=day + "11:58:19", by="SIGUSR2")
-    jobs.record(logs, "7", 0, "requeue", 0, time=day + "11:58:21", message="stopped and saved")
+    jobs.record(pretrain / "jobs", "7", 0, "stop_requested", 0, time=day + "11:58:19", by="SIGUSR2")
+    events.append(pretrain, "stop", time=day + "11:58:20", reason="signal", step=17, message="stopped at step 17")
+    again = {"reason": "saved", "by": "task", "message": "stopped and saved"}
+    events.append(pretrain, "requeue", time=day + "11:58:21", job="7", start=0, saved=17, **again)
+    jobs.record(pretrain / "jobs", "7", 0, "requeue", 0, time=day + "11:58:21", **again)
+    events.append(pretrain, "start", time=day + "12:00:00", **starts[1])
+    events.append(pretrain, "fail", time=day + "12:10:00", reason="crash", rank=1, message=EVIL)
     (pretrain / "pictures").mkdir()
     for step in range(1, 21):
         image = np.full((8, 8, 3), step, np.uint8)
@@ -118,7 +122,7 @@ def family(tmp_path: Path) -> list[Path]:
     return [pretrain, *probes]
 
 
-def test_page_is_well_formed_and_loads_nothing(family: list[Path]) -> None:
+def test_report_is_well_formed_and_loads_nothing(family: list[Path]) -> None:
     html = render(*family)
     checked = Checker(html)
     assert checked.addresses  # the pictures
@@ -130,10 +134,10 @@ def test_page_is_well_formed_and_loads_nothing(family: list[Path]) -> None:
     assert [title for title, _ in figures(html)] == ["Loss", *always, "Loss", "Test top-1", "Test top-5", *always]
 
 
-def test_summary_has_the_numbers(family: list[Path]) -> None:
+def test_report_summary_has_the_numbers(family: list[Path]) -> None:
     html = render(*family)
     tail = ["0", "640", "8 s", "finished"]
-    numbers = ["4", "40", "&ndash;", "&ndash;", "0.4123", "&ndash;"]
+    numbers = ["4", "40", report.DASH, report.DASH, "0.4123", report.DASH]
     assert cells(html, "mae") == ["mae", "pretrain", "vit_p4_d128", "random", *numbers, *tail]
     numbers = ["4", "40", "31.25", "60.12", "2.75", "2,000"]
     assert cells(html, "probe-mae") == ["probe-mae", "probe", "vit_p4_d128", "mae", *numbers, *tail]
@@ -141,15 +145,16 @@ def test_summary_has_the_numbers(family: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(8, "8 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (9e5, "250 h")]
+    ("seconds", "text"),
+    [(8, "8 s"), (59, "59 s"), (60, "1.0 min"), (7199, "2.0 h"), (86399, "24.0 h"), (9e5, "10.4 d")],
 )
-def test_duration(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+def test_duration_is_in_the_largest_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
-def test_pair_shows_the_difference_in_points(family: list[Path]) -> None:
+def test_report_pair_shows_the_gain_in_points(family: list[Path]) -> None:
     html = render(*family)
-    (card,) = re.findall(r'<article class="pair">.*?</article>', html)
+    (card,) = re.findall(r'<article class="pair">.*?</article>', html, re.DOTALL)
     assert "+10.75 <small>points top-1" in card
     error = math.sqrt(31.25 * 68.75 / 2000 + 20.5 * 79.5 / 2000)
     assert f"{error:.2f} points" in card
@@ -158,7 +163,7 @@ def test_pair_shows_the_difference_in_points(family: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("verb", "changes"), [("probe", ["train.seed=1"]), ("probe", ["optim.base_lr=0.2"]), ("finetune", [])]
 )
-def test_runs_that_differ_in_more_than_the_start_are_no_pair(tmp_path: Path, verb: str, changes: list[str]) -> None:
+def test_report_pairs_differ_only_in_init_from(tmp_path: Path, verb: str, changes: list[str]) -> None:
     one = finish(make_run(tmp_path / "a", "probe", "init_from=mae"), top1=2.0, num_test_images=10)
     other = finish(make_run(tmp_path / "b", verb, "init_from=random", *changes), top1=1.0, num_test_images=10)
     same = finish(make_run(tmp_path / "c", "probe", "init_from=random", "data.path=/mnt"), top1=1.0, num_test_images=10)
@@ -166,28 +171,29 @@ def test_runs_that_differ_in_more_than_the_start_are_no_pair(tmp_path: Path, ver
     assert [(random.name, run.name) for random, run in found] == [("c", "a")]
 
 
-def test_everything_is_escaped(tmp_path: Path, family: list[Path]) -> None:
+def test_report_escapes_everything(tmp_path: Path, family: list[Path]) -> None:
     evil = make_run(tmp_path / "<b>&'bold", num_steps=3)
     html = report.page(report.read_runs([*family, evil]), EVIL, "today")
     assert "<script" not in html
-    assert html.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") >= 4  # title twice, hostname, incident
+    assert html.count(str(escape(EVIL))) >= 5  # title twice, hostname, two incidents
     assert "<b>&" not in html
     assert "&lt;b&gt;&amp;&#x27;bold" in html
     Checker(html)
 
 
-def test_starts_and_rewinds_are_told_in_order(family: list[Path]) -> None:
+def test_report_incidents_are_in_order_of_time(family: list[Path]) -> None:
     text = re.sub("<[^>]*>", " ", render(*family))
     parts = [
-        "went back to step 6: 3 steps were not finite; 1 samples left out", "stop requested by SIGUSR2",
-        "stopped: stopped and saved at step 17", "to be started again: stopped and saved",
-        "2 ranks; 3 steps done again, 1.6 min after the last one",
+        "rewound to step 6: 3 steps were not finite; 1 samples left out", "stop requested by SIGUSR2",
+        "stopped: stopped at step 17", "requeued by task: stopped and saved",
+        "2 ranks; 3 steps repeated, 1.6 min after the last step", "failed (crash, rank 1): ",
     ]  # fmt: skip
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
+    assert text.count("requeued by task") == 1
 
 
-def test_incomplete_runs_say_how_far_they_came(tmp_path: Path) -> None:
+def test_report_of_incomplete_runs_has_their_step(tmp_path: Path) -> None:
     started = make_run(tmp_path / "started", num_steps=0)
     by_epochs = make_run(tmp_path / "by_epochs", "pretrain", "train.epochs=12")
     by_steps = make_run(tmp_path / "by_steps", "pretrain", "train.steps=50")
@@ -199,7 +205,7 @@ def test_incomplete_runs_say_how_far_they_came(tmp_path: Path) -> None:
     assert "Curves" not in render(started)
 
 
-def test_a_half_written_line_is_ignored_and_a_broken_one_is_told(tmp_path: Path) -> None:
+def test_report_ignores_a_half_written_line_and_counts_damaged_ones(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.25}]
     write_lines(run / "metrics.jsonl", lines, cut='{"step": 4, "lo')
@@ -212,13 +218,13 @@ def test_a_half_written_line_is_ignored_and_a_broken_one_is_told(tmp_path: Path)
     assert "1 unreadable lines" in render(run)
 
 
-def test_data_wait_is_a_share_of_the_step(tmp_path: Path) -> None:
+def test_report_data_wait_is_a_share_of_the_step(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_steps=1)  # a step takes 0.2 s, of which 0.05 s waiting
     (read,) = report.read_runs([run])
     assert report.data_wait(read) == [(1, pytest.approx(25.0))]
 
 
-def test_resumes_are_marked(family: list[Path]) -> None:
+def test_report_marks_resumes(family: list[Path]) -> None:
     html = render(*family)
     marks = [
         [mark.findtext("title") for mark in figure.iterfind(".//g") if mark.get("class", "").startswith("mark")]
@@ -228,22 +234,22 @@ def test_resumes_are_marked(family: list[Path]) -> None:
     assert marks[5:] == [[]] * 7
 
 
-def test_gallery_shows_the_latest_and_some_earlier_pictures(family: list[Path]) -> None:
+def test_report_gallery_has_the_latest_and_some_earlier_pictures(family: list[Path]) -> None:
     html = render(family[0])
     steps = [int(s) for s in re.findall(r'alt="reconstruction of mae at step (\d+)"', html)]
     assert steps[0] == 20
     assert steps[1] == 1
-    assert len(steps) == 1 + report.EARLIER_PICTURES
+    assert len(steps) == 1 + report.MAX_EARLIER_PICTURES
     assert steps[1:] == sorted(set(steps[1:]))
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_report_names_runs_of_equal_folder_names_by_their_paths(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
     assert [run.name for run in report.read_runs([one, two, one])] == [str(one), str(two)]
 
 
 @pytest.mark.parametrize("text", [None, "- a\n- b\n", "out: somewhere\n", "verb: [\n"])
-def test_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> None:
+def test_report_of_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
@@ -253,14 +259,14 @@ def test_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> None:
     assert not (tmp_path / "out.html").exists()
 
 
-def test_damaged_result_is_named(tmp_path: Path) -> None:
+def test_report_names_a_damaged_result_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "result.json").write_text('{"top1": 3')
     with pytest.raises(ValueError, match=r"result\.json.*leave the run out"):
         render(run)
 
 
-def test_the_verb_writes_into_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_written_into_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     assert report.main([str(one), str(two)]) == 0
     assert capsys.readouterr().out.strip() == str(one / "report.html")
@@ -273,65 +279,6 @@ def test_the_verb_writes_into_the_first_run(tmp_path: Path, capsys: pytest.Captu
         report.main([str(two), "--out", str(tmp_path)])
 
 
-def test_imports_no_torch() -> None:
+def test_report_imports_no_torch() -> None:
     code = "import sys, mae_dist.monitor.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("num_points", [0, 1, 7, 500, 501, 999, 12_345])
-def test_downsample_keeps_count_mean_order_and_extremes(num_points: int) -> None:
-    ys = np.random.default_rng(num_points).normal(size=num_points)
-    points = list(enumerate(ys.tolist()))
-    bins = svg.downsample(points, 500)
-    assert len(bins) == min(num_points, 500)
-    assert all(a.x < b.x for a, b in pairwise(bins))
-    assert all(b.low <= b.y + 1e-12 and b.y <= b.high + 1e-12 for b in bins)
-    if num_points <= 500:
-        assert [(b.x, b.y) for b in bins] == points
-    else:
-        assert min(b.low for b in bins) == ys.min()
-        assert max(b.high for b in bins) == ys.max()
-        sizes = np.diff([i * num_points // 500 for i in range(501)])
-        assert np.average([b.y for b in bins], weights=sizes) == pytest.approx(ys.mean())
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.37, 1.02), (0, 1.5e-4), (-3, 12_345), (5, 5), (0, 0), (1e6, 1e6 + 1)]
-)
-def test_ticks_are_round_and_cover(low: float, high: float) -> None:
-    values = svg.ticks(low, high)
-    step = values[1] - values[0]
-    slack = 1e-6 * step
-    assert values[0] <= low + slack
-    assert values[-1] >= high - slack
-    assert 2 <= len(values) <= 8
-    assert np.allclose(np.diff(values), step)
-    mantissa = step / 10 ** math.floor(math.log10(step * (1 + 1e-9)))
-    assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5)) < 1e-6
-
-
-def test_plot_draws_every_point_of_a_short_series_inside_its_axes() -> None:
-    points = [(0, 3.0), (10, 1.0), (20, 2.0)]
-    figure = ElementTree.fromstring(svg.plot("T", [svg.Series(EVIL, 1, points, marks=[10])], zero=True))
-    line = figure.find(".//g[@class='c1']/polyline")
-    assert line is not None
-    drawn = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
-    width = 460 - svg.LEFT - svg.RIGHT
-    height = 220 - svg.TOP - svg.BOTTOM
-    assert [x for x, _ in drawn] == [0, width / 2, width]
-    assert [y for _, y in drawn] == pytest.approx([height * (1 - y / 3) for _, y in points], abs=0.1)
-    tooltips = [t.text or "" for t in figure.iterfind(".//rect[@class='hover']/title")]
-    assert [t.splitlines() for t in tooltips] == [[f"step {x}", f"{EVIL}: {y:g}"] for x, y in points]
-    legend = figure.find("ul")
-    assert legend is not None
-    assert "".join(legend.itertext()) == f"{EVIL} 2"
-
-
-def test_long_series_stay_small_and_keep_a_band() -> None:
-    points = [(step, math.sin(step)) for step in range(100_000)]
-    text = svg.plot("T", [svg.Series("long", 8, points)], wide=True)
-    assert len(text) < 60_000
-    assert 'class="band c1"' in text
-    assert "stroke-dasharray" in text  # the ninth curve shares a colour with the second, and differs in dashes
-    assert text.count('class="hover"') <= svg.MAX_TOOLTIPS
-    assert svg.plot("T", [svg.Series("none", 0, [])]) == ""
