@@ -27,7 +27,7 @@ from mae_dist.cli import Parser, duration
 from mae_dist.monitor import incidents, svg
 from mae_dist.monitor.svg import Series, number
 from mae_dist.run import events, jsonl, layout
-from mae_dist.schema import RANDOM, RunConfig
+from mae_dist.schema import RANDOM, PretrainConfig, RunConfig
 
 MAX_EARLIER_PICTURES = 6
 MAX_INCIDENTS = 50
@@ -277,7 +277,7 @@ def curves(runs: Sequence[Run]) -> Iterator[tuple[str, Markup, Markup, str]]:
             + drawn("Waiting for data", "data_wait", "% of the time", zero=True)
         )
         notes = ["Across: optimizer steps."]
-        notes += [NORM_PIX] * any(getattr(run.config, "mae", None) and run.config.mae.norm_pix for run in chosen)
+        notes += [NORM_PIX] * any(isinstance(run.config, PretrainConfig) and run.config.mae.norm_pix for run in chosen)
         notes += ["Dotted vertical lines: the run was resumed there."] * any(run.resumed for run in chosen)
         if loss + small:
             yield verb, Markup(loss), Markup(small), " ".join(notes)
