@@ -30,6 +30,8 @@ WATCH_SECONDS = 5.0
 """How often --watch refreshes the table."""
 PIPE_WIDTH = 1000
 """Columns of a table that is not printed to a terminal."""
+LINE_BYTES = 300
+"""Length of a line of metrics.jsonl, at most."""
 NUMBERS = ("top1", "top5", "test_loss", "loss")
 """Final numbers for --results, the most important first."""
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "requeued": "magenta"}
@@ -132,7 +134,8 @@ def read_rows(paths: list[Path]) -> list[Row]:
 def _read_row(path: Path, states: dict[str, str]) -> Row:
     settings = _settings(path)
     total = settings.get("total_steps")
-    steps = [record for record in jsonl.tail(path / layout.METRICS) if record.get("kind") == jsonl.STEP]
+    records = jsonl.tail(path / layout.METRICS, num_bytes=LINE_BYTES * layout.RECENT)
+    steps = [record for record in records if record.get("kind") == jsonl.STEP]
     losses = [record["loss"] for record in steps[-layout.RECENT :] if "loss" in record]
     last = steps[-1] if steps else {}
     step, speed = last.get("step"), last.get("images_per_second")

@@ -248,7 +248,10 @@ def test_report_names_runs_of_equal_folder_names_by_their_paths(tmp_path: Path) 
     assert [run.name for run in report.read_runs([one, two, one])] == [str(one), str(two)]
 
 
-@pytest.mark.parametrize("text", [None, "- a\n- b\n", "out: somewhere\n", "verb: [\n"])
+DAMAGED = ["- a\n- b\n", "out: somewhere\n", "verb: [\n", "format: 2\nverb: knn\n", "verb: knn\n"]
+
+
+@pytest.mark.parametrize("text", [None, *DAMAGED])
 def test_report_of_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)

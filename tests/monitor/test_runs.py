@@ -43,6 +43,8 @@ def test_runs_table(tmp_path: Path, slurm: Callable[..., None], capsys: pytest.C
     submit(runs / "waiting", "8")
     create_run(runs / "hurt")
     (runs / "hurt" / "config.yaml").write_text("verb: [")
+    (runs / "old").mkdir()
+    (runs / "old" / "config.yaml").write_text("verb: pretrain\n")  # of the layout before there was a `format`
     rows = table(capsys, runs)
     assert rows["run"] == ["verb", "state", "step", "loss", "images/s", "ETA", "saved", "ago", "job", "result"]
     assert rows["here"] == ["pretrain", "running", "150/1,000", "2.0000", "320", "2.8", "min"]
@@ -50,7 +52,7 @@ def test_runs_table(tmp_path: Path, slurm: Callable[..., None], capsys: pytest.C
     assert (rows["slow"][1], rows["gone"][1]) == ("running", "stopped")
     assert rows["done"] == ["pretrain", "finished", "7/7", "2.0000", "320", "test_loss", "0.25"]
     assert " ".join(rows["waiting"]) == "unknown: SLURM does not know the job, or does not answer 8"
-    assert rows["hurt"][0] == "unreadable"
+    assert (rows["hurt"][0], rows["old"][0]) == ("unreadable", "unreadable")
     assert "job" not in table(capsys, runs / "here")["run"]  # nor any other column that would be empty
 
 
