@@ -30,7 +30,7 @@ def run_stages(stages: list[Stage]) -> int:
                 print(f"stopped and saved in {run.name}; the same command resumes", file=sys.stderr)
             elif status:
                 failure = root_failure(since_last_start(events.read(run.folder)))
-                cause = find_cause(output, failure) or find_cause(output)
+                cause = find_cause(output, status, failure) or find_cause(output, status)
                 line = last_line(output, cause) or (output[-1] if output else "")
                 print(f"submit: stage {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
                       f"its output is in {log_of(run)}", file=sys.stderr)  # fmt: skip

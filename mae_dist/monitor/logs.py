@@ -179,21 +179,22 @@ def read_task(logs: Path, job: str, number: int, start: int, found: list[Event],
     begun = [i for i in marks if lines[i].startswith(f"== start {start} of job {job},")]
     after = begun[-1] if begun else -1
     lines = lines[max(after, 0) : next((i for i in marks if i > after), None)]
-    return Task(number, lines, found, failure, find_cause(lines, failure))
+    end = last_ends({number: found}).get(number, {"status": FAILED})
+    return Task(number, lines, found, failure, find_cause(lines, end["status"], failure))
 
 
-def find_cause(lines: list[str], failure: Mapping[str, str] | None = None) -> range:
-    """Where the cause of a failure lies in a log: a traceback, or one line of mae-dist; empty if there is neither.
+def find_cause(lines: list[str], status: int, failure: Mapping[str, str] | None = None) -> range:
+    """Where the cause of an exit status lies in a log: a traceback, or one line of mae-dist; empty if there is neither.
 
-    ``failure`` is the event `fail` if the run recorded one: its message is searched for, and after the loss of another
-    rank a traceback counts for more. Without an event the last traceback or message counts, whichever is later.
+    The line wins if the ``status`` is a user error, or if the event ``failure`` has its message; but after the loss of
+    another rank, or without an event, a traceback explains more.
     """
     trace = traceback_in(lines)
     messages = [i for i, line in enumerate(lines) if line.startswith(PROGRAM)]
     if failure:
         messages = [i for i in messages if lines[i] == f"{PROGRAM}{failure['message']}"]
-    wins = bool(messages) and (failure["reason"] != "rank_lost" if failure else messages[-1] >= trace.stop)
-    if trace and not wins:
+    own = failure["reason"] != "rank_lost" if failure else status == USER_ERROR
+    if trace and not (messages and own):
         return trace
     return range(messages[-1], messages[-1] + 1) if messages else range(0)
 

@@ -30,8 +30,8 @@ WATCH_SECONDS = 5.0
 """How often --watch refreshes the table."""
 PIPE_WIDTH = 1000
 """Columns of a table that is not printed to a terminal."""
-LINE_BYTES = 300
-"""Length of a line of metrics.jsonl, at most."""
+LINE_BYTES = 250
+"""Length of a line of metrics.jsonl, or more."""
 NUMBERS = ("top1", "top5", "test_loss", "loss")
 """Final numbers for --results, the most important first."""
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "requeued": "magenta"}

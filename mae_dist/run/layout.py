@@ -52,9 +52,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG
     try:
-        plain = dict(yaml.safe_load(file.read_text()))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, for tables of many runs
+        plain = dict(yaml.load(file.read_text(), Loader=loader))
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: not the config.yaml of a run ({reason})") from error
     if plain.get("format") != FORMAT:
         raise ValueError(
             f"{file}: was written by an older version of mae_dist; use that version, or make the run again"

@@ -11,6 +11,7 @@ from run_folders import JOB, LOST, create_run, fail, record, submit, write_log
 from running import refused
 
 from mae_dist.__main__ import main
+from mae_dist.errors import FAILED, USER_ERROR
 from mae_dist.monitor import logs
 from mae_dist.run import events, jobs
 
@@ -169,23 +170,25 @@ def test_logs_of_a_job_that_failed_before_its_tasks_started(tmp_path: Path, caps
 
 def test_cause_in_a_log() -> None:
     unraisable = ["Exception ignored in: <function f>", TRACE[0], '  File "x"', "OSError: late"]
-    assert logs.find_cause(["step 1", LOST, *unraisable]) == range(1, 2)
-    assert logs.find_cause([LOST, *TRACE, "step 2"]) == range(1, 1 + len(TRACE))
-    assert logs.find_cause(["a", *TRACE[:4], "b", *TRACE[:4]]) == range(6, 10)  # not chained: the last alone
-    assert logs.find_cause(["step 1"]) == range(0)
+    assert logs.find_cause(["step 1", LOST, *unraisable], FAILED) == range(1, 2)
+    assert logs.find_cause([LOST, *TRACE, "step 2"], FAILED) == range(1, 1 + len(TRACE))
+    assert logs.find_cause(["a", *TRACE[:4], "b", *TRACE[:4]], FAILED) == range(6, 10)  # not chained: the last alone
+    assert logs.find_cause(["step 1"], FAILED) == range(0)
+    assert logs.find_cause([*TRACE, LOST, "step 1"], FAILED) == range(0, len(TRACE))
     error = "mae-dist: rank 1: no room"
-    assert logs.find_cause([*TRACE, "step 1", error]) == range(len(TRACE) + 1, len(TRACE) + 2)
+    assert logs.find_cause([*TRACE, "step 1", error], USER_ERROR) == range(len(TRACE) + 1, len(TRACE) + 2)
 
 
 def test_cause_in_a_log_is_that_of_the_recorded_failure() -> None:
     error = "mae-dist: rank 1: no room"
-    own = {"reason": "user_error", "message": error.removeprefix("mae-dist: ")}
+    own = {"reason": "machine_fault", "message": error.removeprefix("mae-dist: ")}
     lost = {"reason": "rank_lost", "message": LOST.removeprefix("mae-dist: ")}
-    assert logs.find_cause([error, "step 1", LOST], own) == range(0, 1)
-    assert logs.find_cause([error, "step 1", LOST], lost) == range(2, 3)
-    assert logs.find_cause([*TRACE, LOST, "step 1"], lost) == range(0, len(TRACE))
-    assert logs.find_cause([*TRACE, error, LOST], own) == range(len(TRACE), len(TRACE) + 1)
-    assert logs.find_cause([*TRACE, error], {"reason": "crash", "message": "KeyError"}) == range(0, len(TRACE))
+    assert logs.find_cause([error, "step 1", LOST], FAILED, own) == range(0, 1)
+    assert logs.find_cause([error, "step 1", LOST], FAILED, lost) == range(2, 3)
+    assert logs.find_cause([*TRACE, LOST, "step 1"], FAILED, lost) == range(0, len(TRACE))
+    assert logs.find_cause([*TRACE, error, LOST], FAILED, own) == range(len(TRACE), len(TRACE) + 1)
+    crash = {"reason": "crash", "message": "KeyError"}
+    assert logs.find_cause([*TRACE, error], FAILED, crash) == range(0, len(TRACE))
 
 
 def test_logs_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
