@@ -44,7 +44,9 @@ def test_pipeline_stage_needs_the_stages_it_names(tmp_path: Path) -> None:
     assert found["pretrain"].overrides == ("nodes=2",)
     timed = stages(tmp_path, SMALL_PIPELINE.replace("nodes: 2", "time: '24:00:00'"))["pretrain"]
     assert cluster_file.load(CLUSTER_FILE, list(timed.overrides)).time == "24:00:00"
-    assert found["knn"].runs[1].config.init_from == f"{out}/pretrain"
+    settings = found["knn"].runs[1].config
+    assert settings is not None
+    assert settings.origin == f"{out}/pretrain"
     assert found["knn"].folder == out / "knn"
 
 
