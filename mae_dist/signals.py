@@ -13,8 +13,6 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """Signals that ask a run to stop: from a scheduler, a launcher or the keyboard."""
 
-REQUEUE = 75  # until all have changed to errors.STOPPED
-
 
 class Stopped(Exception):
     """A rank got a stop signal, and the run has saved."""

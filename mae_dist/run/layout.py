@@ -90,9 +90,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-recent, write_text, ENDS = jsonl.tail, jsonl.write_atomic, "ends.jsonl"  # until all call them there
-
-
 def absolute(config: C) -> C:
     """The settings with absolute paths, which are valid in any working directory."""
     data = config.data
