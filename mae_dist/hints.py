@@ -150,7 +150,7 @@ NO_SETTING = {
     "callbacks profiler plugins enable_checkpointing enable_progress_bar use_distributed_sampler save_last "
     "channels_last tf32 fused flash_attention attn_implementation":
         "leave it out: it is not configurable",
-    "max_time": "stop_before_end of launch/submit.py saves and requeues a run before its time limit",
+    "max_time": "stop_before_end of the cluster file saves and requeues a run before its time limit",
     "trust_coefficient": "the trust coefficient of LARS is 0.001",
 }  # fmt: skip
 """Words for what is no setting here -> what to do instead."""
