@@ -21,8 +21,14 @@ INTERRUPTED = 130
 SIGNAL_BASE = 128
 """A process that signal n ended has the exit status 128 + n, as in a shell."""
 
-STORAGE_FAULTS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO}
-"""Errors of a disk or of a network file system, which no setting mends."""
+MACHINE_FAULTS = {
+    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOMEM,
+    errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+}  # fmt: skip
+"""Errors of a disk, a network file system, a connection, or of a machine that has run out of something: no setting of a
+run mends them.
+"""
 
 
 class RankError(ValueError):
@@ -51,8 +57,8 @@ class WorkerLost(MachineFault):
 
 
 def from_os_error(error: OSError, message: str) -> ValueError | MachineFault:
-    """An error with this message: a MachineFault where the storage failed, else a ValueError, a path being wrong."""
-    return MachineFault(message) if error.errno in STORAGE_FAULTS else ValueError(message)
+    """An error with this message: a MachineFault where the machine failed, else a ValueError, a path being wrong."""
+    return MachineFault(message) if error.errno in MACHINE_FAULTS else ValueError(message)
 
 
 def reason(error: BaseException) -> str:
@@ -62,7 +68,7 @@ def reason(error: BaseException) -> str:
         return error.reason
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "out_of_memory"
-    if isinstance(error, OSError) and error.errno in STORAGE_FAULTS:
+    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
         return MachineFault.reason
     return "user_error" if isinstance(error, ValueError | OSError) else "crash"
 
@@ -73,7 +79,7 @@ def exit_status(error: BaseException) -> int:
 
 
 def is_reported_by(rank: int, error: BaseException) -> bool:
-    """Whether this rank prints and records its error. One that all ranks meet alike, rank 0 reports."""
+    """Whether this rank prints and records its error. A ValueError, which all ranks meet alike, only rank 0."""
     if isinstance(error, MachineFault):
         return str(error) != ""
-    return rank == 0 or isinstance(error, RankError) or reason(error) != "user_error"
+    return rank == 0 or isinstance(error, RankError | OSError) or reason(error) != "user_error"

@@ -139,7 +139,9 @@ def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: t
 
 
 def sync_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
-    """Context of a backward pass that averages gradients over ranks only `when` asked: on a step's last micro-batch."""
+    """Context of a backward pass that averages gradients over ranks `when` true, which is on the last micro-batch of a
+    step.
+    """
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(when)
     if isinstance(module, DistributedDataParallel) and not when:

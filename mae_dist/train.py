@@ -127,15 +127,13 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
 
     Raises Stopped, having saved, when any rank was signalled to stop, and RankLost when a rank does not answer.
     """
-    total = configuration.total_steps(config.train, task.num_samples)
-    epoch = task.num_samples / config.train.global_batch  # in steps
-    schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, config.train.global_batch), total / epoch)
-    evaluate_every = config.track.evaluate_every and config.track.evaluate_every * epoch
+    total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
+    schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
+    evaluate_every = config.track.evaluate_every and config.track.evaluate_every * task.num_samples / batch
     module, state = prepare(task, run, config, device)
     run.record_launch(state.step, device)
     announce(task, run, config, state.step, total)
     with (
-        run.record_end(),
         dist.name_lost_ranks(lambda: f"step {state.step + 1}"),
         StopFlag() as stop,
         Tracker(run.path, config, task.verb, state.step, total, task.num_samples) as tracking,

@@ -22,6 +22,8 @@ STATUSES = [
     (OSError(errno.EIO, "Input/output error"), "machine_fault", 1),
     (OSError(errno.ENOSPC, "No space left on device"), "machine_fault", 1),
     (OSError(errno.ESTALE, "Stale file handle"), "machine_fault", 1),
+    (OSError(errno.EMFILE, "Too many open files"), "machine_fault", 1),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "machine_fault", 1),
     (MachineFault("metrics.jsonl: cannot be written"), "machine_fault", 1),
     (RankLost("rank 1 did not answer"), "rank_lost", 1),
     (WorkerLost("a loader process was killed"), "worker_lost", 1),
@@ -66,9 +68,14 @@ def test_exit_status_of_a_stop(error: BaseException, status: int, monkeypatch: p
 
 
 def test_error_of_all_ranks_is_printed_by_rank_0_and_a_rank_error_by_its_rank() -> None:
-    for shared in (ValueError("data.path=x"), FileNotFoundError("x")):
-        assert [errors.is_reported_by(rank, shared) for rank in (0, 1)] == [True, False]
-    for own in (RankError("x.tar"), WorkerLost("killed"), OSError(errno.EIO, "I/O"), RuntimeError("shape")):
+    assert [errors.is_reported_by(rank, ValueError("data.path=x")) for rank in (0, 1)] == [True, False]
+    for own in (
+        RankError("x.tar"),
+        FileNotFoundError("x"),
+        WorkerLost("killed"),
+        OSError(errno.EIO, "I/O"),
+        RuntimeError("shape"),
+    ):
         assert [errors.is_reported_by(rank, own) for rank in (0, 1)] == [True, True]
     assert not errors.is_reported_by(0, RankLost(""))
 

@@ -35,7 +35,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heal") / "set"
+    folder = tmp_path_factory.mktemp("rewind") / "set"
     pack(from_synthetic(160, 8), folder, shard_size=50)
     return folder
 
@@ -89,8 +89,8 @@ def test_runs_of_steps() -> None:
 def test_one_bad_step_is_skipped_counted_and_changes_nothing(
     data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target_rank = ids_of(data, 7)[3]
-    poison(monkeypatch, lambda batch: (batch.ids == target_rank) & (batch.epochs == 0))
+    bad_id = ids_of(data, 7)[3]
+    poison(monkeypatch, lambda batch: (batch.ids == bad_id) & (batch.epochs == 0))
     out = run()
     records = [record for record in lines(out / "metrics.jsonl") if "lr" in record]
     assert [record["step"] for record in records if record.get("skipped")] == [7]
@@ -103,21 +103,21 @@ def test_one_bad_step_is_skipped_counted_and_changes_nothing(
 def test_a_sample_that_is_to_blame_is_left_out(
     data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target_rank = ids_of(data, 8)[5]
-    poison(monkeypatch, lambda batch: batch.ids == target_rank)
+    bad_id = ids_of(data, 8)[5]
+    poison(monkeypatch, lambda batch: batch.ids == bad_id)
     out = run("checkpoint.rewind_after=1")
     (rewind,) = events.of(out, "rewind")
-    assert rewind["left_out"] == [target_rank]
+    assert rewind["left_out"] == [bad_id]
     assert rewind["nonfinite"] == [8]
     assert rewind["to"] == 6
     assert "back to step 6, without 1 samples" in caplog.text
     trained = [line["ids"] for line in lines(out / "ids.jsonl")]
     assert len(trained) == 20
-    assert target_rank not in [id_ for ids in trained for id_ in ids]
+    assert bad_id not in [id_ for ids in trained for id_ in ids]
     planned = ids_of(data, 8)
-    assert [a for a, b in zip(trained[7], planned, strict=True) if a != b] == [(target_rank + 1) % 160]
+    assert [a for a, b in zip(trained[7], planned, strict=True) if a != b] == [(bad_id + 1) % 160]
     bundle = json.loads((out / "forensics/step-000000008/step-000000008.json").read_text())
-    assert [row["loss"] for row in bundle["samples"] if row["id"] == target_rank] == ["nan"]
+    assert [row["loss"] for row in bundle["samples"] if row["id"] == bad_id] == ["nan"]
     assert all(row["key"].endswith(".tar") for row in bundle["samples"])
     assert (out / "forensics/step-000000008/step-000000008.png").stat().st_size > 1000
     assert main(["replay", str(out), "--step", "8"]) == 0  # also knows who was left out
@@ -155,11 +155,11 @@ def test_what_fails_twice_without_a_culprit_is_left_out_whole(
     data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient that overflows while every loss is finite."""
-    target_rank, healthy = ids_of(data, 8)[5], MAE.forward
+    bad_id, healthy = ids_of(data, 8)[5], MAE.forward
 
     def forward(self: MAE, batch: Batch) -> Output:
         output = healthy(self, batch)
-        if torch.is_grad_enabled() and target_rank in batch.ids:
+        if torch.is_grad_enabled() and bad_id in batch.ids:
             output.loss.register_hook(lambda gradient: gradient * torch.inf)
         return output
 
@@ -203,8 +203,8 @@ def test_fp16_keeps_its_scale_over_a_resume(run: Callable[..., Path]) -> None:
 def test_averaged_weights_skip_with_the_run_resume_with_it_and_are_what_is_evaluated(
     data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target_rank = ids_of(data, 7)[3]
-    poison(monkeypatch, lambda batch: (batch.ids == target_rank) & (batch.epochs == 0))
+    bad_id = ids_of(data, 7)[3]
+    poison(monkeypatch, lambda batch: (batch.ids == bad_id) & (batch.epochs == 0))
     words = ["train.ema=0.8", "checkpoint.every=1", "checkpoint.keep=99", "train.steps=10"]
     out = run(*words)
     paths = {step_of(path): path for path in RunDir(out).checkpoints()}

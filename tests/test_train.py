@@ -142,6 +142,11 @@ def test_due_happens_every_so_many_steps_and_at_the_last(every: float | None, ex
     assert [step for step in range(1, 10) if train.due(step, every, last=9)] == expected
 
 
+def test_evaluation_falls_on_the_exact_step_where_the_batch_does_not_divide_the_epoch() -> None:
+    every = 15 * 50_000 / 48  # as fit computes it: 15 epochs
+    assert [step for step in range(15_000, 47_000) if train.due(step, every, last=50_000)] == [15_625, 31_250, 46_875]
+
+
 def overrides_of(settings: FinetuneConfig) -> list[str]:
     changed = config.changed(settings)
     return [f"{name}={value}" for name, value in changed.items() if name != "out"]

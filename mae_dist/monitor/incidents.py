@@ -28,7 +28,9 @@ def read(run: Path) -> list[Incident]:
         of_task_0 = jobs.events(Path(job.logs), job.job).get(0, [])
         found += [event for event in of_task_0 if event["event"] == "stop_requested"]
     first = next((event for event in recorded if event["event"] == "start"), None)
-    found += [event for event in recorded if event is not first]
+    last = {(event["job"], event["start"]): event for event in recorded if event["event"] == "requeue"}
+    repeated = [event for event in recorded if event["event"] == "requeue" and event not in last.values()]
+    found += [event for event in recorded if event is not first and event not in repeated]
     incidents = (Incident(event["time"], str(event.get("step", "")), text) for event in found if (text := _text(event)))
     return sorted(incidents, key=lambda incident: incident.time)
 

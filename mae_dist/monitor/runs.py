@@ -32,6 +32,8 @@ PIPE_WIDTH = 1000
 """Columns of a table that is not printed to a terminal."""
 LINE_BYTES = 250
 """Length of a line of metrics.jsonl, or more."""
+UNREADABLE = "unreadable"
+"""Shown as the verb of a run whose config.yaml is damaged or of an older layout."""
 NUMBERS = ("top1", "top5", "test_loss", "loss")
 """Final numbers for --results, the most important first."""
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "requeued": "magenta"}
@@ -153,11 +155,13 @@ def _read_row(path: Path, states: dict[str, str]) -> Row:
 def _settings(path: Path) -> dict[str, Any]:
     """config.yaml as it is; {} before there is one, and only a verb where it is damaged or of an older layout."""
     try:
-        return layout.read_config(path)
+        found = layout.read_config(path)
     except FileNotFoundError:
         return {}
     except ValueError:
-        return {"verb": "unreadable"}
+        return {"verb": UNREADABLE}
+    sound = all(isinstance(found.get(name), dict) for name in ("train", "track"))
+    return found if sound else {"verb": UNREADABLE}
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -176,13 +180,17 @@ def write_results(tops: list[Path], file: Path) -> int:
     """
     paths = dict.fromkeys(path for top in tops for path in find_runs(top))
     rows = read_rows([path for path in paths if is_run(path)])
-    finished = [row for row in rows if row.status.state == "finished"]
+    finished = [row for row in rows if row.status.state == "finished" and row.verb != UNREADABLE]
     if not finished:
         raise ValueError(f"none of the {len(rows)} runs is finished; see mae-dist runs" if rows else no_runs(tops))
     text = markdown({name_of(row.path, tops): row for row in finished})
-    others = [f"{name_of(row.path, tops)} ({row.status})" for row in rows if row not in finished]
+    others = [
+        f"{name_of(row.path, tops)} ({UNREADABLE if row.verb == UNREADABLE else row.status})"
+        for row in rows
+        if row not in finished
+    ]
     if others:
-        text += f"\nNot finished: {', '.join(others)}.\n"
+        text += f"\nLeft out: {', '.join(others)}.\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     jsonl.write_atomic(file, text)
     print(text, end="")

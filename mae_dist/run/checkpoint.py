@@ -103,8 +103,8 @@ def trained(there: Container[str], name: str) -> str:
     """The name, among those `there` in a checkpoint, of the trained weights of parameter `name`: its EMA where there is
     one, else the parameter itself.
     """
-    average = f"ema.{name}"
-    return average if average in there else f"model.{name}"
+    average = f"{EMA}{name}"
+    return average if average in there else f"{MODEL}{name}"
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:

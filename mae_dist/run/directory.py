@@ -141,7 +141,10 @@ class RunDir:
         def prune() -> None:
             for old in self.checkpoints()[:-keep]:
                 if keep_every is None or step_of(old) % keep_every:
-                    shutil.rmtree(old)
+                    try:
+                        shutil.rmtree(old)
+                    except OSError as error:  # an open file on NFS, say: the new checkpoint counts all the same
+                        log.warning("%s could not be removed (%s)", old, error)
 
         checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, state, group)
         dist.run_on_rank0(prune, group)

@@ -7,18 +7,23 @@ resume at step 10^6 takes no longer than one at step 10.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Record = dict[str, Any]
 
 STEP, EVALUATION = "step", "evaluation"
 """Values of the field `kind` in a metrics.jsonl."""
+WAIT_FOR_LOCK = 5.0
+"""Seconds that `append` waits for another process; a network file system may keep a dead one's lock for longer."""
 TAIL = 2**16
 """Bytes of the end of a file that `tail` reads."""
 
@@ -83,13 +88,29 @@ def records_with(path: Path, key: str) -> list[Record]:
 
 
 def append(path: Path, *records: Record) -> None:
-    """Append records in one write, on lines of their own even where the last line of the file is torn."""
+    """Append records in one write, on lines of their own even where the last line of the file is torn. Processes that
+    append at the same time, also from other machines, wait for each other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:
+        _lock(stream)
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
         torn = stream.read(1) not in (b"\n", b"")
         stream.write(b"\n" * torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
+
+
+def _lock(stream: IO[bytes]) -> None:
+    """Lock a file until it is closed. Goes on without where the file system has no locks, or after WAIT_FOR_LOCK s."""
+    deadline = time.monotonic() + WAIT_FOR_LOCK
+    while time.monotonic() < deadline:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+        time.sleep(0.01)
 
 
 def cut_after(path: Path, step: int) -> None:

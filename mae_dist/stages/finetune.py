@@ -16,7 +16,8 @@ def run(config: FinetuneConfig) -> None:
         return
     setup, objective = opened
     setup = setup.with_micro_batch(objective)
-    train_and_test(setup, objective, num_micro=setup.num_micro)
+    with setup.recorded():
+        train_and_test(setup, objective, num_micro=setup.num_micro)
 
 
 def build(setup: Setup[FinetuneConfig]) -> classify.Finetune:

@@ -7,18 +7,26 @@ import dataclasses
 import torch
 
 from mae_dist import dist, evaluate, parallel
+from mae_dist.models.backbone import Backbone
 from mae_dist.schema import KnnRunConfig
-from mae_dist.stages.setup import num_classes, prepare_run
+from mae_dist.stages.setup import Setup, num_classes, prepare_run
 
 
 def run(config: KnnRunConfig) -> None:
-    """Compute features of both splits, let the training ones vote, write result.json."""
+    """Classify the test split to the end; the same call on a finished run does nothing."""
     machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # nothing to share
     opened = prepare_run("knn", dataclasses.replace(config, machine=machine), True, lambda setup: setup.backbone)
     if opened is None:
         return
     setup, backbone = opened
+    with setup.recorded():
+        classify(setup, backbone)
+
+
+def classify(setup: Setup[KnnRunConfig], backbone: Backbone) -> None:
+    """Compute features of both splits, let the training ones vote, write result.json."""
     assert setup.test_split is not None
+    config = setup.config
     setup.run.record_launch(0, setup.device)
     setup.load_initial_weights(backbone)
     backbone = backbone.to(setup.device)

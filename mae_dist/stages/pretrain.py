@@ -23,7 +23,12 @@ def run(config: PretrainConfig) -> None:
     if opened is None:
         return
     setup, objective = opened
-    setup = setup.with_micro_batch(objective)
+    with setup.recorded():
+        train(setup.with_micro_batch(objective), objective)
+
+
+def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
+    """Train the objective, with pictures and the test loss at every evaluation; write result.json."""
     train_source = setup.source(setup.train_split, training=True)
     test_source = setup.source(setup.test_split) if setup.test_split else None
 

@@ -22,7 +22,8 @@ def run(config: ProbeConfig) -> None:
     setup, objective = opened
     assert isinstance(objective, classify.Probe)
     # the objective itself cuts the batch for the backbone, so that its batch norm sees all of it
-    train_and_test(setup, objective, num_micro=1)
+    with setup.recorded():
+        train_and_test(setup, objective, num_micro=1)
 
 
 def build(setup: Setup[ProbeConfig]) -> classify.Probe | ProbeHeads:

@@ -56,11 +56,19 @@ def run(config: schema.ProbeConfig) -> None:
     total = configuration.total_steps(setup.config.train, len(setup.train_split))
     if not setup.run.open("probe", setup.config, setup.data_fingerprint, total):
         return
+    with setup.recorded():
+        train_and_compare(setup, objective, held, rest)
+
+
+def train_and_compare(
+    setup: Setup[schema.ProbeConfig], objective: ProbeHeads, held: np.ndarray, rest: np.ndarray
+) -> None:
+    """Train the heads on the samples `rest`, compare them on the `held` out ones, test the best."""
     view, precision = setup.config.view, setup.config.train.precision
     fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment)
     source = stored(setup, objective) if fixed else setup.source(setup.train_split, training=True)
     numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
-    with dist.name_lost_ranks(lambda: "the comparison of heads"), parallel.autocast(precision, setup.device):
+    with parallel.autocast(precision, setup.device):
         groups = [HeadGroup(objective.heads, objective.logits)] if objective.heads else []
         groups += closed_forms(setup, objective, setup.evaluation_batches(source, rest))
         counts = count(objective, groups, setup.evaluation_batches(source, held))
@@ -131,6 +139,8 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
                 f"has gone on since; choose another out="
             )
         folder.mkdir(exist_ok=True)
+        for leftover in folder.rglob(".*.npy.*"):  # of a process that was killed while it wrote a shard
+            leftover.unlink()
         jsonl.write_atomic(file, key + "\n")
         needed, free = features.num_bytes * len(missing) // features.num_shards, shutil.disk_usage(folder).free
         if needed > free:

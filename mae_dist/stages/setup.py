@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -46,6 +47,12 @@ class Setup(Generic[C]):
     backbone: Backbone
     initial_weights: InitialWeights | None
     micro_batch: int
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Context of all work of the run: an exception that ends it is recorded in events.jsonl, lost ranks by name."""
+        with self.run.record_end(), dist.name_lost_ranks(lambda: f"the work of {self.verb} outside its training loop"):
+            yield
 
     def view(self, training: bool) -> views.View:
         """How samples become images: augmented in training, else the test crop."""

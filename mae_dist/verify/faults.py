@@ -88,7 +88,8 @@ def hang(target: Target, fault: Fault) -> Recovery:
     """SIGSTOP to one rank: after machine.timeout the others name it and end, torchrun restarts all ranks."""
     target.job.signal(target.job.ranks()[target.rank(fault)], signal.SIGSTOP)
     recovery = target.job.wait_until_resumed()
-    failures = [event["message"] for event in target.job.new_events("fail") if event["reason"] == RankLost.reason]
+    lost = [event for event in target.job.new_events("fail") if event["reason"] == RankLost.reason]
+    failures = [event["message"] for event in lost if event["rank"] != target.rank(fault)]
     if not any(f"rank {target.rank(fault)} " in message for message in failures):
         raise NotRecovered(f"it went on, but no event names rank {target.rank(fault)} as lost: {failures}")
     return recovery

@@ -13,7 +13,7 @@ from mae_dist.run import events, jobs
 from mae_dist.run.directory import RunDir
 
 JOB = "7"
-LOST = "mae-dist: rank 1 did not answer at step 4: hung or gone; the same command goes on from the last checkpoint"
+LOST = "mae-dist: rank 1 did not answer at step 4: hung or gone; the same command resumes from the last checkpoint"
 
 
 def create_run(path: Path, *overrides: str, steps: int = 0, total: str = "train.steps=1000") -> RunDir:

@@ -111,6 +111,9 @@ def test_runs_results_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[s
         run.finish({"verb": "pretrain", "loss": 1.0, "test_loss": loss, "bad": 0})
     create_run(tmp_path / "seed2", "train.seed=2")
     submit(tmp_path / "seed3")
+    old = create_run(tmp_path / "seed4", "train.seed=4")
+    old.finish({"verb": "pretrain", "loss": 1.0, "bad": 0})
+    (old.path / "config.yaml").write_text("verb: pretrain\ntrain: null\n")  # of an older layout
     for stage in ("results", "data"):  # stages of a pipeline that make no run
         submit(tmp_path / jobs.PIPELINE / stage, "8")
     jobs.record(tmp_path / jobs.PIPELINE / "data" / jobs.FOLDER, "8", 0, "end", 0, status=0)
@@ -125,7 +128,8 @@ def test_runs_results_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "| seed1 | 1 | 0.25 | 1 |",
         "| seed0 | 0 | 0.5 | 1 |",
         "",
-        "Not finished: seed2 (running), seed3 (unknown: SLURM does not know the job, or does not answer).",
+        "Left out: seed2 (running), seed3 (unknown: SLURM does not know the job, or does not answer), "
+        "seed4 (unreadable).",
     ]
 
 

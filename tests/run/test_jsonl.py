@@ -183,3 +183,20 @@ def test_sigkill_of_a_writer_leaves_readable_files(tmp_path: Path) -> None:
     assert [record["step"] for record in found].count(1) == 3
     assert all(len(record["text"]) == 5000 for record in found)
     assert damaged <= 2  # a torn last line each, ended by the next writer
+
+
+def test_append_of_several_processes_loses_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from mae_dist.run import jsonl\n"
+        "for i in range(200): jsonl.append(Path(sys.argv[1]), {'writer': sys.argv[2], 'number': i, 'text': 'x' * 5000})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(file), name], env=environment) for name in ("a", "b", "c")
+    ]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
+    records, damaged = jsonl.read_counting(file)
+    assert damaged == 0
+    for name in ("a", "b", "c"):
+        assert [record["number"] for record in records if record["writer"] == name] == list(range(200))

@@ -1,4 +1,4 @@
-"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, mistakes in words."""
+"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, user errors."""
 
 import json
 import os
@@ -15,7 +15,9 @@ import torch
 from running import MAE, SETTINGS, command, environment, losses, ranks_of, records, refused, start, weights
 
 from mae_dist.__main__ import main
+from mae_dist.data import loader
 from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.errors import FAILED, MachineFault
 from mae_dist.models.vit import class_and_grid
 from mae_dist.run import events
 from mae_dist.schema import SCHEMAS
@@ -47,6 +49,20 @@ def test_a_rank_that_meets_nobody_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", impatient], env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "RankLost: rank 1 did not meet the others within 1 s of its start" in done.stderr
+
+
+def test_machine_fault_before_the_first_step_is_recorded_with_its_reason(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MachineFault("x.tar: Input/output error")
+
+    monkeypatch.setattr(loader, "open_source", fail)
+    out = tmp_path / "run"
+    assert main(["pretrain", f"data.path={data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2"]) == FAILED
+    (failure,) = events.of(out, "fail")
+    assert (failure["reason"], failure["rank"], failure["message"]) == ("machine_fault", 0, "x.tar: Input/output error")
+    assert "x.tar: Input/output error" in capsys.readouterr().err
 
 
 @pytest.mark.slow
