@@ -118,13 +118,13 @@ def launch(slurm: Slurm, data: Path, cluster_file: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def time_limited(launch: Launch) -> Launched:
-    """A run that reaches its time limit repeatedly, with slow steps and on nodes of its own, beside the other tests.
+    """A run that reaches its time limit twice, on nodes of its own, beside the other tests.
 
-    SLURM signals 60 to 90 s after a start, in which no more than 29 of its 60 steps can be made.
+    A start makes 22 of the 60 steps and then waits for SLURM's signal, which comes 60 to 90 s after it began.
     """
     return launch(
         "time-limit", "track.wandb=offline", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
-        nodes=NODES[2:], slow=3.0,
+        nodes=NODES[2:], slow=0.1, hold=22,
     )  # fmt: skip
 
 

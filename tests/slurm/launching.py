@@ -27,16 +27,23 @@ SETTINGS = [
     "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
 ]  # fmt: skip
 SLOW = """\
-# Longer steps without more computing: the run sleeps each time it checks for signals.
+# Longer steps without more computing: the run sleeps each time it checks for signals, and from the step `hold` of a
+# start on it waits for one.
+import itertools
 import time
 
 from mae_dist import signals
+
+STEPS = itertools.count(1)
 
 
 class Slow(signals.StopFlag):
     def __getattribute__(self, name):
         if name == "requested":
             time.sleep({seconds})
+            hold = next(STEPS) >= {hold}
+            while hold and not super().__getattribute__(name):
+                time.sleep(0.1)
         return super().__getattribute__(name)
 
 
@@ -141,13 +148,13 @@ class Launch:
 
     def __call__(
         self, name: str, *words: str, cluster: str = "", nodes: Sequence[str] = NODES[:2], shape: Sequence[str] = (),
-        slow: float = 0.0,
+        slow: float = 0.0, hold: int = STEPS,
     ) -> Launched:  # fmt: skip
-        """Submit a run as `name`, whose steps take `slow` seconds longer."""
+        """Submit a run as `name`, whose steps take `slow` seconds longer, and `hold` of which a start makes at most."""
         if slow:
-            folder = self.folder / f"slow-{slow:g}"
+            folder = self.folder / f"slow-{slow:g}-{hold}"
             folder.mkdir(exist_ok=True)
-            (folder / "sitecustomize.py").write_text(SLOW.format(seconds=slow))
+            (folder / "sitecustomize.py").write_text(SLOW.format(seconds=slow, hold=hold))
             cluster += f"\nsetup: [export PYTHONPATH={folder}]"
         done = submit(*self.words(name, words, cluster, nodes, shape), cwd=self.edited_checkout())
         job = done.stdout.split()[1].rstrip(":")
