@@ -97,5 +97,5 @@ def test_init_from_imported_run_loads_its_weights(tmp_path: Path, cli: Cli) -> N
         assert run_config(out).data.mean == MEAN
         assert "features 0" in cli("export", out, "--to", "timm", "--out", tmp_path / f"{pool}.pth")
     assert "step" in cli("ckpt", "list", run)
-    assert "whole" in cli("ckpt", "verify", run)
+    assert "intact" in cli("ckpt", "verify", run)
     cli("report", run, tmp_path / "knn")
