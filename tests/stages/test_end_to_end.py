@@ -148,8 +148,9 @@ def test_a_hung_rank_is_named_with_its_step(data: Path, tmp_path: Path) -> None:
     os.kill(victim, signal.SIGSTOP)
     _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
     assert process.returncode == 1, said
-    step = len(losses(tmp_path / "run")) + 1
-    assert f"rank {hung} did not answer at step {step}: hung or gone" in said
+    step = len(losses(tmp_path / "run")) + 1  # or the next, if it hung in the exchange after a step, before its line
+    named = [f"rank {hung} did not answer at step {number}: hung or gone" for number in (step, step + 1)]
+    assert any(sentence in said for sentence in named), said
 
 
 @pytest.mark.slow
@@ -315,7 +316,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
         (["finetune", here, "init_from=random", "view.randaugment=strong"], ["view.randaugment=strong", "rand-m9"]),
         (
             ["finetune", here, "init_from=random", "model.name=mixer_demo4", "model.position=learned"],
-            ["mixer_demo4 has none"],
+            ["mixer_demo4 has no such setting"],
         ),
         (["data", "index", f"{tmp_path}/empty.tar"], ["empty.tar", "no samples"]),
         (["pretrian"], ["no such verb", "pretrain"]),
