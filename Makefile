@@ -10,7 +10,7 @@ OUT ?= runs/demo
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
 	$(BIN)/mae-dist demo --out $(OUT)
 
-test: $(VENV)/installed  ## the whole suite, with the tests on a real SLURM, which mostly wait, beside the others
+test: $(VENV)/installed  ## the whole suite, the tests on a real SLURM beside the others
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others
 
 test-others: $(VENV)/installed

@@ -58,7 +58,7 @@ class WorkerLost(MachineFault):
 
 def from_os_error(error: OSError, message: str) -> ValueError | MachineFault:
     """An error with this message: a MachineFault where the machine failed, else a ValueError, a path being wrong."""
-    return MachineFault(message) if error.errno in MACHINE_FAULTS else ValueError(message)
+    return MachineFault(message) if reason(error) == MachineFault.reason else ValueError(message)
 
 
 def reason(error: BaseException) -> str:

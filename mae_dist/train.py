@@ -122,6 +122,12 @@ def due(step: int, every: float | None, last: int) -> bool:
     return step == last or (every is not None and int(step // every) > int((step - 1) // every))
 
 
+def evaluation_interval(config: TrainingConfig, num_samples: int) -> float | None:
+    """Steps between evaluations of a run over `num_samples` images an epoch; None: only at the end."""
+    epochs = config.track.evaluate_every
+    return epochs and epochs * num_samples / config.train.global_batch
+
+
 def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
     """Train from the newest checkpoint of `run`, or else from initial weights, to the end; give the final numbers.
 
@@ -129,7 +135,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     """
     total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
     schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
-    evaluate_every = config.track.evaluate_every and config.track.evaluate_every * task.num_samples / batch
+    evaluate_every = evaluation_interval(config, task.num_samples)
     module, state = prepare(task, run, config, device)
     run.record_launch(state.step, device)
     announce(task, run, config, state.step, total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,12 @@ install_import_hook(
     [f"mae_dist.{name}" for name in ("batch", "data.views", "evaluate", "models", "objectives")], "beartype.beartype"
 )
 
+from shared_types import Tars  # noqa: E402
+
 from mae_dist.data import index  # noqa: E402
 from mae_dist.data.pack import from_synthetic, pack  # noqa: E402
 
 torch.set_num_threads(1)
-
-Tars = Callable[..., index.ShardIndex]
 
 
 def encoded(array: np.ndarray, extension: str) -> bytes:

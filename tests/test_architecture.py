@@ -13,7 +13,7 @@ import pytest
 from docs.architecture import FLOORS, PACKAGE, ROOT, imports, part_of, sources
 
 TORCH_FREE = [
-    "cli", "config", "errors", "hints", "image_grid", "model_sizes", "rng", "schema", "signals", "data.index",
+    "atomic", "cli", "config", "errors", "hints", "image_grid", "model_sizes", "rng", "schema", "signals", "data.index",
     "data.order", "data.pack", "data.synthetic", "run.events", "run.jobs", "run.jsonl", "run.layout",
     "run.slurm_cli",
 ]  # fmt: skip

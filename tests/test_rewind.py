@@ -16,7 +16,6 @@ from mae_dist.__main__ import main
 from mae_dist.batch import Batch
 from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
-from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.objectives import Output
 from mae_dist.objectives.mae import MAE
 from mae_dist.run import checkpoint, events
@@ -33,18 +32,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rewind") / "set"
-    pack(from_synthetic(160, 8), folder, shard_size=50)
-    return folder
-
-
 @pytest.fixture
-def run(data: Path, tmp_path: Path) -> Callable[..., Path]:
+def run(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
     def start(*words: str, status: int = 0) -> Path:
         out = tmp_path / "run"
-        assert main([*SETTINGS, f"data.path={data}", f"out={out}", *words]) == status
+        assert main([*SETTINGS, f"data.path={tiny_data}", f"out={out}", *words]) == status
         return out
 
     return start
@@ -72,9 +64,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, hits: Callable[[Batch], torch.Tensor
     monkeypatch.setattr(MAE, "forward", forward)
 
 
-def ids_of(data: Path, step: int) -> list[int]:
+def ids_of(tiny_data: Path, step: int) -> list[int]:
     """Sample ids of the n-th step."""
-    order = Order(0, open_split(str(data), "train").counts, 64)
+    order = Order(0, open_split(str(tiny_data), "train").counts, 64)
     return order.at((step - 1) * BATCH, step * BATCH)[1].tolist()
 
 
@@ -87,9 +79,9 @@ def test_runs_of_steps() -> None:
 
 
 def test_one_bad_step_is_skipped_counted_and_changes_nothing(
-    data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad_id = ids_of(data, 7)[3]
+    bad_id = ids_of(tiny_data, 7)[3]
     poison(monkeypatch, lambda batch: (batch.ids == bad_id) & (batch.epochs == 0))
     out = run()
     records = [record for record in lines(out / "metrics.jsonl") if "lr" in record]
@@ -101,9 +93,9 @@ def test_one_bad_step_is_skipped_counted_and_changes_nothing(
 
 
 def test_a_sample_that_is_to_blame_is_left_out(
-    data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad_id = ids_of(data, 8)[5]
+    bad_id = ids_of(tiny_data, 8)[5]
     poison(monkeypatch, lambda batch: batch.ids == bad_id)
     out = run("checkpoint.rewind_after=1")
     (rewind,) = events.of(out, "rewind")
@@ -114,7 +106,7 @@ def test_a_sample_that_is_to_blame_is_left_out(
     trained = [line["ids"] for line in lines(out / "ids.jsonl")]
     assert len(trained) == 20
     assert bad_id not in [id_ for ids in trained for id_ in ids]
-    planned = ids_of(data, 8)
+    planned = ids_of(tiny_data, 8)
     assert [a for a, b in zip(trained[7], planned, strict=True) if a != b] == [(bad_id + 1) % 160]
     bundle = json.loads((out / "forensics/step-000000008/step-000000008.json").read_text())
     assert [row["loss"] for row in bundle["samples"] if row["id"] == bad_id] == ["nan"]
@@ -126,12 +118,12 @@ def test_a_sample_that_is_to_blame_is_left_out(
 
 
 def test_a_passing_fault_is_undone(
-    data: Path, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     healthy = run()
     healthy.rename(tmp_path / "healthy")
     seen: set[int] = set()
-    burst = {step: ids_of(data, step)[0] for step in (8, 9)}
+    burst = {step: ids_of(tiny_data, step)[0] for step in (8, 9)}
 
     def once(batch: Batch) -> torch.Tensor:
         strikes = [id_ for id_ in burst.values() if id_ in batch.ids and id_ not in seen and not batch.epochs.any()]
@@ -152,10 +144,10 @@ def test_a_passing_fault_is_undone(
 
 
 def test_what_fails_twice_without_a_culprit_is_left_out_whole(
-    data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient that overflows while every loss is finite."""
-    bad_id, healthy = ids_of(data, 8)[5], MAE.forward
+    bad_id, healthy = ids_of(tiny_data, 8)[5], MAE.forward
 
     def forward(self: MAE, batch: Batch) -> Output:
         output = healthy(self, batch)
@@ -167,7 +159,7 @@ def test_what_fails_twice_without_a_culprit_is_left_out_whole(
     out = run("checkpoint.rewind_after=1")
     first, second = events.of(out, "rewind")
     assert first["left_out"] == []
-    assert second["left_out"] == sorted(ids_of(data, 8))
+    assert second["left_out"] == sorted(ids_of(tiny_data, 8))
 
 
 def test_a_budget_and_a_first_checkpoint_are_needed(
@@ -201,9 +193,9 @@ def test_fp16_keeps_its_scale_over_a_resume(run: Callable[..., Path]) -> None:
 
 
 def test_averaged_weights_skip_with_the_run_resume_with_it_and_are_what_is_evaluated(
-    data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad_id = ids_of(data, 7)[3]
+    bad_id = ids_of(tiny_data, 7)[3]
     poison(monkeypatch, lambda batch: (batch.ids == bad_id) & (batch.epochs == 0))
     words = ["train.ema=0.8", "checkpoint.every=1", "checkpoint.keep=99", "train.steps=10"]
     out = run(*words)

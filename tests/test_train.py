@@ -143,7 +143,11 @@ def test_due_happens_every_so_many_steps_and_at_the_last(every: float | None, ex
 
 
 def test_evaluation_falls_on_the_exact_step_where_the_batch_does_not_divide_the_epoch() -> None:
-    every = 15 * 50_000 / 48  # as fit computes it: 15 epochs
+    overrides = [
+        "out=o", "data.path=d", "model.name=vit_ti4", "init_from=random", "train.global_batch=48",
+        "track.evaluate_every=15",
+    ]  # fmt: skip
+    every = train.evaluation_interval(config.load("finetune", None, overrides), 50_000)
     assert [step for step in range(15_000, 47_000) if train.due(step, every, last=50_000)] == [15_625, 31_250, 46_875]
 
 

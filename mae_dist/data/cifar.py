@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_dist.data.atomic import replacing
+from mae_dist.atomic import replacing
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
 
+from mae_dist.atomic import leftovers, replacing
 from mae_dist.batch import Batch
-from mae_dist.data.atomic import replacing
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.loader import Plan, Source
 from mae_dist.data.views import View
@@ -52,6 +52,11 @@ class Features:
     def missing(self) -> list[int]:
         """Numbers of the shards that are missing or damaged."""
         return [number for number in range(self.num_shards) if not self._complete(number)]
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process has left of shards; called by one rank, before any writes."""
+        for path in leftovers(self.folder, ".npy"):
+            path.unlink()
 
     def fill(
         self, source: Source, view: View, compute: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_dist.data.atomic import replacing
+from mae_dist.atomic import replacing
 
 log = logging.getLogger(__name__)
 

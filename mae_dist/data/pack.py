@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from mae_dist import rng
+from mae_dist.atomic import replacing
 from mae_dist.data import cifar, index, synthetic
-from mae_dist.data.atomic import replacing
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dist.cli import duration
-from mae_dist.run import events, jobs
+from mae_dist.run import jobs
 from mae_dist.run.events import Event
 
 
@@ -21,10 +21,10 @@ class Incident(NamedTuple):
     what: str
 
 
-def read(run: Path) -> list[Incident]:
-    """All incidents of a run, oldest first."""
-    recorded, found = events.read(run), []
-    for job in jobs.submissions(run):
+def of(recorded: list[Event]) -> list[Incident]:
+    """All incidents of a run, oldest first, from its events and those of its jobs."""
+    found = []
+    for job in jobs.submissions_in(recorded):
         of_task_0 = jobs.events(Path(job.logs), job.job).get(0, [])
         found += [event for event in of_task_0 if event["event"] == "stop_requested"]
     first = next((event for event in recorded if event["event"] == "start"), None)

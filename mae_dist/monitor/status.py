@@ -65,7 +65,8 @@ def run_status(run: Path, states: Mapping[str, str], quiet: float = QUIET) -> Ru
     last event gives. Without one it is running if its metrics, checkpoints or events have changed within ``quiet``
     seconds, else stopped: its processes may be another machine's, so they are not searched for.
     """
-    finished, submissions, recorded = (run / layout.RESULT).is_file(), jobs.submissions(run), events.read(run)
+    finished, recorded = (run / layout.RESULT).is_file(), events.read(run)
+    submissions = jobs.submissions_in(recorded)
     if not submissions:
         return RunStatus("finished") if finished else _recorded_status(recorded) or RunStatus(_state_by_age(run, quiet))
     newest = submissions[-1]

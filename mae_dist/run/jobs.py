@@ -14,6 +14,7 @@ where each task is a rank; a start by the number of requeues before it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -47,8 +48,14 @@ def record_submission(run: Path, submission: Submission) -> None:
 
 def submissions(run: Path) -> list[Submission]:
     """All submissions of a run, oldest first."""
+    return submissions_in(run_events.read(run))
+
+
+def submissions_in(recorded: Iterable[run_events.Event]) -> list[Submission]:
+    """The submissions among the events of a run, in their order."""
     names = [field.name for field in fields(Submission)]
-    return [Submission(**{name: line[name] for name in names}) for line in run_events.of(run, "submit")]
+    submits = (event for event in recorded if event["event"] == "submit")
+    return [Submission(**{name: event[name] for name in names}) for event in submits]
 
 
 def record(logs: Path, job: str, task: int, event: str, start: int, **values: Any) -> None:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mae_dist.atomic import replacing
+
 Record = dict[str, Any]
 
 STEP, EVALUATION = "step", "evaluation"
@@ -104,13 +106,20 @@ def _lock(stream: IO[bytes]) -> None:
     """Lock a file until it is closed. Goes on without where the file system has no locks, or after WAIT_FOR_LOCK s."""
     deadline = time.monotonic() + WAIT_FOR_LOCK
     while time.monotonic() < deadline:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(stream):
             return
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return
         time.sleep(0.01)
+
+
+def try_lock(stream: IO[Any]) -> bool:
+    """Lock a file for this process, which its children do not inherit. True where that was possible, and where the file
+    system has no locks; False where another process has it locked.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -141,15 +150,10 @@ def cut_after(path: Path, step: int) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file so that readers, also after a kill, find the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as work, work.open("wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

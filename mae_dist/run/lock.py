@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import platform
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from mae_dist.errors import from_os_error
+from mae_dist.run.jsonl import try_lock
 from mae_dist.run.layout import LOCK
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def acquire(run: Path) -> None:
     except OSError as error:
         raise from_os_error(error, f"out={run}: cannot be written ({error.strerror}); choose another folder") from error
     deadline, warned = time.monotonic() + WAIT_FOR_LOCK, False
-    while not _try_lock(lock):
+    while not try_lock(lock):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         if time.monotonic() > deadline:
@@ -49,14 +48,3 @@ def acquire(run: Path) -> None:
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
     _locks[run.absolute()] = lock
-
-
-def _try_lock(stream: IO[str]) -> bool:
-    """Lock a file for this process, which its children do not inherit. True where that was possible, and where the file
-    system has no locks.
-    """
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True

@@ -139,8 +139,7 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
                 f"has gone on since; choose another out="
             )
         folder.mkdir(exist_ok=True)
-        for leftover in folder.rglob(".*.npy.*"):  # of a process that was killed while it wrote a shard
-            leftover.unlink()
+        features.remove_leftovers()
         jsonl.write_atomic(file, key + "\n")
         needed, free = features.num_bytes * len(missing) // features.num_shards, shutil.disk_usage(folder).free
         if needed > free:

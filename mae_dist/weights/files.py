@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mae_dist.atomic import replacing
 from mae_dist.weights.checks import brief
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -120,12 +119,5 @@ def atomic_output(path: Path, field: str) -> Iterator[Path]:
     """
     refuse_existing(path, field)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as temporary:
         yield temporary
-        temporary.rename(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import Tars
+from shared_types import Tars
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Tars
+from shared_types import Tars
 
 from mae_dist import schema
 from mae_dist.batch import Batch

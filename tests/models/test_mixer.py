@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from modules import randomised
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
@@ -16,15 +17,6 @@ from mae_dist.models.layers import Mlp
 from mae_dist.models.mixer import Mixer
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import MaeConfig
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3, generator=generator)
-    return module
 
 
 def small() -> Mixer:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from modules import randomised
 from torch import nn
 
 from mae_dist import models
@@ -23,13 +24,7 @@ def tiny(norm_pix: bool = True, mask_ratio: float = 0.75, **others: Any) -> MAE:
     backbone = ViT(patch=4, dim=24, depth=2, num_heads=3, image_size=16)
     shape: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
     settings = MaeConfig(mask_ratio=mask_ratio, norm_pix=norm_pix, **(shape | others))
-    objective = MAE(backbone, settings, seed=4).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3, generator=generator)
-    return objective
+    return randomised(MAE(backbone, settings, seed=4).double())
 
 
 def batch_of(num: int, epoch: int = 0, first: int = 0) -> Batch:

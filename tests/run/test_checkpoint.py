@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from opened import opened
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import config, evaluate, optim, schema, train
+from mae_dist import evaluate, optim, schema, train
 from mae_dist.__main__ import main
 from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.errors import MachineFault
@@ -24,21 +25,10 @@ from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-DATA = "0123456789abcdef"
 TINY = [
     "model.name=vit_demo4", "model.image_size=32", "mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4",
     "train.precision=fp32", "train.global_batch=4",
 ]  # fmt: skip
-
-
-def settings(path: Path, *overrides: str) -> schema.PretrainConfig:
-    return config.load("pretrain", None, [f"out={path}", "data.path=/data", "model.name=vit_demo4", *overrides])
-
-
-def opened(path: Path, *overrides: str) -> RunDir:
-    run = RunDir(path)
-    assert run.open("pretrain", settings(path, *overrides), DATA)
-    return run
 
 
 def simple(value: float) -> dict[str, Tensor]:

@@ -12,24 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from opened import DATA, opened, settings
 
-from mae_dist import config, schema
+from mae_dist import config
 from mae_dist.errors import RankLost, WorkerLost
 from mae_dist.run import directory, events, layout, lock
 from mae_dist.run.directory import RunDir
 from mae_dist.signals import Stopped
-
-DATA = "0123456789abcdef"
-
-
-def settings(path: Path, *overrides: str) -> schema.PretrainConfig:
-    return config.load("pretrain", None, [f"out={path}", "data.path=/data", "model.name=vit_demo4", *overrides])
-
-
-def opened(path: Path, *overrides: str) -> RunDir:
-    run = RunDir(path)
-    assert run.open("pretrain", settings(path, *overrides), DATA)
-    return run
 
 
 def test_run_without_a_step_may_start_again_with_other_settings(tmp_path: Path) -> None:

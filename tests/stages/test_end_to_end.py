@@ -16,7 +16,6 @@ from running import MAE, SETTINGS, command, environment, losses, ranks_of, recor
 
 from mae_dist.__main__ import main
 from mae_dist.data import loader
-from mae_dist.data.pack import from_synthetic, pack
 from mae_dist.errors import FAILED, MachineFault
 from mae_dist.models.vit import class_and_grid
 from mae_dist.run import events
@@ -24,18 +23,10 @@ from mae_dist.schema import SCHEMAS
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed set of 160 training and 40 test images."""
-    folder = tmp_path_factory.mktemp("data") / "set"
-    pack(from_synthetic(160, 40), folder, shard_size=50)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished pretraining run of 6 steps."""
     out = tmp_path_factory.mktemp("runs") / "pretrained"
-    words = ["pretrain", f"data.path={data}", f"out={out}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    words = ["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
     assert main(words) == 0
     return out
 
@@ -52,25 +43,25 @@ def test_a_rank_that_meets_nobody_says_so() -> None:
 
 
 def test_machine_fault_before_the_first_step_is_recorded_with_its_reason(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MachineFault("x.tar: Input/output error")
 
     monkeypatch.setattr(loader, "open_source", fail)
     out = tmp_path / "run"
-    assert main(["pretrain", f"data.path={data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2"]) == FAILED
+    assert main(["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2"]) == FAILED
     (failure,) = events.of(out, "fail")
     assert (failure["reason"], failure["rank"], failure["message"]) == ("machine_fault", 0, "x.tar: Input/output error")
     assert "x.tar: Input/output error" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
     """On three ranks, as a sum of two is the same in either order."""
 
     def words(out: str) -> list[str]:
-        return ["pretrain", f"data.path={data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
+        return ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
                 "checkpoint.every=7", "machine.processes=3", "train.ema=0.9"]  # fmt: skip
 
     start(*words("undisturbed"))
@@ -109,9 +100,9 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(data: Path, t
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
 def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
-    data: Path, tmp_path: Path, number: signal.Signals, whom: str
+    tiny_data: Path, tmp_path: Path, number: signal.Signals, whom: str
 ) -> None:
-    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, "train.steps=400", "machine.processes=2"]
+    words = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=400", "machine.processes=2"]
     run = tmp_path / "run"
     process = subprocess.Popen(command(*words, f"out={run}"), env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -134,8 +125,8 @@ def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
 
 
 @pytest.mark.slow
-def test_a_hung_rank_is_named_with_its_step(data: Path, tmp_path: Path) -> None:
-    words = ["pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
+def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
              "machine.processes=3", "machine.timeout=3"]  # fmt: skip
     process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -154,9 +145,10 @@ def test_a_hung_rank_is_named_with_its_step(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3", "train.steps=12",
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3",
+             "train.steps=12",
              "machine.processes=2"]  # fmt: skip
     start(*words, f"out={tmp_path / 'undisturbed'}")
     limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command(*words)]  # KiB a file
@@ -172,8 +164,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_probe_is_the_same_on_any_world(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    shared = ["probe", f"data.path={data}", f"init_from={pretrained}", *SETTINGS, "train.steps=6", "optim.base_lr=30"]
+def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = [
+        "probe",
+        f"data.path={tiny_data}",
+        f"init_from={pretrained}",
+        *SETTINGS,
+        "train.steps=6",
+        "optim.base_lr=30",
+    ]
     start(*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3")
     start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -191,9 +190,9 @@ EVERYTHING = [
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(data: Path, tmp_path: Path) -> None:
+def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data: Path, tmp_path: Path) -> None:
     """Pairs are mixed whole though shares are 6, 6, 6 and 4, or 4 and 4 at once."""
-    shared = ["finetune", f"data.path={data}", "init_from=random", *SETTINGS, *EVERYTHING]
+    shared = ["finetune", f"data.path={tiny_data}", "init_from=random", *SETTINGS, *EVERYTHING]
     start(*shared, f"out={tmp_path / 'one'}")
     start(*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0")
     hsdp = ["machine.processes=4", "machine.strategy=hsdp", "machine.shards=2"]
@@ -205,8 +204,8 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(data: Path
         torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=1e-4)
 
 
-def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    shared = [f"data.path={data}", *SETTINGS]
+def test_the_stages_follow_each_other(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shared = [f"data.path={tiny_data}", *SETTINGS]
     training = ["train.steps=4", "train.precision=bf16"]
     alone = ["machine.strategy=hsdp", "machine.shards=1"]
     for verb, settings in {"knn": alone, "probe": training, "finetune": [*training, "model.drop_path=0.1"]}.items():
@@ -227,10 +226,10 @@ def test_the_stages_follow_each_other(data: Path, pretrained: Path, tmp_path: Pa
 
 
 def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO")
-    shared, small = [f"data.path={data}", *SETTINGS, "train.steps=1"], tmp_path / "small"
+    shared, small = [f"data.path={tiny_data}", *SETTINGS, "train.steps=1"], tmp_path / "small"
     assert main(["pretrain", *shared, *MAE, "train.ema=0.5", "model.image_size=16", f"out={small}"]) == 0
     learned = ["finetune", *shared, f"init_from={small}", "model.position=learned", "optim.base_lr=1e-9"]
     assert main([*learned, f"out={tmp_path / 'large'}"]) == 0
@@ -263,12 +262,12 @@ def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(
-    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
     words = [
         "pretrain",
-        f"data.path={data}",
+        f"data.path={tiny_data}",
         f"out={pretrained}",
         *SETTINGS,
         *MAE,
@@ -281,18 +280,18 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
 
 
 def test_mistakes_end_with_one_line_and_nothing_written(
-    data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     shared = [*SETTINGS, f"out={out}", "train.steps=2"]
     (tmp_path / "empty.tar").write_bytes(bytes(10240))
     unlabelled = tmp_path / "unlabelled"
-    shutil.copytree(data, unlabelled)
+    shutil.copytree(tiny_data, unlabelled)
     description = json.loads((unlabelled / "dataset.json").read_text())
     for shard in description["splits"]["train"]:
         shard["num_labelled"] = 0
     (unlabelled / "dataset.json").write_text(json.dumps(description))
-    here = f"data.path={data}"
+    here = f"data.path={tiny_data}"
     cases = [
         (["pretrain", "data.path=/nowhere"], ["data.path=/nowhere", "no such folder"]),
         (["pretrain", f"data.path={tmp_path}/*.tar"], ["not indexed yet", "mae-dist data index"]),
@@ -306,7 +305,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(
             ["160 of 160 samples have no label", "probe"],
         ),
         (["probe", here, "init_from=/nowhere"], ["init_from=/nowhere", "no such folder"]),
-        (["knn", here, f"init_from={data}"], [f"init_from={data}", "no run"]),
+        (["knn", here, f"init_from={tiny_data}"], [f"init_from={tiny_data}", "no run"]),
         (["finetune", here, f"init_from={pretrained}", "model.name=vit_ti4"], ["model.name=vit_ti4", "vit_demo4"]),
         (
             ["finetune", here, f"init_from={pretrained}", "model.train_blocks=5"],
@@ -330,10 +329,18 @@ def test_mistakes_end_with_one_line_and_nothing_written(
 
 
 def test_other_settings_are_refused_with_the_fields_named(
-    data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (pretrained / "config.yaml").read_bytes()
-    words = ["pretrain", f"data.path={data}", f"out={pretrained}", *SETTINGS, *MAE, "train.steps=7", "train.seed=3"]
+    words = [
+        "pretrain",
+        f"data.path={tiny_data}",
+        f"out={pretrained}",
+        *SETTINGS,
+        *MAE,
+        "train.steps=7",
+        "train.seed=3",
+    ]
     line = refused(capsys, *words)
     assert "train.steps: 6 -> 7" in line
     assert "train.seed: 0 -> 3" in line
@@ -341,7 +348,11 @@ def test_other_settings_are_refused_with_the_fields_named(
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    data: Path, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "damaged"
     shutil.copytree(pretrained, run)
@@ -350,7 +361,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    words = ["pretrain", f"data.path={data}", f"out={run}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
     assert main(words) == 0
     assert "step-000000006 is damaged" in caplog.text
     assert losses(run) == losses(pretrained)
@@ -363,8 +374,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert "all 2 checkpoints are damaged" in refused(capsys, *words)
 
 
-def test_torchrun_with_too_many_ranks_ends_with_one_line(data: Path, tmp_path: Path) -> None:
-    done = start("pretrain", f"data.path={data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
+def test_torchrun_with_too_many_ranks_ends_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    done = start("pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
                  "machine.processes=3", check=2)  # fmt: skip
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
@@ -373,7 +384,14 @@ def test_torchrun_with_too_many_ranks_ends_with_one_line(data: Path, tmp_path: P
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_pretraining_on_a_gpu_resumes(data: Path, tmp_path: Path, precision: str) -> None:
-    words = ["pretrain", f"data.path={data}", *SETTINGS, *MAE, f"train.precision={precision}", "checkpoint.every=3"]
+def test_pretraining_on_a_gpu_resumes(tiny_data: Path, tmp_path: Path, precision: str) -> None:
+    words = [
+        "pretrain",
+        f"data.path={tiny_data}",
+        *SETTINGS,
+        *MAE,
+        f"train.precision={precision}",
+        "checkpoint.every=3",
+    ]
     assert main([*words, f"out={tmp_path / 'run'}", "train.steps=6"]) == 0
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]

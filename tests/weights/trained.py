@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modules
 import torch
 from torch import Tensor
 
@@ -27,12 +28,7 @@ Cli = Callable[..., str]
 
 def randomised(objective: Objective) -> Objective:
     """The objective with random numbers in all parameters except fixed positions, in evaluation mode."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.2, generator=generator)
-    return objective.eval()
+    return modules.randomised(objective, deviation=0.2).eval()
 
 
 def mae(name: str = "vit_demo4", settings: MaeConfig = DECODER) -> MAE:
