@@ -39,7 +39,8 @@ class Purpose(IntEnum):
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 of four counter words and two key words, int64 arrays of 32-bit values that are broadcast together.
+    """Philox4x32-10 of four counter words and two key words, int64 arrays (or, as keys, ints) of 32-bit values, which
+    are broadcast together.
 
     The 32 x 32 -> 64 bit products may overflow into the sign of int64; shifting and masking recovers the high word.
     """
@@ -72,10 +73,11 @@ def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
     epoch = epochs[:, None] if hasattr(epochs, "shape") and epochs.shape else epochs
     zero = (column + block) * 0  # gives every word the full shape
     counter = (block + zero, epoch + zero, (column & LOW) + zero, ((column >> 32) & LOW) + zero)
-    words = philox(counter, (zero + seed, zero + int(purpose)))
+    words = philox(counter, (seed, int(purpose)))
     return stack(words, -1).reshape(len(ids), blocks * 4)[:, :num]
 
 
-def uniform(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), shape (len(ids), num), float64 of 32 random bits each (NumPy only)."""
-    return bits(seed, purpose, epochs, np.asarray(ids), num) / 2.0**32
+def uniform(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
+    """Uniform numbers in [0, 1), shape (len(ids), num), float64 of 32 random bits each, NumPy or torch like `ids`."""
+    words = bits(seed, purpose, epochs, ids, num)
+    return (words.astype(np.float64) if isinstance(words, np.ndarray) else words.double()) / 2.0**32

@@ -32,7 +32,7 @@ def test_philox_known_answers_of_random123(counter: tuple[int, ...], key: tuple[
         assert " ".join(f"{int(word[0]):08x}" for word in words) == expected
 
 
-def test_philox_numpy_and_torch_bits_are_identical() -> None:
+def test_philox_numpy_and_torch_draws_are_identical() -> None:
     generator = np.random.default_rng(0)
     ids, epochs = generator.integers(0, 2**40, 50), generator.integers(0, 2**31, 50)
     for num in (1, 4, 7):
@@ -40,6 +40,10 @@ def test_philox_numpy_and_torch_bits_are_identical() -> None:
         theirs = rng.bits(123, Purpose.MASK, torch.from_numpy(epochs), torch.from_numpy(ids), num)
         assert ours.shape == (50, num)
         assert np.array_equal(ours, theirs.numpy())
+    ours = rng.uniform(123, Purpose.MASK, epochs, ids, 5)
+    theirs = rng.uniform(123, Purpose.MASK, torch.from_numpy(epochs), torch.from_numpy(ids), 5)
+    assert theirs.dtype == torch.float64
+    assert np.array_equal(ours, theirs.numpy())
 
 
 def test_rng_draw_is_independent_of_other_samples() -> None:

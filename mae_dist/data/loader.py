@@ -89,9 +89,11 @@ class InMemorySource:
         """Batches of a plan, in its order; cropping and resizing run on the device."""
         height, width = self.images.shape[1:3]
         for epochs, ids in plan:
-            boxes, flips = view.boxes(epochs, ids, np.full((len(ids), 2), (height, width)))
+            sizes = torch.tensor([[height, width]]).expand(len(ids), 2)
+            boxes, flips = view.boxes(torch.from_numpy(epochs), torch.from_numpy(ids), sizes)
             where = torch.from_numpy(ids).to(self.device)
-            images = view.finish(resample(self.images[where], boxes, flips, view.image_size), epochs, ids)
+            images = resample(self.images[where], boxes.numpy(), flips.numpy(), view.image_size)
+            images = view.finish(images, epochs, ids)
             yield Batch(images, self.labels[where], where, torch.from_numpy(epochs).to(self.device), self.bad[where])
 
 
@@ -131,8 +133,9 @@ class Decoder(Dataset[Batch]):
         labels, bad = np.empty(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
         for i, sample in enumerate(ids):
             image, labels[i], bad[i] = read(self.index, int(sample))
-            boxes, flips = self.view.boxes(epochs[i : i + 1], ids[i : i + 1], np.array([[image.height, image.width]]))
-            pixels = crop(image, boxes[0], bool(flips[0]), size)
+            epoch, id_ = torch.from_numpy(epochs[i : i + 1]), torch.from_numpy(ids[i : i + 1])
+            boxes, flips = self.view.boxes(epoch, id_, torch.tensor([[image.height, image.width]]))
+            pixels = crop(image, boxes[0].numpy(), bool(flips[0]), size)
             images[i] = self.augment(pixels, int(epochs[i]), int(sample)) if self.augment else pixels
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         return Batch(pixels, *(torch.from_numpy(a) for a in (labels, ids, epochs, bad)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float64, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -40,11 +40,15 @@ class View:
     seed: int
     training: bool
 
-    def boxes(self, epochs: np.ndarray, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes float64 (n, 4): top, left, height, width in pixels; flips bool (n,). `sizes` (n, 2): height, width."""
+    def boxes(
+        self, epochs: Int[Tensor, " n"], ids: Int[Tensor, " n"], sizes: Int[Tensor, "n 2"]
+    ) -> tuple[Float64[Tensor, "n 4"], Bool[Tensor, " n"]]:
+        """Boxes: top, left, height, width in pixels; and whether each is flipped. `sizes`: height, width. All tensors
+        are on one device.
+        """
         kind = self.settings.crop
         if not self.training:
-            return center_boxes(sizes, self.settings.test_crop), np.zeros(len(ids), dtype=bool)
+            return center_boxes(sizes, self.settings.test_crop), torch.zeros_like(ids, dtype=torch.bool)
         flips = rng.uniform(self.seed, rng.Purpose.FLIP, epochs, ids, 1)[:, 0] < self.settings.flip
         if kind == "center":
             return center_boxes(sizes, self.settings.test_crop), flips
@@ -73,49 +77,49 @@ class View:
             return images
         return augment.erase(images, self.settings.random_erasing, self.seed, epochs, ids)
 
-    def _draw(self, epochs: np.ndarray, ids: np.ndarray, num: int) -> np.ndarray:
+    def _draw(self, epochs: Tensor, ids: Tensor, num: int) -> Float64[Tensor, "n num"]:
         return rng.uniform(self.seed, rng.Purpose.CROP, epochs, ids, num)
 
 
-def center_boxes(sizes: np.ndarray, share: float) -> np.ndarray:
-    """Central squares with `share` of the shorter side: "resize, then centre crop" as one box (n, 4)."""
-    side = share * sizes.min(1, keepdims=True)
-    return np.concatenate([(sizes - side) / 2, side, side], 1)
+def center_boxes(sizes: Int[Tensor, "n 2"], share: float) -> Float64[Tensor, "n 4"]:
+    """Central squares with `share` of the shorter side: "resize, then centre crop" as one box."""
+    side = share * sizes.amin(1, keepdim=True).double()
+    return torch.cat([(sizes - side) / 2, side, side], 1)
 
 
-def shifted_boxes(draws: np.ndarray, sizes: np.ndarray, pad: int) -> np.ndarray:
-    """Boxes (n, 4) of whole images shifted by -pad..pad whole pixels in each direction; the outside is black."""
-    offsets = np.floor(draws * (2 * pad + 1)) - pad
-    return np.concatenate([offsets, sizes], 1)
+def shifted_boxes(draws: Float64[Tensor, "n 2"], sizes: Int[Tensor, "n 2"], pad: int) -> Float64[Tensor, "n 4"]:
+    """Boxes of whole images shifted by -pad..pad whole pixels in each direction; the outside is black."""
+    offsets = (draws * (2 * pad + 1)).floor() - pad
+    return torch.cat([offsets, sizes.double()], 1)
 
 
 def resized_boxes(
-    draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], clamp: bool
-) -> np.ndarray:
-    """Boxes (n, 4) of random resized crops as in torchvision: area, log aspect ratio and place uniform, whole pixels.
+    draws: Float64[Tensor, "n attempts 4"], sizes: Int[Tensor, "n 2"], scale: tuple[float, float],
+    ratio: tuple[float, float], clamp: bool,
+) -> Float64[Tensor, "n 4"]:  # fmt: skip
+    """Boxes of random resized crops as in torchvision: area, log aspect ratio and place uniform, whole pixels.
 
-    `draws` (n, attempts, 4) are uniform in [0, 1). The first attempt that fits into the image is taken, else a centre
-    crop of the nearest allowed aspect ratio. With `clamp` (the crop of MAE's linear probe) sides are cut to the image
-    instead, so that one attempt is enough.
+    `draws` are uniform in [0, 1). The first attempt that fits into the image is taken, else a centre crop of the
+    nearest allowed aspect ratio. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, so
+    that one attempt is enough.
     """
-    height, width = (sizes[:, None, i].astype(np.float64) for i in (0, 1))
+    height, width = sizes.double()[:, None].unbind(2)
     area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + draws[..., 1] * (high - low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    aspect = (low + draws[..., 1] * (high - low)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     if clamp:
-        w, h = np.minimum(w, width), np.minimum(h, height)
+        w, h = w.minimum(width), h.minimum(height)
     fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
-    first = fits.argmax(1)
-    rows = np.arange(len(sizes))
-    w, h, y, x = w[rows, first], h[rows, first], draws[rows, first, 2], draws[rows, first, 3]
+    attempts = torch.stack([h, w, draws[..., 2], draws[..., 3]], 2)
+    first = fits.byte().argmax(1)
+    h, w, y, x = attempts.take_along_dim(first[:, None, None], 1)[:, 0].unbind(1)
     height, width = height[:, 0], width[:, 0]
-    top, left = np.floor(y * (height - h + 1)), np.floor(x * (width - w + 1))
-    chosen = np.stack([top, left, h, w], 1)
-    w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
-    h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
-    fallback = np.stack([np.floor((height - h) / 2), np.floor((width - w) / 2), h, w], 1)
-    return np.where(fits.any(1, keepdims=True), chosen, fallback)
+    chosen = torch.stack([(y * (height - h + 1)).floor(), (x * (width - w + 1)).floor(), h, w], 1)
+    w = torch.where(width / height > ratio[1], (height * ratio[1]).round(), width)
+    h = torch.where(width / height < ratio[0], (width / ratio[0]).round(), height)
+    fallback = torch.stack([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], 1)
+    return torch.where(fits.any(1, keepdim=True), chosen, fallback)
 
 
 def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np.ndarray, "h w 3"]:
