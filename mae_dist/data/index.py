@@ -36,7 +36,7 @@ FILE = "dataset.json"
 
 
 class ChangedError(ValueError):
-    """A shard is shorter than its index says. Unlike for an unreadable sample, no other sample replaces it."""
+    """A shard differs from what its index or dataset.json says. No other sample replaces such a one."""
 
 
 @dataclass(frozen=True)

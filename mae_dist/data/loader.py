@@ -9,38 +9,32 @@ Knows no order and no model.
 
 from __future__ import annotations
 
-import atexit
-import logging
-import multiprocessing
-import re
-import signal
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from jaxtyping import Float, UInt8
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from mae_dist import signals
-from mae_dist.batch import Batch, to_device
-from mae_dist.data.decode import decode
-from mae_dist.data.index import ChangedError, ShardIndex
+from mae_dist.batch import Batch
+from mae_dist.data.crop import Reader, Rows
+from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
-from mae_dist.data.views import View, crop, resample
-from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error
-
-log = logging.getLogger(__name__)
+from mae_dist.data.views import View, resample
+from mae_dist.data.workers import Workers, shared_array
 
 RESIDENT_BYTES = 2**31
 """Size up to which a split of images of one size is held in memory, as uint8."""
-LOST_WORKER = (
-    "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
-    "the same command resumes from the last checkpoint"
-)
+CHUNK = 16
+"""Samples that a worker reads at once: few, so that all workers share the first batch, and big images even out."""
+READ_AHEAD = 2
+"""Batches for which there is memory."""
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
 """(epochs, ids) of each batch, int64 (b,) each."""
 
@@ -71,19 +65,15 @@ class InMemorySource:
     def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
         assert index.dataset.image_size is not None
         self.index, self.device = index, device
-        images = np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8)
-        labels, bad = np.empty(len(index), dtype=np.int64), np.zeros(len(index), dtype=bool)
-        for i in track(
-            range(len(index)), f"reading {index.dataset.name}", disable=quiet or not sys.stderr.isatty(), transient=True
-        ):
-            image, labels[i], bad[i] = read(index, i)
-            if (image.height, image.width) != index.dataset.image_size:
-                raise ValueError(
-                    f"{index.sample_name(i)}: {image.height}x{image.width}, but image_size in dataset.json is "
-                    f"{index.dataset.image_size}; index the data again"
-                )
-            images[i] = np.asarray(image)
-        self.images, self.labels, self.bad = (torch.from_numpy(a).to(device) for a in (images, labels, bad))
+        rows = Rows(
+            np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8),
+            np.empty(len(index), dtype=np.int64), np.empty(len(index), dtype=np.bool_),
+        )  # fmt: skip
+        reader, hidden = Reader(index, None), quiet or not sys.stderr.isatty()
+        for i in track(range(0, len(index), CHUNK), f"reading {index.dataset.name}", disable=hidden, transient=True):
+            ids = np.arange(i, min(i + CHUNK, len(index)))
+            reader.fill(np.zeros_like(ids), ids, Rows(*(array[i : i + CHUNK] for array in rows)))
+        self.images, self.labels, self.bad = (torch.from_numpy(array).to(device) for array in rows)
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order; cropping and resizing run on the device."""
@@ -98,71 +88,108 @@ class InMemorySource:
 
 
 class TarSource:
-    """Images of any size, read and decoded by `workers` processes (0: in this process)."""
+    """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, workers: int):
         self.index, self.device, self.workers = index, device, workers
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
-        """Batches of a plan, in its order; the next batch is copied to the device while one is in use."""
-        loader = DataLoader(
-            Decoder(self.index, view), sampler=plan, batch_size=None, num_workers=self.workers,  # pyright: ignore
-            pin_memory=self.device.type == "cuda", prefetch_factor=2 if self.workers else None,
-            worker_init_fn=_leave_signals_to_the_rank,
-        )  # fmt: skip
-        waiting = None
-        for cpu in _with_rank_errors(loader):
-            batch = to_device(cpu, self.device)
-            if waiting is not None:
-                yield _finish(*waiting, view)
-            waiting = batch, cpu
-        if waiting is not None:
-            yield _finish(*waiting, view)
+        """Batches of a plan, in its order. The workers read ahead from this call on."""
+        return iter(ReadAhead(plan, Reader(self.index, view), self.workers, self.device))
 
 
-class Decoder(Dataset[Batch]):
-    """Maps (epochs, ids) to a Batch of cropped uint8 images (b, c, h, w) on the CPU; runs in worker processes."""
+class ReadAhead:
+    """Iterates once over the batches of a plan, which `workers` processes read ahead, CHUNK samples at a time, into
+    memory that they share with this rank.
 
-    def __init__(self, index: ShardIndex, view: View):
-        self.index, self.view, self.augment = index, view, view.augment()
-
-    def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> Batch:
-        epochs, ids = item
-        size = self.view.image_size
-        images = np.empty((len(ids), size, size, 3), dtype=np.uint8)
-        labels, bad = np.empty(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
-        for i, sample in enumerate(ids):
-            image, labels[i], bad[i] = read(self.index, int(sample))
-            epoch, id_ = torch.from_numpy(epochs[i : i + 1]), torch.from_numpy(ids[i : i + 1])
-            boxes, flips = self.view.boxes(epoch, id_, torch.tensor([[image.height, image.width]]))
-            pixels = crop(image, boxes[0].numpy(), bool(flips[0]), size)
-            images[i] = self.augment(pixels, int(epochs[i]), int(sample)) if self.augment else pixels
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pixels, *(torch.from_numpy(a) for a in (labels, ids, epochs, bad)))
-
-
-def read(index: ShardIndex, sample: int) -> tuple[Image.Image, int, bool]:
-    """Read and decode a sample: (image, label, bad).
-
-    An unreadable sample is replaced by the next readable one of its shard, with a warning and `bad` set. Raises
-    ValueError when no sample of the shard is readable, or when the tar is shorter than its index says, and MachineFault
-    when the storage fails.
+    The memory has room for READ_AHEAD batches like the first. A chunk is copied straight to its place in its batch on
+    the device, on a GPU asynchronously.
     """
-    first = sample
-    while True:
+
+    def __init__(self, plan: Plan, reader: Reader, workers: int, device: torch.device):
+        self.view, self.device = reader.view, device
+        plan = list(itertools.islice(first := iter(plan), 1))
+        self.plan, ahead = itertools.tee(itertools.chain(plan, first))
+        self.chunks = (
+            (epochs[i : i + CHUNK], ids[i : i + CHUNK]) for epochs, ids in ahead for i in range(0, len(ids), CHUNK)
+        )
+        largest = max((len(ids) for _, ids in plan), default=0)
+        self.free = deque(range(max(2 * workers, -(-READ_AHEAD * largest // CHUNK)) if workers else 1))
+        self.sent, self.copied = deque[int](), deque[tuple[torch.cuda.Event, int]]()
+        self.rows = rows = _shared_rows(len(self.free) * CHUNK, self.view.image_size)
+        self.images = torch.from_numpy(rows.images)
+
+        def work(task: tuple[int, np.ndarray, np.ndarray]) -> None:
+            slot, epochs, ids = task
+            reader.fill(epochs, ids, Rows(*(array[_places(slot, len(ids))] for array in rows)))
+
+        self.workers = Workers(work, workers)
+        if device.type == "cuda":
+            _pin(self.images)
+        self._send()
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = self.view.image_size
+        kind = torch.uint8 if self.device.type == "cuda" else torch.float32  # what is cheap to copy, or saves a copy
         try:
-            content = index.read(sample)
-            return decode(content), content.label, sample != first
-        except ChangedError:
-            raise
-        except OSError as error:
-            where = error.filename or index.sample_name(sample)
-            raise from_os_error(error, f"{where}: cannot be read ({error.strerror or error})") from error
-        except ValueError as error:
-            log.warning("unreadable: %s (%s); the next sample of its tar replaces it", index.sample_name(sample), error)
-            sample = index.neighbour(sample)
-            if sample == first:
-                raise ValueError(f"{index.sample_name(sample)}: no sample of this tar can be read ({error})") from error
+            for epochs, ids in self.plan:
+                images = torch.empty((len(ids), size, size, 3), dtype=kind, device=self.device)
+                labels, bad = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=bool)
+                for first in range(0, len(ids), CHUNK):
+                    part = slice(first, first + CHUNK)
+                    self._take(images[part], labels[part], bad[part])
+                pixels = rearrange(images, "b h w c -> b c h w").float().div_(255)
+                facts = (torch.from_numpy(array).to(self.device) for array in (labels, ids, epochs, bad))
+                yield Batch(self.view.finish(pixels, epochs, ids), *facts)
+        finally:
+            self.workers.stop()
+            if self.device.type == "cuda":
+                _unpin(self.images)
+
+    def _send(self) -> None:
+        """Send chunks to the workers while there is memory for them."""
+        while self.copied and (self.copied[0][0].query() or not (self.free or self.sent)):
+            event, slot = self.copied.popleft()
+            event.synchronize()
+            self.free.append(slot)
+        while self.free and (chunk := next(self.chunks, None)):
+            self.sent.append(self.free.popleft())
+            self.workers.send((self.sent[-1], *chunk))
+
+    def _take(
+        self, images: UInt8[Tensor, "n h w 3"] | Float[Tensor, "n h w 3"], labels: np.ndarray, bad: np.ndarray
+    ) -> None:
+        """Wait for the next chunk and copy it."""
+        self.workers.wait()
+        slot = self.sent.popleft()
+        here = _places(slot, len(labels))
+        images.copy_(self.images[here], non_blocking=True)
+        labels[:], bad[:] = self.rows.labels[here], self.rows.bad[here]
+        if self.device.type == "cuda":
+            self.copied.append((torch.cuda.Event(), slot))
+            self.copied[-1][0].record()
+        else:
+            self.free.append(slot)
+        self._send()
+
+
+def _places(slot: int, count: int) -> slice:
+    return slice(slot * CHUNK, slot * CHUNK + count)
+
+
+def _shared_rows(count: int, size: int) -> Rows:
+    images = shared_array((count, size, size, 3), np.uint8)
+    return Rows(images, shared_array((count,), np.int64), shared_array((count,), np.bool_))
+
+
+def _pin(memory: Tensor) -> None:
+    """Lock memory of this process, so that it is copied to a GPU asynchronously."""
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+
+
+def _unpin(memory: Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
 
 
 def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -177,62 +204,3 @@ def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iter
         first, last = share(stop - start, part, number)
         ids = np.arange(start + first, start + last, dtype=np.int64)
         yield np.zeros_like(ids), ids
-
-
-def _leave_signals_to_the_rank(_: int) -> None:
-    signals.ignore_once()
-
-
-def _with_rank_errors(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Batches of a loader. Raises a worker's ValueError as RankError and its MachineFault without its traceback, and
-    WorkerLost when a worker was killed.
-    """
-    others = multiprocessing.active_children()
-    batches = iter(loader)
-    workers = [child for child in multiprocessing.active_children() if child not in others]
-    _WorkerLostHandler.install()
-    try:
-        yield from batches
-    except (ValueError, MachineFault) as error:
-        message = re.sub(r"^[\w.]*(Error|Fault): ", "", str(error).strip().splitlines()[-1])
-        raise (RankError if isinstance(error, ValueError) else type(error))(message) from error
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it handed a batch over
-        if isinstance(error, RuntimeError) and not any(worker.exitcode for worker in workers):
-            raise
-        raise WorkerLost(LOST_WORKER) from error
-
-
-class _WorkerLostHandler:
-    """torch's handler of SIGCHLD, raising WorkerLost where it raises a RuntimeError: at any place in this rank."""
-
-    def __init__(self, torch_handler: Callable[[int, FrameType | None], object]):
-        self.torch_handler = torch_handler
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self.torch_handler(number, frame)
-        except RuntimeError as error:
-            raise WorkerLost(LOST_WORKER) from error
-
-    @staticmethod
-    def install() -> None:
-        """Replace torch's handler, which torch sets once, when a loader with workers first starts."""
-        current = signal.getsignal(signal.SIGCHLD)
-        if callable(current) and not isinstance(current, _WorkerLostHandler):
-            signal.signal(signal.SIGCHLD, _WorkerLostHandler(current))
-
-
-@atexit.register
-def end_workers() -> None:
-    """Kill the loader's worker processes when a rank exits; they have nothing to save.
-
-    Without this, `multiprocessing` would send them one SIGTERM at exit, which they ignore, and wait forever.
-    """
-    if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for worker in workers:
-            worker.kill()
-
-
-def _finish(batch: Batch, cpu: Batch, view: View) -> Batch:
-    return batch._replace(images=view.finish(batch.images.float() / 255, cpu.epochs.numpy(), cpu.ids.numpy()))

@@ -2,8 +2,8 @@
 flipped; `augment` has the other augmentations.
 
 Boxes and flips are drawn for many samples at once, as pure functions of (seed, epoch, id, image size). Two functions
-make pixels from a box: `crop` for one image of any size (PIL, as the official code), and `resample` for a batch of
-images of one size on any device, where cropping, flipping and resizing are two small matrix products per image.
+make pixels from a box: `crop.crop` for one image of any size, and `resample` for a batch of images of one size on any
+device, where cropping, flipping and resizing are two small matrix products per image.
 
 Knows no model, no file layout and no rank.
 """
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float64, Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from mae_dist import rng, schema
@@ -122,22 +121,6 @@ def resized_boxes(
     return torch.where(fits.any(1, keepdim=True), chosen, fallback)
 
 
-def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Crop one image to a box, resize (bicubic, antialiased), flip: uint8 (size, size, 3).
-
-    A box of whole pixels is cut out first, black outside the image, as in torchvision. For a fractional box (a centre
-    crop) pixels around it count too, as if the whole image were resized before cropping.
-    """
-    if np.array_equal(box, np.rint(box)):
-        top, left, height, width = (int(v) for v in box)
-        shown = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
-    else:
-        corners = np.clip(box[[1, 0]], 0, None), np.minimum(box[[1, 0]] + box[[3, 2]], image.size)
-        shown = image.resize((size, size), Image.Resampling.BICUBIC, box=(*corners[0], *corners[1]))
-    array = np.asarray(shown)
-    return array[:, ::-1] if flip else array
-
-
 def resample(
     images: UInt8[Tensor, "b h w c"], boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> Float[Tensor, "b c size size"]:
@@ -177,9 +160,13 @@ def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source
 
 
 def normalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> Float[Tensor, "b c h w"]:
-    """Normalise pixels in 0..1 with the given mean and standard deviation per channel."""
-    mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
-    return (images - mean_) / std_
+    """Normalise pixels in 0..1, in place, with the given mean and standard deviation per channel."""
+    mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (mean, std))
+    if images.stride(1) == 1:  # channels last: a row of all channels is long enough to be fast
+        rows, width = rearrange(images, "b c h w -> b h (w c)"), images.shape[3]
+        rows.sub_(mean_.repeat(width)).div_(std_.repeat(width))
+        return images
+    return images.sub_(mean_[:, None, None]).div_(std_[:, None, None])
 
 
 def denormalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> UInt8[np.ndarray, "b h w c"]:

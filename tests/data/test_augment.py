@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from shared_types import Tars
 from PIL import Image
+from shared_types import Tars
 from timm.data.auto_augment import rand_augment_transform
 
 from mae_dist import schema

@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +115,7 @@ def test_loader_open_source_chooses_by_size(tars: Tars, monkeypatch: pytest.Monk
 def test_loader_refuses_images_of_another_size_than_dataset_json(tars: Tars) -> None:
     data = tars([3])
     object.__setattr__(data.dataset, "image_size", (32, 31))
-    with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size in dataset.json is \(32, 31\)"):
+    with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size in dataset.json is 32x31"):
         loader.InMemorySource(data, CPU)
 
 
@@ -140,12 +139,6 @@ def test_loader_replaces_truncated_jpegs_by_the_next_sample(
     for name in ("s0003.jpg in x-0.tar", "s0005.jpg in x-1.tar", "s0006.jpg in x-1.tar"):
         assert name in caplog.text
     assert "s0004" not in caplog.text
-
-
-def test_loader_raises_for_a_shard_without_readable_samples(tars: Tars) -> None:
-    data = tars([2, 3], broken={2, 3, 4})
-    with pytest.raises(ValueError, match=r"s0003\.png in x-1\.tar: no sample of this tar can be read"):
-        loader.read(data, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -182,20 +175,15 @@ def test_loader_gives_an_empty_batch_for_an_empty_plan(tars: Tars) -> None:
         assert batch.size == 0
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch, when the loader is deleted
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_loader_worker_killed_by_sigkill_is_worker_lost(tars: Tars, elsewhere: bool) -> None:
-    """In the loader and at any other place in the rank, where torch's handler of SIGCHLD raises."""
+def test_loader_worker_killed_by_sigkill_is_worker_lost(tars: Tars) -> None:
     data = tars([6, 6], size=None, extension="jpg")
     others = multiprocessing.active_children()
     batches = loader.TarSource(data, CPU, 1).batches(iter(steps(data, 0, 500)), view())
     next(batches)
     (worker,) = (child for child in multiprocessing.active_children() if child not in others)
     assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerLost, match="a loader process of this rank was killed"):
-        os.kill(worker.pid, signal.SIGKILL)
-        if elsewhere:
-            time.sleep(60)
         for _ in batches:
             pass
 
@@ -215,15 +203,3 @@ def test_loader_storage_fault_is_a_machine_fault_from_any_process(
     with pytest.raises(wanted, match=rf"^s0\d+\.png in x-0.tar: cannot be read \({error.strerror}\)$") as caught:
         list(loader.TarSource(data, CPU, workers).batches(iter(steps(data, 0, 1)), view()))
     assert type(caught.value) is (MachineFault if wanted is MachineFault else RankError)
-
-
-def test_loader_error_of_the_program_in_a_worker_is_no_lost_worker(
-    tars: Tars, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed")
-
-    data = tars([4])
-    monkeypatch.setattr(loader, "crop", fail)
-    with pytest.raises(RuntimeError, match="Caught RuntimeError"):
-        list(loader.TarSource(data, CPU, 1).batches(iter(steps(data, 0, 1)), view()))

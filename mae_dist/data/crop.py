@@ -1,0 +1,156 @@
+"""From stored samples to the pixels of their crops: read, decode, cut, resize, flip, augment.
+
+The resize is bicubic and antialiased on 8-bit pixels, as Pillow's: by torch, several times as fast, where the box has
+whole pixels of the image, by Pillow elsewhere. Knows no rank, no batch and no process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+from mae_dist.data.decode import Pixels, decode, stored_size
+from mae_dist.data.index import ChangedError, Sample, ShardIndex
+from mae_dist.data.views import View
+from mae_dist.errors import from_os_error
+
+log = logging.getLogger(__name__)
+
+_resize = torch.ops.aten._upsample_bicubic2d_aa.out
+"""What F.interpolate(mode="bicubic", antialias=True) calls, to which only this gives the memory to write to."""
+SHRINKS = (8, 4, 2)
+"""A JPEG can be decoded at these fractions of its size."""
+
+
+class Rows(NamedTuple):
+    """Images in the host's memory, labels (-1: none), and whether another sample replaces an unreadable one (bad)."""
+
+    images: UInt8[np.ndarray, "n size size 3"]
+    labels: Int[np.ndarray, " n"]
+    bad: Bool[np.ndarray, " n"]
+
+
+class Reader:
+    """Reads samples of an index, cropped and augmented as `view` says; None: whole, which all have one size.
+
+    Each image is a function of its (epoch, id) alone.
+    """
+
+    def __init__(self, index: ShardIndex, view: View | None):
+        self.index, self.view, self.augment = index, view, view.augment() if view else None
+        self.memory = bytearray()
+
+    def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> None:
+        """Write images, labels and marks of n samples into `rows`.
+
+        An unreadable sample is replaced by the next readable one of its shard, with a warning and `bad` set. Raises
+        ValueError when no sample of the shard is readable, when the tar is shorter than its index says, or when an
+        image has another size than `rows`, and MachineFault when the storage fails.
+        """
+        places, left = ids.copy(), np.arange(len(ids))
+        while len(left):
+            samples = [self._read(place) for place in places[left].tolist()]
+            sizes = [(isinstance(sample, Sample) and stored_size(sample)) or (1, 1) for sample in samples]
+            boxes, flips = self._boxes(epochs[left], ids[left], sizes)
+            unreadable = []
+            for row, sample, size, box, flip in zip(left, samples, sizes, boxes, flips, strict=True):
+                try:
+                    if isinstance(sample, ValueError):
+                        raise sample
+                    self._write(sample, size, box, flip, rows.images[row])
+                    rows.labels[row] = sample.label
+                except ChangedError as error:
+                    raise ValueError(f"{self.index.sample_name(int(places[row]))}: {error}") from error
+                except ValueError as error:
+                    places[row] = self._next(int(places[row]), int(ids[row]), error)
+                    unreadable.append(row)
+            left = np.array(unreadable, dtype=np.int64)
+        rows.bad[:] = places != ids
+        if self.augment:
+            for image, epoch, id_ in zip(rows.images, epochs.tolist(), ids.tolist(), strict=True):
+                image[:] = self.augment(image, epoch, id_)
+
+    def _boxes(
+        self, epochs: np.ndarray, ids: np.ndarray, sizes: list[tuple[int, int]]
+    ) -> tuple[list[list[float]], list[bool]]:
+        """The boxes and flips that `view` draws; whole images without a view."""
+        if self.view is None:
+            return [[0, 0, *size] for size in sizes], [False] * len(sizes)
+        boxes, flips = self.view.boxes(torch.from_numpy(epochs), torch.from_numpy(ids), torch.tensor(sizes))
+        return boxes.tolist(), flips.tolist()
+
+    def _write(self, sample: Sample, size: tuple[int, int], box: Sequence[float], flip: bool, out: Pixels) -> None:
+        """Write a crop, or a whole image, into `out`."""
+        if self.view is not None:
+            decode_crop(sample, size, box, flip, out, self.memory)
+            return
+        pixels = decode(sample, 1, self.memory)
+        if pixels.shape != out.shape:
+            found, wanted = (f"{shape[0]}x{shape[1]}" for shape in (pixels.shape, out.shape))
+            raise ChangedError(f"{found} pixels, but image_size in dataset.json is {wanted}; index the data again")
+        out[:] = pixels
+
+    def _read(self, place: int) -> Sample | ValueError:
+        """The stored sample, or why its label is unreadable."""
+        try:
+            return self.index.read(place)
+        except ChangedError:
+            raise
+        except OSError as error:
+            where = error.filename or self.index.sample_name(place)
+            raise from_os_error(error, f"{where}: cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            return error
+
+    def _next(self, place: int, first: int, error: ValueError) -> int:
+        """The sample that replaces the unreadable sample `place`, in the place of sample `first`."""
+        name = self.index.sample_name(place)
+        log.warning("unreadable: %s (%s); the next sample of its tar replaces it", name, error)
+        place = self.index.neighbour(place)
+        if place == first:
+            raise ValueError(f"{self.index.sample_name(first)}: no sample of this tar can be read ({error})") from error
+        return place
+
+
+def decode_crop(
+    sample: Sample, stored: tuple[int, int], box: Sequence[float], flip: bool, out: Pixels,
+    memory: bytearray | None = None,
+) -> None:  # fmt: skip
+    """Decode an image of `stored` height and width, and crop it to `box`, top, left, height, width in its pixels: see
+    `crop`. ``memory``: see `decode`.
+
+    A JPEG whose box has at least twice the pixels a side of `out` is decoded at a half, quarter or eighth of its size,
+    such that the box still has those of `out`. Raises ValueError when the image cannot be decoded.
+    """
+    shrink = next((shrink for shrink in SHRINKS if min(box[2:]) >= shrink * len(out)), 1)
+    pixels = decode(sample, shrink, memory)
+    crop(pixels, box if pixels.shape[:2] == stored else [value / shrink for value in box], flip, out)
+
+
+def crop(pixels: Pixels, box: Sequence[float], flip: bool, out: UInt8[np.ndarray, "s s 3"]) -> None:
+    """Crop an image to a box (top, left, height, width), resize (bicubic, antialiased), flip, write to `out`.
+
+    A box of whole pixels is cut out first, black outside the image, as in torchvision. For a fractional box (a centre
+    crop) pixels around it count too, as if the whole image were resized before cropping.
+    """
+    top, left, height, width = map(float, box)
+    right, bottom = left + width, top + height
+    whole, target = all(value.is_integer() for value in (top, left, height, width)), torch.from_numpy(out)
+    if whole and min(top, left) >= 0 and bottom <= pixels.shape[0] and right <= pixels.shape[1]:
+        cut = torch.from_numpy(pixels[int(top) : int(bottom), int(left) : int(right)])
+        shown = torch.empty_like(target) if flip else target
+        _resize(cut.permute(2, 0, 1)[None], out.shape[:2], False, out=shown.permute(2, 0, 1)[None])
+    else:
+        image = Image.fromarray(pixels)
+        if whole:
+            image, left, top, right, bottom = image.crop((left, top, right, bottom)), 0, 0, width, height
+        inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        shown = torch.from_numpy(np.array(image.resize(out.shape[:2], Image.Resampling.BICUBIC, box=inside)))
+    if shown is not target:
+        target.copy_(shown.flip(1) if flip else shown)

@@ -1,0 +1,158 @@
+"""Crop: the pixels of Pillow, from every kind of file, faster; unreadable samples are replaced."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from shared_types import Tars
+
+from mae_dist.data.crop import Reader, Rows, crop, decode_crop
+from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.index import Sample
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Pixels with the smoothness of a photograph: noise of several scales, saturated in places."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for cells, weight in ((3, 90), (12, 50), (60, 25), (200, 10)):
+        noise = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += (
+            weight / 128 * (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)).astype(float) - 128)
+        )
+    return np.clip(total + 128, 0, 255).astype(np.uint8)
+
+
+def stored(
+    extension: str, pixels: np.ndarray | None = None, mode: str = "RGB", kind: str = "JPEG", **how: Any
+) -> Sample:
+    stream = io.BytesIO()
+    Image.fromarray(photo(150, 201) if pixels is None else pixels).convert(mode).save(stream, kind, **how)
+    return Sample("k", extension, stream.getvalue(), 0)
+
+
+def array_file() -> Sample:
+    stream = io.BytesIO()
+    np.save(stream, photo(40, 50))
+    return Sample("k", "npy", stream.getvalue(), 0)
+
+
+SAMPLES = {
+    "420": stored("jpg"), "444": stored("jpg", subsampling=0, quality=95), "422": stored("jpg", subsampling=1),
+    "progressive": stored("jpg", progressive=True), "gray": stored("jpg", mode="L"), "cmyk": stored("jpg", mode="CMYK"),
+    "restart": stored("jpg", restart_marker_rows=2), "png named jpg": stored("jpg", kind="PNG"),
+    "jpg named png": stored("png"), "palette": stored("png", mode="P", kind="PNG"),
+    "alpha": stored("png", mode="RGBA", kind="PNG"),
+    "webp": stored("webp", kind="WEBP"), "1 pixel": stored("jpg", photo(1, 1)), "narrow": stored("jpg", photo(3, 97)),
+}  # fmt: skip
+SAMPLES["trailing bytes"] = Sample("k", "jpg", SAMPLES["420"].image + b"after the end", 0)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_decode_gives_the_pixels_and_size_of_pillow(name: str) -> None:
+    sample = SAMPLES[name]
+    expected = np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB"))
+    assert np.array_equal(decode(sample), expected)
+    assert stored_size(sample) == expected.shape[:2]
+
+
+def test_decode_of_arrays_is_exact() -> None:
+    assert np.array_equal(decode(array_file()), photo(40, 50))
+    assert stored_size(array_file()) == (40, 50)
+
+
+@pytest.mark.parametrize("name", ["420", "progressive", "gray", "cmyk", "png named jpg", "webp"])
+def test_decode_refuses_a_file_that_is_cut_short(name: str) -> None:
+    image = SAMPLES[name].image
+    for end in (0, 2, 20, len(image) // 2, len(image) - 40):
+        with pytest.raises(ValueError, match=r"."):
+            decode(Sample("k", "jpg", image[:end], 0))
+
+
+def test_decode_leaves_huge_jpegs_to_the_limits_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 201 // 3)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode(SAMPLES["420"])
+
+
+def cropped(image: Sample | np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+    """The crop as a new array; of a stored image by way of `decode_crop`."""
+    out = np.zeros((size, size, 3), dtype=np.uint8)
+    if isinstance(image, Sample):
+        decode_crop(image, stored_size(image) or (0, 0), box, flip, out)
+    else:
+        crop(image, box, flip, out)
+    return out
+
+
+def by_pillow(sample: Sample, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+    """The crop as torchvision makes it on Pillow's images."""
+    top, left, height, width = (int(value) for value in box)
+    image = Image.open(io.BytesIO(sample.image)).convert("RGB").crop((left, top, left + width, top + height))
+    array = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return array[:, ::-1] if flip else array
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_crop_agrees_with_pillow(size: int) -> None:
+    sample = stored("jpg", photo(375, 500))
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        height, width = generator.integers(20, 2 * size - 1), generator.integers(20, 376)
+        top, left = generator.integers(0, 376 - min(height, 375)), generator.integers(0, 501 - width)
+        box = np.array([top, left, min(height, 375), width], dtype=float)
+        found = cropped(sample, box, number % 2 == 1, size)
+        assert difference(found, by_pillow(sample, box, number % 2 == 1, size)) <= 0.5
+
+
+@pytest.mark.parametrize(("side", "shrink"), [(127, 1), (128, 2), (300, 4), (513, 8)])
+def test_crop_decodes_at_a_fraction_where_the_box_is_large(
+    side: int, shrink: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def noted(sample: Sample, shrink: int, memory: bytearray | None) -> np.ndarray:
+        asked.append(shrink)
+        return decode(sample, shrink, memory)
+
+    monkeypatch.setattr("mae_dist.data.crop.decode", noted)
+    for seed, odd in ((0, 0), (1, 1)):
+        sample = stored("jpg", photo(700 + odd, 901, seed))
+        for top, left in ((0, 0), (31, 77), (187 + odd, 901 - side)):
+            box = np.array([top, left, side, side], dtype=float)
+            found = cropped(sample, box, False, 64)
+            assert difference(found, by_pillow(sample, box, False, 64)) <= (0.5 if shrink == 1 else 2.0)
+    assert set(asked) == {shrink}
+
+
+def test_crop_of_files_that_are_no_jpeg_is_whole_however_large_the_box() -> None:
+    sample = stored("png", photo(300, 300), kind="PNG")
+    box = np.array([0.0, 0, 300, 300])
+    assert difference(cropped(sample, box, False, 64), by_pillow(sample, box, False, 64)) <= 0.5
+
+
+def test_crop_of_fractional_boxes_counts_pixels_around_them() -> None:
+    image = photo(60, 80)
+    box = np.array([6.25, 16.25, 47.5, 47.5])
+    expected = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC, box=(16.25, 6.25, 63.75, 53.75))
+    assert np.array_equal(cropped(image, box, False, 32), np.asarray(expected))
+
+
+def test_crop_beyond_the_image_is_black() -> None:
+    image = photo(32, 32)
+    found = cropped(image, np.array([-3.0, 2, 32, 32]), False, 32)
+    assert np.array_equal(found, np.pad(image, ((3, 0), (0, 2), (0, 0)))[:32, 2:])
+
+
+def test_reader_raises_for_a_shard_without_readable_samples(tars: Tars) -> None:
+    rows = Rows(np.empty((1, 32, 32, 3), np.uint8), np.empty(1, np.int64), np.empty(1, np.bool_))
+    with pytest.raises(ValueError, match=r"s0003\.png in x-1\.tar: no sample of this tar can be read"):
+        Reader(tars([2, 3], broken={2, 3, 4}), None).fill(np.zeros(1, np.int64), np.array([3]), rows)
