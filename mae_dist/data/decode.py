@@ -51,10 +51,10 @@ def stored_size(sample: Sample) -> tuple[int, int] | None:
 def _jpeg_size(sample: Sample) -> tuple[int, int] | None:
     """(height, width) of an image that simplejpeg decodes as Pillow does; None for any other."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(sample.image)
+        *size, colours, _ = simplejpeg.decode_jpeg_header(sample.image)
     except ValueError:
         return None
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow warns of larger images, or refuses them
+    (height, width), limit = map(int, size), Image.MAX_IMAGE_PIXELS  # Pillow warns of larger images, or refuses them
     return (height, width) if colours in ("YCbCr", "Gray") and (limit is None or height * width <= limit) else None
 
 

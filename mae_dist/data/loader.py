@@ -10,6 +10,7 @@ Knows no order and no model.
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.views import View, resample
 from mae_dist.data.workers import Workers, shared_array
+
+log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2**31
 """Size up to which a split of images of one size is held in memory, as uint8."""
@@ -95,7 +98,7 @@ class TarSource:
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The workers read ahead from this call on."""
-        return iter(ReadAhead(plan, Reader(self.index, view), self.workers, self.device))
+        return iter(ReadAhead(plan, self.index, view, self.workers, self.device))
 
 
 class ReadAhead:
@@ -106,8 +109,8 @@ class ReadAhead:
     the device, on a GPU asynchronously.
     """
 
-    def __init__(self, plan: Plan, reader: Reader, workers: int, device: torch.device):
-        self.view, self.device = reader.view, device
+    def __init__(self, plan: Plan, index: ShardIndex, view: View, workers: int, device: torch.device):
+        self.view, self.device, reader = view, device, Reader(index, view)
         plan = list(itertools.islice(first := iter(plan), 1))
         self.plan, ahead = itertools.tee(itertools.chain(plan, first))
         self.chunks = (
@@ -124,8 +127,7 @@ class ReadAhead:
             reader.fill(epochs, ids, Rows(*(array[_places(slot, len(ids))] for array in rows)))
 
         self.workers = Workers(work, workers)
-        if device.type == "cuda":
-            _pin(self.images)
+        self.pinned = device.type == "cuda" and _pin(self.images)
         self._send()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -143,7 +145,7 @@ class ReadAhead:
                 yield Batch(self.view.finish(pixels, epochs, ids), *facts)
         finally:
             self.workers.stop()
-            if self.device.type == "cuda":
+            if self.pinned:
                 _unpin(self.images)
 
     def _send(self) -> None:
@@ -182,14 +184,20 @@ def _shared_rows(count: int, size: int) -> Rows:
     return Rows(images, shared_array((count,), np.int64), shared_array((count,), np.bool_))
 
 
-def _pin(memory: Tensor) -> None:
-    """Lock memory of this process, so that it is copied to a GPU asynchronously."""
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+def _pin(memory: Tensor) -> bool:
+    """Lock memory of this process, so that a GPU copies from it asynchronously. Where that fails, copies are slower."""
+    cudart = torch.cuda.cudart()
+    assert cudart is not None
+    if error := int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+        log.warning("the loader's memory cannot be pinned (CUDA error %d): copies to the GPU take longer", error)
+    return not error
 
 
 def _unpin(memory: Tensor) -> None:
     torch.cuda.synchronize()
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
+    cudart = torch.cuda.cudart()
+    assert cudart is not None
+    cudart.cudaHostUnregister(memory.data_ptr())
 
 
 def evaluation_plan(num_samples: int, batch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

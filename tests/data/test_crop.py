@@ -83,9 +83,9 @@ def cropped(image: Sample | np.ndarray, box: np.ndarray, flip: bool, size: int) 
     """The crop as a new array; of a stored image by way of `decode_crop`."""
     out = np.zeros((size, size, 3), dtype=np.uint8)
     if isinstance(image, Sample):
-        decode_crop(image, stored_size(image) or (0, 0), box, flip, out)
+        decode_crop(image, stored_size(image) or (0, 0), box.tolist(), flip, out)
     else:
-        crop(image, box, flip, out)
+        crop(image, box.tolist(), flip, out)
     return out
 
 
