@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2**31
 """Size up to which a split of images of one size is held in memory, as uint8."""
-CHUNK = 16
+CHUNK = 32
 """Samples that a worker reads at once: few, so that all workers share the first batch, and big images even out."""
 READ_AHEAD = 2
 """Batches for which there is memory."""

@@ -48,13 +48,13 @@ class View:
         kind = self.settings.crop
         if not self.training:
             return center_boxes(sizes, self.settings.test_crop), torch.zeros_like(ids, dtype=torch.bool)
-        flips = rng.uniform(self.seed, rng.Purpose.FLIP, epochs, ids, 1)[:, 0] < self.settings.flip
+        flips = self._draw(rng.Purpose.FLIP, epochs, ids, 1)[:, 0] < self.settings.flip
         if kind == "center":
             return center_boxes(sizes, self.settings.test_crop), flips
         if kind == "pad":
-            return shifted_boxes(self._draw(epochs, ids, 2), sizes, self.settings.pad), flips
+            return shifted_boxes(self._draw(rng.Purpose.CROP, epochs, ids, 2), sizes, self.settings.pad), flips
         attempts = 1 if kind == "resized_clamped" else ATTEMPTS
-        draws = self._draw(epochs, ids, 4 * attempts).reshape(len(ids), attempts, 4)
+        draws = self._draw(rng.Purpose.CROP, epochs, ids, 4 * attempts).reshape(len(ids), attempts, 4)
         scale, ratio = self.settings.scale, self.settings.ratio
         return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
 
@@ -76,8 +76,10 @@ class View:
             return images
         return augment.erase(images, self.settings.random_erasing, self.seed, epochs, ids)
 
-    def _draw(self, epochs: Tensor, ids: Tensor, num: int) -> Float64[Tensor, "n num"]:
-        return rng.uniform(self.seed, rng.Purpose.CROP, epochs, ids, num)
+    def _draw(self, purpose: rng.Purpose, epochs: Tensor, ids: Tensor, num: int) -> Float64[Tensor, "n num"]:
+        if ids.device.type == "cpu":  # the same bits, and NumPy is quicker for the few samples of a chunk
+            return torch.from_numpy(rng.uniform(self.seed, purpose, epochs.numpy(), ids.numpy(), num))
+        return rng.uniform(self.seed, purpose, epochs, ids, num)
 
 
 def center_boxes(sizes: Int[Tensor, "n 2"], share: float) -> Float64[Tensor, "n 4"]:
