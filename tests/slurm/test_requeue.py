@@ -1,5 +1,5 @@
-"""Runs of 2 nodes x 2 tasks on a real SLURM, interrupted in every way that SLURM has: each ends with the bits, and the
-samples in the order, of a run that was not interrupted.
+"""Runs on two nodes of a real SLURM, interrupted in every way that SLURM has: each ends with the bits, and the samples
+in the order, of a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -13,36 +13,14 @@ import yaml
 from .launching import NODES, Launch, Launched, assert_equal_runs
 
 pytestmark = pytest.mark.slow
-INTERRUPTION = 20
-"""The step after which a run is interrupted."""
+LEAD = 10
+"""Steps that a start makes before it is interrupted."""
 STEP_SECONDS = 0.1
 """Least seconds a step of such a run, so that it does not finish before it is interrupted."""
 
 
-def test_run_on_two_nodes_with_two_tasks_each(reference: Launched) -> None:
-    starts = [own[0] for own in reference.task_events().values()]
-    assert sorted(start["host"] for start in starts) == ["node1", "node1", "node2", "node2"]
-    host, port = next(reference.logs.glob("*.address")).read_text().split()
-    assert host == "node1"
-    assert int(port) > 1024
-    output = reference.output(0)
-    assert "4 ranks on node1, node2; python" in output
-    assert str(reference.code) in output
-    assert "4 ranks on" not in reference.output(1)
-    (start,) = reference.starts()
-    frozen = yaml.safe_load((reference.code / "settings" / "pretrain.yaml").read_text())
-    assert frozen["checkpoint"]["minutes"] == 30  # lose_at_most
-    assert start["ranks"] == 4
-    assert start["git"] == (reference.code / "REVISION").read_text().strip()
-    assert json.loads((reference.run / "result.json").read_text())["loss"] > 0
-
-
 def requeued_by_hand(launched: Launched) -> None:
     launched.slurm.run("scontrol", "requeue", launched.job)
-
-
-def preempted_without_grace(launched: Launched) -> None:
-    preempted(launched)
 
 
 def preempted(launched: Launched) -> None:
@@ -62,36 +40,51 @@ def node_failed(launched: Launched) -> None:
     launched.slurm.cluster("start-node", NODES[1])  # from which SLURM sees that it was dead
 
 
-@pytest.mark.parametrize(
-    "interrupt", [requeued_by_hand, preempted, preempted_without_user_signal, preempted_without_grace, node_failed]
-)
-def test_requeue_after_preemption_or_node_failure_is_bit_identical(
-    interrupt: Callable[[Launched], None], reference: Launched, launch: Launch
-) -> None:
-    partition = "rude" if interrupt is preempted_without_grace else "main"
-    launched = launch(interrupt.__name__, cluster=f"partition: {partition}", slow=STEP_SECONDS)
-    launched.reach(INTERRUPTION)
+def interrupt_again(launched: Launched, interrupt: Callable[[Launched], None]) -> tuple[int, int]:
+    """Interrupt a start of a run LEAD steps after it began; give the step at which the run resumed, and which it had
+    reached.
+    """
+    launched.wait(launched.starts, "a start")
+    number = len(launched.starts())
+    launched.reach(launched.starts()[-1]["step"] + LEAD)
     try:
         interrupt(launched)
-        launched.wait(lambda: launched.num_starts() > 1, "it is started again")
+        launched.wait(lambda: len(launched.starts()) > number, "it is started again")
         assert not launched.results()  # submitit does not take the job for ended
     finally:
         launched.slurm.cluster("user-signal", "on")
+    last = launched.starts()[-1]
+    return last["step"], last["reached"]
+
+
+def test_requeue_after_preemption_or_node_failure_is_bit_identical(reference: Launched, launch: Launch) -> None:
+    """One run, interrupted again and again; without a warning it resumes from an earlier checkpoint."""
+    launched = launch("interrupted", slow=STEP_SECONDS)
+    for number, interrupt in enumerate((requeued_by_hand, preempted, preempted_without_user_signal)):
+        resumed, reached = interrupt_again(launched, interrupt)
+        assert resumed == reached >= (number + 1) * LEAD
+        assert launched.saved_before_leaving()
+    resumed, reached = interrupt_again(launched, node_failed)
+    assert 3 * LEAD <= resumed <= reached
     launched.finish()
     assert set(launched.results()) == {"success"}
     assert_equal_runs(launched, reference)
-    first, second = launched.starts()
-    assert first["step"] == 0
-    assert 0 < second["step"] <= second["reached"]  # without a warning, it resumes from an earlier checkpoint
-    if interrupt not in (preempted_without_grace, node_failed):
-        assert second["step"] == second["reached"] >= INTERRUPTION
-        assert launched.saved_before_leaving()
+
+
+def test_requeue_after_preemption_without_grace_is_bit_identical(reference: Launched, launch: Launch) -> None:
+    launched = launch("without-grace", cluster="partition: rude", slow=STEP_SECONDS)
+    resumed, reached = interrupt_again(launched, preempted)
+    assert 0 < resumed <= reached
+    launched.finish()
+    assert_equal_runs(launched, reference)
 
 
 def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> None:
+    """From two nodes with two tasks each to one node with two."""
     reference.slurm.await_idle(NODES[:2])
-    launched = launch("elastic", shape=["--nodes", "1-2"], slow=STEP_SECONDS)
-    launched.reach(INTERRUPTION)
+    launched = launch("elastic", shape=["--nodes", "1-2", "--tasks-per-node", "2"], slow=STEP_SECONDS)
+    launched.reach(LEAD + 1)
+    assert_first_start_is_as_submitted(launched)
     launched.slurm.cluster("kill-node", NODES[1])
     launched.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=dead")  # noticed at once
     try:
@@ -100,3 +93,26 @@ def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> 
         launched.slurm.cluster("start-node", NODES[1])
     assert [start["ranks"] for start in launched.starts()] == [4, 2]
     assert_equal_runs(launched, reference, elastic=True)
+
+
+def assert_first_start_is_as_submitted(launched: Launched) -> None:
+    """Hosts, addresses, code and settings of a run on two nodes with two tasks each."""
+    starts = [own[0] for own in launched.task_events().values()]
+    assert sorted(start["host"] for start in starts) == ["node1", "node1", "node2", "node2"]
+    host, port = next(launched.logs.glob("*.address")).read_text().split()
+    assert host == "node1"
+    assert int(port) > 1024
+    output = launched.output(0)
+    assert "4 ranks on node1, node2; python" in output
+    assert str(launched.code) in output
+    assert "4 ranks on" not in launched.output(1)
+    (start,) = launched.starts()
+    frozen = yaml.safe_load((launched.code / "settings" / "pretrain.yaml").read_text())
+    assert frozen["checkpoint"]["minutes"] == 30  # lose_at_most
+    assert start["ranks"] == 4
+    assert start["git"] == (launched.code / "REVISION").read_text().strip()
+
+
+def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:
+    assert [start["ranks"] for start in reference.starts()] == [2]
+    assert json.loads((reference.run / "result.json").read_text())["loss"] > 0

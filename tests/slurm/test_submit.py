@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import submit as program
 from mae_dist.data.pack import from_synthetic, pack
 
-from .launching import SETTINGS, Launch, Slurm, submit
+from .launching import NODES, SETTINGS, Launch, Slurm, submit
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ def mae_dist(*words: str | Path) -> str:
 def test_failed_job_names_its_reason_and_is_not_requeued(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     pack(from_synthetic(64, 16), folder, shard_size=8)
-    launched = launch("failing", f"data.path={folder}", "data.max_bad=1e-9", "machine.workers=0")
+    launched = launch("failing", f"data.path={folder}", "data.max_bad=1e-9", "machine.workers=0", nodes=NODES[:1])
     for tar in folder.glob("train-*.tar"):  # after submit.py has checked it, before the run reads it
         content = bytearray(tar.read_bytes())
         content[1024:2048] = bytes(1024)
@@ -48,14 +49,20 @@ def test_requeue_by_the_script_of_torchrun_in_a_container(launch: Launch, tmp_pa
     container.write_text(f'#!/bin/sh\nPATH={tmp_path} exec {sys.executable} "$@"\n')
     container.chmod(0o755)
     (tmp_path / "sh").symlink_to("/bin/sh")
-    launched = launch("agents", "train.steps=40", cluster=f"python: {container}", shape=["--torchrun"], slow=0.1)
+    launched = launch(
+        "agents",
+        "train.steps=40",
+        cluster=f"python: {container}",
+        shape=["--torchrun", "--tasks-per-node", "2"],
+        slow=0.1,
+    )
     launched.reach(5)
     launched.slurm.run("scancel", "--signal=USR2", launched.job)
     launched.wait(lambda: launched.num_starts() > 1, "it is started again")
+    assert launched.saved_before_leaving()
     assert "the job's script tries it" in launched.output(0)
     launched.finish()
     assert set(launched.task_events()) == {0, 1}
-    assert launched.saved_before_leaving()
     assert {event["by"] for event in launched.task_events()[0] if event["event"] == "requeue"} == {"script"}
     first, second = launched.starts()
     assert (first["ranks"], first["step"]) == (second["ranks"], 0) == (4, 0)
@@ -155,8 +162,9 @@ stages:
     ],
 )
 def test_user_error_is_one_line_and_queues_nothing(
-    words: list[str], message: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
-) -> None:
+    words: list[str], message: str, slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     before = set(slurm.run("squeue", "-h", "-o", "%i").split())
     base = [
         "pretrain",
@@ -168,11 +176,12 @@ def test_user_error_is_one_line_and_queues_nothing(
         f"data.path={data}",
         f"out={tmp_path / 'run'}",
     ]
-    done = submit(*base, *words, status=2)
-    assert done.stderr.startswith("submit: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert message in done.stderr
-    assert done.stdout == ""
+    assert program.main([*base, *words]) == 2
+    output, error = capsys.readouterr()
+    assert error.startswith("submit: ")
+    assert error.count("\n") == 1, error
+    assert message in error
+    assert output == ""
     assert set(slurm.run("squeue", "-h", "-o", "%i").split()) <= before
     assert not (tmp_path / "run").exists()
 
