@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     settings = config.load("pretrain", options.config, [*overrides, f"out={out}"])
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     shapes, left_out = plan(options.ranks, settings, num_gpus)
+    shapes = chosen(shapes, options.only)
     device = dist.setup()  # a group of one, in which checkpoints can be read
     out.mkdir(parents=True, exist_ok=True)
     if defaults and settings.data.path == str(data):
@@ -106,6 +107,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("overrides", nargs="*", metavar="CONFIG.yaml section.key=value", help="settings of the run")
     parser.add_argument("--ranks", default="1,2,3,4", help="numbers of ranks (default 1,2,3,4)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each run (default 20)")
+    parser.add_argument("--only", metavar="A,B", help="only these rows, by their folders: fsdp-2,resume-fsdp-2")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/certify"), help="folder for the runs and the certificate"
     )
@@ -125,6 +127,18 @@ def parse(argv: list[str]) -> Any:
     if dist.launched():
         raise ValueError("certify starts its ranks itself; start it without torchrun")
     return options
+
+
+def chosen(shapes: list[Shape], only: str | None) -> list[Shape]:
+    """The shapes of these folders, with those that they are compared with; None: all."""
+    if only is None:
+        return shapes
+    names, known = only.split(","), {shape.folder: shape for shape in shapes}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--only {only}: no row {unknown[0]!r}; with these ranks there are {', '.join(known)}")
+    wanted = {*names, *(known[name].against for name in names)}
+    wanted |= {known[name].against for name in wanted}
+    return [shape for shape in shapes if shape.folder in wanted]
 
 
 def plan(ranks: list[int], settings: Any, num_gpus: int | None) -> tuple[list[Shape], dict[str, str]]:
