@@ -4,6 +4,10 @@ Each epoch permutes the shards, then the samples within each run of `window` sha
 other. Epochs follow each other without a gap: position p of the stream is sample p mod N of epoch p // N, and step k
 of a run takes the positions k * global_batch up to (k + 1) * global_batch. Ranks, workers and micro-batches divide
 that range among them. Memory grows with the number of shards, and with the samples of a window. Imports no torch.
+
+With repeated augmentation (Hoffer et al. 2020) each pass over the data takes every sample `repeats` times, as different
+epochs of it, so that all that is drawn for it differs. Samples are repeated two by two, a b a b a b c d c d ...: copies
+stay near each other, and none is the partner that mixing gives to another (`objectives.mixing`).
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ KEPT_WINDOWS = 4
 class Order:
     """The infinite stream of (epoch, sample id) over shards with `counts` samples.
 
-    ``left_out`` maps a sample id to the position from which on the next sample of its shard replaces it.
+    A sample's epoch is how often it was taken before. ``left_out`` maps a sample id to the position from which on the
+    next sample of its shard replaces it. ``repeats`` is the number of copies of repeated augmentation.
     """
 
-    def __init__(self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None):
-        self.seed, self.window, self.left_out = seed, window, left_out or {}
+    def __init__(
+        self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None, repeats: int = 1
+    ):
+        self.seed, self.window, self.left_out, self.repeats = seed, window, left_out or {}, repeats
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.cumsum(self.counts) - self.counts
         self.num_samples = int(self.counts.sum())
@@ -34,7 +41,15 @@ class Order:
 
     def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, ids) at positions start to stop - 1 of the stream, int64 (stop - start,) each."""
-        epochs, ids = [], []
+        pair, place = np.divmod(np.arange(start, stop), 2 * self.repeats)
+        copies, places = place // 2, 2 * pair + place % 2
+        passes, ids = self._unrepeated(int(places.min()), int(places.max()) + 1)
+        chosen = places - places.min()
+        return passes[chosen] * self.repeats + copies, self._replaced(start, ids[chosen])
+
+    def _unrepeated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(passes over the data, ids) at these positions of the stream as it is without repeats and `left_out`."""
+        passes, ids = [], []
         while start < stop:
             epoch, place = divmod(start, self.num_samples)
             _, ends = self._epoch(epoch)
@@ -42,10 +57,10 @@ class Order:
             samples = self._samples(epoch, number)
             first = place - (int(ends[number - 1]) if number else 0)
             piece = samples[first : first + stop - start]
-            ids.append(self._replaced(start, piece))
-            epochs.append(np.full(len(piece), epoch, dtype=np.int64))
+            ids.append(piece)
+            passes.append(np.full(len(piece), epoch, dtype=np.int64))
             start += len(piece)
-        return np.concatenate(epochs), np.concatenate(ids)
+        return np.concatenate(passes), np.concatenate(ids)
 
     def _replaced(self, start: int, ids: np.ndarray) -> np.ndarray:
         """Replace the ids that are left out; `ids` are at positions from `start` on."""

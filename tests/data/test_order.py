@@ -99,6 +99,42 @@ def test_order_micro_batches_are_nonempty_and_within_the_limit() -> None:
             assert max(sizes) <= micro_batch + (micro == global_batch // world)  # where shares are 1 and 2, 2 at once
 
 
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_order_repeated_augmentation_takes_each_sample_repeats_times_as_different_epochs(repeats: int) -> None:
+    """A pass of 33 samples: an odd number, so pairs straddle passes."""
+    plain = flat([Order(2, COUNTS, 2).at(0, 4 * NUM)])
+    stream = flat([Order(2, COUNTS, 2, repeats=repeats).at(0, 4 * NUM * repeats)])
+    assert len(set(stream)) == len(stream)  # no two have the same draws
+    blocks = [stream[i : i + 2 * repeats] for i in range(0, len(stream), 2 * repeats)]
+    for a, b, block in zip(plain[::2], plain[1::2], blocks, strict=True):
+        assert block == [(epoch * repeats + copy, id_) for copy in range(repeats) for epoch, id_ in (a, b)]
+    assert all(block[i][1] != block[i + 1][1] for block in blocks for i in range(0, len(block), 2))  # mixing's pairs
+    for epoch in range(4 * repeats):
+        assert sorted(id_ for e, id_ in stream if e == epoch) == list(range(NUM))
+
+
+@pytest.mark.parametrize(("world", "micro_batch", "group"), [(1, 3, 1), (3, 2, 1), (2, 4, 2), (5, 100, 2)])
+def test_order_repeated_augmentation_is_elastic(world: int, micro_batch: int, group: int) -> None:
+    """Batches of 10 end within the copies of a sample (repeats 3), and shares within them too."""
+    stream = flat([Order(6, COUNTS, 3, repeats=3).at(0, 90)])
+    micro = num_micro(10, world, micro_batch, group)
+    plans = [
+        list(plan(Order(6, COUNTS, 3, repeats=3), range(4, 9), 10, micro, rank, world, group)) for rank in range(world)
+    ]
+    union = [part for step in range(5) for p in plans for part in p[step * micro : (step + 1) * micro]]
+    assert flat(union) == stream[40:]
+
+
+def test_order_leaves_a_sample_out_from_a_position_on_among_its_copies_too() -> None:
+    stream = flat([Order(2, COUNTS, 2, repeats=3).at(0, 12 * NUM)])
+    first = next(i for i, (_, id_) in enumerate(stream) if id_ == 8)
+    left_out = flat([Order(2, COUNTS, 2, {8: first + 1}, repeats=3).at(0, 12 * NUM)])
+    assert left_out[: first + 1] == stream[: first + 1]
+    assert [id_ for _, id_ in left_out].count(8) == 1
+    assert [epoch for epoch, _ in left_out] == [epoch for epoch, _ in stream]
+    assert {b for (_, a), (_, b) in zip(stream, left_out, strict=True) if a != b} == {9}  # the next one of its shard
+
+
 def test_order_memory_grows_with_shards_and_one_window() -> None:
     """1e5 shards of 1e4 samples: 1e9 ids, of which one window is resident."""
     order = Order(0, np.full(100_000, 10_000), 4)
