@@ -193,6 +193,12 @@ def check(config: RunConfig) -> None:
         low, high = values.get(name, (1.0, 1.0))
         if low > high:
             raise ValueError(f"{name}=[{low}, {high}]: the first number must not be greater than the second")
+    policy = config.view.randaugment
+    if config.view.color_jitter and policy is not None and "3a" not in policy:
+        raise ValueError(
+            f"view.color_jitter={config.view.color_jitter:g}: is not applied beside view.randaugment={policy}, whose "
+            f"operations change colours too; leave one of them out"
+        )
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     if isinstance(config, ProbeConfig):

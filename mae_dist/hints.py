@@ -28,6 +28,7 @@ NAMES = {
     "data.test_path": "val_path val_dir validation_dir eval_path test_dir val_data",
     "data.test_split": "val_split validation_split eval_split",
     "data.shuffle_window": "shuffle shuffle_buffer buffer_size shuffle_size shuffle_buffer_size",
+    "data.aug_repeats": "num_repeats repeated_aug repeat_aug repeated_augmentation repeats",
     "data.mean": "img_mean image_mean pixel_mean",
     "data.std": "img_std image_std pixel_std",
     "view.crop": "train_crop_mode random_resized_crop crop_mode",
@@ -36,6 +37,7 @@ NAMES = {
     "view.pad": "padding random_crop_padding",
     "view.flip": "hflip horizontal_flip random_flip flip_prob",
     "view.randaugment": "aa auto_augment autoaugment rand_augment randaug",
+    "view.color_jitter": "colour_jitter colorjitter jitter brightness contrast saturation",
     "view.random_erasing": "erase reprob re_prob random_erase random_erase_prob erasing_prob",
     "view.test_crop": "crop_pct center_crop test_crop_ratio",
     "model.name": "model arch architecture backbone model_name encoder flavor",
@@ -125,9 +127,8 @@ NO_SETTING = {
     "embed_dim hidden_size depth num_heads mlp_ratio num_layers hidden_dim":
         "the size of the backbone follows from model.name; `mae-dist models` lists all",
     "interpolation train_interpolation": "images are resized by antialiased bicubic interpolation",
-    "color_jitter colour_jitter": "there is no colour jitter; view.randaugment contains colour operations",
-    "vflip vertical_flip remode recount resplit aug_repeats aug_splits repeated_aug cutmix_minmax mixup_mode "
-    "mixup_off_epoch": "leave it out: the augmentations are view.* and mix.*",
+    "vflip vertical_flip remode recount resplit aug_splits cutmix_minmax mixup_mode mixup_off_epoch":
+        "leave it out: the augmentations are view.* and mix.*",
     "warmup_lr": "the lr rises from 0 in optim.warmup_epochs",
     "cooldown_epochs patience_epochs decay_epochs decay_rate decay_milestones lr_decay milestones gamma step_size":
         "the lr falls from its peak to optim.min_lr by optim.schedule=cosine or linear",

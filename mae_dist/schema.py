@@ -60,7 +60,7 @@ def setting(default: T, text: str, verbs: tuple[str, ...] = (), unless: tuple[st
     return field(default=default, metadata={"help": text, "range": limits, "verbs": verbs, "unless": unless})
 
 
-KNN, FINETUNE = ("knn",), ("finetune",)
+KNN, FINETUNE, TRAINED = ("knn",), ("finetune",), ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class DataConfig:
     )
     test_split: str = setting("test", "split of the folder to evaluate on")
     shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
+    aug_repeats: int = setting(
+        1, "repeated augmentation: how often each image is drawn in a row, each time augmented anew; an epoch stays as "
+        "many draws as there are images, so it shows 1 / aug_repeats of them", verbs=TRAINED, at_least=1,
+    )  # fmt: skip
     max_bad: float = setting(
         0.001, "fraction of unreadable training samples above which the run fails", at_least=0, at_most=1
     )
@@ -105,10 +109,12 @@ class ViewConfig:
     pad: int = setting(4, "largest shift of view.crop=pad in each direction, in pixels", unless=KNN, at_least=0)
     flip: float = setting(0.5, "probability of a horizontal flip", unless=KNN, at_least=0, at_most=1)
     randaugment: str | None = setting(
-        None,
-        "RandAugment policy in timm's notation, for example rand-m9-mstd0.5-inc1; none: no RandAugment",
-        unless=KNN,
+        None, "RandAugment policy in timm's notation, for example rand-m9-mstd0.5-inc1; none: off", unless=KNN
     )
+    color_jitter: float = setting(
+        0.0, "colour jitter: brightness, contrast and saturation change by factors within 1 +- color_jitter; 0: off; "
+        "as in timm not beside RandAugment, unless it is a 3a policy", unless=KNN, at_least=0,
+    )  # fmt: skip
     random_erasing: float = setting(
         0.0, "random erasing: probability that a box is replaced by noise", unless=KNN, at_least=0, at_most=1
     )
@@ -186,9 +192,7 @@ class TrainConfig:
         0.0, "share of the target that is spread over all classes", verbs=FINETUNE, at_least=0, at_most=1
     )
     loss: Literal["softmax", "sigmoid"] = setting(
-        "softmax",
-        "softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each class",
-        verbs=FINETUNE,
+        "softmax", "softmax: cross-entropy over classes; sigmoid: binary cross-entropy of each class", verbs=FINETUNE
     )
 
 
@@ -277,10 +281,9 @@ class MachineConfig:
     )
     workers: int = setting(4, "data loading processes per rank (unused for data kept in memory)", at_least=0)
     strategy: Literal["ddp", "fsdp", "hsdp"] = setting(
-        "ddp",
-        "ddp: every rank holds the whole model; fsdp: all ranks shard it (FSDP2); hsdp: groups of ranks each shard a "
-        "copy of it",
-    )
+        "ddp", "ddp: every rank holds the whole model; fsdp: all ranks shard it (FSDP2); hsdp: groups of ranks each "
+        "shard a copy of it",
+    )  # fmt: skip
     shards: int | None = setting(None, "ranks in a group of hsdp; none: the ranks of one machine", at_least=1)
     activation_checkpointing: int = setting(
         0, "recompute the activations of every k-th block in the backward pass, to save memory; 0: off", at_least=0
@@ -392,9 +395,6 @@ TrainingConfig = PretrainConfig | SupervisedConfig
 """Settings of the verbs that train."""
 
 SCHEMAS: dict[str, type[RunConfig]] = {
-    "pretrain": PretrainConfig,
-    "probe": ProbeConfig,
-    "finetune": FinetuneConfig,
-    "knn": KnnRunConfig,
-}
+    "pretrain": PretrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "knn": KnnRunConfig,
+}  # fmt: skip
 """The schema of each verb that takes a CONFIG.yaml."""

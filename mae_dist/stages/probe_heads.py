@@ -65,7 +65,7 @@ def train_and_compare(
 ) -> None:
     """Train the heads on the samples `rest`, compare them on the `held` out ones, test the best."""
     view, precision = setup.config.view, setup.config.train.precision
-    fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment)
+    fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment or view.color_jitter)
     source = stored(setup, objective) if fixed else setup.source(setup.train_split, training=True)
     numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
     with parallel.autocast(precision, setup.device):

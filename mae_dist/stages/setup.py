@@ -118,7 +118,8 @@ class Setup(Generic[C]):
     ) -> Iterator[Batch]:  # fmt: skip
         """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
         config, (rank, world) = self.config, share or (dist.rank(), dist.world())
-        order = Order(config.train.seed, self.train_split.counts, config.data.shuffle_window, left_out)
+        data, counts = config.data, self.train_split.counts
+        order = Order(config.train.seed, counts, data.shuffle_window, left_out, data.aug_repeats)
         places = plan(order, steps, config.train.global_batch, num_micro, rank, world, configuration.group(config))
         return source.batches(places, self.view(training=True))
 

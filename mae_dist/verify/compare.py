@@ -71,7 +71,7 @@ def last_state(run: Path) -> dict[str, Tensor]:
 def planned_order(config: PretrainConfig) -> Order:
     """The order of samples that follows from a run's settings and data."""
     counts = open_split(config.data.path, config.data.split).counts
-    return Order(config.train.seed, counts, config.data.shuffle_window)
+    return Order(config.train.seed, counts, config.data.shuffle_window, repeats=config.data.aug_repeats)
 
 
 def planned_samples(order: Order, global_batch: int, steps: Iterable[int]) -> dict[int, Samples]:
