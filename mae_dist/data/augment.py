@@ -1,108 +1,133 @@
-"""Augmentations beyond the crop, each a pure function of (seed, epoch, id): RandAugment and random erasing.
+"""Augmentations beyond the crop, each a pure function of (seed, epoch, id): RandAugment, colour jitter, random erasing.
 
-RandAugment is timm's, which draws from Python's and NumPy's global generators: both are seeded for each sample and
-restored afterwards. timm's random erasing draws from torch's global generator, for a batch at once, so it cannot be a
-function of the sample; it is written here anew, with timm's distributions of boxes and pixels.
+RandAugment is timm's: its operations and its draws, from Python's generator and NumPy's, which are seeded for each
+sample. It works on the 8-bit pixels of one image. Colour jitter and random erasing work on whole batches, on their
+device, and are written here anew, since torchvision and timm draw from torch's global generator, for a batch at once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from einops import rearrange
+from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from mae_dist import rng
+from mae_dist.data.image_ops import OPERATIONS, Pixels
 
 ATTEMPTS = 10
 PATTERN = re.compile(r"rand(-((m|n|inc|mstd|mmax|p)\d+(\.\d+)?|t\w+))+")
 AREA = (0.02, 1 / 3)
 ASPECT = (0.3, 1 / 0.3)
-
-Augment = Callable[[UInt8[np.ndarray, "h w 3"], int, int], UInt8[np.ndarray, "h w 3"]]
-
-
-@contextmanager
-def seeded(seed: int, purpose: rng.Purpose, epoch: int, id_: int) -> Iterator[None]:
-    """Seed Python's and NumPy's global generators for one sample; restore their states at the end."""
-    before = random.getstate(), np.random.get_state()
-    words = rng.bits(seed, purpose, epoch, np.array([id_]), 2)[0]
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+GREY = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in a pixel's luma (ITU-R BT.601), as in torchvision."""
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
-def rand_augment(recipe: str, size: int, mean: tuple[float, float, float], seed: int) -> Augment:
-    """timm's RandAugment (Cubuk et al. 2020) for a string such as rand-m9-mstd0.5, as (pixels, epoch, id) -> pixels.
+class RandAugment:
+    """timm's RandAugment (Cubuk et al. 2020) for a policy such as rand-m9-mstd0.5.
 
     Translations reach 0.45 of the image's side, and pixels from outside have the mean colour, as in timm's training.
-    Raises ValueError for a string that timm does not know.
+    Raises ValueError for a policy that timm does not know.
     """
-    from timm.data import auto_augment  # a second of imports that few runs need
 
-    colour = tuple(min(255, round(255 * channel)) for channel in mean)
-    hints = {"translate_const": int(size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC}
-    try:
-        if not PATTERN.fullmatch(recipe):  # timm ignores parts that it does not know
-            raise ValueError("expected rand-m<magnitude>-...")
-        transform = auto_augment.rand_augment_transform(recipe, hints)
-    except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"view.randaugment={recipe}: timm does not know it ({error or 'unknown part'}); try rand-m9-mstd0.5-inc1"
-        ) from error
+    def __init__(self, policy: str, size: int, mean: tuple[float, float, float], seed: int):
+        from timm.data import auto_augment  # a second of imports that few runs need
 
-    for op in transform.ops:
-        if op.aug_fn is auto_augment.posterize:
-            op.aug_fn = posterize
+        colour = tuple(min(255, round(255 * channel)) for channel in mean)
+        hints = {"translate_const": int(size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC}
+        try:
+            if not PATTERN.fullmatch(policy):  # timm ignores parts that it does not know
+                raise ValueError("expected rand-m<magnitude>-...")
+            transform = auto_augment.rand_augment_transform(policy, hints)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"view.randaugment={policy}: timm does not know it ({error or 'unknown part'}); "
+                f"try rand-m9-mstd0.5-inc1"
+            ) from error
+        for op in transform.ops:
+            op.aug_fn = OPERATIONS.get(op.aug_fn.__name__) or _by_pillow(op.aug_fn)
+        self.seed, self.ops, self.numpy = seed, transform.ops, np.random.RandomState()
+        self.num_ops, self.weights = transform.num_layers, transform.choice_weights
 
-    def augment(pixels: UInt8[np.ndarray, "h w 3"], epoch: int, id_: int) -> UInt8[np.ndarray, "h w 3"]:
-        with seeded(seed, rng.Purpose.AUGMENT, epoch, id_):
-            return np.asarray(transform(Image.fromarray(pixels)))
+    def seeds(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 2"]:
+        """The seeds of samples for Python's generator and NumPy's."""
+        return rng.bits(self.seed, rng.Purpose.AUGMENT, epochs, ids, 2)
 
-    return augment
+    def __call__(self, pixels: Pixels, seeds: Int[np.ndarray, 2]) -> Pixels:
+        """Augment an image as timm does with these seeds; Python's global generator is as before at the end."""
+        before = random.getstate()
+        random.seed(int(seeds[0]))  # timm's operations draw from it
+        self.numpy.seed(int(seeds[1]))
+        try:
+            chosen = self.numpy.choice(len(self.ops), self.num_ops, replace=self.weights is None, p=self.weights)
+            return functools.reduce(lambda image, number: self.ops[number](image), chosen, pixels)
+        finally:
+            random.setstate(before)
 
 
-def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the highest `bits` of each channel; with 0 bits the image is black.
+def _by_pillow(operation: Callable[..., Image.Image]) -> Callable[..., Pixels]:
+    def on_pixels(pixels: Pixels, *arguments: Any, **options: Any) -> Pixels:
+        return np.asarray(operation(Image.fromarray(pixels), *arguments, **options))
 
-    At full magnitude timm keeps 0 bits, which Pillow 13 refuses; earlier versions gave black, as in the papers' runs.
+    return on_pixels
+
+
+def color_jitter(
+    images: Float[Tensor, "b 3 h w"], strength: float, seed: int, epochs: np.ndarray, ids: np.ndarray
+) -> Float[Tensor, "b 3 h w"]:
+    """torchvision's ColorJitter(strength, strength, strength) of images in 0..1.
+
+    Brightness, contrast and saturation change in random order, each by a factor uniform in max(0, 1 - strength) to
+    1 + strength. `epochs` and `ids` are int64 (b,) on the host.
     """
-    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
+    low = max(0.0, 1 - strength)
+    draws = rng.uniform(seed, rng.Purpose.COLOR_JITTER, epochs, ids, 6)
+    order = draws[:, 3:].argsort(1)
+    factors = np.take_along_axis(low + draws[:, :3] * (1 + strength - low), order, 1)
+    images = images.contiguous()  # channel by channel, which is faster here
+    for step in range(3):
+        factor, kind = (
+            torch.from_numpy(values[:, step, None, None]).to(images.device, non_blocking=True)
+            for values in (factors, order)
+        )
+        grey = sum(weight * channel for weight, channel in zip(GREY, images.unbind(1), strict=True))
+        base = grey.where(kind == SATURATION, grey.mean((1, 2), keepdim=True).where(kind == CONTRAST, 0.0))
+        base *= (1 - factor).float()
+        images.mul_(factor.float()[:, None]).add_(base[:, None]).clamp_(0, 1)
+    return images
 
 
 def erase(
     images: Float[Tensor, "b c h w"], probability: float, seed: int, epochs: np.ndarray, ids: np.ndarray
 ) -> Float[Tensor, "b c h w"]:
-    """Random erasing (Zhong et al. 2020, algorithm 1) of normalised images.
+    """Random erasing (Zhong et al. 2020, algorithm 1) of normalised images, in place.
 
-    With `probability`, a box of an image is filled with N(0, 1) noise. `epochs` and `ids` are int64 (b,).
+    With `probability`, a box of an image is filled with N(0, 1) noise. `epochs` and `ids` are int64 (b,) on the host,
+    which never waits for the device.
     """
-    images, size = images.clone(), (images.shape[2], images.shape[3])
-    boxes = erased_boxes(probability, seed, epochs, ids, size)
-    for i, (top, left, height, width) in enumerate(boxes):
-        if height:
-            shape = (images.shape[1], height, width)
-            box = noise(seed, int(epochs[i]), int(ids[i]), math.prod(shape), images.device).view(shape)
-            images[i, :, top : top + height, left : left + width] = box
+    boxes = erased_boxes(probability, seed, epochs, ids, (images.shape[2], images.shape[3]))
+    erased = np.flatnonzero(boxes[:, 2])
+    top, left, height, width = boxes[erased].T
+    values = noise(seed, epochs[erased], ids[erased], images.shape[1] * height * width, images.device)
+    for i, y, x, h, w, pixels in zip(*(v.tolist() for v in (erased, top, left, height, width)), values, strict=True):
+        images[i, :, y : y + h, x : x + w] = rearrange(pixels, "(h w c) -> c h w", h=h, w=w)
     return images
 
 
 def erased_boxes(
     probability: float, seed: int, epochs: np.ndarray, ids: np.ndarray, size: tuple[int, int]
-) -> list[list[int]]:
-    """[top, left, height, width] of each sample's erased box, in pixels; height 0 where nothing is erased."""
+) -> Int[np.ndarray, "b 4"]:
+    """Top, left, height and width of each sample's erased box, in pixels; height 0 where nothing is erased."""
     draws = rng.uniform(seed, rng.Purpose.ERASE, epochs, ids, 1 + 4 * ATTEMPTS)
     area, aspect, y, x = np.moveaxis(draws[:, 1:].reshape(len(ids), ATTEMPTS, 4), 2, 0)
     area = (AREA[0] + area * (AREA[1] - AREA[0])) * size[0] * size[1]
@@ -112,11 +137,27 @@ def erased_boxes(
     top, left = np.floor(y * (size[0] - height + 1)), np.floor(x * (size[1] - width + 1))
     boxes = np.stack([top, left, height, width], 2)[np.arange(len(ids)), fits.argmax(1)].astype(np.int64)
     erased = fits.any(1) & (draws[:, 0] < probability)
-    return (boxes * erased[:, None]).tolist()
+    return boxes * erased[:, None]
 
 
-def noise(seed: int, epoch: int, id_: int, num: int, device: torch.device) -> Float[Tensor, " num"]:
-    """N(0, 1) numbers of one sample (Box and Muller 1958)."""
-    words = rng.bits(seed, rng.Purpose.ERASE_PIXELS, epoch, torch.tensor([id_], device=device), 2 * num)[0]
-    first, second = words.view(2, num).double() / 2.0**32
-    return ((-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()).float()
+def noise(
+    seed: int, epochs: np.ndarray, ids: np.ndarray, counts: np.ndarray, device: torch.device
+) -> list[Float[Tensor, " count"]]:
+    """`counts` N(0, 1) numbers of each sample on the device: the quantiles that the 16-bit halves of its words name."""
+    blocks = -(-counts // 8)  # of four words
+    ends = np.cumsum(blocks)
+    total = int(blocks.sum())
+    facts = (torch.from_numpy(v).to(device, non_blocking=True) for v in (epochs, ids, ends - blocks, blocks))
+    epoch, id_, start, length = facts
+    sample = torch.repeat_interleave(length, output_size=total)
+    number = torch.arange(total, device=device) - start[sample]
+    words = rng.blocks(seed, rng.Purpose.ERASE_PIXELS, epoch[sample], id_[sample], number)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], 1)
+    values = normal_quantiles(device)[halves.view(-1)]
+    return [part[:count] for part, count in zip(values.split((8 * blocks).tolist()), counts.tolist(), strict=True)]
+
+
+@functools.cache
+def normal_quantiles(device: torch.device) -> Float[Tensor, " 65536"]:
+    """The values that divide N(0, 1) into 65,536 equal parts, each in the middle of its part; variance 0.99999."""
+    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float().to(device)

@@ -73,8 +73,8 @@ class Reader:
             left = np.array(unreadable, dtype=np.int64)
         rows.bad[:] = places != ids
         if self.augment:
-            for image, epoch, id_ in zip(rows.images, epochs.tolist(), ids.tolist(), strict=True):
-                image[:] = self.augment(image, epoch, id_)
+            for image, seeds in zip(rows.images, self.augment.seeds(epochs, ids), strict=True):
+                image[:] = self.augment(image, seeds)
 
     def _boxes(
         self, epochs: np.ndarray, ids: np.ndarray, sizes: list[tuple[int, int]]

@@ -36,11 +36,12 @@ def solarize_add(pixels: Pixels, add: int, **_: Any) -> Pixels:
 
 
 def posterize(pixels: Pixels, bits_to_keep: int, **_: Any) -> Pixels:
-    """Keep the highest bits of each value; with 0 bits the image is black.
+    """Keep the highest bits of each value; without any the image is black.
 
-    At full magnitude timm keeps 0 bits, which Pillow 13 refuses; earlier versions gave black, as in the papers' runs.
+    At full magnitude timm keeps 0 bits or fewer, which Pillow 13 refuses; earlier versions gave black, as in the
+    papers' runs.
     """
-    return pixels & np.uint8(256 - (256 >> min(bits_to_keep, 8)))
+    return pixels & np.uint8(256 - (256 >> min(max(bits_to_keep, 0), 8)))
 
 
 def brightness(pixels: Pixels, factor: float, **_: Any) -> Pixels:

@@ -63,18 +63,19 @@ class View:
         """Whether images must be augmented one at a time as PIL images, as timm's RandAugment does."""
         return self.training and self.settings.randaugment is not None
 
-    def augment(self) -> augment.Augment | None:
-        """RandAugment for the pixels of one crop, or None. Raises ValueError for a string that timm does not know."""
+    def augment(self) -> augment.RandAugment | None:
+        """RandAugment for the pixels of one crop, or None. Raises ValueError for a policy that timm does not know."""
         if not self.needs_pil:
             return None
-        return augment.rand_augment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
+        return augment.RandAugment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
 
     def finish(self, images: Float[Tensor, "b c h w"], epochs: np.ndarray, ids: np.ndarray) -> Float[Tensor, "b c h w"]:
-        """Normalise pixels in 0..1 and, in training, apply random erasing."""
+        """Normalise pixels in 0..1, in place; in training with colour jitter before and random erasing after it."""
+        jitter, erasing = self.settings.color_jitter, self.settings.random_erasing
+        if self.training and jitter:
+            images = augment.color_jitter(images, jitter, self.seed, epochs, ids)
         images = normalise(images, self.mean, self.std)
-        if not self.training or not self.settings.random_erasing:
-            return images
-        return augment.erase(images, self.settings.random_erasing, self.seed, epochs, ids)
+        return augment.erase(images, erasing, self.seed, epochs, ids) if self.training and erasing else images
 
     def _draw(self, purpose: rng.Purpose, epochs: Tensor, ids: Tensor, num: int) -> Float64[Tensor, "n num"]:
         if ids.device.type == "cpu":  # the same bits, and NumPy is quicker for the few samples of a chunk
