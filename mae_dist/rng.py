@@ -60,26 +60,22 @@ def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
     Word j of sample i is a function of (seed, purpose, epochs[i], ids[i], j). `epochs` is an array like `ids`, or an
     int.
     """
-    count = -(-num // 4)
+    blocks = -(-num // 4)
     if isinstance(ids, np.ndarray):
         ids = ids.astype(np.int64)
-        block = np.arange(count, dtype=np.int64)
+        block = np.arange(blocks, dtype=np.int64)
         stack = np.stack
     else:
         import torch
 
-        block = torch.arange(count, dtype=torch.int64, device=ids.device)
+        block = torch.arange(blocks, dtype=torch.int64, device=ids.device)
         stack = torch.stack
+    column = ids[:, None]
     epoch = epochs[:, None] if hasattr(epochs, "shape") and epochs.shape else epochs
-    words = blocks(seed, purpose, epoch, ids[:, None], block)
-    return stack(words, -1).reshape(len(ids), count * 4)[:, :num]
-
-
-def blocks(seed: int, purpose: Purpose, epochs: Any, ids: Any, numbers: Any) -> tuple[Any, Any, Any, Any]:
-    """The words 4 k, 4 k + 1, 4 k + 2, 4 k + 3 of samples, k = `numbers`; all int64, broadcast together."""
-    zero = (ids + numbers) * 0  # gives every word the full shape
-    counter = (numbers + zero, epochs + zero, (ids & LOW) + zero, ((ids >> 32) & LOW) + zero)
-    return philox(counter, (seed, int(purpose)))
+    zero = (column + block) * 0  # gives every word the full shape
+    counter = (block + zero, epoch + zero, (column & LOW) + zero, ((column >> 32) & LOW) + zero)
+    words = philox(counter, (seed, int(purpose)))
+    return stack(words, -1).reshape(len(ids), blocks * 4)[:, :num]
 
 
 def uniform(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:

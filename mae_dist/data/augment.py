@@ -28,6 +28,10 @@ ATTEMPTS = 10
 PATTERN = re.compile(r"rand(-((m|n|inc|mstd|mmax|p)\d+(\.\d+)?|t\w+))+")
 AREA = (0.02, 1 / 3)
 ASPECT = (0.3, 1 / 0.3)
+NOISE = 2**20
+"""Places in the fixed noise at which that of a box can begin."""
+NOISE_ROW = 4096
+"""Numbers of the fixed noise that are drawn as those of one sample."""
 GREY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a pixel's luma (ITU-R BT.601), as in torchvision."""
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -100,7 +104,8 @@ def color_jitter(
             torch.from_numpy(values[:, step, None, None]).to(images.device, non_blocking=True)
             for values in (factors, order)
         )
-        grey = sum(weight * channel for weight, channel in zip(GREY, images.unbind(1), strict=True))
+        red, green, blue = images.unbind(1)
+        grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
         base = grey.where(kind == SATURATION, grey.mean((1, 2), keepdim=True).where(kind == CONTRAST, 0.0))
         base *= (1 - factor).float()
         images.mul_(factor.float()[:, None]).add_(base[:, None]).clamp_(0, 1)
@@ -112,15 +117,17 @@ def erase(
 ) -> Float[Tensor, "b c h w"]:
     """Random erasing (Zhong et al. 2020, algorithm 1) of normalised images, in place.
 
-    With `probability`, a box of an image is filled with N(0, 1) noise. `epochs` and `ids` are int64 (b,) on the host,
-    which never waits for the device.
+    With `probability`, a box of an image is filled with N(0, 1) noise: a stretch of fixed numbers from a random place
+    on, which costs next to nothing. `epochs` and `ids` are int64 (b,) on the host, which does not wait for the device.
     """
-    boxes = erased_boxes(probability, seed, epochs, ids, (images.shape[2], images.shape[3]))
-    erased = np.flatnonzero(boxes[:, 2])
-    top, left, height, width = boxes[erased].T
-    values = noise(seed, epochs[erased], ids[erased], images.shape[1] * height * width, images.device)
-    for i, y, x, h, w, pixels in zip(*(v.tolist() for v in (erased, top, left, height, width)), values, strict=True):
-        images[i, :, y : y + h, x : x + w] = rearrange(pixels, "(h w c) -> c h w", h=h, w=w)
+    channels, height, width = images.shape[1:]
+    boxes = erased_boxes(probability, seed, epochs, ids, (height, width))
+    starts = rng.bits(seed, rng.Purpose.ERASE_PIXELS, epochs, ids, 1)[:, 0] % NOISE
+    noise = normal_numbers(NOISE + channels * height * width, images.device)
+    for image, (top, left, h, w), start in zip(images, boxes.tolist(), starts.tolist(), strict=True):
+        if h:
+            pixels = noise[start : start + channels * h * w]
+            image[:, top : top + h, left : left + w] = rearrange(pixels, "(h w c) -> c h w", h=h, w=w)
     return images
 
 
@@ -140,24 +147,8 @@ def erased_boxes(
     return boxes * erased[:, None]
 
 
-def noise(
-    seed: int, epochs: np.ndarray, ids: np.ndarray, counts: np.ndarray, device: torch.device
-) -> list[Float[Tensor, " count"]]:
-    """`counts` N(0, 1) numbers of each sample on the device: the quantiles that the 16-bit halves of its words name."""
-    blocks = -(-counts // 8)  # of four words
-    ends = np.cumsum(blocks)
-    total = int(blocks.sum())
-    facts = (torch.from_numpy(v).to(device, non_blocking=True) for v in (epochs, ids, ends - blocks, blocks))
-    epoch, id_, start, length = facts
-    sample = torch.repeat_interleave(length, output_size=total)
-    number = torch.arange(total, device=device) - start[sample]
-    words = rng.blocks(seed, rng.Purpose.ERASE_PIXELS, epoch[sample], id_[sample], number)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], 1)
-    values = normal_quantiles(device)[halves.view(-1)]
-    return [part[:count] for part, count in zip(values.split((8 * blocks).tolist()), counts.tolist(), strict=True)]
-
-
 @functools.cache
-def normal_quantiles(device: torch.device) -> Float[Tensor, " 65536"]:
-    """The values that divide N(0, 1) into 65,536 equal parts, each in the middle of its part; variance 0.99999."""
-    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float().to(device)
+def normal_numbers(count: int, device: torch.device) -> Float[Tensor, " count"]:
+    """The same N(0, 1) numbers on every device and in every run."""
+    words = rng.bits(0, rng.Purpose.ERASE_PIXELS, 0, np.arange(-(-count // NOISE_ROW)), NOISE_ROW)
+    return torch.special.ndtri((torch.from_numpy(words).view(-1)[:count] + 0.5) / 2**32).float().to(device)

@@ -108,7 +108,8 @@ def move_lines(pixels: Pixels, offsets: Float[np.ndarray, " lines"], axis: int, 
     starts = np.arange(lines) * padded.shape[2] + first.astype(np.int64) + before - 1
     moved = np.empty_like(pixels)
     for channel in range(3):
-        values = cubic([windows[channel, starts + tap] for tap in range(4)], places)
+        values = cubic([windows[channel, starts + tap] for tap in range(4)], places).astype(np.int16)
+        np.clip(values, 0, 255, out=values)
         np.copyto(values, fill[channel], where=outside)
         plane = moved[..., channel]
         (plane.T if axis else plane)[:] = values
@@ -116,7 +117,7 @@ def move_lines(pixels: Pixels, offsets: Float[np.ndarray, " lines"], axis: int, 
 
 
 def cubic(taps: Sequence[Int16[np.ndarray, "lines n"]], distance: Float[np.ndarray, "lines n"]) -> np.ndarray:
-    """Pillow's bicubic interpolation between the second and third of four taps, in 0..255, float64 (lines, n)."""
+    """Pillow's bicubic interpolation between the second and third of four taps, float64 (lines, n)."""
     a, b, c, d = taps
     left, right = a - b, c - d
     values = (left + right) * distance
@@ -125,7 +126,7 @@ def cubic(taps: Sequence[Int16[np.ndarray, "lines n"]], distance: Float[np.ndarr
     values += c - a
     values *= distance
     values += b
-    return np.clip(values, 0, 255, out=values)
+    return values
 
 
 OPERATIONS = {

@@ -20,7 +20,7 @@ from mae_dist.data.index import open_split
 from mae_dist.data.order import Order
 from mae_dist.run import checkpoint, jsonl, tracker
 from mae_dist.run.layout import checkpoints
-from mae_dist.schema import PretrainConfig
+from mae_dist.schema import RunConfig
 
 Samples = list[tuple[int, int]]
 """(epoch, sample id) pairs in the order of the global batch."""
@@ -68,7 +68,7 @@ def last_state(run: Path) -> dict[str, Tensor]:
     return state
 
 
-def planned_order(config: PretrainConfig) -> Order:
+def planned_order(config: RunConfig) -> Order:
     """The order of samples that follows from a run's settings and data."""
     counts = open_split(config.data.path, config.data.split).counts
     return Order(config.train.seed, counts, config.data.shuffle_window, repeats=config.data.aug_repeats)

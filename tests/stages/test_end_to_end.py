@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from mae_dist.data import loader
 from mae_dist.errors import FAILED, MachineFault
 from mae_dist.models.vit import class_and_grid
 from mae_dist.run import events
+from mae_dist.run.directory import RunDir
 from mae_dist.schema import SCHEMAS
+from mae_dist.verify import compare
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +187,7 @@ def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp
 EVERYTHING = [
     "view.crop=pad", "view.randaugment=rand-m9-mstd0.5-inc1", "view.random_erasing=0.5", "mix.mixup=0.8",
     "mix.cutmix=1", "train.label_smoothing=0.1", "model.drop_path=0.2", "train.ema=0.9", "train.clip_grad=1",
-    "optim.base_lr=1e-2",
+    "optim.base_lr=1e-2", "data.aug_repeats=3", "track.ids=true",
     "train.global_batch=22", "train.steps=6", "machine.workers=1",
 ]  # fmt: skip
 
@@ -197,8 +200,11 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data:
     assert main([*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0"]) == 0
     hsdp = ["machine.processes=4", "machine.strategy=hsdp", "machine.shards=2"]
     start(*shared, f"out={tmp_path / 'four'}", *hsdp)
-    for other in ("parts", "four"):
+    planned = compare.planned_samples(compare.planned_order(RunDir(tmp_path / "one").settings()[2]), 22, range(1, 7))
+    assert max(Counter(id_ for samples in planned.values() for _, id_ in samples).values()) >= 3
+    for other in ("one", "parts", "four"):
         assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        assert compare.read_evidence(tmp_path / other).samples == planned
     one, parts = weights(tmp_path / "one"), weights(tmp_path / "parts")
     for name in ("ema.head.weight", "ema.backbone.patch_embed.proj.weight"):
         torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=1e-4)
