@@ -215,6 +215,7 @@ def test_finetune_only_setting_is_refused_by_other_verbs(verb: str, word: str) -
         ("probe", ["optim.layer_decay=0.5"], "optim.layer_decay=0.5: is for pretrain, finetune;"),
         ("knn", ["view.flip=0"], "view.flip=0.0: is for pretrain, probe, finetune;"),
         ("knn", ["view.scale=[0.1,1]"], "view.scale=[0.1, 1.0]: is for pretrain, probe, finetune;"),
+        ("probe", ["data.aug_repeats=3"], "data.aug_repeats=3: is for pretrain, finetune;"),
         ("knn", ["train.ema=0.9"], "train.ema=0.9: is for pretrain, probe, finetune;"),
         ("probe", ["heads.blocks=[6]"], "heads.blocks=[6]: there is no head to try it on; give for example heads."),
         (
@@ -282,6 +283,14 @@ def test_help_shows_the_choices_of_a_setting() -> None:
     assert " one of drop, token: " in lines["mae.hidden"]
     free = ("train.clip_grad", "machine.micro_batch", "view.scale", "data.path", "heads.blocks")
     assert not any(" one of " in lines[name] or " any of " in lines[name] for name in free)
+
+
+def test_color_jitter_beside_randaugment_is_refused_where_timm_would_ignore_it() -> None:
+    message = "view.color_jitter=0.4: is not applied beside view.randaugment=rand-m9, whose .*; leave one of them out$"
+    with pytest.raises(ValueError, match=message):
+        load("finetune", "view.color_jitter=0.4", "view.randaugment=rand-m9")
+    load("finetune", "view.color_jitter=0.4", "view.randaugment=rand-m9-t3a")
+    load("finetune", "view.color_jitter=0.4", "view.randaugment=none")
 
 
 def test_avg_pooling_is_refused_only_for_vit_pretraining() -> None:
