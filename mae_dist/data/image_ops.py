@@ -1,7 +1,7 @@
 """Operations of timm's RandAugment on uint8 arrays (h, w, 3), with the pixels that Pillow gives, in less time.
 
-Each takes what timm's function of the same name takes (`timm.data.auto_augment`), and gives a new array. Pillow is as
-fast at those that are not here. Knows no recipe and draws nothing.
+Each takes what timm's function of the same name takes (`timm.data.auto_augment`), and gives a new array. Those that are
+not here cost as much with NumPy as with Pillow, or more (rotate). Knows no policy and draws nothing.
 
 A shear or translation moves each line of the image along itself. Pillow's bicubic transform (Keys 1981, a = -1, not the
 -0.5 of its resize; in float64, cut off instead of rounded) then interpolates along that line alone, which takes a fifth
@@ -10,7 +10,7 @@ of the arithmetic of its general case; `move_lines` does it in the same order of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def cubic(taps: Sequence[Int16[np.ndarray, "lines n"]], distance: Float[np.ndarr
     return values
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Pixels]] = {
     operation.__name__: operation
     for operation in (
         invert, solarize, solarize_add, posterize, brightness, sharpness, shear_x, shear_y, translate_x_rel,
