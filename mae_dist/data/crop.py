@@ -7,7 +7,7 @@ whole pixels of the image, by Pillow elsewhere. Knows no rank, no batch and no p
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ class Reader:
     def __init__(self, index: ShardIndex, view: View | None):
         self.index, self.view, self.augment = index, view, view.augment() if view else None
         self.memory = bytearray()
+        self.decoded: tuple[Sample, int, Pixels] | None = None
 
     def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> None:
         """Write images, labels and marks of n samples into `rows`.
@@ -53,7 +54,7 @@ class Reader:
         ValueError when no sample of the shard is readable, when the tar is shorter than its index says, or when an
         image has another size than `rows`, and MachineFault when the storage fails.
         """
-        places, left = ids.copy(), np.arange(len(ids))
+        places, left = ids.copy(), np.argsort(ids, kind="stable")  # copies of a sample follow each other
         while len(left):
             samples = [self._read(place) for place in places[left].tolist()]
             sizes = [(isinstance(sample, Sample) and stored_size(sample)) or (1, 1) for sample in samples]
@@ -88,13 +89,20 @@ class Reader:
     def _write(self, sample: Sample, size: tuple[int, int], box: Sequence[float], flip: bool, out: Pixels) -> None:
         """Write a crop, or a whole image, into `out`."""
         if self.view is not None:
-            decode_crop(sample, size, box, flip, out, self.memory)
+            decode_crop(sample, size, box, flip, out, self._decode)
             return
-        pixels = decode(sample, 1, self.memory)
+        pixels = self._decode(sample, 1)
         if pixels.shape != out.shape:
             found, wanted = (f"{shape[0]}x{shape[1]}" for shape in (pixels.shape, out.shape))
             raise ChangedError(f"{found} pixels, but image_size in dataset.json is {wanted}; index the data again")
         out[:] = pixels
+
+    def _decode(self, sample: Sample, shrink: int) -> Pixels:
+        """See `decode`. The pixels stay until the next call, and for a copy of the same sample (data.aug_repeats)."""
+        if self.decoded is None or self.decoded[:2] != (sample, shrink):
+            self.decoded = None  # its pixels lie in the same memory
+            self.decoded = sample, shrink, decode(sample, shrink, self.memory)
+        return self.decoded[2]
 
     def _read(self, place: int) -> Sample | ValueError:
         """The stored sample, or why its label is unreadable."""
@@ -120,16 +128,16 @@ class Reader:
 
 def decode_crop(
     sample: Sample, stored: tuple[int, int], box: Sequence[float], flip: bool, out: Pixels,
-    memory: bytearray | None = None,
+    decode: Callable[[Sample, int], Pixels],
 ) -> None:  # fmt: skip
-    """Decode an image of `stored` height and width, and crop it to `box`, top, left, height, width in its pixels: see
-    `crop`. ``memory``: see `decode`.
+    """Decode an image of `stored` height and width by `decode` (sample, shrink), and crop it to `box`, top, left,
+    height, width in its pixels: see `crop`.
 
     A JPEG whose box has at least twice the pixels a side of `out` is decoded at a half, quarter or eighth of its size,
     such that the box still has those of `out`. Raises ValueError when the image cannot be decoded.
     """
     shrink = next((shrink for shrink in SHRINKS if min(box[2:]) >= shrink * len(out)), 1)
-    pixels = decode(sample, shrink, memory)
+    pixels = decode(sample, shrink)
     crop(pixels, box if pixels.shape[:2] == stored else [value / shrink for value in box], flip, out)
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Int16
 
-Pixels = UInt8[np.ndarray, "h w 3"]
+from mae_dist.data.decode import Pixels
+
 Colour = tuple[int, int, int]
 
 

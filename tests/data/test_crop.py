@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 from shared_types import Tars
 
+from mae_dist import schema
 from mae_dist.data.crop import Reader, Rows, crop, decode_crop
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.index import Sample
+from mae_dist.data.views import View
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -79,11 +82,13 @@ def test_decode_leaves_huge_jpegs_to_the_limits_of_pillow(monkeypatch: pytest.Mo
         decode(SAMPLES["420"])
 
 
-def cropped(image: Sample | np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+def cropped(
+    image: Sample | np.ndarray, box: np.ndarray, flip: bool, size: int, decode: Callable[..., np.ndarray] = decode
+) -> np.ndarray:
     """The crop as a new array; of a stored image by way of `decode_crop`."""
     out = np.zeros((size, size, 3), dtype=np.uint8)
     if isinstance(image, Sample):
-        decode_crop(image, stored_size(image) or (0, 0), box.tolist(), flip, out)
+        decode_crop(image, stored_size(image) or (0, 0), box.tolist(), flip, out, decode)
     else:
         crop(image, box.tolist(), flip, out)
     return out
@@ -114,21 +119,18 @@ def test_crop_agrees_with_pillow(size: int) -> None:
 
 
 @pytest.mark.parametrize(("side", "shrink"), [(127, 1), (128, 2), (300, 4), (513, 8)])
-def test_crop_decodes_at_a_fraction_where_the_box_is_large(
-    side: int, shrink: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crop_decodes_at_a_fraction_where_the_box_is_large(side: int, shrink: int) -> None:
     asked: list[int] = []
 
-    def noted(sample: Sample, shrink: int, memory: bytearray | None) -> np.ndarray:
+    def noted(sample: Sample, shrink: int) -> np.ndarray:
         asked.append(shrink)
-        return decode(sample, shrink, memory)
+        return decode(sample, shrink)
 
-    monkeypatch.setattr("mae_dist.data.crop.decode", noted)
     for seed, odd in ((0, 0), (1, 1)):
         sample = stored("jpg", photo(700 + odd, 901, seed))
         for top, left in ((0, 0), (31, 77), (187 + odd, 901 - side)):
             box = np.array([top, left, side, side], dtype=float)
-            found = cropped(sample, box, False, 64)
+            found = cropped(sample, box, False, 64, noted)
             assert difference(found, by_pillow(sample, box, False, 64)) <= (0.5 if shrink == 1 else 2.0)
     assert set(asked) == {shrink}
 
@@ -156,3 +158,27 @@ def test_reader_raises_for_a_shard_without_readable_samples(tars: Tars) -> None:
     rows = Rows(np.empty((1, 32, 32, 3), np.uint8), np.empty(1, np.int64), np.empty(1, np.bool_))
     with pytest.raises(ValueError, match=r"s0003\.png in x-1\.tar: no sample of this tar can be read"):
         Reader(tars([2, 3], broken={2, 3, 4}), None).fill(np.zeros(1, np.int64), np.array([3]), rows)
+
+
+def test_reader_decodes_copies_of_a_sample_once_and_crops_each(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples 4 and 5 three times each, as repeated augmentation has them, and 2 copies of a broken one."""
+    view = View(schema.ViewConfig(), 24, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), seed=3, training=True)
+    reader = Reader(tars([3, 6], extension="jpg", size=None, broken={6}), view)
+    ids, epochs = np.array([4, 5, 4, 5, 4, 5, 6, 6]), np.array([0, 0, 1, 1, 2, 2, 0, 1])
+    alone = [Rows(np.empty((1, 24, 24, 3), np.uint8), np.empty(1, np.int64), np.empty(1, np.bool_)) for _ in ids]
+    for i, row in enumerate(alone):
+        reader.fill(epochs[i : i + 1], ids[i : i + 1], row)
+    decoded: list[str] = []
+
+    def noted(sample: Sample, shrink: int, memory: bytearray) -> np.ndarray:
+        decoded.append(sample.key)
+        return decode(sample, shrink, memory)
+
+    monkeypatch.setattr("mae_dist.data.crop.decode", noted)
+    rows = Rows(np.empty((8, 24, 24, 3), np.uint8), np.empty(8, np.int64), np.empty(8, np.bool_))
+    reader.fill(epochs, ids, rows)
+    for found, expected in zip(rows, zip(*alone, strict=True), strict=True):
+        assert np.array_equal(found, np.concatenate(expected))
+    assert len({image.tobytes() for image in rows.images}) == 8
+    assert rows.bad.tolist() == [False] * 6 + [True] * 2
+    assert [key for key in decoded if key != "s0006"] == ["s0004", "s0005", "s0007"]
