@@ -97,7 +97,7 @@ def color_jitter(
     """
     low = max(0.0, 1 - strength)
     draws = rng.uniform(seed, rng.Purpose.COLOR_JITTER, epochs, ids, 6)
-    order = draws[:, 3:].argsort(1)
+    order = draws[:, 3:].argsort(1, kind="stable")
     factors = np.take_along_axis(low + draws[:, :3] * (1 + strength - low), order, 1)
     images = images.contiguous()  # channel by channel, which is faster here
     for step in range(3):
