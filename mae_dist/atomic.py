@@ -1,12 +1,15 @@
-"""Writing a file or a folder whole or not at all: the one place that knows how. Imports no torch."""
+"""Writing a file or a folder whole or not at all, and by one process at a time. Imports no torch."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -30,3 +33,14 @@ def replacing(target: Path) -> Iterator[Path]:
 def leftovers(folder: Path, suffix: str) -> Iterator[Path]:
     """Hidden paths of `replacing` in a folder, for targets with this suffix; those of living processes, too."""
     return folder.glob(f".*-*{suffix}")
+
+
+def try_lock(stream: IO[Any]) -> bool:
+    """Lock a file for this process, which its children do not inherit. True where that was possible, and where the file
+    system has no locks; False where another process has it locked.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True

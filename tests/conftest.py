@@ -20,7 +20,8 @@ install_import_hook(
 from shared_types import Tars  # noqa: E402
 
 from mae_dist.data import index  # noqa: E402
-from mae_dist.data.pack import from_synthetic, pack  # noqa: E402
+from mae_dist.data.pack import pack  # noqa: E402
+from mae_dist.data.sources import from_synthetic  # noqa: E402
 
 torch.set_num_threads(1)
 

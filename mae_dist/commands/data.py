@@ -1,7 +1,6 @@
 """`mae-dist data {pack,index,show}`: pack sources into tars, index existing tars, show a data set.
 
-Each action ends by printing what it wrote, where, and the next command. The work is done in `data.pack` and
-`data.index`. Imports no torch.
+Each action ends by printing what it wrote, where, and the next command. Packing is in `data_pack`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ import argparse
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mae_dist import image_grid
 from mae_dist.cli import Parser
+from mae_dist.commands import data_pack
+from mae_dist.commands.data_output import facts, print_splits, progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import decode, stored_size
-from mae_dist.data.pack import ProgressCallback, Source, from_cifar100, from_folder, from_synthetic, pack
+from mae_dist.data.pack import ProgressCallback
 
 NUM_SIZES = 2000
 """Number of images of a split whose size `show` reads (evenly spaced)."""
@@ -42,30 +39,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="mae-dist data", description="Pack, index and show data sets of ordinary tars.")
     actions = parser.add_subparsers(required=True, metavar="{pack,index,show}")
-
-    packing = actions.add_parser("pack", help="pack a source into tars with indexes and a dataset.json")
-    kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,synthetic}")
-    cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or another archive in the layout of its python version")
-    cifar100.add_argument("--source", type=Path, help="cifar-100-python.tar.gz (default: download it)")
-    cifar100.set_defaults(run=_pack_cifar100)
-    folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet) or SOURCE/CLASS/")
-    folder.add_argument("--source", type=Path, required=True, help="the folder of images")
-    folder.add_argument(
-        "--test-share",
-        type=float,
-        default=0.0,
-        help="share of the images to hold out as split test, if SOURCE has no splits (default 0)",
-    )
-    folder.set_defaults(run=_pack_folder)
-    synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
-    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
-    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
-    synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
-    synthetic.set_defaults(run=_pack_synthetic)
-    for kind in (cifar100, folder, synthetic):
-        kind.add_argument("--out", type=Path, required=True, help="the folder to make")
-        kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
-
+    data_pack.add_parser(actions)
     indexing = actions.add_parser("index", help="index existing tars")
     indexing.add_argument("tars", nargs="+", metavar="GLOB", help="tars, for example 'data/train-*.tar'")
     indexing.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
@@ -78,67 +52,6 @@ def _parser() -> Parser:
     showing.add_argument("--out", type=Path, help="file of the sheet (default: DIR/sheet-SPLIT.png)")
     showing.set_defaults(run=_show)
     return parser
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A ProgressCallback that draws progress bars on stderr if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        tasks = {}
-
-        def tick(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done)
-
-        yield tick
-
-
-def _pack_cifar100(arguments: argparse.Namespace) -> None:
-    with _progress() as tick:
-        _pack(from_cifar100(arguments.source, tick), arguments, tick)
-
-
-def _pack_folder(arguments: argparse.Namespace) -> None:
-    with _progress() as tick:
-        _pack(from_folder(arguments.source, arguments.test_share), arguments, tick)
-
-
-def _pack_synthetic(arguments: argparse.Namespace) -> None:
-    with _progress() as tick:
-        _pack(from_synthetic(arguments.train, arguments.test, arguments.seed), arguments, tick)
-
-
-def _pack(source: Source, arguments: argparse.Namespace, tick: ProgressCallback) -> None:
-    dataset = pack(source, arguments.out, arguments.shard_size, tick)
-    _report(dataset, arguments.out)
-
-
-def _report(dataset: index.Dataset, folder: Path) -> None:
-    print(f"wrote {folder}/{index.FILE}: {dataset.name}, {_facts(dataset)}")
-    _print_splits(dataset)
-    print(f"next: mae-dist data show {folder}")
-    print(f"      mae-dist pretrain CONFIG.yaml data.path={folder}")
-
-
-def _facts(dataset: index.Dataset) -> str:
-    facts = ["no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"]
-    if dataset.image_size is not None:
-        facts.append("{1} x {0} pixels".format(*dataset.image_size))
-    if dataset.mean is not None and dataset.std is not None:
-        facts.append("mean {:.4f} {:.4f} {:.4f}".format(*dataset.mean))
-        facts.append("std {:.4f} {:.4f} {:.4f}".format(*dataset.std))
-    return ", ".join(facts)
-
-
-def _print_splits(dataset: index.Dataset) -> None:
-    for split, shards in dataset.splits.items():
-        samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
-        size = sum(shard.num_bytes for shard in shards) / 1e6
-        unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""
-        print(f"  {split:8s} {samples:9,d} images in {len(shards)} tars, {size:,.1f} MB{unlabelled}")
 
 
 def _index(arguments: argparse.Namespace) -> None:
@@ -155,12 +68,12 @@ def _index(arguments: argparse.Namespace) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
-        with _progress() as tick:
+        with progress() as tick:
             dataset = _merge(before, arguments.split, tars, folder, tick)
         dataset.save(folder)
     except PermissionError as error:
         raise ValueError(f"{folder}: cannot be written; pass --out DIR for the index") from error
-    _report(dataset, folder)
+    report(dataset, folder)
 
 
 def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, tick: ProgressCallback) -> index.Dataset:
@@ -206,7 +119,7 @@ def _show(arguments: argparse.Namespace) -> None:
     dataset = index.Dataset.load(arguments.folder)
     split = arguments.split or ("train" if "train" in dataset.splits else next(iter(dataset.splits), "train"))
     data = index.open_split(str(arguments.folder), split)
-    with _progress() as tick:
+    with progress() as tick:
         labels = np.empty(len(data), dtype=np.int64)
         for sample in range(len(data)):
             labels[sample] = data.label(sample)
@@ -216,8 +129,8 @@ def _show(arguments: argparse.Namespace) -> None:
         for number, sample in enumerate(chosen):
             sizes[stored_size(data.read(int(sample)))] += 1
             tick("sizes", number + 1, len(chosen))
-    print(f"{arguments.folder}: {dataset.name}, {_facts(dataset)}")
-    _print_splits(dataset)
+    print(f"{arguments.folder}: {dataset.name}, {facts(dataset)}")
+    print_splits(dataset)
     _print_classes(split, labels, dataset.classes)
     _print_sizes(split, sizes, len(chosen))
     target = arguments.out

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -286,6 +287,11 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
         work.write_text("\n".join(lines) + "\n")
     found = np.array([labels.get(key, -1) for key in kept], dtype=np.int64)
     return Shard(tar.name, len(kept), int((found >= 0).sum()), size, _sha256(tar)), found
+
+
+def other_members(index: Path) -> Counter[str]:
+    """How many members of a tar are neither image nor label, by extension, from its index."""
+    return Counter(extension for members in _rows(index) for extension in members.keys() - {_image_of(members), LABEL})
 
 
 def _label(tar: Path, member: tarfile.TarInfo, archive: tarfile.TarFile) -> int:

@@ -1,38 +1,41 @@
-"""Pack CIFAR-100, class folders or the synthetic set into webdataset tars with indexes and a dataset.json.
+"""Pack pictures into webdataset tars with indexes and a dataset.json: the same bytes on each machine and each time.
 
-Equal input gives equal bytes, and the folder is written atomically. cifar100 and synthetic are written in their own
-order; class folders are permuted in a fixed way, so that shards are not sorted by class.
+The tars are written into a hidden folder beside the target, which they reach by one rename at the end. A stopped
+packing goes on behind the last finished tar; any number of worker processes gives the same bytes.
 
-Knows no model and no view; progress is reported to a `ProgressCallback`. Imports no torch; webdataset, which does, is
-imported when the first shard is written.
+Where the pictures are from: `sources`. Knows no model and no view. Imports no torch.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import logging
 import os
+import platform
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import PIL
 
-from mae_dist import rng
-from mae_dist.atomic import replacing
-from mae_dist.data import cifar, index, synthetic
+from mae_dist.atomic import replacing, try_lock
+from mae_dist.data import index
+from mae_dist.data.decode import decode
+from mae_dist.data.ordered_map import ordered_map
+from mae_dist.data.reencode import Encoding
+from mae_dist.data.shard_writer import ShardWriter
+from mae_dist.data.tally import Tally
+from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
-FOLDER_IMAGES = ("jpg", "jpeg", "png", "webp")
-MEASURED = 10_000
-"""Images of a class folder from which mean and std are computed (evenly spaced; all if there are fewer)."""
 MAX_BAD = 0.01
-"""Largest share of unreadable images in a split of a packed folder."""
-PACK_EPOCH = 2**32 - 1
-"""Epoch of the random draws that permute class folders; no run reaches it."""
+"""Largest share of unreadable images in a split."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as (what is being done, number done, total number)."""
@@ -44,276 +47,228 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image to be packed.
+    """One image file to be packed.
 
-    ``content`` is the encoded file and ``extension`` its format (lower case, no dot); ``size`` is (height, width);
-    ``pixels`` is uint8 (height, width, 3) if the image counts for mean and std; ``name`` is its file's name, or empty.
+    ``extension`` is its format (lower case, no dot), ``content`` its bytes, ``label`` its class (-1: none). ``name`` is
+    the end of its key, which begins with split and number; ``key`` is the whole key, if it is not empty. ``origin``
+    names it in messages. Pictures of different ``group`` are never in one tar.
     """
 
     extension: str
     content: bytes
     label: int
-    size: tuple[int, int]
-    pixels: np.ndarray | None = None
     name: str = ""
+    key: str = ""
+    origin: str = ""
+    group: int = 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to pack: name, class names, number of pictures per split, and a function that yields those of a split."""
+    """What to pack: name, class names (None: not known), number of pictures per split, and a function that yields the
+    pictures of a split that have these numbers (0 to the number of pictures - 1, a range).
+
+    ``fingerprint`` changes when the pictures do; without one a stopped packing starts from the beginning. ``mean`` and
+    ``std`` are those of the training split, if they are known, and ``num_classes`` may be known where names are not.
+    ``chunk`` is the number of pictures that are asked for at once.
+    """
 
     name: str
-    classes: list[str]
+    classes: list[str] | None
     counts: dict[str, int]
-    pictures: Callable[[str], Iterator[Picture]]
+    pictures: Callable[[str, range], Iterable[Picture]]
+    fingerprint: str = ""
+    num_classes: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    chunk: int = 16
 
 
-def pack(source: Source, out: Path, shard_size: int = 5000, tick: ProgressCallback = no_progress) -> index.Dataset:
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` has written: the content of dataset.json, and the sums over all pictures of all splits."""
+
+    dataset: index.Dataset
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture as it will be stored; with an `error` it is unreadable and left out."""
+
+    picture: Picture
+    tally: Tally
+    error: str = ""
+
+
+def pack(
+    source: Source,
+    out: Path,
+    shard_size: int | None = 5000,
+    encoding: Encoding = Encoding(),  # noqa: B008
+    workers: int = 1,
+    tick: ProgressCallback = no_progress,
+) -> Packed:
     """Write `source` as a data set into the new folder `out`: {split}-000000.tar and .idx, ..., and dataset.json.
 
-    Members are named {split}_{number}[-{name}].{extension} and .cls, at most `shard_size` samples a tar (fewer when a
-    tar reaches 3 GB). Raises ValueError when `out` has files in it or cannot be written, and what `source` raises. A
-    process that is killed may leave a hidden folder .NAME.PID beside `out`, never a part of `out`.
+    Members are named {split}_{number}[-{name}].{extension} and .cls, or by the picture's key; at most `shard_size`
+    samples a tar (None: any number), fewer when a tar reaches 3 GB or a new group begins. Each image is decoded once;
+    unreadable ones are logged and left out, up to MAX_BAD of a split.
+
+    A process that is stopped or killed leaves the hidden folder .NAME.packing beside `out`, and the same call goes on
+    from there. Raises ValueError when `out` has files in it or cannot be written, another process is packing into it,
+    the hidden folder is of a packing with other options, or too many images are unreadable; MachineFault when the disk
+    is full or a worker is killed; and what `source` raises.
     """
     out = Path(os.path.abspath(out))
+    if shard_size is not None and shard_size < 1:
+        raise ValueError(f"--shard-size {shard_size}: must be 1 or more samples")
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: must be 1 or more processes")
+    _check_new(out)
+    work = out.with_name(f".{out.name}.packing")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with _locked(work, out):
+            _check_new(out)  # another process may have made it meanwhile
+            _begin(work, source, shard_size, encoding)
+            try:
+                packed = _write(source, work, shard_size, encoding, workers, tick)
+            except ValueError:  # the user changes the source, so nothing of this can be kept
+                shutil.rmtree(work)
+                raise
+            os.replace(work / "data", out)
+            shutil.rmtree(work)
+        return packed
+    except OSError as error:
+        reason = error.strerror or error
+        raise from_os_error(error, f"--out {out}: cannot be written ({reason}); the same command continues") from error
+
+
+def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
-    if shard_size < 1:
-        raise ValueError(f"--shard-size {shard_size}: must be 1 or more samples")
-    try:
-        with replacing(out) as work:
-            work.mkdir(parents=True)
-            return _write(source, work, shard_size, tick)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written ({error.strerror or error})") from error
 
 
-def _write(source: Source, folder: Path, shard_size: int, tick: ProgressCallback) -> index.Dataset:
-    from webdataset.writer import ShardWriter
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of the hidden folder, which the kernel releases when this process ends."""
+    with (work / "lock").open("a+") as lock:
+        if not try_lock(lock):
+            lock.seek(0)
+            raise ValueError(f"--out {out}: {lock.read().strip() or 'another process'} is packing into it; wait for it")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
 
+
+def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encoding) -> None:
+    """Note what is packed, or, where a packing has been begun, check that it is of the same source and options."""
+    plan = {
+        "source": [source.name, source.fingerprint, source.counts],
+        "--shard-size": shard_size,
+        "--short-side": encoding.short_side,
+        "--format": encoding.format,
+        "--quality": encoding.quality,
+        "version of Pillow": PIL.__version__,
+    }
+    file = work / "plan.json"
+    if file.is_file() and source.fingerprint:
+        before = json.loads(file.read_text())
+        if changed := [name for name in plan if plan[name] != before.get(name)]:
+            raise ValueError(
+                f"{work}: holds a packing that was begun with another {' and another '.join(changed)}; "
+                f"finish it with the command that began it, or remove this folder"
+            )
+        (work / "data").mkdir(exist_ok=True)  # a process killed at its very end has renamed it
+        return
+    for name in ("data", "finished"):
+        shutil.rmtree(work / name, ignore_errors=True)
+        (work / name).mkdir()
+    with replacing(file) as new:
+        new.write_text(json.dumps(plan))
+
+
+def _write(
+    source: Source, work: Path, shard_size: int | None, encoding: Encoding, workers: int, tick: ProgressCallback
+) -> Packed:
     splits: dict[str, list[index.Shard]] = {}
-    sizes: set[tuple[int, int]] = set()
-    moments: dict[str, _Moments] = {}
+    tallies: dict[str, Tally] = {}
     for split, total in source.counts.items():
-        tars: list[str] = []
-        moments[split] = _Moments()
-        writer = ShardWriter(
-            f"{folder}/{split}-".replace("%", "%%") + "%06d.tar",
-            maxcount=shard_size, post=tars.append, verbose=0,
-            encoder=False, compress=False, mtime=0, user="root", group="root",
-        )  # fmt: skip
-        try:
-            for number, picture in enumerate(source.pictures(split)):
-                key = f"{split}_{number:06d}" + (f"-{_safe(picture.name)}" if picture.name else "")
-                label = str(picture.label).encode()
-                writer.write({"__key__": key, picture.extension: picture.content, index.LABEL: label})
-                sizes.add(picture.size)
-                if picture.pixels is not None:
-                    moments[split].add(picture.pixels)
-                tick(f"pack {split}", number + 1, total)
-        finally:
-            writer.close()
-        splits[split] = []
-        for number, tar in enumerate(map(Path, tars)):
-            splits[split].append(index.build(tar, tar.with_suffix(".idx"))[0])
-            tick(f"index {split}", number + 1, len(tars))
-    measured = moments.get("train")
+        with ShardWriter(work, split, shard_size) as writer:
+            _fill(writer, source, split, encoding, workers, tick)
+        splits[split] = [finished.shard for finished in writer.finished]
+        tallies[split] = sum((finished.tally for finished in writer.finished), Tally())
+        if bad := tallies[split].num_bad:
+            log.warning("split %s: %d of %d images unreadable and left out", split, bad, total)
+    every = sum(tallies.values(), Tally())
+    train = tallies.get("train", Tally())
+    known = source.mean is not None and not train.num_encoded
+    num_classes = len(source.classes) if source.classes is not None else source.num_classes
     dataset = index.Dataset(
         name=source.name,
         splits=splits,
-        num_classes=len(source.classes),
+        num_classes=every.top_label + 1 or None if num_classes is None else num_classes,
         classes=source.classes,
-        image_size=sizes.pop() if len(sizes) == 1 else None,
-        mean=measured.mean() if measured else None,
-        std=measured.std() if measured else None,
+        image_size=every.common_size,
+        mean=source.mean if known else train.mean,
+        std=source.std if known else train.std,
     )
-    dataset.save(folder)
-    return dataset
+    dataset.save(work / "data")
+    return Packed(dataset, every)
 
 
-class _Moments:
-    """Mean and standard deviation of each channel over all pixels, exact because the sums are of integers."""
+def _fill(
+    writer: ShardWriter, source: Source, split: str, encoding: Encoding, workers: int, tick: ProgressCallback
+) -> None:
+    first, total = writer.end, source.counts[split]
+    chunks = [range(start, min(start + source.chunk, total)) for start in range(first, total, source.chunk)]
+    prepare = partial(_prepare, source, encoding, split)
+    with closing(ordered_map(prepare, chunks, min(workers, len(chunks)))) as prepared:
+        for number, item in enumerate(prepared, first):
+            picture = item.picture
+            if item.error:
+                writer.leave_out(item.tally)
+                _check_bad(writer.num_bad, total, split, picture.origin or f"image {number}", item.error)
+            else:
+                name = f"-{safe_name(picture.name)}" if picture.name else ""
+                members = {picture.extension: picture.content}
+                if picture.label >= 0:
+                    members[index.LABEL] = str(picture.label).encode()
+                key = picture.key or f"{split}_{writer.num_samples:06d}{name}"
+                writer.write(number, picture.group, key, members, item.tally)
+            tick(f"pack {split}", number + 1, total)
+    writer.finish(total)
 
-    def __init__(self) -> None:
-        self.num_pixels, self.sums, self.squares = 0, [0, 0, 0], [0, 0, 0]
 
-    def add(self, pixels: np.ndarray) -> None:
-        values = pixels.reshape(-1, 3).astype(np.int64)
-        self.num_pixels += len(values)
-        self.sums = [total + int(v) for total, v in zip(self.sums, values.sum(0), strict=True)]
-        self.squares = [total + int(v) for total, v in zip(self.squares, (values**2).sum(0), strict=True)]
+def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> Iterator[_Prepared]:
+    """Decode pictures, and encode them anew where that is wanted; runs in worker processes."""
+    for _, picture in zip(numbers, source.pictures(split, numbers), strict=True):
+        try:
+            sample = index.Sample(picture.key, picture.extension, picture.content, picture.label)
+            before = np.asarray(decode(sample))
+            extension, content, pixels = encoding.store(picture.extension, picture.content, before)
+        except ValueError as error:
+            yield _Prepared(replace(picture, content=b""), Tally(num_bad=1), str(error))
+            continue
+        tally = Tally.of(
+            pixels, picture.label, source_bytes=len(picture.content), stored_bytes=len(content),
+            num_resized=int(pixels is not before), num_encoded=int(content is not picture.content),
+        )  # fmt: skip
+        yield _Prepared(replace(picture, extension=extension, content=content), tally)
 
-    def mean(self) -> tuple[float, float, float]:
-        red, green, blue = (total / self.num_pixels / 255 for total in self.sums)
-        return red, green, blue
 
-    def std(self) -> tuple[float, float, float]:
-        n = self.num_pixels
-        red, green, blue = (
-            (n * square - total**2) ** 0.5 / n / 255 for total, square in zip(self.sums, self.squares, strict=True)
+def _check_bad(num_bad: int, total: int, split: str, origin: str, error: str) -> None:
+    """Log an unreadable picture. Raises ValueError when there are too many."""
+    log.warning("%s: unreadable, left out (%s)", origin, error)
+    if num_bad > MAX_BAD * total:
+        raise ValueError(
+            f"{origin}: unreadable, as are {num_bad - 1} others of the {total} images of split {split!r}; "
+            f"more than {MAX_BAD:.0%} is too many: repair or remove them (they are logged)"
         )
-        return red, green, blue
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """Make `name` usable in a key: ASCII letters, digits, _ and - only, at most 60 characters for the tar header."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _from_array(pixels: np.ndarray, label: int) -> Picture:
-    height, width, _ = pixels.shape
-    return Picture("png", _png(pixels), label, (height, width), pixels)
-
-
-# --- the synthetic set
-
-
-def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
-    """The procedural set of `data.synthetic`, whose test pictures have parameters that training pictures never have."""
-    counts = {"train": num_train, "test": num_test}
-    for split, count in counts.items():
-        if count < 1:
-            raise ValueError(f"--{split} {count}: must be 1 or more images")
-
-    def pictures(split: str) -> Iterator[Picture]:
-        for first in range(0, counts[split], 250):
-            ids = np.arange(first, min(first + 250, counts[split]))
-            images, labels = synthetic.draw(seed, split, ids)
-            for pixels, label in zip(images, labels, strict=True):
-                yield _from_array(pixels, int(label))
-
-    return Source("synthetic", list(synthetic.CLASSES), counts, pictures)
-
-
-# --- CIFAR-100's archive
-
-
-def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progress) -> Source:
-    """CIFAR-100, or any archive in its layout, in the archive's order and with fine labels only.
-
-    Without `archive` the official file is downloaded. Raises ValueError as `cifar.read` and `cifar.download` do.
-    """
-    if archive is None:
-        archive = cifar.download(lambda done, total: tick("download CIFAR-100", done, total))
-    content = cifar.read(archive)
-
-    def pictures(split: str) -> Iterator[Picture]:
-        for pixels, label in zip(*content.splits[split], strict=True):
-            yield _from_array(pixels, int(label))
-
-    counts = {split: len(labels) for split, (_, labels) in content.splits.items()}
-    return Source(content.name, content.classes, counts, pictures)
-
-
-# --- class folders
-
-
-def from_folder(folder: Path, test_share: float = 0.0) -> Source:
-    """Images in folder/SPLIT/CLASS/* (ImageNet's layout) or folder/CLASS/*, bytes unchanged, classes sorted by name.
-
-    Splits `val` and `validation` are stored as `test`. Without splits everything is `train`, or a `test_share` of it
-    (0..1) is held out as `test`. Every image is decoded once; unreadable ones are logged and left out, up to MAX_BAD of
-    a split. Mean and std are over all pixels of at most MEASURED evenly spaced training images. Raises ValueError when
-    there are no images, or too many unreadable ones.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--source {folder}: no such folder")
-    if not 0 <= test_share < 1:
-        raise ValueError(f"--test-share {test_share:g}: must be at least 0 and less than 1, for example 0.1")
-    children = _folders(folder)
-    with_splits = any(_folders(child) for child in children)
-    if with_splits and test_share:
-        raise ValueError(
-            f"--test-share {test_share:g}: {folder} has splits of its own ({children[0].name}, ...); leave it out"
-        )
-    found = {_split_name(child): _files_of_classes(child) for child in children} if with_splits else {
-        "train": _files_of_classes(folder)
-    }  # fmt: skip
-    if with_splits and len(found) < len(children):
-        raise ValueError(
-            f"--source {folder}: two of its folders would be the split 'test'; keep one of val, validation, test"
-        )
-    classes = sorted({name for files in found.values() for name, _ in files})
-    labels = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[tuple[int, Path]]] = {}
-    for split, files in sorted(found.items(), reverse=True):  # train before test
-        if not files:
-            where = "DIR/CLASS/*" if not with_splits else f"DIR/{split}/CLASS/*"
-            raise ValueError(
-                f"--source {folder}: no images of split {split!r}; expected {where} with .{', .'.join(FOLDER_IMAGES)}"
-            )
-        absent = set(classes) - {name for name, _ in files}
-        if absent:
-            log.warning("%s: split %s has no image of %d classes, %s first", folder, split, len(absent), min(absent))
-        splits[split] = [(labels[files[i][0]], files[i][1]) for i in _permutation(len(files))]
-    if test_share:
-        held_out = round(test_share * len(splits["train"]))
-        if not 0 < held_out < len(splits["train"]):
-            raise ValueError(f"--test-share {test_share:g}: leaves a split of {len(splits['train'])} images empty")
-        splits = {"train": splits["train"][held_out:], "test": splits["train"][:held_out]}
-
-    def pictures(split: str) -> Iterator[Picture]:
-        return _decodable(split, splits[split])
-
-    name = folder.resolve().name
-    return Source(name, classes, {split: len(files) for split, files in splits.items()}, pictures)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _split_name(folder: Path) -> str:
-    return "test" if folder.name in ("val", "validation") else _safe(folder.name)
-
-
-def _files_of_classes(folder: Path) -> list[tuple[str, Path]]:
-    """(class, file) of folder/CLASS/*, sorted by both names; links are followed."""
-    files: list[tuple[str, Path]] = []
-    for child in _folders(folder):
-        found = sorted(f for f in child.iterdir() if not f.name.startswith(".") and f.is_file())
-        images = [f for f in found if f.suffix[1:].lower() in FOLDER_IMAGES]
-        if len(images) < len(found):
-            log.warning(
-                "%s: %d files are no .%s and are left out", child, len(found) - len(images), ", .".join(FOLDER_IMAGES)
-            )
-        files += [(child.name, image) for image in images]
-    return files
-
-
-def _permutation(count: int) -> np.ndarray:
-    words = rng.bits(0, rng.Purpose.SAMPLES, PACK_EPOCH, np.arange(count), 2)
-    return np.lexsort((words[:, 1], words[:, 0]))
-
-
-def _decodable(split: str, files: list[tuple[int, Path]]) -> Iterator[Picture]:
-    stride = max(1, -(-len(files) // MEASURED))
-    bad = 0
-    for number, (label, file) in enumerate(files):
-        try:
-            content = file.read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                size = (image.height, image.width)
-                measured = split == "train" and number % stride == 0
-                if not measured:
-                    image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but at an eighth of the size
-                pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            bad += 1
-            log.warning("%s: unreadable, left out (%s)", file, error)
-            if bad > MAX_BAD * len(files):
-                raise ValueError(
-                    f"{file}: unreadable, as are {bad - 1} others of the {len(files)} images of split {split!r}; "
-                    f"more than {MAX_BAD:.0%} is too many: repair or remove them (they are logged)"
-                ) from error
-            continue
-        extension = file.suffix[1:].lower()
-        yield Picture(extension, content, label, size, pixels if measured else None, file.stem)
-    if bad:
-        log.warning("split %s: %d of %d images unreadable and left out", split, bad, len(files))

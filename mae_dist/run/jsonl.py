@@ -7,8 +7,6 @@ resume at step 10^6 takes no longer than one at step 10.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import mmap
 import os
@@ -18,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mae_dist.atomic import replacing
+from mae_dist.atomic import replacing, try_lock
 
 Record = dict[str, Any]
 
@@ -109,17 +107,6 @@ def _lock(stream: IO[bytes]) -> None:
         if try_lock(stream):
             return
         time.sleep(0.01)
-
-
-def try_lock(stream: IO[Any]) -> bool:
-    """Lock a file for this process, which its children do not inherit. True where that was possible, and where the file
-    system has no locks; False where another process has it locked.
-    """
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
 
 
 def cut_after(path: Path, step: int) -> None:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from mae_dist.atomic import try_lock
 from mae_dist.errors import from_os_error
-from mae_dist.run.jsonl import try_lock
 from mae_dist.run.layout import LOCK
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from mae_dist import config as configuration
 from mae_dist import errors
 from mae_dist.cli import Parser
 from mae_dist.data.index import Dataset
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.verify import chaos_table, compare, inject_nan
 from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS, Fault, Target

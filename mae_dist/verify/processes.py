@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae_dist.data.index import FILE
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.run import jsonl
 
 TAIL = 4096

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from fake_slurm import command
 
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 
 
 @pytest.fixture

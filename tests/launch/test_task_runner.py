@@ -15,7 +15,8 @@ import pytest
 
 from launch.slurm_task import SCRIPT_SETUP
 from launch.task_runner import requeue_marker, script_end, should_requeue
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.run import events, jobs
 from mae_dist.verify import processes
 

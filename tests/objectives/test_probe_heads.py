@@ -24,7 +24,8 @@ from mae_dist.batch import Batch
 from mae_dist.data.features import Features
 from mae_dist.data.index import open_split
 from mae_dist.data.loader import InMemorySource
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.data.views import View
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.layers import initialise

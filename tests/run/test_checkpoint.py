@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mae_dist import evaluate, optim, schema, train
 from mae_dist.__main__ import main
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.errors import MachineFault
 from mae_dist.run import async_checkpoint, checkpoint, directory
 from mae_dist.run.directory import RunDir

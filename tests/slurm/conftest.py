@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 
 from .launching import NODES, ROOT, Launch, Launched
 

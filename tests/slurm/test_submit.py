@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import submit as program
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 
 from .launching import NODES, SETTINGS, Launch, Slurm, submit
 

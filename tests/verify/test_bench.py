@@ -7,7 +7,8 @@ import pytest
 from running import refused
 
 from mae_dist.__main__ import main
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.verify import benchmarks
 
 

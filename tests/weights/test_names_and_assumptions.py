@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from trained import MEAN, STD, Cli, as_model, classifier, identical, mae, official, run_config, run_state
 
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.run.directory import RunDir
 from mae_dist.weights import npz
 

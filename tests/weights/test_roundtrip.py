@@ -33,7 +33,8 @@ from trained import (
 
 from mae_dist import models, schema
 from mae_dist.commands import export_weights
-from mae_dist.data.pack import from_synthetic, pack
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 from mae_dist.objectives.classify import Probe
 from mae_dist.objectives.probe_heads import ProbeHeads
 from mae_dist.run.directory import RunDir

@@ -1,0 +1,59 @@
+"""What the actions of `mae-dist data` print: progress bars, and the facts of a data set. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mae_dist.data import index
+from mae_dist.data.pack import ProgressCallback
+
+
+@contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """A ProgressCallback that draws progress bars on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        tasks = {}
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done)
+
+        yield tick
+
+
+def report(dataset: index.Dataset, folder: Path, more: str = "") -> None:
+    """Print what was written, `more` lines about it, and the next command."""
+    print(f"wrote {folder}/{index.FILE}: {dataset.name}, {facts(dataset)}")
+    print_splits(dataset)
+    if more:
+        print(more)
+    print(f"next: mae-dist data show {folder}")
+    print(f"      mae-dist pretrain CONFIG.yaml data.path={folder}")
+
+
+def facts(dataset: index.Dataset) -> str:
+    """Classes, common size, mean and standard deviation of a data set, as far as they are known."""
+    known = ["no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"]
+    if dataset.image_size is not None:
+        known.append("{1} x {0} pixels".format(*dataset.image_size))
+    if dataset.mean is not None and dataset.std is not None:
+        known.append("mean {:.4f} {:.4f} {:.4f}".format(*dataset.mean))
+        known.append("std {:.4f} {:.4f} {:.4f}".format(*dataset.std))
+    return ", ".join(known)
+
+
+def print_splits(dataset: index.Dataset) -> None:
+    """Print a line a split: images, tars, size, and how many have no label."""
+    for split, shards in dataset.splits.items():
+        samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
+        size = sum(shard.num_bytes for shard in shards) / 1e6
+        unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""
+        print(f"  {split:8s} {samples:9,d} images in {len(shards)} tars, {size:,.1f} MB{unlabelled}")

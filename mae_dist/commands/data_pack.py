@@ -1,0 +1,117 @@
+"""`mae-dist data pack KIND`: pack a source into tars, and say what that costs in disk and brings in speed. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from mae_dist.commands.data_output import progress, report
+from mae_dist.data import index
+from mae_dist.data.decode import decode
+from mae_dist.data.pack import Packed, ProgressCallback, Source, pack
+from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
+from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
+
+NUM_TIMED = 200
+"""Number of images of the source and of the result whose reading is timed (evenly spaced)."""
+
+
+Open = Callable[[argparse.Namespace, ProgressCallback], Source]
+"""Makes the source from the arguments of its kind."""
+
+
+def add_parser(actions: argparse._SubParsersAction) -> None:
+    """Add `pack` and its kinds of sources to the actions of `mae-dist data`."""
+    packing = actions.add_parser("pack", help="pack a source into tars with indexes and a dataset.json")
+    kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,synthetic,tars}")
+    cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or another archive in the layout of its python version")
+    cifar100.add_argument("--source", type=Path, help="cifar-100-python.tar.gz (default: download it)")
+    _complete(cifar100, lambda given, tick: from_cifar100(given.source, tick))
+
+    folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet) or SOURCE/CLASS/")
+    folder.add_argument("--source", type=Path, required=True, help="the folder of images")
+    folder.add_argument(
+        "--test-share",
+        type=float,
+        default=0.0,
+        help="share of the images to hold out as split test, if SOURCE has no splits (default 0)",
+    )
+    _complete(folder, lambda given, _: from_folder(given.source, given.test_share), encodes=True)
+
+    synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
+    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
+    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
+    synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
+    _complete(synthetic, lambda given, _: from_synthetic(given.train, given.test, given.seed))
+
+    tars = kinds.add_parser("tars", help="indexed tars; keys, labels, splits and the order of samples are kept")
+    tars.add_argument(
+        "--source", required=True, metavar="DIR|GLOB", help="folder with a dataset.json, or 'DIR/a-*.tar'"
+    )
+    tars.add_argument("--split", help="name of the split of a GLOB (default: that in its dataset.json, or train)")
+    _complete(tars, lambda given, _: from_tars(given.source, given.split), sizes=False, encodes=True)
+
+
+def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, encodes: bool = False) -> None:
+    """Add what kinds of sources have in common, and how shards are cut and images encoded, where there is a choice."""
+    cores = len(os.sched_getaffinity(0))
+    kind.add_argument("--out", type=Path, required=True, help="the folder to make")
+    kind.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
+    kind.set_defaults(run=_pack, open=opener, shard_size=None, short_side=None, format=None, quality=None)
+    if sizes:
+        kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
+    if encodes:
+        kind.add_argument(
+            "--short-side", type=int, metavar="N", help="resize images whose shorter side exceeds N pixels"
+        )
+        kind.add_argument(
+            "--format", choices=FORMATS, help="format to store; default: jpg with --short-side, else as is"
+        )
+        kind.add_argument("--quality", type=int, metavar="Q", help=f"of jpg and webp, 1 to 100 (default {QUALITY})")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    encoding = Encoding(arguments.short_side, arguments.format, arguments.quality)
+    with progress() as tick:
+        source = arguments.open(arguments, tick)
+        packed = pack(source, arguments.out, arguments.shard_size, encoding, arguments.workers, tick)
+        gain = "" if encoding.keeps_bytes else _gain(source, packed, arguments.out, tick)
+    report(packed.dataset, arguments.out, gain)
+
+
+def _gain(source: Source, packed: Packed, folder: Path, tick: ProgressCallback) -> str:
+    """What other pixels or formats cost in disk and bring in speed, measured on NUM_TIMED images."""
+    tally, split = packed.tally, "train" if "train" in source.counts else next(iter(source.counts))
+    data = index.open_split(str(folder), split)
+    numbers = np.linspace(0, len(data) - 1, min(NUM_TIMED, len(data))).astype(int).tolist()
+    seconds = np.zeros(2)
+    for done, number in enumerate(numbers):
+        before = _seconds(lambda number=number: _sample(source, split, number))
+        seconds += (before, _seconds(lambda number=number: data.read(number)))
+        tick("measure", done + 1, len(numbers))
+    before, after = len(numbers) / seconds
+    return (
+        f"  {tally.num_encoded:,} of them encoded anew, {tally.num_resized:,} resized: "
+        f"{tally.source_bytes / 1e6:,.1f} MB of image files became {tally.stored_bytes / 1e6:,.1f} MB\n"
+        f"  reads {after / before:.1f}x as fast as the source: {before:,.0f} -> {after:,.0f} images/s on one core "
+        f"({len(numbers)} images read from memory and decoded, not cropped)"
+    )
+
+
+def _sample(source: Source, split: str, number: int) -> index.Sample:
+    (picture,) = source.pictures(split, range(number, number + 1))
+    return index.Sample(picture.key, picture.extension, picture.content, picture.label)
+
+
+def _seconds(read: Callable[[], index.Sample]) -> float:
+    """Seconds of this thread to read and decode a sample; it may be unreadable."""
+    start = time.thread_time()
+    with suppress(ValueError):
+        decode(read())
+    return time.thread_time() - start

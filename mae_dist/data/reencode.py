@@ -1,0 +1,97 @@
+"""How packed images are stored: as they are, or resized and encoded anew. Imports no torch.
+
+Why these choices. The filter is antialiased bicubic, the one of all crops (`views`), so a centre crop at the packed
+size needs no second resize and gives the official evaluation's pixels. JPEG has quality 90 and colours at half the
+resolution (4:2:0), as nearly all photographs have already: full resolution costs bytes and decoding time for detail
+that the next crop averages away.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("jpg", "webp", "npy")
+"""Formats that images can be encoded in: JPEG, lossy WebP, and raw pixels as NumPy's uint8 (height, width, 3)."""
+QUALITY = 90
+"""Quality of jpg and webp, 1 to 100, where none is given."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What packing does to image files; without any option their bytes are kept.
+
+    Images whose shorter side exceeds ``short_side`` pixels are resized to it; smaller ones are never enlarged.
+    ``format`` is one of FORMATS (jpg, if another option is given), ``quality`` that of jpg and webp. A file that has
+    this format already and needs no resize keeps its bytes, unless a quality is given. Raises ValueError for options
+    that make no sense.
+    """
+
+    short_side: int | None = None
+    format: str | None = None
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"--short-side {self.short_side}: must be 1 or more pixels, for example 256")
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"--format {self.format}: must be one of {', '.join(FORMATS)}")
+        if self.quality is None:
+            return
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality {self.quality}: must be 1 to 100, for example {QUALITY}")
+        if self.format == "npy":
+            raise ValueError(f"--quality {self.quality}: npy stores pixels without loss; leave --quality out")
+        if self.short_side is None and self.format is None:
+            raise ValueError(f"--quality {self.quality}: nothing is encoded anew; add --short-side N or --format jpg")
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether all files are stored as they are."""
+        return self.short_side is None and self.format is None
+
+    def store(self, extension: str, content: bytes, pixels: np.ndarray) -> tuple[str, bytes, np.ndarray]:
+        """Extension and content of the file to store for an image file and its `pixels`, uint8 (height, width, 3), and
+        the pixels that were encoded. Raises ValueError for an image that the format cannot hold.
+        """
+        if self.keeps_bytes:
+            return extension, content, pixels
+        target = self.format or "jpg"
+        pixels, before = _resized(pixels, self.short_side), pixels
+        if pixels is before and self.quality is None and _format_of(extension, content) == target:
+            return target, content, pixels
+        return target, _encoded(pixels, target, self.quality or QUALITY), pixels
+
+
+def _resized(pixels: np.ndarray, short_side: int | None) -> np.ndarray:
+    height, width, _ = pixels.shape
+    if short_side is None or min(height, width) <= short_side:
+        return pixels
+    size = (round(side * short_side / min(height, width)) for side in (width, height))
+    return np.asarray(Image.fromarray(pixels).resize(tuple(size), Image.Resampling.BICUBIC))
+
+
+def _format_of(extension: str, content: bytes) -> str:
+    """The format of a file by its first bytes, since a PNG may be named .jpg; npy by its extension, as in `decode`."""
+    if extension == "npy":
+        return "npy"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else ""
+
+
+def _encoded(pixels: np.ndarray, target: str, quality: int) -> bytes:
+    stream = io.BytesIO()
+    try:
+        if target == "npy":
+            np.lib.format.write_array(stream, np.ascontiguousarray(pixels), allow_pickle=False)
+        elif target == "jpg":
+            Image.fromarray(pixels).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
+        else:
+            Image.fromarray(pixels).save(stream, "WEBP", quality=quality)
+    except (ValueError, OSError) as error:  # Pillow raises either when an image is too large for the format
+        raise ValueError(f"cannot be stored as {target} ({error})") from error
+    return stream.getvalue()

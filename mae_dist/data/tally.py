@@ -1,0 +1,85 @@
+"""What packing sums over pictures: counts, bytes, sizes, labels and the moments of all pixels. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+NO_SIZE = (2**31, 2**31)
+"""A size that every picture's is smaller than."""
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over pictures. ``a + b`` is the tally of both; all are integers, so the order of a sum changes nothing.
+
+    ``num_bad`` counts unreadable pictures, which count nowhere else. ``source_bytes`` and ``stored_bytes`` are those of
+    the image files before and after; ``num_resized`` and ``num_encoded`` count the pictures whose pixels were resized
+    and whose files were written anew. ``top_label`` is the largest label (-1: none); ``smallest`` and ``largest`` are
+    (height, width), each extent by itself. ``num_pixels``, and per channel ``sums`` and ``squares`` (of 0..255), give
+    mean and standard deviation.
+    """
+
+    num_bad: int = 0
+    source_bytes: int = 0
+    stored_bytes: int = 0
+    num_resized: int = 0
+    num_encoded: int = 0
+    top_label: int = -1
+    smallest: tuple[int, int] = NO_SIZE
+    largest: tuple[int, int] = (0, 0)
+    num_pixels: int = 0
+    sums: Triple = (0, 0, 0)
+    squares: Triple = (0, 0, 0)
+
+    def __add__(self, other: Tally) -> Tally:
+        counts = ("num_bad", "source_bytes", "stored_bytes", "num_resized", "num_encoded", "num_pixels")
+        return Tally(
+            **{name: getattr(self, name) + getattr(other, name) for name in counts},
+            top_label=max(self.top_label, other.top_label),
+            smallest=_each(min, self.smallest, other.smallest),
+            largest=_each(max, self.largest, other.largest),
+            sums=_each(int.__add__, self.sums, other.sums),
+            squares=_each(int.__add__, self.squares, other.squares),
+        )
+
+    @staticmethod
+    def of(pixels: np.ndarray, label: int, **counts: int) -> Tally:
+        """The tally of one picture with these pixels, uint8 (height, width, 3), and these other counts."""
+        size = pixels.shape[:2]
+        histogram, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)
+        sums, squares = (tuple((histogram @ powers).tolist()) for powers in (values, values**2))
+        return Tally(
+            **counts, top_label=label, smallest=size, largest=size, num_pixels=size[0] * size[1],
+            sums=sums, squares=squares,
+        )  # fmt: skip
+
+    @property
+    def common_size(self) -> tuple[int, int] | None:
+        """(height, width) if all pictures have one size, else None."""
+        return self.largest if self.smallest == self.largest else None
+
+    @property
+    def mean(self) -> tuple[float, float, float] | None:
+        """Mean of each channel over all pixels, in 0..1; None without pixels."""
+        n = self.num_pixels
+        return _each(lambda total: total / n / 255, self.sums) if n else None
+
+    @property
+    def std(self) -> tuple[float, float, float] | None:
+        """Standard deviation of each channel over all pixels, in 0..1; None without pixels."""
+        n = self.num_pixels
+        return _each(lambda s, q: (n * q - s**2) ** 0.5 / n / 255, self.sums, self.squares) if n else None
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> Tally:
+        """The tally of which this is `asdict`, after a way through JSON."""
+        return Tally(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+
+
+def _each(function: Any, *rows: Any) -> Any:
+    return tuple(function(*values) for values in zip(*rows, strict=True))

@@ -1,0 +1,335 @@
+"""Sources of pictures: CIFAR-100's archive, class folders, tars; inconsistent ones are refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+from image_files import image_file, noise
+from PIL import Image
+
+from mae_dist.commands.data import main
+from mae_dist.data import index
+from mae_dist.data.decode import decode
+from mae_dist.data.pack import pack
+from mae_dist.data.reencode import Encoding
+from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
+
+
+# --- CIFAR-100's archive
+
+
+def cifar_archive(path: Path, **changes: Any) -> Path:
+    """A tiny archive in CIFAR-100's layout; `changes` replace whole members, given as objects or as bytes."""
+    plain: dict[str, Any] = {
+        "meta": {b"fine_label_names": [b"cat", b"dog", b"owl"], b"coarse_label_names": [b"animal"]}
+    }
+    for split, count in (("train", 7), ("test", 3)):
+        data = noise(count, seed=count).transpose(0, 3, 1, 2).reshape(count, 3072)
+        labels = [i % 3 for i in range(count)]
+        plain[split] = {
+            b"data": data,
+            b"fine_labels": labels,
+            b"coarse_labels": [0] * count,
+            b"filenames": [b"f"] * count,
+        }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, value in (plain | changes).items():
+            if value is None:
+                continue
+            content = value if isinstance(value, bytes) else pickle.dumps(value, protocol=2)
+            info = tarfile.TarInfo(f"cifar-100-python/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_pack_cifar100_roundtrip_is_lossless(tmp_path: Path) -> None:
+    source = cifar_archive(tmp_path / "mini-python.tar.gz")
+    main(["pack", "cifar100", "--source", str(source), "--out", str(tmp_path / "out"), "--shard-size", "4"])
+    dataset = index.Dataset.load(tmp_path / "out")
+    assert [shard.num_samples for shard in dataset.splits["train"]] == [4, 3]
+    assert (dataset.classes, dataset.num_classes, dataset.image_size) == (["cat", "dog", "owl"], 3, (32, 32))
+    for split, count in (("train", 7), ("test", 3)):
+        data, expected = index.open_split(str(tmp_path / "out"), split), noise(count, seed=count)
+        assert len(data) == count
+        for i in range(count):
+            sample = data.read(i)
+            assert (sample.key, sample.label) == (f"{split}_{i:06d}", i % 3)
+            np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(sample.image))), expected[i])
+    train = noise(7, seed=7).reshape(-1, 3) / 255
+    np.testing.assert_allclose(np.array(dataset.mean), train.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(np.array(dataset.std), train.std(0), rtol=1e-12)
+
+
+def test_cifar_other_checksum_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert from_cifar100(cifar_archive(tmp_path / "mini.tar.gz")).name == "mini"
+    assert "is not CIFAR-100's" in caplog.text
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("member", ["meta", "train"])
+def test_cifar_malicious_pickle_is_refused_before_execution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = cifar_archive(tmp_path / "evil.tar.gz", **{member: {b"data": Evil()}})
+    with pytest.raises(ValueError, match=r"posix\.mkdir, which is not plain data"):
+        from_cifar100(source)
+    assert not (tmp_path / "pwned").exists()
+
+
+class Huge:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.empty(0).__reduce__()[0], (np.ndarray, (2**40, 2**20), b"f8")
+
+
+def test_cifar_pickle_cannot_allocate_a_huge_array(tmp_path: Path) -> None:
+    source = cifar_archive(tmp_path / "huge.tar.gz", meta={b"fine_label_names": Huge()})
+    with pytest.raises(ValueError, match="list of names"):  # an empty array came; NumPy would run out of memory
+        from_cifar100(source)
+
+
+TRAIN = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": None}, "no file cifar-100-python/test"),
+        ({"train": b"not a pickle"}, "not a pickle of plain data"),
+        ({"train": [1, 2]}, "not a pickle of plain data"),
+        ({"train": {b"data": TRAIN[b"data"]}}, "no 'fine_labels'"),
+        ({"train": TRAIN | {b"fine_labels": [0, 3]}}, "labels from 0 to 3, but meta names 3 classes"),
+        ({"train": TRAIN | {b"fine_labels": [0, -1]}}, "labels from -1"),
+        ({"train": TRAIN | {b"fine_labels": [0]}}, "2 images and 1 labels"),
+        ({"train": TRAIN | {b"fine_labels": ["a", "b"]}}, "whole numbers"),
+        ({"train": TRAIN | {b"data": np.zeros((2, 3071), np.uint8)}}, "3072 columns"),
+        ({"train": TRAIN | {b"data": np.zeros((2, 3072))}}, "array of bytes"),
+        ({"meta": {b"fine_label_names": 3}}, "list of names"),
+    ],
+)
+def test_cifar_inconsistent_archives_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_cifar100(cifar_archive(tmp_path / "bad.tar.gz", **changes))
+
+
+def test_cifar_truncated_archives_are_refused(tmp_path: Path) -> None:
+    whole = cifar_archive(tmp_path / "a.tar.gz").read_bytes()
+    for name, content in {
+        "cut": whole[: len(whole) // 2],
+        "text": b"<html>not found</html>",
+        "short": gzip.compress(gzip.decompress(whole)[:2000]),
+        "empty": b"",
+    }.items():
+        file = tmp_path / f"{name}.tar.gz"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.tar.gz: not a complete .tar.gz"):
+            from_cifar100(file)
+
+
+def test_cifar_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(pickle.dumps(TRAIN, protocol=2))
+    source = tmp_path / "link.tar.gz"
+    with tarfile.open(source, "w:gz") as archive:
+        for name in ("train", "test", "meta"):
+            info = tarfile.TarInfo(f"cifar-100-python/{name}")
+            info.type, info.linkname = tarfile.SYMTYPE, str(secret)
+            archive.addfile(info)
+    with pytest.raises(ValueError, match="has no file cifar-100-python/train"):
+        from_cifar100(source)
+
+
+def test_cifar_download_verifies_checksum_and_offline_error_has_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(ValueError, match=r"no route to host.*--source"):
+        from_cifar100()
+
+    class Response(io.BytesIO):
+        headers: dict[str, str] = {}  # noqa: RUF012
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"something else"))
+    with pytest.raises(ValueError, match="file with md5"):
+        from_cifar100()
+    assert list((tmp_path / "mae_dist").iterdir()) == []
+
+
+# --- class folders
+
+
+def test_pack_folder_keeps_bytes_extension_and_class_order(tmp_path: Path) -> None:
+    source = tmp_path / "imagenet"
+    files = {}
+    for number in range(12):
+        split, name = ("train", f"im {number}.v2.é") if number < 9 else ("val", f"v{number}")
+        kind, extension = [("PNG", "png"), ("JPEG", "JPEG"), ("WEBP", "webp")][number % 3]
+        path = image_file(source / split / ("b_dog", "a cat")[number % 2] / f"{name}.{extension}", number, kind=kind)
+        files[path.read_bytes()] = (extension.lower(), 1 - number % 2, "test" if split == "val" else split)
+    (source / "train" / "a cat" / "Thumbs.db").write_bytes(b"x")
+    (source / ".hidden").mkdir()
+    os.symlink(source / "train" / "b_dog", tmp_path / "elsewhere")
+    pack(from_folder(source), tmp_path / "out")
+    dataset = index.Dataset.load(tmp_path / "out")
+    assert dataset.classes == ["a cat", "b_dog"]
+    found = {}
+    for split in ("train", "test"):
+        data = index.open_split(str(tmp_path / "out"), split)
+        samples = [data.read(i) for i in range(len(data))]
+        assert all(name.isascii() and " " not in name and "." not in name for name in (s.key for s in samples))
+        found |= {s.image: (s.extension, s.label, split) for s in samples}
+    assert found == files
+
+
+def test_pack_folder_shards_are_not_sorted_by_class(tmp_path: Path) -> None:
+    for number in range(40):
+        image_file(tmp_path / "in" / str(number // 20) / f"{number}.png", number)
+    pack(from_folder(tmp_path / "in"), tmp_path / "out")
+    data = index.open_split(str(tmp_path / "out"), "train")
+    labels = [data.label(i) for i in range(40)]
+    assert sum(labels) == 20
+    assert 5 < sum(labels[:20]) < 15
+
+
+def test_pack_folder_test_share_is_exact_and_complete(tmp_path: Path) -> None:
+    written = {image_file(tmp_path / "in" / str(n % 3) / f"{n}.png", n).read_bytes() for n in range(30)}
+    pack(from_folder(tmp_path / "in", test_share=0.2), tmp_path / "out")
+    parts = {}
+    for split in ("train", "test"):
+        data = index.open_split(str(tmp_path / "out"), split)
+        parts[split] = {data.read(i).image for i in range(len(data))}
+    assert (len(parts["train"]), len(parts["test"])) == (24, 6)
+    assert parts["train"] | parts["test"] == written
+
+
+def test_pack_folder_follows_links_to_class_folders(tmp_path: Path) -> None:
+    image_file(tmp_path / "elsewhere" / "a.png", 1)
+    (tmp_path / "in").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "linked")
+    source = from_folder(tmp_path / "in")
+    assert (source.classes, source.counts) == (["linked"], {"train": 1})
+
+
+def test_pack_folder_leaves_out_unreadable_images_up_to_a_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(150):
+        image_file(tmp_path / "in" / "c" / f"{number}.jpg", number, size=(64, 64), kind="JPEG")
+    broken = tmp_path / "in" / "c" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    dataset = pack(from_folder(tmp_path / "in"), tmp_path / "out").dataset
+    assert sum(shard.num_samples for shard in dataset.splits["train"]) == 149
+    assert "7.jpg" in caplog.text
+    assert "1 of 150 images unreadable" in caplog.text
+    (tmp_path / "in" / "c" / "8.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="150 images of split 'train'"):
+        pack(from_folder(tmp_path / "in"), tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_pack_folder_refuses_folders_without_classes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    image_file(tmp_path / "flat" / "a.png", 1)
+    image_file(tmp_path / "half" / "train" / "c" / "a.png", 1)
+    image_file(tmp_path / "half" / "val" / "a.png", 1)
+    image_file(tmp_path / "twice" / "val" / "c" / "a.png", 1)
+    image_file(tmp_path / "twice" / "test" / "c" / "a.png", 1)
+    for name, message in {
+        "empty": "no images", "flat": "no images of split 'train'", "half": "no images of split 'test'",
+        "twice": "two of its folders",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            from_folder(tmp_path / name)
+
+
+# --- tars
+
+
+def samples(folder: Path, split: str = "train") -> list[index.Sample]:
+    data = index.open_split(str(folder), split)
+    return [data.read(i) for i in range(len(data))]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_pack_tars_keeps_samples_splits_shards_and_facts(tmp_path: Path) -> None:
+    made = pack(from_synthetic(11, 5), tmp_path / "in", shard_size=4).dataset
+    again = pack(from_tars(str(tmp_path / "in")), tmp_path / "out", None, workers=2).dataset
+    assert again == made
+    for split in ("train", "test"):
+        assert samples(tmp_path / "out", split) == samples(tmp_path / "in", split)
+
+
+def test_pack_tars_resized_keeps_ids_keys_labels_and_measures_anew(tmp_path: Path) -> None:
+    made = pack(from_synthetic(11, 5), tmp_path / "in", shard_size=4).dataset
+    small = pack(from_tars(str(tmp_path / "in")), tmp_path / "out", None, Encoding(short_side=8, format="npy")).dataset
+    before, after = (samples(tmp_path / name) for name in ("in", "out"))
+    assert [(s.key, s.label) for s in after] == [(s.key, s.label) for s in before]
+    assert [s.num_samples for s in small.splits["train"]] == [s.num_samples for s in made.splits["train"]]
+    assert (small.classes, small.image_size, {s.extension for s in after}) == (made.classes, (8, 8), {"npy"})
+    pixels = np.stack([np.asarray(decode(sample)) for sample in after]) / 255
+    assert small.mean != made.mean
+    np.testing.assert_allclose(np.array(small.mean), pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(np.array(small.std), pixels.std((0, 1, 2)), rtol=1e-12)
+
+
+def test_pack_tars_of_a_glob_without_dataset_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = image_file(tmp_path / "a.png", 1).read_bytes()
+    for shard in range(2):  # keys are repeated in each shard, as in many sets
+        write_tar(tmp_path / "in" / f"{shard}.tar", {
+            "0.png": image, "0.cls": b"7", "0.json": b"{}", "dir/1.seg.png": image, "1.txt": b"x", "1.png": image,
+        })  # fmt: skip
+    main(["index", str(tmp_path / "in" / "*.tar")])
+    (tmp_path / "in" / "dataset.json").unlink()
+    dataset = pack(from_tars(str(tmp_path / "in" / "*.tar"), "val"), tmp_path / "out", None).dataset
+    assert [(s.key, s.extension, s.label) for s in samples(tmp_path / "out", "val")] == 2 * [
+        ("0", "png", 7), ("dir/1", "png", -1), ("1", "png", -1),
+    ]  # fmt: skip
+    assert (dataset.num_classes, dataset.classes, list(dataset.splits)) == (8, None, ["val"])
+    assert "left out: .json (2), .txt (2)" in caplog.text
+
+
+def test_pack_tars_of_a_glob_has_the_split_of_dataset_json(tmp_path: Path) -> None:
+    pack(from_synthetic(4, 4), tmp_path / "in", shard_size=2)
+    assert list(from_tars(str(tmp_path / "in" / "test-*.tar")).counts) == ["test"]
+    assert list(from_tars(str(tmp_path / "in" / "*.tar")).counts) == ["train"]
+
+
+def test_pack_tars_refuses_what_is_not_indexed_or_has_splits(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "x.tar", {"0.png": b""})
+    for path, split, message in (
+        (tmp_path / "in", None, "in: no folder with a dataset.json; index its tars"),
+        (tmp_path / "in" / "x.tar", None, "not indexed yet"),
+        (tmp_path / "set", "val", "--split val: .* names the splits"),
+    ):
+        if path.name == "set":
+            pack(from_synthetic(2, 2), path)
+        with pytest.raises(ValueError, match=message):
+            from_tars(str(path), split)
