@@ -52,8 +52,7 @@ def from_synthetic(num_train: int, num_test: int, seed: int = 0) -> Source:
         for pixels, label in zip(*synthetic.draw(seed, split, np.asarray(numbers)), strict=True):
             yield _png(pixels, int(label))
 
-    classes = list(synthetic.CLASSES)
-    return Source("synthetic", classes, counts, pictures, fingerprint=f"seed {seed}", chunk=DRAWN_AT_ONCE)
+    return Source("synthetic", [*synthetic.CLASSES], counts, pictures, fingerprint=f"seed {seed}", chunk=DRAWN_AT_ONCE)
 
 
 # --- CIFAR-100's archive

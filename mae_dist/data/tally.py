@@ -78,7 +78,8 @@ class Tally:
     @staticmethod
     def from_json(plain: dict[str, Any]) -> Tally:
         """The tally of which this is `asdict`, after a way through JSON."""
-        return Tally(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
+        return Tally(**values)
 
 
 def _each(function: Any, *rows: Any) -> Any:
