@@ -12,6 +12,7 @@ import signal
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ def test_pack_continues_after_sigkill_and_keeps_finished_shards(
     assert not work.exists()
 
 
-def test_pack_locks_out_a_second_process_and_ctrl_c_ends_workers(photos: Source, tmp_path: Path) -> None:
+def test_pack_locks_out_a_second_process_and_ctrl_c_ends_workers(
+    photos: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out, blocked = tmp_path / "out", tmp_path / "blocked"
 
     def block() -> None:
@@ -186,14 +189,20 @@ def test_pack_locks_out_a_second_process_and_ctrl_c_ends_workers(photos: Source,
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    wait_for(lambda: blocked.is_file() and blocked.read_text() != "")
-    with pytest.raises(ValueError, match=f"process {process.pid} on .* is packing into it"):
-        packed(photos, out)
-    assert process.pid is not None
-    os.killpg(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 130
-    wait_for(lambda: not is_running(int(blocked.read_text())))
+    group = process.pid
+    assert group
+    try:
+        wait_for(lambda: blocked.is_file() and blocked.read_text() != "")
+        with pytest.raises(ValueError, match=f"process {group} on .* is packing into it"):
+            packed(photos, out)
+        os.killpg(group, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+        wait_for(lambda: not is_running(int(blocked.read_text())))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    assert capfd.readouterr().err == ""
     assert packed(photos, out) == packed(photos, tmp_path / "uninterrupted")
 
 
@@ -250,19 +259,24 @@ def test_pack_error_in_a_worker_is_raised_and_leaves_nothing(photos: Source, tmp
 def test_pack_counts_unreadable_images_also_across_a_restart(
     photos: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mae_dist.data.pack.MAX_BAD", 0.1)
-
     def pictures(split: str, numbers: range) -> Iterator[Picture]:
         for number, picture in zip(numbers, photos.pictures(split, numbers), strict=True):
             yield replace(picture, content=b"") if (split, number) in (("train", 3), ("train", 20)) else picture
 
     source = replace(photos, pictures=pictures)
-    with pytest.raises(KeyboardInterrupt):
-        packed(at(source, 22, stop), tmp_path / "out")
-    caplog.clear()
-    assert packed(source, tmp_path / "out", workers=2) == packed(source, tmp_path / "other")
-    assert "split train: 2 of 24 images unreadable and left out" in caplog.text
-    assert len(index.open_split(str(tmp_path / "out"), "train")) == 22
+    for share, message in ((0.1, ""), (0.05, "unreadable, as are 1 others of the 24 images of split 'train'")):
+        monkeypatch.setattr("mae_dist.data.pack.MAX_BAD", share)
+        out = tmp_path / f"out {share}"
+        with pytest.raises(KeyboardInterrupt):
+            packed(at(source, 19, stop), out)
+        if message:
+            with pytest.raises(ValueError, match=message):
+                packed(source, out)
+        else:
+            caplog.clear()
+            assert packed(source, out, workers=2) == packed(source, tmp_path / "uninterrupted")
+            assert "split train: 2 of 24 images unreadable and left out" in caplog.text
+            assert len(index.open_split(str(out), "train")) == 22
 
 
 # --- the command
