@@ -181,6 +181,7 @@ def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encodin
                 f"{work}: holds a packing that was begun with another {' and another '.join(changed)}; "
                 f"finish it with the command that began it, or remove this folder"
             )
+        log.info("%s: holds a packing that was stopped, which continues", work)
         (work / "data").mkdir(exist_ok=True)  # a process killed at its very end has renamed it
         return
     for name in ("data", "finished"):

@@ -31,7 +31,7 @@ from mae_dist.signals import Stopped
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "webdataset", "einops")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "einops")
 """Packages whose versions a start records."""
 
 
