@@ -2,8 +2,8 @@
 
 Why these choices. The filter is antialiased bicubic, the one of all crops (`views`), so a centre crop at the packed
 size needs no second resize and gives the official evaluation's pixels. JPEG has quality 90 and colours at half the
-resolution (4:2:0), as nearly all photographs have already: full resolution costs bytes and decoding time for detail
-that the next crop averages away.
+resolution (4:2:0), as most photographs have already. With full resolution 250 photographs at 256 px took 19 % more
+bytes and libjpeg-turbo 40 % more time, and their mean error fell from 2.4 to 2.1 of 255 (2026-11-26).
 """
 
 from __future__ import annotations
