@@ -38,9 +38,9 @@ def stored(
     return Sample("k", extension, stream.getvalue(), 0)
 
 
-def array_file() -> Sample:
+def array_file(array: np.ndarray | None = None, version: tuple[int, int] = (1, 0)) -> Sample:
     stream = io.BytesIO()
-    np.save(stream, photo(40, 50))
+    np.lib.format.write_array(stream, photo(40, 50) if array is None else array, version)
     return Sample("k", "npy", stream.getvalue(), 0)
 
 
@@ -63,9 +63,21 @@ def test_decode_gives_the_pixels_and_size_of_pillow(name: str) -> None:
     assert stored_size(sample) == expected.shape[:2]
 
 
-def test_decode_of_arrays_is_exact() -> None:
-    assert np.array_equal(decode(array_file()), photo(40, 50))
-    assert stored_size(array_file()) == (40, 50)
+@pytest.mark.parametrize("sample", [array_file(), array_file(np.asfortranarray(photo(40, 50))),
+                                    array_file(version=(2, 0))], ids=["np.save", "columns first", "version 2"])  # fmt: skip
+def test_decode_of_arrays_is_exact(sample: Sample) -> None:
+    pixels = decode(sample)
+    assert np.array_equal(pixels, photo(40, 50))
+    assert pixels.flags.writeable
+    assert stored_size(sample) == (40, 50)
+
+
+def test_decode_refuses_arrays_that_are_no_image_or_cut_short() -> None:
+    whole = array_file().image
+    for sample in (array_file(photo(40, 50).astype(float)), array_file(photo(40, 50)[:, :, 0]),
+                   *(Sample("k", "npy", whole[:end], 0) for end in (0, 20, 128, len(whole) - 1))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"."):
+            decode(sample)
 
 
 @pytest.mark.parametrize("name", ["420", "progressive", "gray", "cmyk", "png named jpg", "webp"])

@@ -283,14 +283,14 @@ def test_pack_counts_unreadable_images_also_across_a_restart(
 
 
 @pytest.mark.usefixtures("photos")
-def test_pack_command_prints_cost_in_disk_and_gain_in_speed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pack_command_prints_cost_in_disk_and_gain_in_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--short-side", "20", "--format", "npy", "--workers", "2"]
     main(["pack", "folder", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options])
     printed = capsys.readouterr().out
     assert "30 of them encoded anew, 20 resized: 0.0 MB of image files became 0.0 MB" in printed
-    assert re.search(r"reads \d+\.\dx as fast as the source: [\d,]+ -> [\d,]+ images/s on one core \(24 images", printed)
+    assert re.search(
+        r"reads \d+\.\dx as fast as the source: [\d,]+ -> [\d,]+ images/s on one core \(24 images", printed
+    )
 
 
 # --- show

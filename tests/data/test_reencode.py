@@ -75,7 +75,9 @@ def test_encoding_quality_and_default() -> None:
 @pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "RGBA", "LA", "L", "1"])
 def test_encoding_stores_rgb_as_decode_gives_it(mode: str) -> None:
     picture = Image.fromarray(smooth(12, 16))
-    image = Image.fromarray(np.arange(192, dtype=np.uint16).reshape(12, 16)) if mode == "I;16" else picture.convert(mode)
+    image = (
+        Image.fromarray(np.arange(192, dtype=np.uint16).reshape(12, 16)) if mode == "I;16" else picture.convert(mode)
+    )
     kind = "JPEG" if mode == "CMYK" else "PNG"
     extension, content = kind.lower(), file_of(image, kind)
     np.testing.assert_array_equal(store(Encoding(None, "npy"), extension, content)[2], pixels_of(extension, content))
