@@ -25,8 +25,6 @@ NUM_TIMED, TIMED_SIDE = 200, 224
 """Number of images of the source and of the result whose reading is timed (evenly spaced), and pixels a side of their
 crops, fewer if --short-side is less.
 """
-
-
 Open = Callable[[argparse.Namespace, ProgressCallback], Source]
 """Makes the source from the arguments of its kind."""
 
@@ -119,7 +117,7 @@ def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], 
     from mae_dist.schema import ViewConfig
 
     torch.set_num_threads(1)
-    view = View(ViewConfig(), side, (0, 0, 0), (1, 1, 1), seed=0, training=True)
+    view = View(ViewConfig(), side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=0, training=True)
     sizes = [stored_size(read(number)) or (1, 1) for number in numbers]
     ids = torch.tensor(numbers)
     boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))

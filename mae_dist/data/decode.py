@@ -1,7 +1,7 @@
 """Stored image files to pixels: the one place that knows the formats. Imports no torch.
 
 JPEG files are decoded by libjpeg-turbo (simplejpeg), everything else, and what simplejpeg refuses, by Pillow. Both give
-the same pixels, except that simplejpeg can decode at a fraction of the size.
+the same pixels, except that simplejpeg can decode at a fraction of the size. Raw pixels (.npy) are copied.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def _npy_shape(sample: Sample) -> tuple[int, int, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _shape_in(header: bytes) -> tuple[int, int, int] | None:
-    """What `_npy_shape` says of a file that begins with this header. Cached, since parsing takes longer than copying."""
+    """What `_npy_shape` says of a file that begins with this header. Cached: parsing is slower than copying."""
     stream = io.BytesIO(header)
     try:
         np.lib.format.read_magic(stream)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError:
+        (height, width, channels), is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError:  # another version, a longer header, or another number of dimensions
         return None
-    is_image = len(shape) == 3 and shape[2] == 3 and dtype == np.uint8
-    return shape if is_image and not is_fortran and stream.tell() == NPY_HEADER else None
+    is_image = channels == 3 and dtype == np.uint8 and not is_fortran
+    return (height, width, 3) if is_image and stream.tell() == NPY_HEADER else None
 
 
 def _jpeg_size(sample: Sample) -> tuple[int, int] | None:

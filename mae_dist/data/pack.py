@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encodin
         "--short-side": encoding.short_side,
         "--format": encoding.format,
         "--quality": encoding.quality,
-        "version of Pillow": PIL.__version__,
+        "Pillow or simplejpeg": [PIL.__version__, version("simplejpeg")],
     }
     file = work / "plan.json"
     if file.is_file() and source.fingerprint:

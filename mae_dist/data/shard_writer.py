@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -106,10 +105,8 @@ class _Tar:
         self.num_samples += 1
 
     def close(self) -> Path:
-        """End the tar on the disk, and return its path."""
+        """End the tar, and return its path."""
         self.archive.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         return self.path
 

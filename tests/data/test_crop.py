@@ -63,8 +63,14 @@ def test_decode_gives_the_pixels_and_size_of_pillow(name: str) -> None:
     assert stored_size(sample) == expected.shape[:2]
 
 
-@pytest.mark.parametrize("sample", [array_file(), array_file(np.asfortranarray(photo(40, 50))),
-                                    array_file(version=(2, 0))], ids=["np.save", "columns first", "version 2"])  # fmt: skip
+ARRAYS = {
+    "np.save": array_file(),
+    "columns first": array_file(np.asfortranarray(photo(40, 50))),
+    "version 2": array_file(version=(2, 0)),
+}
+
+
+@pytest.mark.parametrize("sample", ARRAYS.values(), ids=ARRAYS)
 def test_decode_of_arrays_is_exact(sample: Sample) -> None:
     pixels = decode(sample)
     assert np.array_equal(pixels, photo(40, 50))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from image_files import content_of, image_file
 from PIL import Image
@@ -234,16 +232,15 @@ def test_pack_of_a_source_without_fingerprint_starts_again(photos: Source, tmp_p
     assert seen
 
 
-def test_pack_full_disk_is_a_machine_fault_and_the_same_command_continues(
-    photos: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(MachineFault, match="No space left on device.*the same command continues"):
-            packed(photos, tmp_path / "out")
+def test_pack_full_disk_is_a_machine_fault_and_the_same_command_continues(photos: Source, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        packed(at(photos, 13, stop), tmp_path / "out")
+    next_tar = tmp_path / ".out.packing" / "data" / "train-000003.tar"
+    next_tar.unlink(missing_ok=True)
+    next_tar.symlink_to("/dev/full")
+    with pytest.raises(MachineFault, match="No space left on device.*the same command continues"):
+        packed(photos, tmp_path / "out")
+    next_tar.unlink()
     assert packed(photos, tmp_path / "out") == packed(photos, tmp_path / "other")
 
 

@@ -24,7 +24,6 @@ from mae_dist.data.pack import pack
 from mae_dist.data.reencode import Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
 
-
 # --- CIFAR-100's archive
 
 
