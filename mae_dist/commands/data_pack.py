@@ -16,7 +16,7 @@ import numpy as np
 
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
-from mae_dist.data.decode import stored_size
+from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.pack import Packed, ProgressCallback, Source, pack
 from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
@@ -122,8 +122,12 @@ def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], 
     ids = torch.tensor(numbers)
     boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))
     out, memory = np.empty((side, side, 3), dtype=np.uint8), bytearray()
+
+    def decode_here(sample: index.Sample, shrink: int) -> np.ndarray:
+        return decode(sample, shrink, memory)
+
     start = time.thread_time()
     for number, size, box, flip in zip(numbers, sizes, boxes, flips, strict=True):
         with suppress(ValueError):  # the source may have unreadable images
-            decode_crop(read(number), size, box, flip, out, memory)
+            decode_crop(read(number), size, box, flip, out, decode_here)
     return len(numbers) / (time.thread_time() - start)

@@ -193,9 +193,9 @@ def from_tars(path: str, split: str | None = None) -> Source:
     """Indexed tars: all splits of a folder with a dataset.json, or the tars that a glob matches, as one split.
 
     Keys, labels, splits, class names and the number of classes are kept, and the samples of one tar stay together and
-    in their order, so a sample keeps its id. A glob's split is `split`, else the one that dataset.json lists its tars
-    in, else train. Members other than image and label are left out, with a warning. Raises ValueError when there is no
-    tar, or one is not indexed.
+    in their order, so a sample keeps its id if all are readable. A glob's split is `split`, else the one that
+    dataset.json lists its tars in, else train. Members other than image and label are left out, with a warning. Raises
+    ValueError when there is no tar, or one is not indexed.
     """
     splits = _opened(path, split)
     if others := sum((index.other_members(f) for data in splits.values() for f in data.indexes), Counter[str]()):
