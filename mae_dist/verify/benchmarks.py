@@ -1,4 +1,4 @@
-"""The benchmarks of `mae-dist bench`: one function each, from a Runner to a Result.
+"""The benchmarks of runs and of model steps in `mae-dist bench`: one function each, from a Runner to a Result.
 
 Runs are measured as a user would see them: processes of their own, read through their metrics.jsonl. Forward and
 backward passes alone are measured in this process, without data or optimizer. Variants that are compared take turns,
@@ -13,8 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,69 +23,13 @@ import torch
 from mae_dist import errors, models, parallel
 from mae_dist.batch import Batch
 from mae_dist.objectives.mae import MAE
-from mae_dist.run import jsonl
 from mae_dist.run.checkpoint import MANIFEST
 from mae_dist.run.directory import RunDir
 from mae_dist.verify import processes
+from mae_dist.verify.measurement import Measurement, Result, Runner
 
 FAR_STEP = 1_000_000
 FAR_POSITION = 10**12 // 7
-WARM_UP = 5
-"""Steps at the start of a run that no measurement includes."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One row of the table: a name, its value, and the value that it should not exceed, if there is one."""
-
-    name: str
-    value: float
-    unit: str = ""
-    at_most: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a bench measured: the rows of its table, and every single value by name (`raw`)."""
-
-    title: str
-    measurements: list[Measurement]
-    raw: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Runner:
-    """Starts the runs of a bench and reads their metrics.
-
-    folder: where the runs lie; verb: of the runs; overrides: their settings on the command line, without out=;
-    settings: the config that follows from them; options: the bench's own, --rounds for example.
-    """
-
-    folder: Path
-    verb: str
-    overrides: list[str]
-    settings: Any
-    options: dict[str, int]
-
-    def new_folder(self, name: str) -> Path:
-        """Path of a folder for a run; what an earlier bench left there is removed."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        return self.folder / name
-
-    def start(self, run: Path, *overrides: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a run in the folder `run`, with more settings and environment variables."""
-        argv = [self.verb, *self.overrides, *overrides, f"out={run}"]
-        return processes.start(argv, self.folder / "runs.log", **environment)
-
-    def finish(self, process: subprocess.Popen[bytes], expected: int) -> None:
-        """Wait for a run to end; ValueError with the last line of its output if its exit status is not `expected`."""
-        if (status := process.wait()) != expected:
-            last = processes.last_line(self.folder / "runs.log")
-            raise ValueError(f"a run of this bench ended with status {status}, not {expected}: {last}")
-
-    def records(self, run: Path) -> list[dict[str, Any]]:
-        """The records of a run's steps after WARM_UP."""
-        return jsonl.steps(run / "metrics.jsonl")[WARM_UP:]
 
 
 def resume(runner: Runner) -> Result:
@@ -334,52 +277,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A bench: its function, a line for --help, its options (default, help), its settings, whether it needs data, and
-    the verb of its runs."""
-
-    measure: Callable[[Runner], Result]
-    summary: str
-    options: dict[str, tuple[int, str]]
-    settings: list[str] = field(default_factory=list)
-    needs_data: bool = True
-    verb: str = "pretrain"
-
-
-AT_224 = ["model.image_size=224", "train.global_batch=4"]
-ROUNDS = {"rounds": (3, "how often each variant is measured; medians are reported")}
-BENCHES = {
-    "resume": Bench(
-        resume, f"time to the first step of a run at step {FAR_STEP:,} and of a new one", ROUNDS,
-        ["train.steps=2000000", "machine.processes=1"],
-    ),
-    "order": Bench(
-        order, "memory and start-up time of the order of samples",
-        ROUNDS | {"samples": (10**9, "samples"), "shards": (10**5, "shards")}, needs_data=False,
-    ),
-    "save": Bench(
-        save, "time of a step while a checkpoint is written in the background, and while none is", {},
-        ["model.name=vit_s4", "train.steps=80", "checkpoint.every=10", "machine.processes=1"],
-    ),
-    "scaling": Bench(
-        scaling, "images per second of several ranks and of one process", ROUNDS,
-        ["model.name=vit_ti4", "train.global_batch=64", "train.steps=20", "checkpoint.every=1000"],
-    ),
-    "heads": Bench(
-        heads, "time of a probe with 30 heads and of one with a single head", {"rounds": (2, ROUNDS["rounds"][1])},
-        ["model.name=vit_ti4", "train.global_batch=128", "train.epochs=2", "machine.processes=1"], verb="probe",
-    ),
-    "mixer": Bench(
-        mixer, "a step of MAE on a Mixer that drops hidden patches, and on one with a mask token for each", ROUNDS,
-        ["model.name=mixer_b16", *AT_224, "mae.decoder_dim=512", "mae.decoder_depth=4"], needs_data=False,
-    ),
-    "decoder": Bench(
-        decoder, "a step of MAE with a cross-attention decoder of a quarter, and with the paper's", ROUNDS,
-        ["model.name=vit_b16", *AT_224, "mae.decoder_dim=512", "mae.decoder_depth=8", "mae.decoder_heads=16"],
-        needs_data=False,
-    ),
-}  # fmt: skip
-"""Name -> bench."""

@@ -1,0 +1,168 @@
+"""Where the time of loading goes: `mae-dist bench data`, with the settings of a run and its data.
+
+The parts of loading one image are timed on one core of this process, the loader as a run uses it, and a step whose
+batches are in memory already: the rate at which the step could go, and what stands in its way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae_dist import dist, models
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
+from mae_dist.data import loader
+from mae_dist.data.crop import Reader, Rows, decode_crop
+from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.views import View
+from mae_dist.objectives.mae import MAE
+from mae_dist.verify.benchmarks import one_step
+from mae_dist.verify.measurement import Measurement, Result, Runner
+
+STEP_IMAGES = 256
+"""Most images of the step that is timed; on a CPU a 16th."""
+ENOUGH = 1.1
+"""How many times as fast as the step a loader should be."""
+
+
+def data(runner: Runner) -> Result:
+    """Images per second of each part of loading on one core, of the loader with its workers, and of the step."""
+    settings, device = runner.settings, dist.setup()
+    index = open_split(settings.data.path, settings.data.split)
+    view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
+    source = loader.open_source(index, device, settings.machine.workers, view.needs_pil)
+    resident = not isinstance(source, loader.TarSource)
+    ids = np.arange(runner.options["images"], dtype=np.int64) % len(index)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts = {} if resident else parts_of_loading(index, view, ids, runner.options["rounds"])
+    torch.set_num_threads(threads)
+    rates = [loader_rate(source, view, ids, settings.train.global_batch) for _ in range(runner.options["rounds"])]
+    step = step_rate(settings, device)
+    core = 1 / sum(parts.values()) if parts else 0.0
+    measurements = [Measurement(f"{name}: one core", 1 / seconds, f"images/s, {seconds * core:.0%}")
+                    for name, seconds in parts.items()]  # fmt: skip
+    if parts:
+        measurements.append(Measurement("all parts: one core", core, "images/s"))
+    what = "data in memory" if resident else f"loader, machine.workers={settings.machine.workers}"
+    measurements += [
+        Measurement(what, median(rates), "images/s"),
+        Measurement(f"step with batches in memory ({device})", step, "images/s"),
+        Measurement("loader / step", median(rates) / step, at_least=ENOUGH),
+    ]
+    raw = {"seconds": parts, "loader": rates, "step": step}
+    title = f"{settings.model.name}, {len(ids)} images of {settings.data.path}"
+    return Result(title, measurements, raw, advice(median(rates), step, core, index, view, resident))
+
+
+def parts_of_loading(index: ShardIndex, view: View, ids: np.ndarray, rounds: int) -> dict[str, float]:
+    """CPU seconds an image of reading, finding size and box, decoding, cropping, augmenting, and normalising."""
+    numbers, zeros, memory = ids.tolist(), np.zeros_like(ids), bytearray()
+    samples = [index.read(number) for number in numbers]
+    sizes = [stored_size(sample) or (1, 1) for sample in samples]
+    boxes, flips = (
+        drawn.tolist() for drawn in view.boxes(torch.from_numpy(zeros), torch.from_numpy(ids), torch.tensor(sizes))
+    )
+    out = np.empty((loader.CHUNK, view.image_size, view.image_size, 3), dtype=np.uint8)
+    good = [i for i, sample in enumerate(samples) if _readable(sample)]
+    augment, reader = view.augment(), Reader(index, view)
+    pixels = torch.from_numpy(out[:1].copy())
+
+    def whole() -> None:
+        rows = Rows(out, np.empty(loader.CHUNK, np.int64), np.empty(loader.CHUNK, np.bool_))
+        for first in range(0, len(ids), loader.CHUNK):
+            part = ids[first : first + loader.CHUNK]
+            reader.fill(np.zeros_like(part), part, Rows(*(array[: len(part)] for array in rows)))
+
+    def crops() -> None:
+        for i in good:
+            decode_crop(samples[i], sizes[i], boxes[i], flips[i], out[0], memory)
+
+    actions: dict[str, Callable[[], Any]] = {
+        "read": lambda: [index.read(number) for number in numbers],
+        "decode": lambda: [decode(samples[i], 1, memory) for i in good],
+        "decode and crop": crops,
+        "augment": lambda: [augment(out[0], 0, number) for number in numbers] if augment else None,
+        "all but normalising": whole,
+        "normalise": lambda: [
+            view.finish(pixels.permute(0, 3, 1, 2).float().div_(255), zeros[:1], ids[:1]) for _ in numbers
+        ],
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(1 + rounds):
+        for name, action in actions.items():
+            began = time.process_time()
+            action()
+            seconds[name].append((time.process_time() - began) / len(ids))
+    found = {name: median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    known = found["read"] + found["decode and crop"] + found["augment"]
+    parts = {
+        "read": found["read"],
+        "decode": found["decode"],
+        "crop, resize, flip": max(0.0, found["decode and crop"] - found["decode"]),
+        "augment": found["augment"],
+        "sizes, boxes, rest": max(0.0, found["all but normalising"] - known),
+        "normalise, erase": found["normalise"],
+    }
+    return {name: value for name, value in parts.items() if value > 0}
+
+
+def _readable(sample: Any) -> bool:
+    try:
+        decode(sample)
+    except ValueError:
+        return False
+    return True
+
+
+def loader_rate(source: Any, view: View, ids: np.ndarray, batch: int) -> float:
+    """Images per second of wall time of a source, its start left out: from its first batch on."""
+    plan = [(np.zeros_like(part), part) for part in np.array_split(ids, max(2, len(ids) // batch))]
+    batches = source.batches(iter(plan), view)
+    first = next(batches)
+    began = time.perf_counter()
+    count = sum(batch.size for batch in batches)
+    if first.images.is_cuda:
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - began)
+
+
+def step_rate(settings: Any, device: torch.device) -> float:
+    """Images per second of forward and backward passes of MAE on batches in memory, without the optimizer."""
+    images = min(settings.train.global_batch, STEP_IMAGES if device.type == "cuda" else STEP_IMAGES // 16)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, global_batch=images))
+    objective = MAE(models.build(settings.model.name, image_size=settings.model.image_size), settings.mae, seed=0)
+    objective.to(device)
+    one_step(objective, settings, device)
+    return images / min(one_step(objective, settings, device) for _ in range(3))
+
+
+def advice(rate: float, step: float, core: float, index: ShardIndex, view: View, resident: bool) -> str:
+    """What to change, in a sentence."""
+    if rate >= ENOUGH * step:
+        return f"The loader is fast enough: {rate / step:.1f} times the rate of the step."
+    if resident:
+        return "The data are in memory already; the step waits for the crops, which are computed where it is computed."
+    cores = len(os.sched_getaffinity(0))
+    workers = int(-(-ENOUGH * step // core))
+    if workers <= cores:
+        return f"The step waits for data: set machine.workers={workers} (this machine has {cores} cores)."
+    sides = [min(stored_size(index.read(i)) or (0, 0)) for i in np.linspace(0, len(index) - 1, 50).astype(int).tolist()]
+    wanted = round(view.image_size * 8 / 7)
+    if median(sides) > 1.2 * wanted:
+        return (
+            f"The step waits for data, and {workers} cores would be needed: pack the images smaller once, with "
+            f"`mae-dist data pack tars --short-side {wanted}` (their shorter side is {median(sides):.0f} pixels now)."
+        )
+    return (
+        f"The step waits for data, and {workers} cores would be needed: pack the images as raw pixels once, with "
+        f"`mae-dist data pack tars --format npy`."
+    )

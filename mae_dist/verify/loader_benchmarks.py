@@ -1,0 +1,213 @@
+"""Other people's loaders beside ours, on the same photographs: `mae-dist bench loaders`.
+
+Each makes batches of random resized crops, flipped and normalised, as those who pretrain with it do. They take turns,
+and each is timed by the CPU time of this process with all its threads, so that other programs on the machine count
+less. Loaders that are not installed, or do not run here, are left out with the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
+from mae_dist.data.crop import Reader, Rows
+from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.loader import CHUNK, TarSource
+from mae_dist.data.views import View
+from mae_dist.verify.measurement import Measurement, Result, Runner
+
+BATCH = 64
+Epoch = Callable[[], object]
+"""Loads every image of a split once."""
+
+
+def loaders(runner: Runner) -> Result:
+    """Images per second of CPU time of each loader, and how many times as fast ours is."""
+    torch.set_num_threads(1)
+    settings = runner.settings
+    index = open_split(settings.data.path, settings.data.split)
+    view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
+    epochs: dict[str, Epoch] = {}
+    for name, make in LOADERS.items():
+        try:
+            epochs[name] = make(index, view)
+            epochs[name]()  # warms up
+        except (ImportError, RuntimeError) as error:
+            print(f"left out: {name} ({str(error).splitlines()[0]})", flush=True)
+            epochs.pop(name, None)
+    rates: dict[str, list[float]] = {name: [] for name in epochs}
+    for number in range(runner.options["rounds"]):
+        for name, epoch in epochs.items():
+            began = time.process_time()
+            epoch()
+            rates[name].append(len(index) / (time.process_time() - began))
+            print(f"round {number + 1}, {name}: {rates[name][-1]:,.0f} images/s", flush=True)
+    (ours, *others), size = rates, view.image_size
+    measurements = [Measurement(name, median(values), "images/s") for name, values in rates.items()]
+    for name in others:
+        ratio = median(a / b for a, b in zip(rates[ours], rates[name], strict=True))
+        measurements.append(Measurement(f"mae_dist: times as fast as {name}", ratio))
+    return Result(f"{len(index)} images to {size} x {size}, per core", measurements, {"rates": rates})
+
+
+def until_gpu(index: ShardIndex, view: View) -> Epoch:
+    """Our crops as 8-bit pixels in memory, from where a GPU copies and normalises them."""
+    reader, size = Reader(index, view), view.image_size
+    rows = Rows(np.empty((CHUNK, size, size, 3), np.uint8), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.bool_))
+
+    def epoch() -> None:
+        for ids in chunks(index, CHUNK):
+            reader.fill(np.zeros_like(ids), ids, Rows(*(array[: len(ids)] for array in rows)))
+
+    return epoch
+
+
+def on_cpu(index: ShardIndex, view: View) -> Epoch:
+    """Our batches, normalised on the CPU."""
+    source = TarSource(index, torch.device("cpu"), workers=0)
+    return lambda: [None for _ in source.batches([(np.zeros_like(ids), ids) for ids in chunks(index, BATCH)], view)]
+
+
+def chunks(index: ShardIndex, size: int) -> Iterator[np.ndarray]:
+    """The ids of a split, `size` at a time."""
+    for first in range(0, len(index), size):
+        yield np.arange(first, min(first + size, len(index)))
+
+
+def decoding(index: ShardIndex, _: View) -> Epoch:
+    """Reading and decoding alone, by simplejpeg where it can."""
+
+    def epoch() -> None:
+        for id_ in range(len(index)):
+            sample = index.read(id_)
+            try:
+                simplejpeg.decode_jpeg(sample.image)
+            except ValueError:
+                decode(sample)
+
+    return epoch
+
+
+def pillow(index: ShardIndex, view: View) -> Epoch:
+    """Pillow and torchvision's transforms of Pillow images, as in the official code of MAE."""
+    from torchvision import transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = transforms.Compose([
+        transforms.RandomResizedCrop(view.image_size, scale=view.settings.scale, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(view.mean, view.std),
+    ])  # fmt: skip
+    return by_image(index, lambda content: steps(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def torchvision(index: ShardIndex, view: View) -> Epoch:
+    """torchvision's decoder, and its transforms v2 of tensors; what it does not decode goes through Pillow."""
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    steps = v2.Compose([
+        v2.RandomResizedCrop(view.image_size, scale=view.settings.scale, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([*view.mean], [*view.std]),
+    ])  # fmt: skip
+
+    def load(content: bytes) -> torch.Tensor:
+        try:
+            image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            image = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))).permute(2, 0, 1)
+        return steps(image)
+
+    return by_image(index, load)
+
+
+def by_image(index: ShardIndex, load: Callable[[bytes], torch.Tensor]) -> Epoch:
+    """An epoch of a loader that makes one image at a time, in batches."""
+
+    def epoch() -> None:
+        for ids in chunks(index, BATCH):
+            torch.stack([load(index.read(id_).image) for id_ in ids.tolist()])
+
+    return epoch
+
+
+def dali(index: ShardIndex, view: View) -> Epoch:
+    """NVIDIA DALI on the CPU, which decodes only the part of a JPEG that its crop needs."""
+    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
+
+    size, (low, high) = view.image_size, view.settings.scale
+
+    def contents() -> Iterator[list[np.ndarray]]:
+        while True:  # DALI asks for batches ahead
+            for ids in chunks(index, BATCH):
+                yield [np.frombuffer(index.read(id_).image, np.uint8) for id_ in ids.tolist()]
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def pipeline() -> Any:
+        encoded = fn.external_source(contents, dtype=types.UINT8, ndim=1)
+        crops = fn.decoders.image_random_crop(encoded, random_area=[low, high], random_aspect_ratio=[3 / 4, 4 / 3])
+        crops = fn.resize(crops, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+        mean, std = ([255 * value for value in values] for values in (view.mean, view.std))
+        return fn.crop_mirror_normalize(crops, mirror=fn.random.coin_flip(), mean=mean, std=std)
+
+    def epoch() -> None:
+        running = pipeline()
+        running.build()
+        for _ in chunks(index, BATCH):
+            running.run()
+
+    return epoch
+
+
+def spdl(index: ShardIndex, view: View) -> Epoch:
+    """Meta's SPDL: FFmpeg decodes, crops, resizes and flips. Boxes are ours; normalised in torch."""
+    import spdl.io  # pyright: ignore[reportMissingImports]
+
+    size = view.image_size
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))
+
+    def epoch() -> None:
+        for ids in chunks(index, BATCH):
+            contents = [index.read(i) for i in ids.tolist()]
+            sizes = torch.tensor([stored_size(content) or (1, 1) for content in contents])
+            boxes, flips = view.boxes(torch.zeros(len(ids), dtype=torch.int64), torch.from_numpy(ids), sizes)
+            images = []
+            for content, (top, left, height, width), flip in zip(
+                contents, boxes.long().tolist(), flips.tolist(), strict=True
+            ):
+                steps = f"crop={width}:{height}:{left}:{top},scale={size}:{size}:flags=bicubic" + ",hflip" * flip
+                buffer = spdl.io.load_image(content.image, filter_desc=steps + ",format=pix_fmts=rgb24")
+                images.append(torch.from_numpy(np.array(spdl.io.to_numpy(buffer))).permute(2, 0, 1))
+            torch.stack(images).float().sub_(mean).div_(std)
+
+    return epoch
+
+
+def turboloader(index: ShardIndex, view: View) -> Epoch:
+    """TurboLoader with its own random resized crop (bilinear), on the tars themselves."""
+    import turboloader as library  # pyright: ignore[reportMissingImports]
+
+    def epoch() -> None:
+        for tar in index.tars:
+            for _ in library.DataLoader(str(tar), BATCH, num_workers=1, image_size=view.image_size, train_aug=True,
+                                        output_format="pytorch"):  # fmt: skip
+                pass
+
+    return epoch
+
+
+LOADERS: dict[str, Callable[[ShardIndex, View], Epoch]] = {
+    "mae_dist (8 bits, as a GPU copies them)": until_gpu, "mae_dist, normalised on the CPU": on_cpu,
+    "Pillow and torchvision v1": pillow, "torchvision v2 on tensors": torchvision,
+    "decoding alone (simplejpeg)": decoding, "DALI on the CPU": dali, "SPDL": spdl, "TurboLoader": turboloader,
+}  # fmt: skip
+"""Name -> a function that makes its epoch, and raises ImportError if its package is missing. Ours is the first."""
