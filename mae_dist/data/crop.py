@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from mae_dist.data.decode import Pixels, decode, stored_size
+from mae_dist.data.decode import Memory, Pixels, decode, stored_size
 from mae_dist.data.index import ChangedError, Sample, ShardIndex
 from mae_dist.data.views import View
 from mae_dist.errors import from_os_error
@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, index: ShardIndex, view: View | None):
         self.index, self.view, self.augment = index, view, view.augment() if view else None
-        self.memory = bytearray()
+        self.memory = Memory()
         self.decoded: tuple[Sample, int, Pixels] | None = None
 
     def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> None:

@@ -22,13 +22,27 @@ NPY_HEADER = 128
 """Bytes before the pixels in a file that np.save makes of them."""
 
 
-def decode(sample: Sample, shrink: int = 1, memory: bytearray | None = None) -> Pixels:
+class Memory:
+    """Memory for the pixels of one image after the other: new memory for each would cost a tenth of decoding."""
+
+    LARGEST = 2**26
+
+    def __init__(self) -> None:
+        self.bytes = bytearray()
+
+    def of(self, size: int) -> bytearray | None:
+        """At least `size` bytes, the same as before where that is possible; None for very large images."""
+        if len(self.bytes) < size <= self.LARGEST:
+            self.bytes = bytearray(size)
+        return self.bytes if size <= self.LARGEST else None
+
+
+def decode(sample: Sample, shrink: int = 1, memory: Memory | None = None) -> Pixels:
     """Decode a sample's image to RGB, uint8 (height, width, 3); EXIF orientation is ignored, as in the official code.
 
     With `shrink` (2, 4 or 8) a JPEG is decoded at that fraction of its size, rounded up, by leaving out its highest
-    frequencies; other images keep their size. With `memory` the pixels of a JPEG may lie there, until the next call:
-    new memory for each image costs a tenth of the time. Raises ValueError when the bytes are not a complete image of a
-    known format.
+    frequencies; other images keep their size. With `memory` the pixels may lie there, until its next use. Raises
+    ValueError when the bytes are not a complete image of a known format.
     """
     try:
         if shape := _npy_shape(sample):
@@ -84,11 +98,10 @@ def _jpeg_size(sample: Sample) -> tuple[int, int] | None:
     return (height, width) if colours in ("YCbCr", "Gray") and (limit is None or height * width <= limit) else None
 
 
-def _decode_jpeg(content: bytes, height: int, width: int, memory: bytearray | None) -> Pixels:
-    if memory is not None and len(memory) < height * width * 3:
-        memory.extend(bytes(height * width * 3 - len(memory)))
+def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None) -> Pixels:
+    buffer = memory.of(height * width * 3) if memory else None
     try:
-        return simplejpeg.decode_jpeg(content, min_height=height, min_width=width, min_factor=1, buffer=memory)
+        return simplejpeg.decode_jpeg(content, min_height=height, min_width=width, min_factor=1, buffer=buffer)
     except ValueError:  # simplejpeg refuses any damage, Pillow only what makes an image incomplete
         return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
 

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 """Least time between two lines of progress in a log, where there is no terminal for a bar."""
+WATCHED_SECONDS, MOST_WAITING = 30.0, 0.1
+"""Time, from the first flush of a start on, after which a warning says that more than this share went into waiting for
+data.
+"""
 
 
 class Tracker:
@@ -45,6 +49,8 @@ class Tracker:
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.flushed = self.last_line = time.perf_counter()
+        self.watched: tuple[float, float] | None = None
+        self.workers = config.machine.workers
         self.progress = self.mirror = None
         self.rewind(step)
         if dist.is_main():
@@ -95,6 +101,7 @@ class Tracker:
         shared = torch.stack([torch.stack([t[k] for k in ("loss", "grad_norm", "loss_scale")]) for t in tensors])
         now = time.perf_counter()
         rate = len(plain) * self.unit / (now - self.flushed)
+        self._watch(sum(record["data_wait"] for record in plain), now - self.flushed, plain[-1]["step"])
         self.flushed = now
         records = []
         for known, bad, (loss, norm, scale) in zip(plain, bads, shared.tolist(), strict=True):
@@ -115,6 +122,19 @@ class Tracker:
     def _ids(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Epochs and ids of a step's samples over all ranks, in the order of the global batch."""
         return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
+
+    def _watch(self, waited: float, seconds: float, step: int) -> None:
+        """Warn, once a start, when the loop waits much for data; ``waited`` of the ``seconds`` since the last flush."""
+        if self.watched is None:  # the first flush waited for the loader to start
+            self.watched = 0.0, 0.0
+            return
+        before = self.watched[1]
+        self.watched = waited, seconds = self.watched[0] + waited, before + seconds
+        if before < WATCHED_SECONDS <= seconds and waited > MOST_WAITING * seconds and dist.is_main():
+            log.warning(
+                "step %d: %.0f %% of the time went into waiting for data (machine.workers=%d); `mae-dist bench data` "
+                "with this run's settings says what to change", step, 100 * waited / seconds, self.workers,
+            )  # fmt: skip
 
     def restart_clock(self) -> None:
         """Leave the time since the last flush (an evaluation, a save) out of images_per_second."""

@@ -145,7 +145,8 @@ def report(result: Result, file: Path, settings: list[str], machine: dict[str, f
     jsonl.write_atomic(file, json.dumps(content, indent=1) + "\n")
     table = Table("measured", "value", "target", title=result.title)
     for row in result.measurements:
-        table.add_row(row.name, f"{row.value:.3g} {row.unit}".strip(), row.target)
+        value = f"{row.value:,.0f}" if row.value >= 1000 else f"{row.value:.3g}"
+        table.add_row(row.name, f"{value} {row.unit}".strip(), row.target)
     Console().print(table)
     if result.conclusion:
         print(result.conclusion)

@@ -20,8 +20,8 @@ from mae_dist import dist, models
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
-from mae_dist.data.decode import decode, stored_size
-from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.decode import Memory, Pixels, decode, stored_size
+from mae_dist.data.index import Sample, ShardIndex, open_split
 from mae_dist.data.views import View
 from mae_dist.objectives.mae import MAE
 from mae_dist.verify.benchmarks import one_step
@@ -65,7 +65,7 @@ def data(runner: Runner) -> Result:
 
 def parts_of_loading(index: ShardIndex, view: View, ids: np.ndarray, rounds: int) -> dict[str, float]:
     """CPU seconds an image of reading, finding size and box, decoding, cropping, augmenting, and normalising."""
-    numbers, zeros, memory = ids.tolist(), np.zeros_like(ids), bytearray()
+    numbers, zeros, memory = ids.tolist(), np.zeros_like(ids), Memory()
     samples = [index.read(number) for number in numbers]
     sizes = [stored_size(sample) or (1, 1) for sample in samples]
     boxes, flips = (
@@ -82,37 +82,49 @@ def parts_of_loading(index: ShardIndex, view: View, ids: np.ndarray, rounds: int
             part = ids[first : first + loader.CHUNK]
             reader.fill(np.zeros_like(part), part, Rows(*(array[: len(part)] for array in rows)))
 
+    def decode_here(sample: Sample, shrink: int) -> Pixels:
+        return decode(sample, shrink, memory)
+
+    def decoded() -> None:
+        for i in good:
+            decode_here(samples[i], 1)
+
     def crops() -> None:
         for i in good:
-            decode_crop(samples[i], sizes[i], boxes[i], flips[i], out[0], memory)
+            decode_crop(samples[i], sizes[i], boxes[i], flips[i], out[0], decode_here)
 
     actions: dict[str, Callable[[], Any]] = {
         "read": lambda: [index.read(number) for number in numbers],
-        "decode": lambda: [decode(samples[i], 1, memory) for i in good],
+        "decode": decoded,
         "decode and crop": crops,
-        "augment": lambda: [augment(out[0], 0, number) for number in numbers] if augment else None,
+        "augment": lambda: [augment(out[0], seeds) for seeds in augment.seeds(zeros, ids)] if augment else None,
         "all but normalising": whole,
         "normalise": lambda: [
             view.finish(pixels.permute(0, 3, 1, 2).float().div_(255), zeros[:1], ids[:1]) for _ in numbers
         ],
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(1 + rounds):
-        for name, action in actions.items():
-            began = time.process_time()
-            action()
-            seconds[name].append((time.process_time() - began) / len(ids))
-    found = {name: median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    found = {name: seconds / len(ids) for name, seconds in timed(actions, rounds).items()}
     known = found["read"] + found["decode and crop"] + found["augment"]
     parts = {
         "read": found["read"],
         "decode": found["decode"],
         "crop, resize, flip": max(0.0, found["decode and crop"] - found["decode"]),
-        "augment": found["augment"],
+        "augment": found["augment"] if augment else 0.0,
         "sizes, boxes, rest": max(0.0, found["all but normalising"] - known),
         "normalise, erase": found["normalise"],
     }
     return {name: value for name, value in parts.items() if value > 0}
+
+
+def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """CPU seconds of each action: the median of `rounds` in which they take turns, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(1 + rounds):
+        for name, action in actions.items():
+            began = time.process_time()
+            action()
+            seconds[name].append(time.process_time() - began)
+    return {name: median(values[1:]) for name, values in seconds.items()}
 
 
 def _readable(sample: Any) -> bool:

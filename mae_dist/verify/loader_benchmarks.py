@@ -107,7 +107,11 @@ def pillow(index: ShardIndex, view: View) -> Epoch:
         transforms.RandomResizedCrop(view.image_size, scale=view.settings.scale, interpolation=bicubic),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(view.mean, view.std),
     ])  # fmt: skip
-    return by_image(index, lambda content: steps(Image.open(io.BytesIO(content)).convert("RGB")))
+
+    def load(content: bytes) -> Any:
+        return steps(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    return by_image(index, load)
 
 
 def torchvision(index: ShardIndex, view: View) -> Epoch:

@@ -13,7 +13,7 @@ from shared_types import Tars
 
 from mae_dist import schema
 from mae_dist.data.crop import Reader, Rows, crop, decode_crop
-from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.index import Sample
 from mae_dist.data.views import View
 
@@ -61,6 +61,15 @@ def test_decode_gives_the_pixels_and_size_of_pillow(name: str) -> None:
     expected = np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB"))
     assert np.array_equal(decode(sample), expected)
     assert stored_size(sample) == expected.shape[:2]
+
+
+def test_decode_reuses_memory_that_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, large, small = Memory(), SAMPLES["444"], stored("jpg", photo(40, 50))
+    for sample in (small, large, small, large):
+        assert np.array_equal(decode(sample, 1, memory), decode(sample))
+    assert np.shares_memory(decode(small, 1, memory), decode(large, 1, memory))
+    monkeypatch.setattr(Memory, "LARGEST", 40 * 50 * 3)
+    assert not np.shares_memory(decode(large, 1, memory), decode(large, 1, memory))
 
 
 ARRAYS = {

@@ -201,3 +201,21 @@ def test_wandb_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCa
         tracked.flush()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert caplog.text.count("wandb failed") == 1
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(2.0, True), (3.0, False)])
+def test_waiting_for_data_is_warned_of_once(
+    seconds: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each step waits 0.25 s for data; the first flush, in which the loader starts, does not count."""
+    now = [0.0]
+    monkeypatch.setattr(tracker.time, "perf_counter", lambda: now[0])
+    with new_tracker(tmp_path) as tracked:
+        for step in range(1, 60):
+            now[0] += seconds
+            record_step(tracked, step)
+            tracked.flush()
+            if step == 10:
+                assert "waiting for data" not in caplog.text
+    assert caplog.text.count("12 % of the time went into waiting for data (machine.workers=4)") == warned
+    assert caplog.text.count("waiting for data") == warned

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 from running import refused
+from shared_types import Tars
 
+from mae_dist import schema
 from mae_dist.__main__ import main
+from mae_dist.data import loader
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
-from mae_dist.verify import benchmarks
+from mae_dist.data.views import View
+from mae_dist.verify import benchmarks, data_benchmark
 
 
 def test_bench_order_measures_and_writes_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +95,7 @@ def test_bench_resume_copies_a_run_to_a_far_step(tmp_path: Path) -> None:
         (["order", "--shards", "many"], ["--shards", "many"]),
         (["save", "--shards", "5"], ["--shards"]),
         (["save", "checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
-        (["save", "config.yaml"], ["config.yaml", "section.key=value"]),
+        (["save", "config.yaml"], ["config.yaml", "no such file"]),
         (["resume", "data.path=/nowhere"], ["data.path=/nowhere", "no such folder"]),
     ],
 )
@@ -101,3 +105,50 @@ def test_bench_refuses_mistakes_in_one_line(
     message = refused(capsys, "bench", *argv, "--out", tmp_path / "out")
     for part in parts:
         assert part in message
+
+
+def test_bench_loaders_compares_ours_with_installed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(from_synthetic(40, 10), tmp_path / "set", shard_size=20)
+    words = [str(tmp_path / "set"), "model.image_size=16", "--rounds", "1", "--out", str(tmp_path)]
+    assert main(["bench", "loaders", *words]) == 0
+    output = capsys.readouterr().out
+    rates = json.loads((tmp_path / "bench-loaders.json").read_text())["raw"]["rates"]
+    assert {"torchvision v2 on tensors", "decoding alone (simplejpeg)"} < rates.keys()
+    assert all(len(values) == 1 and values[0] > 0 for values in rates.values())
+    assert next(iter(rates)).startswith("mae_dist")
+    for name in ("DALI on the CPU", "SPDL", "TurboLoader"):
+        assert (name in rates) != (f"left out: {name} (" in output)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_bench_data_names_parts_loader_step_and_what_to_change(
+    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "RESIDENT_BYTES", 2**31 if in_memory else 0)
+    pack(from_synthetic(40, 10), tmp_path / "set", shard_size=20)
+    words = [f"data.path={tmp_path / 'set'}", "model.name=vit_demo4", "model.image_size=32", "machine.workers=1"]
+    small = ["train.precision=fp32", "--rounds", "1", "--images", "64"]
+    assert main(["bench", "data", *words, *small, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench-data.json").read_text())
+    assert found["conclusion"] in capsys.readouterr().out
+    assert ("fast enough" in found["conclusion"]) == (found["measurements"][-1]["value"] >= data_benchmark.ENOUGH)
+    parts = found["raw"]["seconds"]
+    assert (parts == {}) == in_memory
+    assert in_memory or {"read", "decode", "normalise, erase"} <= parts.keys()
+
+
+@pytest.mark.parametrize(
+    ("rate", "step", "side", "expected"),
+    [(120, 100, 64, "1.2 times the rate"), (50, 100, 64, "machine.workers=2 "), (50, 1e5, 64, "--short-side 16"),
+     (50, 1e5, 16, "--format npy")],
+)  # fmt: skip
+def test_bench_data_advice(rate: float, step: float, side: int, expected: str, tars: Tars) -> None:
+    index = tars([4], size=(side, side + 8))
+    view = View(schema.ViewConfig(), 14, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0, True)
+    assert expected in data_benchmark.advice(rate, step, 60, index, view, resident=False)
+
+
+@pytest.mark.parametrize("name", ["data", "loaders"])
+def test_bench_of_loading_needs_images(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"`mae-dist bench {name} DATA`" in refused(capsys, "bench", name, "--out", tmp_path)
+    assert "one folder or glob" in refused(capsys, "bench", name, "a", "b", "--out", tmp_path)
