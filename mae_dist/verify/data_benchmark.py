@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -63,68 +63,80 @@ def data(runner: Runner) -> Result:
     return Result(title, measurements, raw, advice(median(rates), step, core, index, view, resident))
 
 
+class Loading:
+    """The parts of loading the samples `ids` of an index as a view shows them, each for all samples by one call."""
+
+    def __init__(self, index: ShardIndex, view: View, ids: np.ndarray):
+        self.index, self.view, self.ids, self.epochs = index, view, ids, np.zeros_like(ids)
+        self.samples = [index.read(number) for number in ids.tolist()]
+        self.sizes = [stored_size(sample) or (1, 1) for sample in self.samples]
+        drawn = view.boxes(torch.from_numpy(self.epochs), torch.from_numpy(ids), torch.tensor(self.sizes))
+        self.boxes, self.flips = drawn[0].tolist(), drawn[1].tolist()
+        self.readable = [i for i, sample in enumerate(self.samples) if _readable(sample)]
+        self.augmentation, self.reader, self.memory = view.augment(), Reader(index, view), Memory()
+        self.out = np.empty((loader.CHUNK, view.image_size, view.image_size, 3), dtype=np.uint8)
+
+    def read(self) -> None:
+        """Read the bytes."""
+        for number in self.ids.tolist():
+            self.index.read(number)
+
+    def decode(self) -> None:
+        """Decode whole images."""
+        for i in self.readable:
+            self._decode(self.samples[i], 1)
+
+    def _decode(self, sample: Sample, shrink: int) -> Pixels:
+        return decode(sample, shrink, self.memory)
+
+    def decode_and_crop(self) -> None:
+        """Decode, and resize the box."""
+        for i in self.readable:
+            decode_crop(self.samples[i], self.sizes[i], self.boxes[i], self.flips[i], self.out[0], self._decode)
+
+    def augment(self) -> None:
+        """RandAugment, if the view has it."""
+        for seeds in self.augmentation.seeds(self.epochs, self.ids) if self.augmentation else ():
+            assert self.augmentation is not None
+            self.augmentation(self.out[0], seeds)
+
+    def fill(self) -> None:
+        """All of these parts as a worker does them, with the headers, the boxes and the copies between them."""
+        rows = Rows(self.out, np.empty(loader.CHUNK, np.int64), np.empty(loader.CHUNK, np.bool_))
+        for first in range(0, len(self.ids), loader.CHUNK):
+            part = slice(first, first + loader.CHUNK)
+            count = len(self.ids[part])
+            self.reader.fill(self.epochs[part], self.ids[part], Rows(*(array[:count] for array in rows)))
+
+    def finish(self) -> None:
+        """Normalise, and erase if the view does."""
+        pixels = torch.from_numpy(self.out[:1]).permute(0, 3, 1, 2)
+        for _ in self.ids:
+            self.view.finish(pixels.float().div_(255), self.epochs[:1], self.ids[:1])
+
+
 def parts_of_loading(index: ShardIndex, view: View, ids: np.ndarray, rounds: int) -> dict[str, float]:
-    """CPU seconds an image of reading, finding size and box, decoding, cropping, augmenting, and normalising."""
-    numbers, zeros, memory = ids.tolist(), np.zeros_like(ids), Memory()
-    samples = [index.read(number) for number in numbers]
-    sizes = [stored_size(sample) or (1, 1) for sample in samples]
-    boxes, flips = (
-        drawn.tolist() for drawn in view.boxes(torch.from_numpy(zeros), torch.from_numpy(ids), torch.tensor(sizes))
-    )
-    out = np.empty((loader.CHUNK, view.image_size, view.image_size, 3), dtype=np.uint8)
-    good = [i for i, sample in enumerate(samples) if _readable(sample)]
-    augment, reader = view.augment(), Reader(index, view)
-    pixels = torch.from_numpy(out[:1].copy())
-
-    def whole() -> None:
-        rows = Rows(out, np.empty(loader.CHUNK, np.int64), np.empty(loader.CHUNK, np.bool_))
-        for first in range(0, len(ids), loader.CHUNK):
-            part = ids[first : first + loader.CHUNK]
-            reader.fill(np.zeros_like(part), part, Rows(*(array[: len(part)] for array in rows)))
-
-    def decode_here(sample: Sample, shrink: int) -> Pixels:
-        return decode(sample, shrink, memory)
-
-    def decoded() -> None:
-        for i in good:
-            decode_here(samples[i], 1)
-
-    def crops() -> None:
-        for i in good:
-            decode_crop(samples[i], sizes[i], boxes[i], flips[i], out[0], decode_here)
-
-    actions: dict[str, Callable[[], Any]] = {
-        "read": lambda: [index.read(number) for number in numbers],
-        "decode": decoded,
-        "decode and crop": crops,
-        "augment": lambda: [augment(out[0], seeds) for seeds in augment.seeds(zeros, ids)] if augment else None,
-        "all but normalising": whole,
-        "normalise": lambda: [
-            view.finish(pixels.permute(0, 3, 1, 2).float().div_(255), zeros[:1], ids[:1]) for _ in numbers
-        ],
+    """CPU seconds an image of each part of loading."""
+    parts = Loading(index, view, ids)
+    actions = (parts.read, parts.decode, parts.decode_and_crop, parts.augment, parts.fill, parts.finish)
+    read, decoding, cropping, augmenting, whole, finishing = (value / len(ids) for value in timed(actions, rounds))
+    found = {
+        "read": read, "decode": decoding, "crop, resize, flip": cropping - decoding,
+        "augment": augmenting if parts.augmentation else 0.0,
+        "sizes, boxes, rest": whole - read - cropping - augmenting, "normalise, erase": finishing,
     }  # fmt: skip
-    found = {name: seconds / len(ids) for name, seconds in timed(actions, rounds).items()}
-    known = found["read"] + found["decode and crop"] + found["augment"]
-    parts = {
-        "read": found["read"],
-        "decode": found["decode"],
-        "crop, resize, flip": max(0.0, found["decode and crop"] - found["decode"]),
-        "augment": found["augment"] if augment else 0.0,
-        "sizes, boxes, rest": max(0.0, found["all but normalising"] - known),
-        "normalise, erase": found["normalise"],
-    }
-    return {name: value for name, value in parts.items() if value > 0}
+    return {name: value for name, value in found.items() if value > 0}
 
 
-def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def timed(actions: Sequence[Callable[[], None]], rounds: int) -> list[float]:
     """CPU seconds of each action: the median of `rounds` in which they take turns, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    seconds: list[list[float]] = [[] for _ in actions]
     for _ in range(1 + rounds):
-        for name, action in actions.items():
+        for action, values in zip(actions, seconds, strict=True):
             began = time.process_time()
             action()
-            seconds[name].append(time.process_time() - began)
-    return {name: median(values[1:]) for name, values in seconds.items()}
+            values.append(time.process_time() - began)
+    return [median(values[1:]) for values in seconds]
 
 
 def _readable(sample: Any) -> bool:
