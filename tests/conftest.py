@@ -13,9 +13,8 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 # Check shape annotations wherever tensors are computed. This must come before the first import of these modules.
-install_import_hook(
-    [f"mae_dist.{name}" for name in ("batch", "data.views", "evaluate", "models", "objectives")], "beartype.beartype"
-)
+CHECKED = ("batch", "data.resample", "data.views", "evaluate", "models", "objectives")
+install_import_hook([f"mae_dist.{name}" for name in CHECKED], "beartype.beartype")
 
 from shared_types import Tars  # noqa: E402
 

@@ -1,6 +1,6 @@
 """From a plan of (epochs, ids) to batches on the device.
 
-Two sources with one interface. `InMemorySource` holds a split of small images of one size in memory as uint8 and crops
+Two sources with one interface. `ResidentSource` holds a split of small images of one size in memory as uint8 and crops
 whole batches on the device. `TarSource` reads and decodes by byte offset in worker processes. Either way the content of
 a batch depends on its (epochs, ids) alone: workers, ranks and prefetching change when it is computed, never its values.
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -20,14 +19,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from rich.progress import track
 from torch import Tensor
 
 from mae_dist.batch import Batch
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
-from mae_dist.data.views import View, resample
+from mae_dist.data.resident import ResidentSource
+from mae_dist.data.views import View
 from mae_dist.data.workers import Workers, shared_array
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ Plan = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 class Source(Protocol):
-    """Gives batches of a split: `InMemorySource`, `TarSource`, or `features.Features`."""
+    """Gives batches of a split: `ResidentSource`, `TarSource`, or `features.Features`."""
 
     index: ShardIndex
 
@@ -54,40 +53,12 @@ class Source(Protocol):
 
 def open_source(
     index: ShardIndex, device: torch.device, workers: int, needs_pil: bool = False, quiet: bool = False
-) -> InMemorySource | TarSource:
-    """InMemorySource if all images have one size, fit in RESIDENT_BYTES and need no PIL; otherwise TarSource."""
+) -> ResidentSource | TarSource:
+    """ResidentSource if all images have one size, fit in RESIDENT_BYTES and need no PIL; otherwise TarSource."""
     size = index.dataset.image_size
     if not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
-        return InMemorySource(index, device, quiet)
+        return ResidentSource(index, device, quiet)
     return TarSource(index, device, workers)
-
-
-class InMemorySource:
-    """A whole split in the device's memory: images uint8 (n, h, w, 3), labels (n,), bad (n,)."""
-
-    def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
-        assert index.dataset.image_size is not None
-        self.index, self.device = index, device
-        rows = Rows(
-            np.empty((len(index), *index.dataset.image_size, 3), dtype=np.uint8),
-            np.empty(len(index), dtype=np.int64), np.empty(len(index), dtype=np.bool_),
-        )  # fmt: skip
-        reader, hidden = Reader(index, None), quiet or not sys.stderr.isatty()
-        for i in track(range(0, len(index), CHUNK), f"reading {index.dataset.name}", disable=hidden, transient=True):
-            ids = np.arange(i, min(i + CHUNK, len(index)))
-            reader.fill(np.zeros_like(ids), ids, Rows(*(array[i : i + CHUNK] for array in rows)))
-        self.images, self.labels, self.bad = (torch.from_numpy(array).to(device) for array in rows)
-
-    def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
-        """Batches of a plan, in its order; cropping and resizing run on the device."""
-        height, width = self.images.shape[1:3]
-        for epochs, ids in plan:
-            sizes = torch.tensor([[height, width]]).expand(len(ids), 2)
-            boxes, flips = view.boxes(torch.from_numpy(epochs), torch.from_numpy(ids), sizes)
-            where = torch.from_numpy(ids).to(self.device)
-            images = resample(self.images[where], boxes.numpy(), flips.numpy(), view.image_size)
-            images = view.finish(images, epochs, ids)
-            yield Batch(images, self.labels[where], where, torch.from_numpy(epochs).to(self.device), self.bad[where])
 
 
 class TarSource:

@@ -10,6 +10,7 @@ Knows no model, no file layout and no rank.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -57,6 +58,15 @@ class View:
         draws = self._draw(rng.Purpose.CROP, epochs, ids, 4 * attempts).reshape(len(ids), attempts, 4)
         scale, ratio = self.settings.scale, self.settings.ratio
         return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
+
+    def keeps_pixels(self, height: int, width: int) -> bool:
+        """Whether the box of every image of this size is `image_size` whole pixels, so that none is resized."""
+        size = self.image_size
+        if self.training and self.settings.crop == "pad":
+            return height == width == size
+        central = not self.training or self.settings.crop == "center"
+        side = self.settings.test_crop * min(height, width)
+        return central and side == size and (height - size) % 2 == (width - size) % 2 == 0
 
     @property
     def needs_pil(self) -> bool:
@@ -124,52 +134,20 @@ def resized_boxes(
     return torch.where(fits.any(1, keepdim=True), chosen, fallback)
 
 
-def resample(
-    images: UInt8[Tensor, "b h w c"], boxes: np.ndarray, flips: np.ndarray, size: int
-) -> Float[Tensor, "b c size size"]:
-    """Crop, resize and flip a batch on its device, as `crop` does but without rounding to 8 bits; values in 0..1."""
-    if not len(images):
-        return images.new_zeros((0, images.shape[3], size, size), dtype=torch.float32)
-    height, width = images.shape[1:3]
-    cut = (boxes == np.rint(boxes)).all(1)
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], cut, height, size)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], cut, width, size)
-    columns = np.where(flips[:, None, None], columns[:, ::-1], columns)
-    rows, columns = (torch.from_numpy(m.astype(np.float32)).to(images.device) for m in (rows, columns))
-    pixels = rearrange(images, "b h w c -> b c h w").float() / 255
-    with torch.autocast(images.device.type, enabled=False):  # pixels are fp32 whatever precision surrounds them
-        wide = (pixels @ columns[:, None].transpose(-1, -2)).clamp_(0, 1)  # bicubic overshoots, and PIL clips twice
-        return (rows[:, None] @ wide).clamp_(0, 1)
-
-
-def resize_matrix(start: np.ndarray, length: np.ndarray, cut: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Matrices (n, target, source) that resize `length` pixels from `start` (n,) on one axis to `target` pixels.
-
-    Bicubic (Keys 1981, a = -0.5), antialiased as in PIL. Where `cut` (n,), pixels around the box have no weight and the
-    outside of the image is black; elsewhere pixels around the box count.
-    """
-    start, end, cut = (v[:, None, None] for v in (start, start + length, cut))
-    step = (end - start) / target
-    center = start + (np.arange(target)[:, None] + 0.5) * step
-    first = min(0, math.floor(start.min()))
-    places = np.arange(first, max(source, math.ceil(end.max())))
-    distance = np.abs((places + 0.5 - center) / np.maximum(step, 1.0))
-    a = -0.5
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
-    weights *= np.where(cut, (places >= start) & (places < end), (places >= 0) & (places < source))
-    return (weights / weights.sum(2, keepdims=True))[:, :, -first : source - first]
-
-
 def normalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> Float[Tensor, "b c h w"]:
     """Normalise pixels in 0..1, in place, with the given mean and standard deviation per channel."""
-    mean_, std_ = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (mean, std))
+    mean_, std_ = (_constant(v, images.device, images.dtype) for v in (mean, std))
     if images.stride(1) == 1:  # channels last: a row of all channels is long enough to be fast
         rows, width = rearrange(images, "b c h w -> b h (w c)"), images.shape[3]
         rows.sub_(mean_.repeat(width)).div_(std_.repeat(width))
         return images
     return images.sub_(mean_[:, None, None]).div_(std_[:, None, None])
+
+
+@functools.lru_cache
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """Numbers as a tensor, kept, since the host would wait for each copy to a GPU."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def denormalise(images: Float[Tensor, "b c h w"], mean: tuple, std: tuple) -> UInt8[np.ndarray, "b h w c"]:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from mae_dist import dist, evaluate, image_grid, parallel
-from mae_dist.data.loader import InMemorySource, TarSource
+from mae_dist.data.loader import TarSource
+from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import denormalise
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import PretrainConfig
@@ -50,7 +51,7 @@ def build(setup: Setup[PretrainConfig]) -> MAE:
 
 
 @torch.no_grad()
-def draw(setup: Setup, objective: MAE, source: InMemorySource | TarSource, step: int) -> None:
+def draw(setup: Setup, objective: MAE, source: ResidentSource | TarSource, step: int) -> None:
     """Write pictures/reconstruction-STEP.png: originals, masked, reconstructed."""
     ids = np.arange(min(GALLERY, len(source.index)), dtype=np.int64)
     (batch,) = source.batches([(np.zeros_like(ids), ids)], setup.view(training=False))

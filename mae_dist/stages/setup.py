@@ -62,7 +62,7 @@ class Setup(Generic[C]):
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
-    def source(self, split: ShardIndex, training: bool = False) -> loader.InMemorySource | loader.TarSource:
+    def source(self, split: ShardIndex, training: bool = False) -> loader.ResidentSource | loader.TarSource:
         """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
         return loader.open_source(split, self.device, workers, view.needs_pil, quiet=not dist.is_main())

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 
 from mae_dist import rng, schema
 from mae_dist.data import augment, loader
+from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_evaluation_images_are_not_augmented(tars: Tars) -> None:
     plan = [(np.zeros(4, dtype=np.int64), np.arange(4))]
     plain, augmented = view(training=False), view(training=False, randaugment=RECIPE, random_erasing=1.0)
     assert not augmented.needs_pil
-    for source in (loader.InMemorySource(data, CPU, quiet=True), loader.TarSource(data, CPU, 0)):
+    for source in (ResidentSource(data, CPU, quiet=True), loader.TarSource(data, CPU, 0)):
         (a,), (b,) = source.batches(plan, plain), source.batches(plan, augmented)
         assert torch.equal(a.images, b.images)
 

@@ -18,6 +18,7 @@ from mae_dist import schema
 from mae_dist.batch import Batch
 from mae_dist.data import index, loader
 from mae_dist.data.order import Order, plan
+from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
 from mae_dist.errors import MachineFault, RankError, WorkerLost
 
@@ -81,7 +82,7 @@ def test_loader_stream_is_elastic_over_ranks_micro_batches_and_resume_step(tars:
 def test_loader_image_is_independent_of_its_batch(tars: Tars) -> None:
     data = tars([4, 4])
     epochs, ids = np.array([0, 0, 2, 0]), np.array([5, 1, 5, 7])
-    for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
+    for source in (loader.TarSource(data, CPU, 0), ResidentSource(data, CPU)):
         (together,) = source.batches([(epochs, ids)], view())
         for i in range(4):
             (alone,) = source.batches([(epochs[i : i + 1], ids[i : i + 1])], view())
@@ -94,7 +95,7 @@ def test_loader_image_is_independent_of_its_batch(tars: Tars) -> None:
 def test_loader_in_memory_and_tar_source_agree(tars: Tars, crop: str, training: bool) -> None:
     data = tars([4, 5, 3], broken={2, 6})
     streamed = list(loader.TarSource(data, CPU, 0).batches(steps(data, 0, 4), view(crop, 32, training)))
-    resident = list(loader.InMemorySource(data, CPU).batches(steps(data, 0, 4), view(crop, 32, training)))
+    resident = list(ResidentSource(data, CPU).batches(steps(data, 0, 4), view(crop, 32, training)))
     for a, b in zip(streamed, resident, strict=True):
         assert same(Batch(b.images, *a[1:]), b)
         close = (a.images - b.images).abs() * torch.tensor(STD)[:, None, None] * 255 < 1.5
@@ -107,7 +108,7 @@ def test_loader_in_memory_and_tar_source_agree(tars: Tars, crop: str, training: 
 
 def test_loader_open_source_chooses_by_size(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tars([3])
-    assert isinstance(loader.open_source(data, CPU, 0), loader.InMemorySource)
+    assert isinstance(loader.open_source(data, CPU, 0), ResidentSource)
     monkeypatch.setattr(loader, "RESIDENT_BYTES", 3 * 32 * 32 * 3 - 1)
     assert isinstance(loader.open_source(data, CPU, 0), loader.TarSource)
 
@@ -116,7 +117,7 @@ def test_loader_refuses_images_of_another_size_than_dataset_json(tars: Tars) -> 
     data = tars([3])
     object.__setattr__(data.dataset, "image_size", (32, 31))
     with pytest.raises(ValueError, match=r"s0000.*32x32.*image_size in dataset.json is 32x31"):
-        loader.InMemorySource(data, CPU)
+        ResidentSource(data, CPU)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "resident"])
@@ -126,7 +127,7 @@ def test_loader_replaces_truncated_jpegs_by_the_next_sample(
     """Sample 3 is the last of its shard: the first of its shard replaces it. 5 and 6 follow each other."""
     data = tars([4, 4], extension="jpg", broken={3, 5, 6})
     with caplog.at_level(logging.WARNING):
-        source = loader.TarSource(data, CPU, 0) if kind == "streamed" else loader.InMemorySource(data, CPU)
+        source = loader.TarSource(data, CPU, 0) if kind == "streamed" else ResidentSource(data, CPU)
         ids = np.arange(8)
         (batch,) = source.batches([(np.zeros(8, dtype=np.int64), ids)], view("center", 32, training=False))
     assert batch.ids.tolist() == list(range(8))
@@ -151,7 +152,7 @@ def test_loader_raises_for_a_tar_cut_after_indexing_and_names_it(
     with pytest.raises(ValueError, match=r"^\S*x-1\.tar: ends inside a sample: it was changed or cut"):
         list(loader.TarSource(data, CPU, workers).batches(steps(data, 0, 2), view()))
     with pytest.raises(ValueError, match=r"x-1\.tar"):
-        loader.InMemorySource(data, CPU)
+        ResidentSource(data, CPU)
     with pytest.raises(ValueError, match="was changed or cut"):
         index.open_split(str(tar.parent), "train")
     assert "replaces it" not in caplog.text
@@ -169,7 +170,7 @@ def test_loader_evaluation_plan_has_each_sample_once(num: int) -> None:
 
 def test_loader_gives_an_empty_batch_for_an_empty_plan(tars: Tars) -> None:
     data, nothing = tars([4]), np.array([], dtype=np.int64)
-    for source in (loader.TarSource(data, CPU, 0), loader.InMemorySource(data, CPU)):
+    for source in (loader.TarSource(data, CPU, 0), ResidentSource(data, CPU)):
         (batch,) = source.batches([(nothing, nothing)], view(training=False))
         assert batch.images.shape == (0, 3, 24, 24)
         assert batch.size == 0

@@ -14,7 +14,6 @@ from torchvision.transforms import RandomResizedCrop
 
 from mae_dist import schema
 from mae_dist.data import views
-from mae_dist.data.crop import crop
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 
@@ -148,54 +147,22 @@ def test_view_flips_have_their_probability_and_only_in_training() -> None:
     assert torch.equal(boxes, views.center_boxes(sizes, 0.875))
 
 
-def by_pil(images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray:
-    found = np.empty((len(images), size, size, 3), dtype=np.uint8)
-    for image, box, flip, out in zip(images, boxes, flips, found, strict=True):
-        crop(image, box, bool(flip), out)
-    return found
-
-
-def by_matrix(images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray:
-    return views.resample(torch.from_numpy(images), boxes, flips, size).permute(0, 2, 3, 1).numpy() * 255
-
-
-@pytest.mark.parametrize("kind", ["resized", "pad", "center", "fractional"])
 @pytest.mark.parametrize(
-    ("height", "width", "size"), [(32, 32, 32), (40, 24, 16), (16, 20, 48), (64, 50, 32), (32, 32, 8)]
-)
-def test_resample_agrees_with_pil(height: int, width: int, size: int, kind: str) -> None:
-    num = 40
-    sizes, flips = sizes_of(num, height, width), np.arange(num) % 2 == 1
-    boxes = {
-        "resized": lambda: views.resized_boxes(draws(num), sizes, (0.08, 1.0), RATIO, clamp=False),
-        "pad": lambda: views.shifted_boxes(draws(num)[:, 0, :2], sizes, 4),
-        "center": lambda: views.center_boxes(sizes, 0.875),
-        "fractional": lambda: views.center_boxes(sizes, 0.83),
-    }[kind]().numpy()
-    images = noise(num, height, width, 3, low=80, high=176)  # bicubic overshoots stay within 0..255
-    limit = 1.5 if kind != "pad" else 2.5  # the black border does make them leave it
-    assert np.abs(by_pil(images, boxes, flips, size) - by_matrix(images, boxes, flips, size)).max() < limit
-
-
-def test_resample_clips_as_pil_does() -> None:
-    """Saturated pixels; boxes no higher than wide, for which every version of Pillow resizes rows first."""
-    images = noise(40, 30, 40, 3)
-    boxes = views.resized_boxes(draws(40), sizes_of(40, 30, 40), SCALE, (1.0, 2.0), clamp=False).numpy()
-    assert (boxes[:, 2] <= boxes[:, 3] + 1).all()
-    boxes[:, 2] = np.minimum(boxes[:, 2], boxes[:, 3])
-    flips = np.zeros(40, dtype=bool)
-    assert np.abs(by_pil(images, boxes, flips, 24) - by_matrix(images, boxes, flips, 24)).max() < 1.5
-
-
-def test_resample_of_shifts_is_exact() -> None:
-    images, num = noise(60, 32, 32, 3), 60
-    boxes = views.shifted_boxes(draws(num)[:, 0, :2], sizes_of(num, 32, 32), 4).numpy()
-    flips = np.arange(num) % 2 == 0
-    assert np.array_equal(by_pil(images, boxes, flips, 32), np.rint(by_matrix(images, boxes, flips, 32)))
-    assert np.abs(by_matrix(images, boxes, flips, 32) - by_pil(images, boxes, flips, 32)).max() < 1e-4
-    top, left = (int(v) for v in boxes[1, :2])
-    padded = np.pad(images[1], ((4, 4), (4, 4), (0, 0)))
-    assert np.array_equal(by_pil(images, boxes, flips, 32)[1], padded[4 + top : 36 + top, 4 + left : 36 + left])
+    ("crop", "training", "share", "size", "whole"),
+    [
+        ("pad", True, 0.5, (16, 16), True), ("pad", True, 0.5, (16, 20), False),
+        ("pad", False, 1.0, (16, 16), True), ("pad", False, 0.5, (16, 16), False),
+        ("center", True, 0.5, (32, 34), True), ("center", True, 0.5, (32, 33), False),
+        ("center", True, 0.51, (32, 32), False), ("resized", True, 1.0, (16, 16), False),
+    ],
+)  # fmt: skip
+def test_view_keeps_pixels_where_all_boxes_are_whole_pixels(
+    crop: str, training: bool, share: float, size: tuple[int, int], whole: bool
+) -> None:
+    shown, ids = view(crop, training, test_crop=share), torch.arange(50)
+    assert shown.keeps_pixels(*size) == whole
+    boxes, _ = shown.boxes(torch.zeros_like(ids), ids, sizes_of(50, *size))
+    assert bool((boxes[:, 2:] == 16).all() and (boxes == boxes.round()).all()) == whole
 
 
 def test_normalise_and_denormalise_roundtrip() -> None:

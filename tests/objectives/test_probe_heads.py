@@ -23,8 +23,8 @@ from mae_dist.__main__ import main
 from mae_dist.batch import Batch
 from mae_dist.data.features import Features
 from mae_dist.data.index import open_split
-from mae_dist.data.loader import InMemorySource
 from mae_dist.data.pack import pack
+from mae_dist.data.resident import ResidentSource
 from mae_dist.data.sources import from_synthetic
 from mae_dist.data.views import View
 from mae_dist.models.backbone import Backbone
@@ -275,7 +275,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, tmp_path: Path) -> None:
     index = open_split(str(data), "train")
-    images = InMemorySource(index, CPU, quiet=True)
+    images = ResidentSource(index, CPU, quiet=True)
     view = View(
         schema.ViewConfig(crop="center", flip=0.0, test_crop=1.0),
         32,
@@ -340,14 +340,14 @@ def test_probe_heads_best_is_chosen_on_held_out_samples_and_tested_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluated: list[str] = []
-    plain = InMemorySource.batches
+    plain = ResidentSource.batches
 
-    def watched(self: InMemorySource, plan: Any, view: View) -> Any:
+    def watched(self: ResidentSource, plan: Any, view: View) -> Any:
         for batch in plain(self, plan, view):
             evaluated.extend([self.index.tars[0].parent.name] if len(self.index) == 60 else [])
             yield batch
 
-    monkeypatch.setattr(InMemorySource, "batches", watched)
+    monkeypatch.setattr(ResidentSource, "batches", watched)
     out = tmp_path / "run"
     more = ["train.steps=8", "heads.sgd=[0.1,1e9]", "heads.weight_decay=[1]", "heads.ridge=true", "heads.knn=true"]
     assert main(argv(data, out, *more, "track.evaluate_every=0.1")) == 0

@@ -1,0 +1,241 @@
+"""Resident splits: images of one size that are kept in memory, from a file into which they are decoded once.
+
+    DIR/train.resident   beside dataset.json: safetensors, see `Pixels`; for a glob of tars DIR/tars-HASH.resident
+
+The file is written whole or not at all, by one process while the others wait, and all processes of a machine map it
+read-only into memory. It is made anew when a tar has changed since, or when it is damaged. Where it cannot be written,
+the images are decoded at every start.
+
+Knows no order and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mae_dist.atomic import leftovers, replacing, try_lock
+from mae_dist.batch import Batch
+from mae_dist.data import resample
+from mae_dist.data.crop import Reader, Rows
+from mae_dist.data.index import ShardIndex
+from mae_dist.data.views import View
+from mae_dist.data.workers import Workers, shared_array
+
+log = logging.getLogger(__name__)
+
+FORMAT = "mae_dist resident 1"
+"""Changes when other pixels are decoded from the same tars, or when they are stored in another way."""
+CHUNK = 64
+"""Images that a worker decodes at once."""
+WORTH_A_WORKER = 1000
+"""Images that are decoded in the time that it takes to start a worker process, or in more."""
+WAIT_FOR_LOCK = 600.0
+"""Seconds to wait for another process that decodes the images. (If it dies, the kernel frees its lock at once.)"""
+DRAWN_TOGETHER = 8
+"""Batches whose boxes are drawn at once: the cost of a draw is that of its many small operations."""
+
+
+class Unusable(Exception):
+    """A file of a resident split that is missing, stale or damaged."""
+
+
+class Pixels(NamedTuple):
+    """All images of a split, their labels (-1: none), and whether another sample replaces an unreadable one (bad)."""
+
+    labels: Int[Tensor, " n"]
+    bad: Bool[Tensor, " n"]
+    images: UInt8[Tensor, "n 3 h w"]
+
+
+class ResidentSource:
+    """A whole split in the device's memory; batches are cropped and resized there. On a CPU it is the file, mapped."""
+
+    def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
+        self.index, self.device = index, device
+        pixels = open_resident(index, quiet)
+        self.labels, self.bad, self.images = (tensor.to(device) for tensor in pixels)
+
+    def batches(self, plan: Iterable[tuple[np.ndarray, np.ndarray]], view: View, /) -> Iterator[Batch]:
+        """Batches of a plan, in its order. The host never waits for the device."""
+        height, width = self.images.shape[2:]
+        show = resample.cut if view.keeps_pixels(height, width) else resample.resize
+        size, plan = torch.tensor([[height, width]], device=self.device), iter(plan)
+        while drawn := list(itertools.islice(plan, DRAWN_TOGETHER)):
+            epochs, ids = (self._to_device(np.concatenate(parts)) for parts in zip(*drawn, strict=True))
+            counts = [len(part) for _, part in drawn]
+            parts = (part.split(counts) for part in (epochs, ids, *view.boxes(epochs, ids, size.expand(len(ids), 2))))
+            for places, epoch, id_, box, flip in zip(drawn, *parts, strict=True):
+                images = show(self.images.index_select(0, id_), box, flip, view.image_size)
+                yield Batch(view.finish(images, *places), self.labels[id_], id_, epoch, self.bad[id_])
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def open_resident(index: ShardIndex, quiet: bool = False) -> Pixels:
+    """The images of a split, mapped from its file, which is made where it is missing, stale or damaged.
+
+    Where the file cannot be written, or another process does not finish it within WAIT_FOR_LOCK s, they are decoded
+    into memory, with a warning. Raises what `Reader.fill` raises.
+    """
+    path, key = path_of(index), key_of(index)
+    pixels = _open(index, path, key, quiet)
+    if num_bad := int(pixels.bad.sum()):
+        first = index.sample_name(int(pixels.bad.byte().argmax()))
+        log.warning(
+            "%s: %d of %d images are unreadable, %s first; the next readable one of its tar replaces each",
+            index.dataset.name, num_bad, len(index), first,
+        )  # fmt: skip
+    return pixels
+
+
+def _open(index: ShardIndex, path: Path, key: str, quiet: bool) -> Pixels:
+    with suppress(Unusable):
+        return load(path, key)
+    lock_path = path.with_name(f".{path.name}.lock")
+    try:
+        lock = lock_path.open("a")
+    except OSError as error:
+        _warn(index, path, error)
+        return decode(index, quiet)
+    with lock:
+        try:
+            return _load_or_make(index, path, key, lock, quiet)
+        finally:
+            with suppress(OSError):
+                lock_path.unlink()
+
+
+def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet: bool) -> Pixels:
+    """Load the file that another process has made, or make it."""
+    alone = _wait_for(lock, path)
+    try:
+        return load(path, key)
+    except Unusable as unusable:
+        reason = unusable
+    if not alone:
+        log.warning("%s: not finished after %g s by another process; decoding into memory", path, WAIT_FOR_LOCK)
+        return decode(index, quiet)
+    log.info("%s: %s; decoding %d images into it, once", path, reason, len(index))
+    for leftover in leftovers(path.parent, path.name):  # of a process that was killed
+        if leftover.name.partition("-")[2] == path.name:
+            leftover.unlink(missing_ok=True)
+    pixels = decode(index, quiet)
+    try:
+        write(path, key, pixels)
+        return load(path, key)
+    except OSError as error:
+        _warn(index, path, error)
+        return pixels
+
+
+def _wait_for(lock: IO[str], path: Path) -> bool:
+    """Wait for a lock; whether this process has it now."""
+    deadline = time.monotonic() + WAIT_FOR_LOCK
+    if locked := try_lock(lock):
+        return True
+    log.info("%s: another process decodes the images; waiting for it, up to %g s", path, WAIT_FOR_LOCK)
+    while not locked and time.monotonic() < deadline:
+        time.sleep(0.1)
+        locked = try_lock(lock)
+    return locked
+
+
+def _warn(index: ShardIndex, path: Path, error: OSError) -> None:
+    log.warning(
+        "%s: cannot be written (%s), so %d images are decoded at every start; make room or the folder writable, or "
+        "index the tars into a folder of your own: `mae-dist data index 'TARS' --out FOLDER`",
+        path, error.strerror or error, len(index),
+    )  # fmt: skip
+
+
+def path_of(index: ShardIndex) -> Path:
+    """The file of a split of a dataset.json beside it, SPLIT.resident; for other tars tars-HASH.resident beside the
+    first one's index, by a hash of all paths.
+    """
+    folder = index.indexes[0].parent
+    name = next((name for name, shards in index.dataset.splits.items() if shards == index.shards), "")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        tars = "\n".join(os.path.relpath(tar, folder) for tar in index.tars)
+        name = f"tars-{hashlib.sha256(tars.encode()).hexdigest()[:16]}"
+    return folder / f"{name}.resident"
+
+
+def key_of(index: ShardIndex) -> str:
+    """A hash of all that the file depends on: of the index, and of the size and modification time of each tar."""
+    tars = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, index.tars)]
+    facts = [FORMAT, index.fingerprint, index.dataset.image_size, tars]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def load(path: Path, key: str) -> Pixels:
+    """Map the file of a split. Raises Unusable when it is missing, damaged, or has another key."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return Pixels(*(file.get_tensor(name) for name in Pixels._fields))
+    except FileNotFoundError:
+        raise Unusable("there is no such file yet") from None
+    except (OSError, SafetensorError) as error:
+        raise Unusable(f"damaged ({error})") from error
+    raise Unusable("its tars have changed")
+
+
+def write(path: Path, key: str, pixels: Pixels) -> None:
+    """Write the file of a split, whole or not at all. Raises OSError."""
+    header: dict[str, object] = {"__metadata__": {"key": key}}
+    end = 0
+    for (name, tensor), kind in zip(pixels._asdict().items(), ("I64", "BOOL", "U8"), strict=True):
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as work, work.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in pixels:
+            stream.write(tensor.numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def decode(index: ShardIndex, quiet: bool = False) -> Pixels:
+    """Decode a split on the cores that this process may use, with a progress bar unless `quiet`."""
+    assert index.dataset.image_size is not None
+    labels, bad = shared_array((len(index),), np.int64), shared_array((len(index),), np.bool_)
+    images = shared_array((len(index), 3, *index.dataset.image_size), np.uint8)
+    reader, rows = Reader(index, None), Rows(images.transpose(0, 2, 3, 1), labels, bad)
+
+    def work(first: int) -> None:
+        ids = np.arange(first, min(first + CHUNK, len(index)))
+        reader.fill(np.zeros_like(ids), ids, Rows(*(array[first : first + CHUNK] for array in rows)))
+
+    number = min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)
+    workers = Workers(work, number if number > 1 else 0)
+    starts, ahead = range(0, len(index), CHUNK), 2 * number
+    hidden = quiet or not sys.stderr.isatty()
+    for step in track(range(len(starts) + ahead), f"decoding {index.dataset.name}", disable=hidden, transient=True):
+        if step < len(starts):
+            workers.send(starts[step])
+        if step >= ahead:
+            workers.wait()
+    workers.stop()
+    return Pixels(*(torch.from_numpy(array) for array in (labels, bad, images)))
