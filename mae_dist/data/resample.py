@@ -12,9 +12,6 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int, UInt8
 from torch import Tensor
 
-A = -0.5
-"""Of the bicubic kernel (Keys 1981), as in PIL."""
-
 
 def cut(
     images: UInt8[Tensor, "b c h w"], boxes: Float64[Tensor, "b 4"], flips: Bool[Tensor, " b"], size: int
@@ -39,43 +36,45 @@ def resize(
     A box of whole pixels is cut out first; pixels around a fractional box count too. A box is no larger than an image.
     """
     channels, height, width = images.shape[1:]
-    whole = (boxes == boxes.round()).all(1)
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], whole, mirrored(flips & False, size), height)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], whole, mirrored(flips, size), width)
+    rows, columns = resize_matrices(boxes, flips, height, width, size)
     pixels = images.float().div_(255)
     with torch.autocast(images.device.type, enabled=False):  # pixels are fp32 whatever precision surrounds them
         wide = torch.bmm(pixels.flatten(1, 2), columns.mT).clamp_(0, 1)  # bicubic overshoots, and PIL clips twice
         return (rows[:, None] @ wide.unflatten(1, (channels, height))).clamp_(0, 1)
 
 
+def resize_matrices(
+    boxes: Float64[Tensor, "n 4"], flips: Bool[Tensor, " n"], height: int, width: int, size: int
+) -> tuple[Float32[Tensor, "n size height"], Float32[Tensor, "n size width"]]:
+    """Matrices that resize the columns and the rows of pixels in a box to `size`; the second also flips.
+
+    Bicubic (Keys 1981, a = -0.5), antialiased as in PIL. For a box of whole pixels, pixels around it have no weight and
+    the outside of the image is black; for any other, pixels around it count, and the outside of the image does not.
+    """
+    longer, device = max(height, width), boxes.device
+    start, length = boxes[:, :2, None], boxes[:, 2:, None]  # of both axes, (n, 2, 1)
+    step = length / size
+    scale = step.clamp(min=1)
+    targets = torch.stack([mirrored(torch.zeros_like(flips), size), mirrored(flips, size)], 1)
+    center = start + (targets + 0.5) * step - 0.5
+    first = (center - 2 * scale).floor() + 1
+    taps = torch.arange(math.ceil(4 * max(1, longer / size)), device=device)
+    places = first.long()[..., None] + taps  # (n, 2, size, taps)
+    distance = ((first - center) / scale).float()[..., None] + (taps / scale).float()[:, :, None]
+    distance = distance.abs_().clamp_(max=2)
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * -0.5 + 2
+    whole = (boxes == boxes.round()).all(1)[:, None, None]
+    sides = height + (width - height) * torch.arange(2, device=device)[:, None]
+    low, high = (torch.where(whole, *ends).long()[..., None] for ends in ((start, 0), (start + length, sides)))
+    weights = near.where(distance < 1, far).where((places >= low) & (places < high), 0)
+    weights = weights / weights.sum(3, keepdim=True)
+    matrices = weights.new_zeros((len(boxes), 2, size, longer + 2))  # a column on either side for the outside
+    matrices.scatter_(3, places.clamp_(-1, longer).add_(1), weights)
+    return matrices[:, 0, :, 1 : height + 1], matrices[:, 1, :, 1 : width + 1]
+
+
 def mirrored(flips: Bool[Tensor, " n"], size: int) -> Int[Tensor, "n size"]:
     """The places 0..size-1 of pixels on one axis, in reverse order where `flips`."""
     places = torch.arange(size, device=flips.device)
     return torch.where(flips[:, None], places.flip(0), places)
-
-
-def resize_matrix(
-    start: Float64[Tensor, " n"], length: Float64[Tensor, " n"], whole: Bool[Tensor, " n"],
-    targets: Int[Tensor, "n target"], source: int,
-) -> Float32[Tensor, "n target source"]:  # fmt: skip
-    """Matrices that resize `length` (at most `source`) of `source` pixels on one axis, from `start`, to the pixels
-    `targets` of as many.
-
-    Bicubic, antialiased as in PIL. Where `whole`, pixels around the box have no weight and the outside of the image is
-    black; elsewhere pixels around the box count, and the outside of the image has no weight.
-    """
-    size = targets.shape[1]
-    start, end, whole = (value[:, None, None] for value in (start, start + length, whole))
-    step = (end - start) / size
-    scale = step.clamp(min=1)
-    center = start + (targets[:, :, None] + 0.5) * step
-    first = (center - 2 * scale - 0.5).floor() + 1
-    places = first + torch.arange(math.ceil(4 * max(1, source / size)), device=start.device)
-    distance = ((places + 0.5 - center).abs() / scale).clamp(max=2)
-    near = ((A + 2) * distance - (A + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * A - 4 * A
-    low, high = torch.where(whole, start, 0), torch.where(whole, end, source)
-    weights = torch.where(distance < 1, near, far) * ((places >= low) & (places < high))
-    weights = (weights / weights.sum(2, keepdim=True)).float()
-    matrix = weights.new_zeros((len(start), size, source + 2))  # a column on either side for the outside
-    return matrix.scatter_(2, places.clamp(-1, source).long() + 1, weights)[:, :, 1:-1]
