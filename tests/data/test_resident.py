@@ -136,7 +136,8 @@ def test_resident_bad_samples_are_the_same_on_later_starts(tars: Tars, info: pyt
 def test_resident_file_is_made_by_one_of_many_processes(tars: Tars, tmp_path: Path) -> None:
     folder = tars([40, 40]).tars[0].parent
     logs = [tmp_path / f"{number}.log" for number in range(4)]
-    processes = [start(folder, log) for log in logs]
+    together = multiprocessing.get_context("fork").Barrier(4)
+    processes = [start(folder, log, before=together.wait) for log in logs]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
