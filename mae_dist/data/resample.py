@@ -66,7 +66,8 @@ def resize_matrices(
     far = ((distance - 5) * distance + 8) * distance * -0.5 + 2
     whole = (boxes == boxes.round()).all(1)[:, None, None]
     sides = height + (width - height) * torch.arange(2, device=device)[:, None]
-    low, high = (torch.where(whole, *ends).long()[..., None] for ends in ((start, 0), (start + length, sides)))
+    low = torch.where(whole, start, 0).long()[..., None]
+    high = torch.where(whole, start + length, sides).long()[..., None]
     weights = near.where(distance < 1, far).where((places >= low) & (places < high), 0)
     weights = weights / weights.sum(3, keepdim=True)
     matrices = weights.new_zeros((len(boxes), 2, size, longer + 2))  # a column on either side for the outside

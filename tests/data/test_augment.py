@@ -130,7 +130,7 @@ def test_color_jitter_is_the_same_on_both_roads_and_only_in_training(tars: Tars)
     data, plan = tars([4, 5], size=(24, 24)), [(np.array([0, 0, 1]), np.array([3, 7, 3]))]
     jittered, plain = view(color_jitter=0.4, crop="pad"), view(crop="pad")
     sources = loader.open_source(data, CPU, 0, jittered.needs_pil), loader.TarSource(data, CPU, 0)
-    assert isinstance(sources[0], loader.InMemorySource)
+    assert isinstance(sources[0], ResidentSource)
     (resident,), (decoded,) = (source.batches(plan, jittered) for source in sources)
     (without,) = sources[1].batches(plan, plain)
     assert torch.allclose(resident.images, decoded.images, atol=1e-5)
