@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,11 +245,12 @@ def test_resident_files_of_other_tars_have_other_names(tars: Tars) -> None:
     assert path_of(index.ShardIndex(data.tars, data.indexes, data.shards, renamed)).name.startswith("tars-")
 
 
-def test_resident_batches_are_a_function_of_their_part_of_the_plan(tars: Tars) -> None:
+@pytest.mark.parametrize(("crop", "size"), [("resized", 24), ("pad", 32)])
+def test_resident_batches_are_a_function_of_their_part_of_the_plan(tars: Tars, crop: Any, size: int) -> None:
     source = ResidentSource(tars([9, 9]), CPU)
-    view = View(schema.ViewConfig(crop="resized"), 24, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), seed=3, training=True)
+    view = View(schema.ViewConfig(crop=crop), size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), seed=3, training=True)
     generator = np.random.default_rng(0)
-    plan = [(generator.integers(0, 5, size), generator.integers(0, 18, size)) for size in [3, 5, 0, 1] * 5]
+    plan = [(generator.integers(0, 5, num), generator.integers(0, 18, num)) for num in [3, 5, 0, 1] * 5]
     batches = list(source.batches(iter(plan), view))
     assert len(batches) == 20 > resident.DRAWN_TOGETHER
     for part, batch in zip(plan, batches, strict=True):
