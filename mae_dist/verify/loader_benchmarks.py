@@ -1,7 +1,7 @@
 """Other people's loaders beside ours, on the same photographs: `mae-dist bench loaders`.
 
-Each makes batches of random resized crops, flipped and normalised, as those who pretrain with it do. They take turns,
-and each is timed by the CPU time of this process with all its threads, so that other programs on the machine count
+Each makes batches of random resized crops, flipped and normalised, as those who pretrain with it do; with
+view.randaugment or view.random_erasing only ours and timm's do, which have both. They take turns, and each is timed by the CPU time of this process with all its threads, so that other programs on the machine count
 less. Loaders that are not installed, or do not run here, are left out with the reason.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data.crop import Reader, Rows
@@ -38,7 +38,8 @@ def loaders(runner: Runner) -> Result:
     index = open_split(settings.data.path, settings.data.split)
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
     epochs: dict[str, Epoch] = {}
-    for name, make in LOADERS.items():
+    augmented = view.needs_pil or view.settings.random_erasing > 0
+    for name, make in (AUGMENTING if augmented else LOADERS).items():
         try:
             epochs[name] = make(index, view)
             epochs[name]()  # warms up
@@ -144,6 +145,25 @@ def by_image(index: ShardIndex, load: Callable[[bytes], torch.Tensor]) -> Epoch:
     return epoch
 
 
+def timm(index: ShardIndex, view: View) -> Epoch:
+    """timm's transforms of Pillow images for training on labels, as in the official fine-tuning of MAE."""
+    from timm.data import create_transform
+
+    steps: Any = create_transform(
+        view.image_size, is_training=True, scale=view.settings.scale, interpolation="bicubic", color_jitter=0.0,
+        auto_augment=view.settings.randaugment, re_prob=view.settings.random_erasing, re_mode="pixel",
+        mean=view.mean, std=view.std,
+    )  # fmt: skip
+    for operation in (operation for step in steps.transforms for operation in getattr(step, "ops", ())):
+        if operation.aug_fn.__name__ == "posterize":  # with 0 bits, which Pillow 13 refuses
+            operation.aug_fn = lambda image, bits, **_: ImageOps.posterize(image, max(1, min(bits, 8)))
+
+    def load(content: bytes) -> torch.Tensor:
+        return steps(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    return by_image(index, load)
+
+
 def dali(index: ShardIndex, view: View) -> Epoch:
     """NVIDIA DALI on the CPU, which decodes only the part of a JPEG that its crop needs."""
     from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
@@ -213,5 +233,8 @@ LOADERS: dict[str, Callable[[ShardIndex, View], Epoch]] = {
     "mae_dist (8 bits, as a GPU copies them)": until_gpu, "mae_dist, normalised on the CPU": on_cpu,
     "Pillow and torchvision v1": pillow, "torchvision v2 on tensors": torchvision,
     "decoding alone (simplejpeg)": decoding, "DALI on the CPU": dali, "SPDL": spdl, "TurboLoader": turboloader,
+}  # fmt: skip
+AUGMENTING: dict[str, Callable[[ShardIndex, View], Epoch]] = {
+    "mae_dist, normalised on the CPU": on_cpu, "timm's create_transform": timm,
 }  # fmt: skip
 """Name -> a function that makes its epoch, and raises ImportError if its package is missing. Ours is the first."""

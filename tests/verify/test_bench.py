@@ -118,6 +118,9 @@ def test_bench_loaders_compares_ours_with_installed_ones(tmp_path: Path, capsys:
     assert next(iter(rates)).startswith("mae_dist")
     for name in ("DALI on the CPU", "SPDL", "TurboLoader"):
         assert (name in rates) != (f"left out: {name} (" in output)
+    assert main(["bench", "loaders", *words, "view.randaugment=rand-m9", "view.random_erasing=0.5"]) == 0
+    rates = json.loads((tmp_path / "bench-loaders.json").read_text())["raw"]["rates"]
+    assert list(rates) == ["mae_dist, normalised on the CPU", "timm's create_transform"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
