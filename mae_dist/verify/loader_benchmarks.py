@@ -1,8 +1,9 @@
 """Other people's loaders beside ours, on the same photographs: `mae-dist bench loaders`.
 
 Each makes batches of random resized crops, flipped and normalised, as those who pretrain with it do; with
-view.randaugment or view.random_erasing only ours and timm's do, which have both. They take turns, and each is timed by the CPU time of this process with all its threads, so that other programs on the machine count
-less. Loaders that are not installed, or do not run here, are left out with the reason.
+view.randaugment or view.random_erasing only ours and timm's do, which have both. They take turns, and each is timed by
+the CPU time of this process with all its threads, so that other programs on the machine count less. Loaders that are
+not installed, or do not run here, are left out with the reason.
 """
 
 from __future__ import annotations
