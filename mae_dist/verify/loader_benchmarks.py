@@ -1,9 +1,10 @@
 """Other people's loaders beside ours, on the same photographs: `mae-dist bench loaders`.
 
 Each makes batches of random resized crops, flipped and normalised, as those who pretrain with it do; with
-view.randaugment or view.random_erasing only ours and timm's do, which have both. They take turns, and each is timed by
-the CPU time of this process with all its threads, so that other programs on the machine count less. Loaders that are
-not installed, or do not run here, are left out with the reason.
+view.randaugment or view.random_erasing only ours and timm's do, which have both. Small images of one size, which ours
+keeps in memory, are compared with torchvision's CIFAR100 and its DataLoader. Loaders take turns, and each is timed by
+the CPU time of this process with all its threads, so that other programs on the machine count less. Those that are not
+installed, or do not run here, are left out with the reason.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.index import ShardIndex, open_split
-from mae_dist.data.loader import CHUNK, TarSource
+from mae_dist.data.loader import CHUNK, TarSource, open_source
+from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
 from mae_dist.verify.measurement import Measurement, Result, Runner
 
-BATCH = 64
+BATCH, SMALL_BATCH = 64, 256
+CPU = torch.device("cpu")
 Epoch = Callable[[], object]
 """Loads every image of a split once."""
 
@@ -40,7 +44,8 @@ def loaders(runner: Runner) -> Result:
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
     epochs: dict[str, Epoch] = {}
     augmented = view.needs_pil or view.settings.random_erasing > 0
-    for name, make in (AUGMENTING if augmented else LOADERS).items():
+    small = isinstance(open_source(index, CPU, 0, view.needs_pil, quiet=True), ResidentSource)
+    for name, make in (AUGMENTING if augmented else IN_MEMORY if small else LOADERS).items():
         try:
             epochs[name] = make(index, view)
             epochs[name]()  # warms up
@@ -76,8 +81,19 @@ def until_gpu(index: ShardIndex, view: View) -> Epoch:
 
 def on_cpu(index: ShardIndex, view: View) -> Epoch:
     """Our batches, normalised on the CPU."""
-    source = TarSource(index, torch.device("cpu"), workers=0)
-    return lambda: [None for _ in source.batches([(np.zeros_like(ids), ids) for ids in chunks(index, BATCH)], view)]
+    return batches_of(TarSource(index, CPU, workers=0), view, BATCH)
+
+
+def in_memory(index: ShardIndex, view: View) -> Epoch:
+    """Our batches of a split that is kept in memory."""
+    return batches_of(ResidentSource(index, CPU, quiet=True), view, SMALL_BATCH)
+
+
+def batches_of(source: TarSource | ResidentSource, view: View, size: int) -> Epoch:
+    """An epoch of one of our sources."""
+    return lambda: [
+        None for _ in source.batches([(np.zeros_like(ids), ids) for ids in chunks(source.index, size)], view)
+    ]
 
 
 def chunks(index: ShardIndex, size: int) -> Iterator[np.ndarray]:
@@ -134,6 +150,32 @@ def torchvision(index: ShardIndex, view: View) -> Epoch:
         return steps(image)
 
     return by_image(index, load)
+
+
+def cifar(index: ShardIndex, view: View) -> Epoch:
+    """Pillow images of arrays in memory, as of torchvision's CIFAR100, through its transforms and a DataLoader."""
+    from torchvision import transforms
+
+    size, bicubic = view.image_size, transforms.InterpolationMode.BICUBIC
+    crop = {
+        "pad": transforms.RandomCrop(size, padding=view.settings.pad),
+        "resized": transforms.RandomResizedCrop(size, scale=view.settings.scale, interpolation=bicubic),
+    }.get(view.settings.crop)
+    if crop is None:
+        raise ValueError(f"view.crop={view.settings.crop}: compare pad or resized")
+    flip, to_tensor = transforms.RandomHorizontalFlip(), transforms.ToTensor()
+    steps = transforms.Compose([crop, flip, to_tensor, transforms.Normalize(view.mean, view.std)])
+    source = ResidentSource(index, CPU, quiet=True)
+    images, labels = source.images.permute(0, 2, 3, 1).contiguous().numpy(), source.labels.tolist()
+
+    class Images(Dataset[tuple[Any, int]]):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, number: int) -> tuple[Any, int]:
+            return steps(Image.fromarray(images[number])), labels[number]
+
+    return lambda: [None for _ in DataLoader(Images(), SMALL_BATCH)]
 
 
 def by_image(index: ShardIndex, load: Callable[[bytes], torch.Tensor]) -> Epoch:
@@ -234,6 +276,9 @@ LOADERS: dict[str, Callable[[ShardIndex, View], Epoch]] = {
     "mae_dist (8 bits, as a GPU copies them)": until_gpu, "mae_dist, normalised on the CPU": on_cpu,
     "Pillow and torchvision v1": pillow, "torchvision v2 on tensors": torchvision,
     "decoding alone (simplejpeg)": decoding, "DALI on the CPU": dali, "SPDL": spdl, "TurboLoader": turboloader,
+}  # fmt: skip
+IN_MEMORY: dict[str, Callable[[ShardIndex, View], Epoch]] = {
+    "mae_dist, images in memory": in_memory, "torchvision's CIFAR100, DataLoader": cifar,
 }  # fmt: skip
 AUGMENTING: dict[str, Callable[[ShardIndex, View], Epoch]] = {
     "mae_dist, normalised on the CPU": on_cpu, "timm's create_transform": timm,

@@ -107,7 +107,10 @@ def test_bench_refuses_mistakes_in_one_line(
         assert part in message
 
 
-def test_bench_loaders_compares_ours_with_installed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_loaders_compares_ours_with_installed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "RESIDENT_BYTES", 0)
     pack(from_synthetic(40, 10), tmp_path / "set", shard_size=20)
     words = [str(tmp_path / "set"), "model.image_size=16", "--rounds", "1", "--out", str(tmp_path)]
     assert main(["bench", "loaders", *words]) == 0
@@ -121,6 +124,14 @@ def test_bench_loaders_compares_ours_with_installed_ones(tmp_path: Path, capsys:
     assert main(["bench", "loaders", *words, "view.randaugment=rand-m9", "view.random_erasing=0.5"]) == 0
     rates = json.loads((tmp_path / "bench-loaders.json").read_text())["raw"]["rates"]
     assert list(rates) == ["mae_dist, normalised on the CPU", "timm's create_transform"]
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_bench_loaders_of_small_images_compares_with_cifar100(crop: str, tiny_data: Path, tmp_path: Path) -> None:
+    words = [str(tiny_data), "model.image_size=32", f"view.crop={crop}", "--rounds", "1", "--out", str(tmp_path)]
+    assert main(["bench", "loaders", *words]) == 0
+    rates = json.loads((tmp_path / "bench-loaders.json").read_text())["raw"]["rates"]
+    assert list(rates) == ["mae_dist, images in memory", "torchvision's CIFAR100, DataLoader"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
