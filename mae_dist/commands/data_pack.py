@@ -16,7 +16,7 @@ import numpy as np
 
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
-from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.pack import Packed, ProgressCallback, Source, pack
 from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
@@ -121,7 +121,7 @@ def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], 
     sizes = [stored_size(read(number)) or (1, 1) for number in numbers]
     ids = torch.tensor(numbers)
     boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))
-    out, memory = np.empty((side, side, 3), dtype=np.uint8), bytearray()
+    out, memory = np.empty((side, side, 3), dtype=np.uint8), Memory()
 
     def decode_here(sample: index.Sample, shrink: int) -> np.ndarray:
         return decode(sample, shrink, memory)
