@@ -197,7 +197,7 @@ def test_reader_decodes_copies_of_a_sample_once_and_crops_each(tars: Tars, monke
         reader.fill(epochs[i : i + 1], ids[i : i + 1], row)
     decoded: list[str] = []
 
-    def noted(sample: Sample, shrink: int, memory: bytearray) -> np.ndarray:
+    def noted(sample: Sample, shrink: int, memory: Memory) -> np.ndarray:
         decoded.append(sample.key)
         return decode(sample, shrink, memory)
 
