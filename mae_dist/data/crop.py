@@ -57,7 +57,7 @@ class Reader:
         places, left = ids.copy(), np.argsort(ids, kind="stable")  # copies of a sample follow each other
         while len(left):
             samples = [self._read(place) for place in places[left].tolist()]
-            sizes = [(isinstance(sample, Sample) and stored_size(sample)) or (1, 1) for sample in samples]
+            sizes = [(self.view and isinstance(sample, Sample) and stored_size(sample)) or (1, 1) for sample in samples]
             boxes, flips = self._boxes(epochs[left], ids[left], sizes)
             unreadable = []
             for row, sample, size, box, flip in zip(left, samples, sizes, boxes, flips, strict=True):
