@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mae_dist import schema
 from mae_dist.data import resample, views
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -97,3 +98,15 @@ def test_cut_of_whole_pixels_within_an_image_is_exact() -> None:
     assert np.array_equal(np.rint(found[1]), images[1, 2:18, 4:20])
     assert np.array_equal(np.rint(found[0]), images[0, 2:18, 4:20][:, ::-1])
     assert np.array_equal(np.rint(found), by_pil(images, boxes, flips, 16))
+
+
+@pytest.mark.parametrize("crop", ["resized", "resized_clamped", "pad", "center"])
+def test_resample_and_boxes_read_nothing_back_from_the_device(crop: str) -> None:
+    """Tensors on the device `meta` have no values, so that whatever a host would wait for raises."""
+    view = views.View(schema.ViewConfig(crop=crop), 16, (0.5,) * 3, (0.2,) * 3, 9, True)  # pyright: ignore
+    ids = torch.arange(5, device="meta")
+    images = torch.empty((5, 3, 16, 16), dtype=torch.uint8, device="meta")
+    boxes, flips = view.boxes(ids, ids, torch.empty((5, 2), dtype=torch.int64, device="meta"))
+    assert views.normalise(resample.cut(images, boxes, flips, 16), view.mean, view.std).shape == (5, 3, 16, 16)
+    rows, columns = resample.resize_matrices(boxes, flips, 16, 16, 16)
+    assert rows.shape == columns.shape == (5, 16, 16)
