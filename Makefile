@@ -4,20 +4,20 @@ VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test test-others test-slurm lint docs clean
+.PHONY: demo test test-others test-runs lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
 	$(BIN)/mae-dist demo --out $(OUT)
 
-test: $(VENV)/installed  ## the whole suite, the tests on a real SLURM beside the others
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others
+test: $(VENV)/installed  ## the whole suite, whole runs and those on a real SLURM beside the others
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-runs test-others
 
 test-others: $(VENV)/installed
-	$(BIN)/python -m pytest --ignore=tests/slurm
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/stages
 
-test-slurm: $(VENV)/installed  ## prints everything at its end
-	@output=$$($(BIN)/python -m pytest -p no:cacheprovider tests/slurm 2>&1); status=$$?; \
+test-runs: $(VENV)/installed  ## prints everything at its end
+	@output=$$($(BIN)/python -m pytest -p no:cacheprovider tests/slurm tests/stages 2>&1); status=$$?; \
 		printf '\n%s\n' "$$output"; exit $$status
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to

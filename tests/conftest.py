@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mae_dist.data.pack import pack  # noqa: E402
 from mae_dist.data.sources import from_synthetic  # noqa: E402
 
 torch.set_num_threads(1)
+gc.freeze()  # what is imported is no garbage: collections are faster
 
 
 def encoded(array: np.ndarray, extension: str) -> bytes:
