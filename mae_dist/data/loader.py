@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -97,7 +98,7 @@ class ReadAhead:
             slot, epochs, ids = task
             reader.fill(epochs, ids, Rows(*(array[_places(slot, len(ids))] for array in rows)))
 
-        self.workers = Workers(work, workers)
+        self.workers = Workers(work, workers, partial(torch.set_num_threads, 1))
         self.pinned = device.type == "cuda" and _pin(self.images)
         self._send()
 

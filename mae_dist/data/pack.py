@@ -27,16 +27,18 @@ import PIL
 from mae_dist.atomic import replacing, try_lock
 from mae_dist.data import index
 from mae_dist.data.decode import decode
-from mae_dist.data.ordered_map import ordered_map
 from mae_dist.data.reencode import Encoding
 from mae_dist.data.shard_writer import ShardWriter
 from mae_dist.data.tally import Tally
+from mae_dist.data.workers import ordered_map
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
 MAX_BAD = 0.01
 """Largest share of unreadable images in a split."""
+
+LOST = "a worker process was killed, or memory ran out; with fewer --workers the same command continues"
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as (what is being done, number done, total number)."""
@@ -227,7 +229,7 @@ def _fill(
     first, total = writer.end, source.counts[split]
     chunks = [range(start, min(start + source.chunk, total)) for start in range(first, total, source.chunk)]
     prepare = partial(_prepare, source, encoding, split)
-    with closing(ordered_map(prepare, chunks, min(workers, len(chunks)))) as prepared:
+    with closing(ordered_map(prepare, chunks, min(workers, len(chunks)), LOST)) as prepared:
         for number, item in enumerate(prepared, first):
             picture = item.picture
             if item.error:

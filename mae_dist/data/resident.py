@@ -37,7 +37,7 @@ from mae_dist.data import resample
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.views import View
-from mae_dist.data.workers import Workers, shared_array
+from mae_dist.data.workers import ordered_map, shared_array
 
 log = logging.getLogger(__name__)
 
@@ -224,18 +224,13 @@ def decode(index: ShardIndex, quiet: bool = False) -> Pixels:
     images = shared_array((len(index), 3, *index.dataset.image_size), np.uint8)
     reader, rows = Reader(index, None), Rows(images.transpose(0, 2, 3, 1), labels, bad)
 
-    def work(first: int) -> None:
+    def work(first: int) -> tuple[int]:
         ids = np.arange(first, min(first + CHUNK, len(index)))
         reader.fill(np.zeros_like(ids), ids, Rows(*(array[first : first + CHUNK] for array in rows)))
+        return (first,)
 
-    number = min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)
-    workers = Workers(work, number if number > 1 else 0)
-    starts, ahead = range(0, len(index), CHUNK), 2 * number
-    hidden = quiet or not sys.stderr.isatty()
-    for step in track(range(len(starts) + ahead), f"decoding {index.dataset.name}", disable=hidden, transient=True):
-        if step < len(starts):
-            workers.send(starts[step])
-        if step >= ahead:
-            workers.wait()
-    workers.stop()
+    starts, number = range(0, len(index), CHUNK), min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)
+    done, hidden = ordered_map(work, starts, max(1, number)), quiet or not sys.stderr.isatty()
+    for _ in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
+        pass
     return Pixels(*(torch.from_numpy(array) for array in (labels, bad, images)))

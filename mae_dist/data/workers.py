@@ -1,10 +1,11 @@
-"""Worker processes of a rank: each runs one function for the tasks that it is sent, and answers when one is done.
+"""Worker processes: each runs one function for the tasks that it is sent, and answers with the result.
 
-The function writes its result into memory that it shares with the rank since before the workers were forked
-(`shared_array`), so no pixels pass through a pipe, and nothing lies in /dev/shm, which is small in many containers. A
-killed rank leaves nothing behind: its workers see that they have another parent, and the kernel frees the memory.
+Pixels need not pass through a pipe: the function can write them into memory that it shares with its parent since before
+the workers were forked (`shared_array`). Nothing lies in /dev/shm, which is small in many containers. A killed parent
+leaves nothing behind: its workers see that they have another one, and the kernel frees the memory.
 
-Knows no images.
+Not concurrent.futures: its process pool may wait for ever when a worker is killed while it writes a large result.
+Knows no images. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import os
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike
 
 from mae_dist import signals
@@ -31,11 +32,14 @@ from mae_dist.errors import MachineFault, RankError, WorkerLost
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+R = TypeVar("R")
 
 PATIENCE = 60.0
-"""Seconds without an answer after which a waiting rank says so."""
+"""Seconds without an answer after which a waiting parent says so."""
 ORPHAN_CHECK = 5.0
-"""Seconds between a waiting worker's checks that its rank still lives."""
+"""Seconds between a waiting worker's checks that its parent still lives."""
+AHEAD = 3
+"""Tasks a process that `ordered_map` sends before the results of the first are taken."""
 LOST = (
     "a loader process of this rank was killed (out of memory? try machine.workers=1, or 0); "
     "the same command resumes from the last checkpoint"
@@ -49,24 +53,27 @@ def shared_array(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     return np.frombuffer(memory, dtype=dtype, count=count).reshape(shape)
 
 
-class Workers(Generic[T]):
+class Workers(Generic[T, R]):
     """`number` processes that run `work(task)`; 0: this process does, when it waits for the result.
 
-    The processes take turns at the tasks, and answers are waited for in the order of the tasks. `stop()`, or the end of
-    this object or of the rank, kills the processes, which have nothing to save.
+    The processes take turns at the tasks, and results are waited for in the order of the tasks. Each first calls
+    `begin`. ``lost`` is the message where one was killed. `stop()`, or the end of this object or of its process, kills
+    the workers, which have nothing to save.
     """
 
-    def __init__(self, work: Callable[[T], None], number: int):
-        context = multiprocessing.get_context("fork")
-        self.work, self.waiting, self.sent, self.done = work, deque[T](), 0, 0
+    def __init__(
+        self, work: Callable[[T], R], number: int, begin: Callable[[], object] = lambda: None, lost: str = LOST
+    ):
+        context = multiprocessing.get_context("fork")  # `work` need not be one that can be pickled
+        self.work, self.lost, self.waiting, self.sent, self.done = work, lost, deque[T](), 0, 0
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         self.stop = weakref.finalize(self, _kill, self.processes, self.pipes)
         for _ in range(number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+            process = context.Process(target=_serve, args=(work, begin, lost, theirs, os.getpid()), daemon=True)
             process.start()
-            theirs.close()
+            theirs.close()  # so the worker's death is the end of the pipe for this process
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -78,20 +85,21 @@ class Workers(Generic[T]):
         try:
             self.pipes[self.sent % len(self.pipes)].send(task)
         except OSError as error:
-            raise WorkerLost(LOST) from error
+            raise WorkerLost(self.lost) from error
         self.sent += 1
 
-    def wait(self) -> None:
-        """Wait until the oldest task that was not waited for is done.
+    def wait(self) -> R:
+        """Wait for the result of the oldest task that was not waited for.
 
-        Raises what its function raised, a ValueError as RankError, since only this rank has met it, and WorkerLost when
-        a process was killed.
+        Raises what its function raised, a ValueError as RankError, since only this rank has met it; MachineFault where
+        memory ran out, and WorkerLost when a process was killed.
         """
-        error = self._answer() if self.pipes else _attempt(self.work, self.waiting.popleft())
+        result, error = self._answer() if self.pipes else _attempt(self.work, self.waiting.popleft(), self.lost)
         if error is not None:
             raise error
+        return result
 
-    def _answer(self) -> Exception | None:
+    def _answer(self) -> tuple[Any, Exception | None]:
         pipe, waited = self.pipes[self.done % len(self.pipes)], 0.0
         while not (ready := wait([pipe, *(process.sentinel for process in self.processes)], PATIENCE)):
             waited += PATIENCE
@@ -101,35 +109,55 @@ class Workers(Generic[T]):
                 raise EOFError
             answer = pipe.recv()
         except (EOFError, OSError) as lost:
-            raise WorkerLost(LOST) from lost
+            raise WorkerLost(self.lost) from lost
         self.done += 1
         return answer
 
 
-def _attempt(work: Callable[[T], None], task: T) -> Exception | None:
-    """Do a task; give the error that its rank is to raise. Errors of the program are raised here."""
+def ordered_map(
+    work: Callable[[T], Iterable[R]], tasks: Sequence[T], number: int, lost: str = LOST
+) -> Generator[R, None, None]:
+    """Yield all results of work(task) for each of the tasks, in their order, computed by `number` worker processes; 1:
+    by this one. Few results wait in memory. Raises as `Workers.wait`.
+    """
+    workers = Workers(lambda task: [*work(task)], number if number > 1 else 0, lost=lost)
+    ahead = AHEAD * number
     try:
-        work(task)
+        for step in range(len(tasks) + ahead):
+            if step < len(tasks):
+                workers.send(tasks[step])
+            if step >= ahead:
+                yield from workers.wait()
+    finally:
+        workers.stop()
+
+
+def _attempt(work: Callable[[T], R], task: T, lost: str) -> tuple[Any, Exception | None]:
+    """Do a task; give its result, or the error that the parent is to raise. Errors of the program are raised here."""
+    try:
+        return work(task), None
     except MachineFault as error:
-        return error
+        return None, error
+    except MemoryError:
+        return None, MachineFault(lost)
     except ValueError as error:
-        return RankError(str(error))
-    return None
+        return None, RankError(str(error))
 
 
-def _serve(work: Callable[[T], None], pipe: Connection, rank: int) -> None:
-    """What a worker process does. Its rank handles signals: a worker ignores the first of each kind."""
+def _serve(work: Callable[[T], R], begin: Callable[[], object], lost: str, pipe: Connection, parent: int) -> None:
+    """What a worker process does. Its parent handles signals: a worker ignores the first of each kind."""
     signals.ignore_once()
-    torch.set_num_threads(1)
-    while os.getppid() == rank:
-        if not pipe.poll(ORPHAN_CHECK):
-            continue
-        task = pipe.recv()
-        try:
-            answer = _attempt(work, task)
-        except Exception:
-            answer = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
-        pipe.send(answer)
+    begin()
+    with suppress(EOFError, OSError):  # the parent is gone
+        while os.getppid() == parent:
+            if not pipe.poll(ORPHAN_CHECK):
+                continue
+            task = pipe.recv()
+            try:
+                answer = _attempt(work, task, lost)
+            except Exception:
+                answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+            pipe.send(answer)
 
 
 def _kill(processes: list[BaseProcess], pipes: list[Connection]) -> None:
