@@ -120,7 +120,11 @@ def ordered_map(
     """Yield all results of work(task) for each of the tasks, in their order, computed by `number` worker processes; 1:
     by this one. Few results wait in memory. Raises as `Workers.wait`.
     """
-    workers = Workers(lambda task: [*work(task)], number if number > 1 else 0, lost=lost)
+
+    def collect(task: T) -> list[R]:
+        return [*work(task)]
+
+    workers = Workers(collect, number if number > 1 else 0, lost=lost)
     ahead = AHEAD * number
     try:
         for step in range(len(tasks) + ahead):
