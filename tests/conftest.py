@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mae_dist.data.pack import pack  # noqa: E402
 from mae_dist.data.sources import from_synthetic  # noqa: E402
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 gc.freeze()  # what is imported is no garbage: collections are faster
 
 
