@@ -35,7 +35,8 @@ VERBS = {
     "demo": Verb("mae_dist.commands.demo", "all of the above on the embedded data set, in minutes"),
     "certify": Verb("mae_dist.verify.certify", "compare the same short run on 1 to 4 ranks, DDP, FSDP2, resumed, ..."),
     "bench": Verb(
-        "mae_dist.verify.bench", "measure a cost: resuming, ordering, saving, scaling, Mixer, decoder, probe heads"
+        "mae_dist.verify.bench",
+        "measure a cost: loading, resuming, ordering, saving, scaling, Mixer, decoder, probe heads",
     ),
 }
 """All verbs, in the order of --help. Nothing is imported before a verb is chosen."""

@@ -197,7 +197,7 @@ def check(config: RunConfig) -> None:
     if config.view.color_jitter and policy is not None and "3a" not in policy:
         raise ValueError(
             f"view.color_jitter={config.view.color_jitter:g}: is not applied beside view.randaugment={policy}, whose "
-            f"operations change colours too; leave one of them out"
+            f"operations change colours too; leave one of them out, or take a 3a policy (rand-m9-t3a)"
         )
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)

@@ -113,7 +113,7 @@ class ViewConfig:
     )
     color_jitter: float = setting(
         0.0, "colour jitter: brightness, contrast and saturation change by factors within 1 +- color_jitter; 0: off; "
-        "as in timm not beside RandAugment, unless it is a 3a policy", unless=KNN, at_least=0,
+        "as in timm not beside RandAugment, but for a 3a policy (rand-m9-t3a)", unless=KNN, at_least=0,
     )  # fmt: skip
     random_erasing: float = setting(
         0.0, "random erasing: probability that a box is replaced by noise", unless=KNN, at_least=0, at_most=1
@@ -173,7 +173,9 @@ class MaeConfig:
 class TrainConfig:
     """Length, batch and arithmetic of training."""
 
-    epochs: float = setting(100.0, "passes over the training split", above=0)
+    epochs: float = setting(
+        100.0, "passes over the training split; with data.aug_repeats=k over 1/k of it, k times", above=0
+    )
     steps: int | None = setting(None, "optimizer steps; none: as many as train.epochs need", at_least=1)
     global_batch: int = setting(1024, "images per optimizer step, over all ranks and micro-batches", at_least=1)
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)

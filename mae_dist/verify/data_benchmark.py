@@ -172,7 +172,7 @@ def step_rate(settings: Any, device: torch.device) -> float:
 def advice(rate: float, step: float, core: float, index: ShardIndex, view: View, resident: bool) -> str:
     """What to change, in a sentence."""
     if rate >= ENOUGH * step:
-        return f"The loader is fast enough: {rate / step:.1f} times the rate of the step."
+        return f"The loader is fast enough, {rate / step:.1f} times the rate of the step: nothing here needs a change."
     if resident:
         return "The data are in memory already; the step waits for the crops, which are computed where it is computed."
     cores = len(os.sched_getaffinity(0))
