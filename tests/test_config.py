@@ -286,7 +286,7 @@ def test_help_shows_the_choices_of_a_setting() -> None:
 
 
 def test_color_jitter_beside_randaugment_is_refused_where_timm_would_ignore_it() -> None:
-    message = "view.color_jitter=0.4: is not applied beside view.randaugment=rand-m9, whose .*; leave one of them out$"
+    message = "view.color_jitter=0.4: is not applied beside view.randaugment=rand-m9, whose .* or take a 3a policy"
     with pytest.raises(ValueError, match=message):
         load("finetune", "view.color_jitter=0.4", "view.randaugment=rand-m9")
     load("finetune", "view.color_jitter=0.4", "view.randaugment=rand-m9-t3a")
