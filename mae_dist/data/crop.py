@@ -133,10 +133,13 @@ def decode_crop(
     """Decode an image of `stored` height and width by `decode` (sample, shrink), and crop it to `box`, top, left,
     height, width in its pixels: see `crop`.
 
-    A JPEG whose box has at least twice the pixels a side of `out` is decoded at a half, quarter or eighth of its size,
-    such that the box still has those of `out`. Raises ValueError when the image cannot be decoded.
+    A JPEG is decoded at a half, quarter or eighth of its size where its box then still has at least twice the pixels a
+    side of `out`, so that the antialiased resize decides what is seen. Raises ValueError when the image cannot be
+    decoded.
     """
-    shrink = next((shrink for shrink in SHRINKS if min(box[2:]) >= shrink * len(out)), 1)
+    (top, left, height, width), most = box, min(box[2:]) / (2 * len(out))
+    inside = min(top, left) >= 0 and top + height <= stored[0] and left + width <= stored[1]
+    shrink = next((shrink for shrink in SHRINKS if inside and shrink <= most), 1)
     pixels = decode(sample, shrink)
     crop(pixels, box if pixels.shape[:2] == stored else [value / shrink for value in box], flip, out)
 

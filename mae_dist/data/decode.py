@@ -84,7 +84,7 @@ def _shape_in(header: bytes) -> tuple[int, int, int] | None:
         (height, width, channels), is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except ValueError:  # another version, a longer header, or another number of dimensions
         return None
-    is_image = channels == 3 and dtype == np.uint8 and not is_fortran
+    is_image = channels == 3 and dtype == np.uint8 and not is_fortran and min(height, width) > 0
     return (height, width, 3) if is_image and stream.tell() == NPY_HEADER else None
 
 
@@ -110,6 +110,6 @@ def _open(sample: Sample) -> Image.Image:
     if sample.extension != "npy":
         return Image.open(io.BytesIO(sample.image))
     array = np.lib.format.read_array(io.BytesIO(sample.image), allow_pickle=False)  # np.load would also take archives
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(f"array of {array.dtype} {array.shape}, expected uint8 (height, width, 3)")
     return Image.fromarray(array)

@@ -3,8 +3,8 @@
     DIR/train.resident   beside dataset.json: safetensors, see `Pixels`; for a glob of tars DIR/tars-HASH.resident
 
 The file is written whole or not at all, by one process while the others wait, and all processes of a machine map it
-read-only into memory. It is made anew when a tar has changed since, or when it is damaged. Where it cannot be written,
-the images are decoded at every start.
+read-only into memory. It is made anew when a tar has changed since, or when its header or length is damaged (its pixels
+have no checksum, which would cost reading them). Where it cannot be written, the images are decoded at every start.
 
 Knows no order and no model.
 """

@@ -198,6 +198,8 @@ def from_tars(path: str, split: str | None = None) -> Source:
     ValueError when there is no tar, or one is not indexed.
     """
     splits = _opened(path, split)
+    if unusable := [name for name in splits if name != safe_name(name) or not name]:
+        raise ValueError(f"split {unusable[0]!r}: names files; use letters, digits, _ and - only")
     if others := sum((index.other_members(f) for data in splits.values() for f in data.indexes), Counter[str]()):
         listed = ", ".join(f".{extension} ({count})" for extension, count in sorted(others.items()))
         log.warning("%s: members that are no image and no label are left out: %s", path, listed)

@@ -40,6 +40,8 @@ def data(runner: Runner) -> Result:
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
     source = loader.open_source(index, device, settings.machine.workers, view.needs_pil)
     resident = not isinstance(source, loader.TarSource)
+    if runner.options["images"] < 2:
+        raise ValueError("--images 1: the first batch starts the loader and does not count; give 2 or more")
     ids = np.arange(runner.options["images"], dtype=np.int64) % len(index)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -60,7 +62,12 @@ def data(runner: Runner) -> Result:
     ]
     raw = {"seconds": parts, "loader": rates, "step": step}
     title = f"{settings.model.name}, {len(ids)} images of {settings.data.path}"
-    return Result(title, measurements, raw, advice(median(rates), step, core, index, view, resident))
+    return Result(
+        title,
+        measurements,
+        raw,
+        advice(median(rates), step, core, index, view, None if resident else settings.machine.workers),
+    )
 
 
 class Loading:
@@ -169,24 +176,24 @@ def step_rate(settings: Any, device: torch.device) -> float:
     return images / min(one_step(objective, settings, device) for _ in range(3))
 
 
-def advice(rate: float, step: float, core: float, index: ShardIndex, view: View, resident: bool) -> str:
-    """What to change, in a sentence."""
+def advice(rate: float, step: float, core: float, index: ShardIndex, view: View, workers: int | None) -> str:
+    """What to change, in a sentence. ``core`` is the rate of one core, ``workers`` those of the loader (None: in memory)."""
     if rate >= ENOUGH * step:
         return f"The loader is fast enough, {rate / step:.1f} times the rate of the step: nothing here needs a change."
-    if resident:
+    if workers is None:
         return "The data are in memory already; the step waits for the crops, which are computed where it is computed."
     cores = len(os.sched_getaffinity(0))
-    workers = int(-(-ENOUGH * step // core))
-    if workers <= cores:
-        return f"The step waits for data: set machine.workers={workers} (this machine has {cores} cores)."
+    needed = int(-(-ENOUGH * step // core))
+    if workers < needed <= cores:
+        return f"The step waits for data: set machine.workers={needed} (this machine has {cores} cores)."
     sides = [min(stored_size(index.read(i)) or (0, 0)) for i in np.linspace(0, len(index) - 1, 50).astype(int).tolist()]
     wanted = round(view.image_size * 8 / 7)
     if median(sides) > 1.2 * wanted:
         return (
-            f"The step waits for data, and {workers} cores would be needed: pack the images smaller once, with "
+            f"The step waits for data, and {needed} free cores would be needed: pack the images smaller once, with "
             f"`mae-dist data pack tars --short-side {wanted}` (their shorter side is {median(sides):.0f} pixels now)."
         )
     return (
-        f"The step waits for data, and {workers} cores would be needed: pack the images as raw pixels once, with "
+        f"The step waits for data, and {needed} free cores would be needed: pack the images as raw pixels once, with "
         f"`mae-dist data pack tars --format npy`."
     )

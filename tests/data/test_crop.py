@@ -145,7 +145,7 @@ def test_crop_agrees_with_pillow(size: int) -> None:
         assert difference(found, by_pillow(sample, box, number % 2 == 1, size)) <= 0.5
 
 
-@pytest.mark.parametrize(("side", "shrink"), [(127, 1), (128, 2), (300, 4), (513, 8)])
+@pytest.mark.parametrize(("side", "shrink"), [(127, 1), (128, 2), (300, 4), (520, 8)])
 def test_crop_decodes_at_a_fraction_where_the_box_is_large(side: int, shrink: int) -> None:
     asked: list[int] = []
 
@@ -155,11 +155,19 @@ def test_crop_decodes_at_a_fraction_where_the_box_is_large(side: int, shrink: in
 
     for seed, odd in ((0, 0), (1, 1)):
         sample = stored("jpg", photo(700 + odd, 901, seed))
-        for top, left in ((0, 0), (31, 77), (187 + odd, 901 - side)):
-            box = np.array([top, left, side, side], dtype=float)
-            found = cropped(sample, box, False, 64, noted)
-            assert difference(found, by_pillow(sample, box, False, 64)) <= (0.5 if shrink == 1 else 2.0)
+        for top, left in ((0, 0), (31, 77), (140 + odd, 901 - side)):
+            box, found = np.array([top, left, side, side], dtype=float), np.zeros((32, 32, 3), dtype=np.uint8)
+            decode_crop(sample, (700 + odd, 901), box.tolist(), False, found, noted)
+            assert difference(found, by_pillow(sample, box, False, 32)) <= (0.5 if shrink == 1 else 1.5)
     assert set(asked) == {shrink}
+
+
+def test_crop_beyond_a_large_jpeg_has_the_pixels_of_other_formats() -> None:
+    pixels, box = photo(500, 500), np.array([-41.0, 31, 500, 500])
+    whole = stored("jpg", pixels)
+    same = stored("png", decode(whole), kind="PNG")
+    assert np.array_equal(cropped(whole, box, False, 64), cropped(same, box, False, 64))
+    assert not cropped(whole, box, False, 64)[:5].any()
 
 
 def test_crop_of_files_that_are_no_jpeg_is_whole_however_large_the_box() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from image_files import image_file, noise
 from PIL import Image
+from shared_types import Tars
 
 from mae_dist.commands.data import main
 from mae_dist.data import index
@@ -332,3 +333,10 @@ def test_pack_tars_refuses_what_is_not_indexed_or_has_splits(tmp_path: Path) -> 
             pack(from_synthetic(2, 2), path)
         with pytest.raises(ValueError, match=message):
             from_tars(str(path), split)
+
+
+@pytest.mark.parametrize("split", ["../../evil", "a/b"])
+def test_tars_split_that_is_no_file_name_is_refused(split: str, tars: Tars) -> None:
+    folder = tars([2]).tars[0].parent
+    with pytest.raises(ValueError, match=r"split .*: names files; use letters, digits, _ and - only"):
+        from_tars(f"{folder}/*.tar", split)

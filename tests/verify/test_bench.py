@@ -152,14 +152,14 @@ def test_bench_data_names_parts_loader_step_and_what_to_change(
 
 
 @pytest.mark.parametrize(
-    ("rate", "step", "side", "expected"),
-    [(120, 100, 64, "1.2 times the rate"), (50, 100, 64, "machine.workers=2 "), (50, 1e5, 64, "--short-side 16"),
-     (50, 1e5, 16, "--format npy")],
+    ("rate", "step", "side", "workers", "expected"),
+    [(120, 100, 64, 1, "1.2 times the rate"), (50, 100, 64, 1, "machine.workers=2 "),
+     (50, 100, 64, 2, "--short-side 16"), (50, 1e5, 64, 1, "--short-side 16"), (50, 1e5, 16, 1, "--format npy")],
 )  # fmt: skip
-def test_bench_data_advice(rate: float, step: float, side: int, expected: str, tars: Tars) -> None:
+def test_bench_data_advice(rate: float, step: float, side: int, workers: int, expected: str, tars: Tars) -> None:
     index = tars([4], size=(side, side + 8))
     view = View(schema.ViewConfig(), 14, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0, True)
-    assert expected in data_benchmark.advice(rate, step, 60, index, view, resident=False)
+    assert expected in data_benchmark.advice(rate, step, 60, index, view, workers)
 
 
 @pytest.mark.parametrize("name", ["data", "loaders"])
