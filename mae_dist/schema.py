@@ -173,9 +173,7 @@ class MaeConfig:
 class TrainConfig:
     """Length, batch and arithmetic of training."""
 
-    epochs: float = setting(
-        100.0, "passes over the training split; with data.aug_repeats=k over 1/k of it, k times", above=0
-    )
+    epochs: float = setting(100.0, "passes over the training split (data.aug_repeats=k: over 1/k of it)", above=0)
     steps: int | None = setting(None, "optimizer steps; none: as many as train.epochs need", at_least=1)
     global_batch: int = setting(1024, "images per optimizer step, over all ranks and micro-batches", at_least=1)
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
