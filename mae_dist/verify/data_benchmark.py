@@ -177,7 +177,7 @@ def step_rate(settings: Any, device: torch.device) -> float:
 
 
 def advice(rate: float, step: float, core: float, index: ShardIndex, view: View, workers: int | None) -> str:
-    """What to change, in a sentence. ``core``: rate of one core; ``workers``: of the loader, None for data in memory."""
+    """What to change, in a sentence. ``core``: one core's rate; ``workers``: the loader's, None for data in memory."""
     if rate >= ENOUGH * step:
         return f"The loader is fast enough, {rate / step:.1f} times the rate of the step: nothing here needs a change."
     if workers is None:
