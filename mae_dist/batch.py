@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,8 +32,3 @@ class Batch(NamedTuple):
     def split(self, size: int) -> list[Batch]:
         """Split into batches of at most `size` samples."""
         return [Batch(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to `device`, asynchronously if it is in pinned memory."""
-    return Batch(*(part.to(device, non_blocking=True) for part in batch))

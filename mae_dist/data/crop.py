@@ -35,6 +35,10 @@ class Rows(NamedTuple):
     labels: Int[np.ndarray, " n"]
     bad: Bool[np.ndarray, " n"]
 
+    def part(self, first: int, count: int) -> Rows:
+        """At most `count` rows from `first` on, in the same memory."""
+        return Rows(*(array[first : first + count] for array in self))
+
 
 class Reader:
     """Reads samples of an index, cropped and augmented as `view` says; None: whole, which all have one size.

@@ -55,11 +55,15 @@ class Source(Protocol):
 def open_source(
     index: ShardIndex, device: torch.device, workers: int, needs_pil: bool = False, quiet: bool = False
 ) -> ResidentSource | TarSource:
-    """ResidentSource if all images have one size, fit in RESIDENT_BYTES and need no PIL; otherwise TarSource."""
+    """ResidentSource for a split that is kept in memory, otherwise TarSource."""
+    kept = is_kept_in_memory(index, needs_pil)
+    return ResidentSource(index, device, quiet) if kept else TarSource(index, device, workers)
+
+
+def is_kept_in_memory(index: ShardIndex, needs_pil: bool) -> bool:
+    """Whether all images of a split have one size, fit in RESIDENT_BYTES and need no PIL."""
     size = index.dataset.image_size
-    if not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES:
-        return ResidentSource(index, device, quiet)
-    return TarSource(index, device, workers)
+    return not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES
 
 
 class TarSource:
@@ -96,7 +100,7 @@ class ReadAhead:
 
         def work(task: tuple[int, np.ndarray, np.ndarray]) -> None:
             slot, epochs, ids = task
-            reader.fill(epochs, ids, Rows(*(array[_places(slot, len(ids))] for array in rows)))
+            reader.fill(epochs, ids, rows.part(slot * CHUNK, len(ids)))
 
         self.workers = Workers(work, workers, partial(torch.set_num_threads, 1))
         self.pinned = device.type == "cuda" and _pin(self.images)

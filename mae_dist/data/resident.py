@@ -226,7 +226,7 @@ def decode(index: ShardIndex, quiet: bool = False) -> Pixels:
 
     def work(first: int) -> tuple[int]:
         ids = np.arange(first, min(first + CHUNK, len(index)))
-        reader.fill(np.zeros_like(ids), ids, Rows(*(array[first : first + CHUNK] for array in rows)))
+        reader.fill(np.zeros_like(ids), ids, rows.part(first, len(ids)))
         return (first,)
 
     starts, number = range(0, len(index), CHUNK), min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)

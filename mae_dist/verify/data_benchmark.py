@@ -112,8 +112,7 @@ class Loading:
         rows = Rows(self.out, np.empty(loader.CHUNK, np.int64), np.empty(loader.CHUNK, np.bool_))
         for first in range(0, len(self.ids), loader.CHUNK):
             part = slice(first, first + loader.CHUNK)
-            count = len(self.ids[part])
-            self.reader.fill(self.epochs[part], self.ids[part], Rows(*(array[:count] for array in rows)))
+            self.reader.fill(self.epochs[part], self.ids[part], rows.part(0, len(self.ids[part])))
 
     def finish(self) -> None:
         """Normalise, and erase if the view does."""

@@ -25,7 +25,7 @@ from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.index import ShardIndex, open_split
-from mae_dist.data.loader import CHUNK, TarSource, open_source
+from mae_dist.data.loader import CHUNK, TarSource, is_kept_in_memory
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
 from mae_dist.verify.measurement import Measurement, Result, Runner
@@ -44,7 +44,7 @@ def loaders(runner: Runner) -> Result:
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
     epochs: dict[str, Epoch] = {}
     augmented = view.needs_pil or view.settings.random_erasing > 0
-    small = isinstance(open_source(index, CPU, 0, view.needs_pil, quiet=True), ResidentSource)
+    small = is_kept_in_memory(index, view.needs_pil)
     for name, make in (AUGMENTING if augmented else IN_MEMORY if small else LOADERS).items():
         try:
             epochs[name] = make(index, view)
@@ -74,7 +74,7 @@ def until_gpu(index: ShardIndex, view: View) -> Epoch:
 
     def epoch() -> None:
         for ids in chunks(index, CHUNK):
-            reader.fill(np.zeros_like(ids), ids, Rows(*(array[: len(ids)] for array in rows)))
+            reader.fill(np.zeros_like(ids), ids, rows.part(0, len(ids)))
 
     return epoch
 

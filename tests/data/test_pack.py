@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from image_files import content_of, image_file
 from PIL import Image
+from running import is_running
 
 from mae_dist.commands.data import main
 from mae_dist.data import index
@@ -126,13 +127,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("workers", [2, 3])

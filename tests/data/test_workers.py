@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import is_running
 
 from mae_dist.data.workers import Workers, shared_array
 from mae_dist.errors import MachineFault, RankError, WorkerLost
@@ -95,14 +96,6 @@ def test_workers_end_after_their_rank_was_killed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=False, cwd=Path(__file__).parents[2], timeout=60)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     deadline = time.monotonic() + 20
-    while any(running(pid) for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def running(pid: int) -> bool:
-    """Whether a process runs, zombies not counted."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
