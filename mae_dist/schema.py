@@ -75,9 +75,11 @@ class DataConfig:
     test_split: str = setting("test", "split of the folder to evaluate on")
     shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
     aug_repeats: int = setting(
-        1, "repeated augmentation: how often each image is drawn in a row, each time augmented anew; an epoch stays as "
-        "many draws as there are images, so it shows 1 / aug_repeats of them", verbs=TRAINED, at_least=1,
+        1, "repeated augmentation: how often an image is drawn in a row; an epoch shows 1 / aug_repeats of them",
+        verbs=TRAINED, at_least=1,
     )  # fmt: skip
+    white: float | None = setting(None, "value that is white above 8 bits; none: 65535, or 1 for floats", above=0)
+    max_pixels: int = setting(178_956_970, "pixels above which an image counts as unreadable", at_least=1)
     max_bad: float = setting(
         0.001, "fraction of unreadable training samples above which the run fails", at_least=0, at_most=1
     )
@@ -121,6 +123,7 @@ class ViewConfig:
     test_crop: float = setting(
         0.875, "side of the centre crop for evaluation, as a fraction of the image's shorter side", above=0, at_most=1
     )
+    exif: bool = setting(False, "turn images as their EXIF orientation says")
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,8 @@ class ModelConfig:
         0.0, "stochastic depth rate of the last block; linear from 0 at the first", verbs=FINETUNE, at_least=0, below=1
     )
     train_blocks: float | None = setting(
-        None, "number of last blocks to train, in addition to the last norm and the head (0.5: only the MLP of the "
-        "last block); none: the whole model is trained", verbs=FINETUNE,
-    )  # fmt: skip
+        None, "last blocks to train, beside the last norm and the head (0.5: only a block's MLP); none: all", FINETUNE
+    )
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class MaeConfig:
     )
     norm_pix: bool = setting(True, "the target is each patch's pixels normalised to mean 0 and variance 1")
     decoder: Literal["full", "cross"] = setting(
-        "full", "decoder blocks; full: like the backbone's, over visible and predicted patches; cross: cross-attention "
-        "from predicted to visible patches",
+        "full", "decoder blocks; full: the backbone's, over visible and predicted patches; cross: the latter attend to "
+        "the former",
     )  # fmt: skip
     predict: float = setting(
         1.0, "fraction of the hidden patches that is decoded, chosen at random for each image", above=0, at_most=1
@@ -254,9 +256,7 @@ class HeadsConfig:
     blocks: tuple[int, ...] = setting(
         (), "blocks whose outputs are tried, 1 for the first; empty: the last block", at_least=1
     )
-    attentive: bool = setting(
-        False, "for each AdamW head, also one that pools the last block's patches by a learned attention query"
-    )
+    attentive: bool = setting(False, "for each AdamW head, also one that pools patches by a learned attention query")
     ridge: bool = setting(False, "also try ridge regression in closed form")
     knn: bool = setting(False, "also try nearest neighbours, with the defaults of the verb knn")
     held_out: float = setting(

@@ -18,6 +18,7 @@ from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.pack import Packed, ProgressCallback, Source, pack
+from mae_dist.data.pixels import Decoding
 from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
 
@@ -67,6 +68,7 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
     kind.add_argument("--out", type=Path, required=True, help="the folder to make")
     kind.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
     kind.set_defaults(run=_pack, open=opener, shard_size=None, short_side=None, format=None, quality=None)
+    kind.set_defaults(white=None, exif=False)
     if sizes:
         kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
     if encodes:
@@ -77,19 +79,22 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
             "--format", choices=FORMATS, help="format to store; default: jpg with --short-side, else as is"
         )
         kind.add_argument("--quality", type=int, metavar="Q", help=f"of jpg and webp, 1 to 100 (default {QUALITY})")
+        kind.add_argument("--white", type=float, metavar="V", help="data.white: the value that is white, above 8 bits")
+        kind.add_argument("--exif", action="store_true", help="turn images as their EXIF orientation says")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    encoding = Encoding(arguments.short_side, arguments.format, arguments.quality)
+    how = Decoding(white=arguments.white, upright=arguments.exif)
+    encoding = Encoding(arguments.short_side, arguments.format, arguments.quality, how)
     with progress() as tick:
         source = arguments.open(arguments, tick)
         packed = pack(source, arguments.out, arguments.shard_size, encoding, arguments.workers, tick)
     side = min(encoding.short_side or TIMED_SIDE, TIMED_SIDE)
-    gain = "" if encoding.keeps_bytes else _gain(source, packed, arguments.out, side)
+    gain = "" if encoding.keeps_bytes else _gain(source, packed, arguments.out, side, how)
     report(packed.dataset, arguments.out, gain)
 
 
-def _gain(source: Source, packed: Packed, folder: Path, side: int) -> str:
+def _gain(source: Source, packed: Packed, folder: Path, side: int, how: Decoding) -> str:
     """What other pixels or formats cost in disk and bring in speed, measured on NUM_TIMED images."""
     tally, split = packed.tally, "train" if "train" in source.counts else next(iter(source.counts))
     data = index.open_split(str(folder), split)
@@ -99,7 +104,9 @@ def _gain(source: Source, packed: Packed, folder: Path, side: int) -> str:
         (picture,) = source.pictures(split, range(number, number + 1))
         return index.Sample(picture.key, picture.extension, picture.content, picture.label)
 
-    before, after = (_images_per_second(read, numbers, side) for read in (original, data.read))
+    kept = Decoding(white=packed.dataset.white)
+    pairs = (original, how), (data.read, kept)
+    before, after = (_images_per_second(read, numbers, side, how) for read, how in pairs)
     return (
         f"  {tally.num_encoded:,} of them encoded anew, {tally.num_resized:,} resized: "
         f"{tally.source_bytes / 1e6:,.1f} MB of image files became {tally.stored_bytes / 1e6:,.1f} MB\n"
@@ -108,7 +115,7 @@ def _gain(source: Source, packed: Packed, folder: Path, side: int) -> str:
     )
 
 
-def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], side: int) -> float:
+def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], side: int, how: Decoding) -> float:
     """Images that one core reads, decodes and crops as pretraining does; the disk's time does not count."""
     import torch
 
@@ -118,13 +125,13 @@ def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], 
 
     torch.set_num_threads(1)
     view = View(ViewConfig(), side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=0, training=True)
-    sizes = [stored_size(read(number)) or (1, 1) for number in numbers]
+    sizes = [stored_size(read(number), how) or (1, 1) for number in numbers]
     ids = torch.tensor(numbers)
     boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))
     out, memory = np.empty((side, side, 3), dtype=np.uint8), Memory()
 
     def decode_here(sample: index.Sample, shrink: int) -> np.ndarray:
-        return decode(sample, shrink, memory)
+        return decode(sample, shrink, memory, how)
 
     start = time.thread_time()
     for number, size, box, flip in zip(numbers, sizes, boxes, flips, strict=True):

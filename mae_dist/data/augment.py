@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dist import rng
-from mae_dist.data.decode import Pixels
 from mae_dist.data.image_ops import OPERATIONS
+from mae_dist.data.pixels import Pixels
 
 ATTEMPTS = 10
 PATTERN = re.compile(r"rand(-((m|n|inc|mstd|mmax|p)\d+(\.\d+)?|t\w+))+")

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
 
-from mae_dist.data.decode import Memory, Pixels, decode, stored_size
+from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.index import ChangedError, Sample, ShardIndex
+from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
 from mae_dist.data.views import View
 from mae_dist.errors import from_os_error
 
@@ -31,7 +31,7 @@ SHRINKS = (8, 4, 2)
 class Rows(NamedTuple):
     """Images in the host's memory, labels (-1: none), and whether another sample replaces an unreadable one (bad)."""
 
-    images: UInt8[np.ndarray, "n size size 3"]
+    images: UInt8[np.ndarray, "n height width channels"]
     labels: Int[np.ndarray, " n"]
     bad: Bool[np.ndarray, " n"]
 
@@ -41,13 +41,12 @@ class Rows(NamedTuple):
 
 
 class Reader:
-    """Reads samples of an index, cropped and augmented as `view` says; None: whole, which all have one size.
-
-    Each image is a function of its (epoch, id) alone.
+    """Reads samples of an index, decoded as `how` says, cropped and augmented as `view` says; None: whole, which all
+    have one size. Each image is a function of its (epoch, id) alone.
     """
 
-    def __init__(self, index: ShardIndex, view: View | None):
-        self.index, self.view, self.augment = index, view, view.augment() if view else None
+    def __init__(self, index: ShardIndex, view: View | None, how: Decoding = RGB):
+        self.index, self.view, self.augment, self.how = index, view, view.augment() if view else None, how
         self.memory = Memory()
         self.decoded: tuple[Sample, int, Pixels] | None = None
 
@@ -61,7 +60,7 @@ class Reader:
         places, left = ids.copy(), np.argsort(ids, kind="stable")  # copies of a sample follow each other
         while len(left):
             samples = [self._read(place) for place in places[left].tolist()]
-            sizes = [(self.view and isinstance(sample, Sample) and stored_size(sample)) or (1, 1) for sample in samples]
+            sizes = [self._size(sample) for sample in samples]
             boxes, flips = self._boxes(epochs[left], ids[left], sizes)
             unreadable = []
             for row, sample, size, box, flip in zip(left, samples, sizes, boxes, flips, strict=True):
@@ -80,6 +79,10 @@ class Reader:
         if self.augment:
             for image, seeds in zip(rows.images, self.augment.seeds(epochs, ids), strict=True):
                 image[:] = self.augment(image, seeds)
+
+    def _size(self, sample: Sample | ValueError) -> tuple[int, int]:
+        """(height, width) of a sample; any where it is unreadable, or without a view."""
+        return (self.view and isinstance(sample, Sample) and stored_size(sample, self.how)) or (1, 1)
 
     def _boxes(
         self, epochs: np.ndarray, ids: np.ndarray, sizes: list[tuple[int, int]]
@@ -105,7 +108,7 @@ class Reader:
         """See `decode`. The pixels stay until the next call, and for a copy of the same sample (data.aug_repeats)."""
         if self.decoded is None or self.decoded[:2] != (sample, shrink):
             self.decoded = None  # its pixels lie in the same memory
-            self.decoded = sample, shrink, decode(sample, shrink, self.memory)
+            self.decoded = sample, shrink, decode(sample, shrink, self.memory, self.how)
         return self.decoded[2]
 
     def _read(self, place: int) -> Sample | ValueError:
@@ -148,7 +151,7 @@ def decode_crop(
     crop(pixels, box if pixels.shape[:2] == stored else [value / shrink for value in box], flip, out)
 
 
-def crop(pixels: Pixels, box: Sequence[float], flip: bool, out: UInt8[np.ndarray, "s s 3"]) -> None:
+def crop(pixels: Pixels, box: Sequence[float], flip: bool, out: Pixels) -> None:
     """Crop an image to a box (top, left, height, width), resize (bicubic, antialiased), flip, write to `out`.
 
     A box of whole pixels is cut out first, black outside the image, as in torchvision. For a fractional box (a centre
@@ -162,10 +165,19 @@ def crop(pixels: Pixels, box: Sequence[float], flip: bool, out: UInt8[np.ndarray
         shown = torch.empty_like(target) if flip else target
         _resize(cut.permute(2, 0, 1)[None], out.shape[:2], False, out=shown.permute(2, 0, 1)[None])
     else:
-        image = Image.fromarray(pixels)
         if whole:
-            image, left, top, right, bottom = image.crop((left, top, right, bottom)), 0, 0, width, height
-        inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-        shown = torch.from_numpy(np.array(image.resize(out.shape[:2], Image.Resampling.BICUBIC, box=inside)))
+            pixels = _cut(pixels, int(top), int(left), int(height), int(width))
+            left, top, right, bottom = 0, 0, width, height
+        inside = max(left, 0), max(top, 0), min(right, pixels.shape[1]), min(bottom, pixels.shape[0])
+        shown = torch.from_numpy(resize(pixels, (out.shape[1], out.shape[0]), inside).copy())
     if shown is not target:
         target.copy_(shown.flip(1) if flip else shown)
+
+
+def _cut(pixels: Pixels, top: int, left: int, height: int, width: int) -> Pixels:
+    """A box of whole pixels, black outside the image."""
+    cut = np.zeros((height, width, pixels.shape[2]), dtype=np.uint8)
+    inside = pixels[max(top, 0) : top + height, max(left, 0) : left + width]
+    y, x = max(-top, 0), max(-left, 0)
+    cut[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return cut

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int16
 
-from mae_dist.data.decode import Pixels
+from mae_dist.data.pixels import Pixels
 
 Colour = tuple[int, int, int]
 

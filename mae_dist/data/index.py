@@ -28,8 +28,8 @@ from mae_dist.atomic import replacing
 
 log = logging.getLogger(__name__)
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "npy")
-"""Extensions that hold an image, in order of preference."""
+IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm")
+"""Extensions that hold an image, in order of preference: torchvision's, and npy."""
 LABEL = "cls"
 VERSION = "v1.2"
 FORMAT = "mae_dist dataset 1"
@@ -56,7 +56,8 @@ class Dataset:
     """The content of dataset.json.
 
     ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
-    when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1.
+    when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1; ``white`` is
+    the stored value that is white, where pixels have more than 8 bits and packing was told so.
     """
 
     name: str
@@ -64,8 +65,9 @@ class Dataset:
     num_classes: int | None = None
     classes: list[str] | None = None
     image_size: tuple[int, int] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    white: float | None = None
 
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`, atomically."""
@@ -279,7 +281,7 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
         lost = next(key for key in samples if key not in kept)
         log.warning("%s: %d samples have no image and are left out, %s first", tar, len(samples) - len(kept), lost)
     if not kept:
-        raise ValueError(f"{tar}: holds no samples (files named KEY.jpg, .jpeg, .png, .webp or .npy)")
+        raise ValueError(f"{tar}: holds no samples (files named KEY.{', .'.join(IMAGES)})")
     lines = [f"{VERSION} {len(kept)}"]
     for members in kept.values():
         lines.append(" ".join(f"{ext} {offset} {length} {name}" for ext, (offset, length, name) in members.items()))

@@ -26,6 +26,7 @@ from mae_dist.batch import Batch
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
+from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
 from mae_dist.data.workers import Workers, shared_array
@@ -53,28 +54,33 @@ class Source(Protocol):
 
 
 def open_source(
-    index: ShardIndex, device: torch.device, workers: int, needs_pil: bool = False, quiet: bool = False
+    index: ShardIndex,
+    device: torch.device,
+    workers: int,
+    needs_pil: bool = False,
+    quiet: bool = False,
+    how: Decoding = RGB,
 ) -> ResidentSource | TarSource:
-    """ResidentSource for a split that is kept in memory, otherwise TarSource."""
-    kept = is_kept_in_memory(index, needs_pil)
-    return ResidentSource(index, device, quiet) if kept else TarSource(index, device, workers)
+    """ResidentSource for a split that is kept in memory, otherwise TarSource; `how` says how images are decoded."""
+    kept = is_kept_in_memory(index, needs_pil, how.channels)
+    return ResidentSource(index, device, quiet, how) if kept else TarSource(index, device, workers, how)
 
 
-def is_kept_in_memory(index: ShardIndex, needs_pil: bool) -> bool:
+def is_kept_in_memory(index: ShardIndex, needs_pil: bool, channels: int = 3) -> bool:
     """Whether all images of a split have one size, fit in RESIDENT_BYTES and need no PIL."""
     size = index.dataset.image_size
-    return not needs_pil and size is not None and len(index) * size[0] * size[1] * 3 <= RESIDENT_BYTES
+    return not needs_pil and size is not None and len(index) * size[0] * size[1] * channels <= RESIDENT_BYTES
 
 
 class TarSource:
     """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
-    def __init__(self, index: ShardIndex, device: torch.device, workers: int):
-        self.index, self.device, self.workers = index, device, workers
+    def __init__(self, index: ShardIndex, device: torch.device, workers: int, how: Decoding = RGB):
+        self.index, self.device, self.workers, self.how = index, device, workers, how
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The workers read ahead from this call on."""
-        return iter(ReadAhead(plan, self.index, view, self.workers, self.device))
+        return iter(ReadAhead(plan, self.index, view, self.workers, self.device, self.how))
 
 
 class ReadAhead:
@@ -85,8 +91,10 @@ class ReadAhead:
     the device, on a GPU asynchronously.
     """
 
-    def __init__(self, plan: Plan, index: ShardIndex, view: View, workers: int, device: torch.device):
-        self.view, self.device, reader = view, device, Reader(index, view)
+    def __init__(
+        self, plan: Plan, index: ShardIndex, view: View, workers: int, device: torch.device, how: Decoding = RGB
+    ):
+        self.view, self.device, reader = view, device, Reader(index, view, how)
         plan = list(itertools.islice(first := iter(plan), 1))
         self.plan, ahead = itertools.tee(itertools.chain(plan, first))
         self.chunks = (
@@ -95,7 +103,7 @@ class ReadAhead:
         largest = max((len(ids) for _, ids in plan), default=0)
         self.free = deque(range(max(2 * workers, -(-READ_AHEAD * largest // CHUNK)) if workers else 1))
         self.sent, self.copied = deque[int](), deque[tuple[torch.cuda.Event, int]]()
-        self.rows = rows = _shared_rows(len(self.free) * CHUNK, self.view.image_size)
+        self.rows = rows = _shared_rows(len(self.free) * CHUNK, view.image_size, how.channels)
         self.images = torch.from_numpy(rows.images)
 
         def work(task: tuple[int, np.ndarray, np.ndarray]) -> None:
@@ -107,11 +115,10 @@ class ReadAhead:
         self._send()
 
     def __iter__(self) -> Iterator[Batch]:
-        size = self.view.image_size
         kind = torch.uint8 if self.device.type == "cuda" else torch.float32  # what is cheap to copy, or saves a copy
         try:
             for epochs, ids in self.plan:
-                images = torch.empty((len(ids), size, size, 3), dtype=kind, device=self.device)
+                images = torch.empty((len(ids), *self.images.shape[1:]), dtype=kind, device=self.device)
                 labels, bad = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=bool)
                 for first in range(0, len(ids), CHUNK):
                     part = slice(first, first + CHUNK)
@@ -135,7 +142,7 @@ class ReadAhead:
             self.workers.send((self.sent[-1], *chunk))
 
     def _take(
-        self, images: UInt8[Tensor, "n h w 3"] | Float[Tensor, "n h w 3"], labels: np.ndarray, bad: np.ndarray
+        self, images: UInt8[Tensor, "n h w c"] | Float[Tensor, "n h w c"], labels: np.ndarray, bad: np.ndarray
     ) -> None:
         """Wait for the next chunk and copy it."""
         self.workers.wait()
@@ -155,8 +162,8 @@ def _places(slot: int, count: int) -> slice:
     return slice(slot * CHUNK, slot * CHUNK + count)
 
 
-def _shared_rows(count: int, size: int) -> Rows:
-    images = shared_array((count, size, size, 3), np.uint8)
+def _shared_rows(count: int, size: int, channels: int) -> Rows:
+    images = shared_array((count, size, size, channels), np.uint8)
     return Rows(images, shared_array((count,), np.int64), shared_array((count,), np.bool_))
 
 

@@ -26,7 +26,8 @@ import PIL
 
 from mae_dist.atomic import replacing, try_lock
 from mae_dist.data import index
-from mae_dist.data.decode import decode
+from mae_dist.data.decode import changes, decode
+from mae_dist.data.pixels import DEEP
 from mae_dist.data.reencode import Encoding
 from mae_dist.data.shard_writer import ShardWriter
 from mae_dist.data.tally import Tally
@@ -35,6 +36,8 @@ from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
+DARK = 64
+"""8-bit value below which all images together are so dark that their 16-bit values may have another range."""
 MAX_BAD = 0.01
 """Largest share of unreadable images in a split."""
 
@@ -82,8 +85,8 @@ class Source:
     pictures: Callable[[str, range], Iterable[Picture]]
     fingerprint: str = ""
     num_classes: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     chunk: int = 16
 
 
@@ -174,6 +177,7 @@ def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encodin
         "--short-side": encoding.short_side,
         "--format": encoding.format,
         "--quality": encoding.quality,
+        "--white or --exif": [encoding.how.white, encoding.how.upright],
         "Pillow or simplejpeg": [PIL.__version__, version("simplejpeg")],
     }
     file = work / "plan.json"
@@ -207,6 +211,7 @@ def _write(
         if bad := tallies[split].num_bad:
             log.warning("split %s: %d of %d images unreadable and left out", split, bad, total)
     every = sum(tallies.values(), Tally())
+    _say_changes(every)
     train = tallies.get("train", Tally())
     known = source.mean is not None and not train.num_encoded
     num_classes = len(source.classes) if source.classes is not None else source.num_classes
@@ -218,9 +223,19 @@ def _write(
         image_size=every.common_size,
         mean=source.mean if known else train.mean,
         std=source.std if known else train.std,
+        white=encoding.how.white if encoding.keeps_bytes else None,
     )
     dataset.save(work / "data")
     return Packed(dataset, every)
+
+
+def _say_changes(tally: Tally) -> None:
+    """Log what decoding changes in images, and 16-bit values that use little of their range."""
+    for what, count in tally.changes:
+        if what:
+            log.warning("%d images: %s", count, what)
+    if DEEP in dict(tally.changes) and tally.top_value < DARK:
+        log.warning("no 16-bit value exceeds %d of 65535; try --white with the largest", 256 * tally.top_value + 255)
 
 
 def _fill(
@@ -251,7 +266,7 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
     for _, picture in zip(numbers, source.pictures(split, numbers), strict=True):
         try:
             sample = index.Sample(picture.key, picture.extension, picture.content, picture.label)
-            before = np.asarray(decode(sample))
+            before = np.asarray(decode(sample, how=encoding.how))
             extension, content, pixels = encoding.store(picture.extension, picture.content, before)
         except ValueError as error:
             yield _Prepared(replace(picture, content=b""), Tally(num_bad=1), str(error))
@@ -259,6 +274,7 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
         tally = Tally.of(
             pixels, picture.label, source_bytes=len(picture.content), stored_bytes=len(content),
             num_resized=int(pixels is not before), num_encoded=int(content is not picture.content),
+            changes=((changes(sample, encoding.how), 1),),
         )  # fmt: skip
         yield _Prepared(replace(picture, extension=extension, content=content), tally)
 

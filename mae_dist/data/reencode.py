@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mae_dist.data.decode import orientation
+from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
+
 FORMATS = ("jpg", "webp", "npy")
 """Formats that images can be encoded in: JPEG, lossy WebP, and raw pixels as NumPy's uint8 (height, width, 3)."""
 QUALITY = 90
@@ -26,19 +29,26 @@ class Encoding:
 
     Images whose shorter side exceeds ``short_side`` pixels are resized to it; smaller ones are never enlarged.
     ``format`` is one of FORMATS (jpg, if another option is given), ``quality`` that of jpg and webp. A file that has
-    this format already and needs no resize keeps its bytes, unless a quality is given. Raises ValueError for options
-    that make no sense.
+    this format already and needs no resize keeps its bytes, unless a quality is given, or it is turned upright.
+    ``how`` says what pixels a file has. Raises ValueError for options that make no sense.
     """
 
     short_side: int | None = None
     format: str | None = None
     quality: int | None = None
+    how: Decoding = RGB
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
             raise ValueError(f"--short-side {self.short_side}: must be 1 or more pixels, for example 256")
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"--format {self.format}: must be one of {', '.join(FORMATS)}")
+        if self.how.white is not None and not self.how.white > 0:
+            raise ValueError(f"--white {self.how.white:g}: must be greater than 0, for example 4095 for 12 bits")
+        if self.how.upright and self.keeps_bytes:
+            raise ValueError(
+                "--exif: nothing is encoded anew; add --short-side N or --format jpg, or train with view.exif"
+            )
         if self.quality is None:
             return
         if not 1 <= self.quality <= 100:
@@ -53,25 +63,26 @@ class Encoding:
         """Whether all files are stored as they are."""
         return self.short_side is None and self.format is None
 
-    def store(self, extension: str, content: bytes, pixels: np.ndarray) -> tuple[str, bytes, np.ndarray]:
-        """Extension and content of the file to store for an image file and its `pixels`, uint8 (height, width, 3), and
-        the pixels that were encoded. Raises ValueError for an image that the format cannot hold.
+    def store(self, extension: str, content: bytes, pixels: Pixels) -> tuple[str, bytes, Pixels]:
+        """Extension and content of the file to store for an image file and its `pixels`, and the pixels that were
+        encoded. Raises ValueError for an image that the format cannot hold.
         """
         if self.keeps_bytes:
             return extension, content, pixels
         target = self.format or "jpg"
         pixels, before = _resized(pixels, self.short_side), pixels
-        if pixels is before and self.quality is None and _format_of(extension, content) == target:
+        same = pixels is before and self.quality is None and _format_of(extension, content) == target
+        if same and not (self.how.upright and extension != "npy" and orientation(content) > 1):
             return target, content, pixels
         return target, _encoded(pixels, target, self.quality or QUALITY), pixels
 
 
-def _resized(pixels: np.ndarray, short_side: int | None) -> np.ndarray:
+def _resized(pixels: Pixels, short_side: int | None) -> Pixels:
     height, width, _ = pixels.shape
     if short_side is None or min(height, width) <= short_side:
         return pixels
-    size = (round(side * short_side / min(height, width)) for side in (width, height))
-    return np.asarray(Image.fromarray(pixels).resize(tuple(size), Image.Resampling.BICUBIC))
+    new_height, new_width = (round(side * short_side / min(height, width)) for side in (height, width))
+    return resize(pixels, (new_width, new_height))
 
 
 def _format_of(extension: str, content: bytes) -> str:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -36,12 +37,13 @@ from mae_dist.batch import Batch
 from mae_dist.data import resample
 from mae_dist.data.crop import Reader, Rows
 from mae_dist.data.index import ShardIndex
+from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.views import View
 from mae_dist.data.workers import ordered_map, shared_array
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mae_dist resident 1"
+FORMAT = "mae_dist resident 2"
 """Changes when other pixels are decoded from the same tars, or when they are stored in another way."""
 CHUNK = 64
 """Images that a worker decodes at once."""
@@ -62,15 +64,15 @@ class Pixels(NamedTuple):
 
     labels: Int[Tensor, " n"]
     bad: Bool[Tensor, " n"]
-    images: UInt8[Tensor, "n 3 h w"]
+    images: UInt8[Tensor, "n c h w"]
 
 
 class ResidentSource:
     """A whole split in the device's memory; batches are cropped and resized there. On a CPU it is the file, mapped."""
 
-    def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False):
+    def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False, how: Decoding = RGB):
         self.index, self.device = index, device
-        pixels = open_resident(index, quiet)
+        pixels = open_resident(index, quiet, how)
         self.labels, self.bad, self.images = (tensor.to(device) for tensor in pixels)
 
     def batches(self, plan: Iterable[tuple[np.ndarray, np.ndarray]], view: View, /) -> Iterator[Batch]:
@@ -91,14 +93,14 @@ class ResidentSource:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def open_resident(index: ShardIndex, quiet: bool = False) -> Pixels:
+def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixels:
     """The images of a split, mapped from its file, which is made where it is missing, stale or damaged.
 
     Where the file cannot be written, or another process does not finish it within WAIT_FOR_LOCK s, they are decoded
     into memory, with a warning. Raises what `Reader.fill` raises.
     """
-    path, key = path_of(index), key_of(index)
-    pixels = _open(index, path, key, quiet)
+    path, key = path_of(index), key_of(index, how)
+    pixels = _open(index, path, key, quiet, how)
     if num_bad := int(pixels.bad.sum()):
         first = index.sample_name(int(pixels.bad.byte().argmax()))
         log.warning(
@@ -108,7 +110,7 @@ def open_resident(index: ShardIndex, quiet: bool = False) -> Pixels:
     return pixels
 
 
-def _open(index: ShardIndex, path: Path, key: str, quiet: bool) -> Pixels:
+def _open(index: ShardIndex, path: Path, key: str, quiet: bool, how: Decoding) -> Pixels:
     with suppress(Unusable):
         return load(path, key)
     lock_path = path.with_name(f".{path.name}.lock")
@@ -116,16 +118,16 @@ def _open(index: ShardIndex, path: Path, key: str, quiet: bool) -> Pixels:
         lock = lock_path.open("a")
     except OSError as error:
         _warn(index, path, error)
-        return decode(index, quiet)
+        return decode(index, quiet, how)
     with lock:
         try:
-            return _load_or_make(index, path, key, lock, quiet)
+            return _load_or_make(index, path, key, lock, quiet, how)
         finally:
             with suppress(OSError):
                 lock_path.unlink()
 
 
-def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet: bool) -> Pixels:
+def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet: bool, how: Decoding) -> Pixels:
     """Load the file that another process has made, or make it."""
     alone = _wait_for(lock, path)
     try:
@@ -134,12 +136,12 @@ def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet:
         reason = unusable
     if not alone:
         log.warning("%s: not finished after %g s by another process; decoding into memory", path, WAIT_FOR_LOCK)
-        return decode(index, quiet)
+        return decode(index, quiet, how)
     log.info("%s: %s; decoding %d images into it, once", path, reason, len(index))
     for leftover in leftovers(path.parent, path.name):  # of a process that was killed
         if leftover.name.partition("-")[2] == path.name:
             leftover.unlink(missing_ok=True)
-    pixels = decode(index, quiet)
+    pixels = decode(index, quiet, how)
     try:
         write(path, key, pixels)
         return load(path, key)
@@ -180,10 +182,12 @@ def path_of(index: ShardIndex) -> Path:
     return folder / f"{name}.resident"
 
 
-def key_of(index: ShardIndex) -> str:
-    """A hash of all that the file depends on: of the index, and of the size and modification time of each tar."""
+def key_of(index: ShardIndex, how: Decoding = RGB) -> str:
+    """A hash of all that the file depends on: of the index, how images are decoded, and the size and modification time
+    of each tar.
+    """
     tars = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, index.tars)]
-    facts = [FORMAT, index.fingerprint, index.dataset.image_size, tars]
+    facts = [FORMAT, index.fingerprint, index.dataset.image_size, astuple(how), tars]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -217,12 +221,12 @@ def write(path: Path, key: str, pixels: Pixels) -> None:
         os.fsync(stream.fileno())
 
 
-def decode(index: ShardIndex, quiet: bool = False) -> Pixels:
+def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixels:
     """Decode a split on the cores that this process may use, with a progress bar unless `quiet`."""
     assert index.dataset.image_size is not None
     labels, bad = shared_array((len(index),), np.int64), shared_array((len(index),), np.bool_)
-    images = shared_array((len(index), 3, *index.dataset.image_size), np.uint8)
-    reader, rows = Reader(index, None), Rows(images.transpose(0, 2, 3, 1), labels, bad)
+    images = shared_array((len(index), how.channels, *index.dataset.image_size), np.uint8)
+    reader, rows = Reader(index, None, how), Rows(images.transpose(0, 2, 3, 1), labels, bad)
 
     def work(first: int) -> tuple[int]:
         ids = np.arange(first, min(first + CHUNK, len(index)))

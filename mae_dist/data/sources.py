@@ -21,7 +21,7 @@ from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
-FOLDER_IMAGES = ("jpg", "jpeg", "png", "webp")
+FOLDER_IMAGES = index.IMAGES
 PACK_EPOCH = 2**32 - 1
 """Epoch of the random draws that permute class folders; no run reaches it."""
 DRAWN_AT_ONCE = 250

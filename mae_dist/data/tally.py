@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ class Tally:
     the image files before and after; ``num_resized`` and ``num_encoded`` count the pictures whose pixels were resized
     and whose files were written anew. ``top_label`` is the largest label (-1: none); ``smallest`` and ``largest`` are
     (height, width), each extent by itself. ``num_pixels``, and per channel ``sums`` and ``squares`` (of 0..255), give
-    mean and standard deviation.
+    mean and standard deviation. ``changes`` are pairs of what decoding changed (`decode.changes`) and in how many
+    pictures, sorted; ``top_value`` is the largest 8-bit value.
     """
 
     num_bad: int = 0
@@ -35,6 +37,8 @@ class Tally:
     num_pixels: int = 0
     sums: Triple = (0, 0, 0)
     squares: Triple = (0, 0, 0)
+    changes: tuple[tuple[str, int], ...] = ()
+    top_value: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         counts = ("num_bad", "source_bytes", "stored_bytes", "num_resized", "num_encoded", "num_pixels")
@@ -45,17 +49,19 @@ class Tally:
             largest=_each(max, self.largest, other.largest),
             sums=_each(int.__add__, self.sums, other.sums),
             squares=_each(int.__add__, self.squares, other.squares),
+            changes=tuple(sorted((Counter(dict(self.changes)) + Counter(dict(other.changes))).items())),
+            top_value=max(self.top_value, other.top_value),
         )
 
     @staticmethod
-    def of(pixels: np.ndarray, label: int, **counts: int) -> Tally:
+    def of(pixels: np.ndarray, label: int, changes: tuple[tuple[str, int], ...] = (), **counts: int) -> Tally:
         """The tally of one picture with these pixels, uint8 (height, width, 3), and these other counts."""
         size = pixels.shape[:2]
         histogram, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)
         sums, squares = (tuple((histogram @ powers).tolist()) for powers in (values, values**2))
         return Tally(
             **counts, top_label=label, smallest=size, largest=size, num_pixels=size[0] * size[1],
-            sums=sums, squares=squares,
+            sums=sums, squares=squares, changes=changes, top_value=int(np.flatnonzero(histogram.sum(0))[-1]),
         )  # fmt: skip
 
     @property
@@ -79,6 +85,7 @@ class Tally:
     def from_json(plain: dict[str, Any]) -> Tally:
         """The tally of which this is `asdict`, after a way through JSON."""
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
+        values["changes"] = tuple((what, count) for what, count in values["changes"])
         return Tally(**values)
 
 

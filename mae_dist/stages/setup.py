@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -17,8 +17,10 @@ from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
+from mae_dist.data.decode import changes
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order, num_micro, plan
+from mae_dist.data.pixels import Decoding
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
@@ -62,10 +64,16 @@ class Setup(Generic[C]):
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
+    @property
+    def decoding(self) -> Decoding:
+        """How stored values become pixels."""
+        data = self.config.data
+        return Decoding(3, data.white, self.config.view.exif, data.max_pixels)
+
     def source(self, split: ShardIndex, training: bool = False) -> loader.ResidentSource | loader.TarSource:
         """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
-        return loader.open_source(split, self.device, workers, view.needs_pil, quiet=not dist.is_main())
+        return loader.open_source(split, self.device, workers, view.needs_pil, not dist.is_main(), self.decoding)
 
     def with_micro_batch(self, objective: Objective) -> Setup[C]:
         """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
@@ -208,6 +216,9 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     setup = Setup(verb, config, run, device, train_split, test_split, needs_labels, backbone, initial, micro)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
+    with suppress(ValueError, OSError):  # an unreadable sample is the loader's business
+        if dist.is_main() and (what := changes(train_split.read(0), setup.decoding)):
+            log.info("%s: %s", train_split.sample_name(0), what)
     return setup
 
 
@@ -240,7 +251,13 @@ def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> 
                 log.info("the data set has no mean and std of its own: using ImageNet's (data.mean, data.std)")
             mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         mean, std = mean or origin.mean, std or origin.std
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
+    assert std is not None
+    if 0 in std:
+        if dist.is_main():
+            log.warning("channel %d of the data set is constant (std 0): it is divided by 1", std.index(0))
+        std = tuple(value or 1.0 for value in std)
+    white = config.data.white if config.data.white is not None else index.dataset.white
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std, white=white))
 
 
 def find_test_split(config: RunConfig, required: bool) -> ShardIndex | None:

@@ -20,8 +20,9 @@ from mae_dist import dist, models
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
-from mae_dist.data.decode import Memory, Pixels, decode, stored_size
+from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.index import Sample, ShardIndex, open_split
+from mae_dist.data.pixels import Pixels
 from mae_dist.data.views import View
 from mae_dist.objectives.mae import MAE
 from mae_dist.verify.benchmarks import one_step

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mae_dist.data.decode import decode
 from mae_dist.data.index import Sample
+from mae_dist.data.pixels import Decoding
 from mae_dist.data.reencode import Encoding
 
 
@@ -102,3 +103,16 @@ def test_encoding_options_that_make_no_sense_are_refused(options: tuple, message
 def test_encoding_image_too_large_for_the_format_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="cannot be stored as webp"):
         store(Encoding(None, "webp"), "png", file_of(smooth(1, 17_000), "PNG"))
+
+
+def test_encoding_turns_images_upright_and_then_has_no_orientation_left() -> None:
+    image = Image.fromarray(smooth(20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    content = file_of(image, "JPEG", exif=exif)
+    encoding = Encoding(format="jpg", how=Decoding(upright=True))
+    pixels = decode(Sample("k", "jpg", content, 0), how=encoding.how)
+    _, stored, _ = encoding.store("jpg", content, pixels)
+    assert Image.open(io.BytesIO(stored)).size == (20, 30)
+    assert 0x0112 not in Image.open(io.BytesIO(stored)).getexif()
+    assert encoding.store("jpg", stored, pixels)[1] is stored
