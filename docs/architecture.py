@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
+    {"setting"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "signals", "errors"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},

@@ -13,7 +13,7 @@ from typing import Any
 
 from mae_dist import config as configuration
 from mae_dist.run import slurm_cli
-from mae_dist.schema import setting
+from mae_dist.setting import setting
 
 SIGNAL_LEAD = 30.0
 """Seconds by which SLURM may signal before it was requested to: it checks time limits twice a minute."""

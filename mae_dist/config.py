@@ -25,10 +25,10 @@ from mae_dist.schema import (
     MaeConfig,
     PretrainConfig,
     ProbeConfig,
-    Range,
     RunConfig,
     TrainConfig,
 )
+from mae_dist.setting import Range
 
 T = TypeVar("T")
 Overrides = Sequence[str]
