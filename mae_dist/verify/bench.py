@@ -20,7 +20,7 @@ from rich.table import Table
 from mae_dist import config, dist, errors
 from mae_dist.cli import Parser
 from mae_dist.run import directory, jsonl
-from mae_dist.verify import benchmarks, data_benchmark, loader_benchmarks, processes
+from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, loader_benchmarks, processes
 from mae_dist.verify.measurement import Bench, Result, Runner
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 AT_PHOTOS = ["model.name=vit_b16", "model.image_size=224", "train.global_batch=64"]
 AT_224 = ["model.image_size=224", "train.global_batch=4"]
 ROUNDS = {"rounds": (3, "how often each variant is measured; medians are reported")}
+IMAGES = {"images": (512, "images that each measurement loads")}
 BENCHES = {
     "resume": Bench(
         benchmarks.resume, f"time to the first step of a run at step {benchmarks.FAR_STEP:,} and of a new one", ROUNDS,
@@ -61,7 +62,12 @@ BENCHES = {
     ),
     "data": Bench(
         data_benchmark.data, "where the time of loading goes, beside the step that needs the images; what to change",
-        ROUNDS | {"images": (512, "images that each measurement loads")}, AT_PHOTOS, needs_data=False, reads_data=True,
+        ROUNDS | IMAGES, AT_PHOTOS, needs_data=False, reads_data=True,
+    ),
+    "gpu": Bench(
+        gpu_benchmark.gpu, "what to measure first on a machine with a GPU: models, loading, the tests for GPUs",
+        ROUNDS | {"minutes": (8, "minutes after which no further part starts"), **IMAGES},
+        [*AT_PHOTOS, "train.precision=bf16", "mae.decoder_dim=512", "mae.decoder_depth=8", "mae.decoder_heads=16"],
     ),
     "loaders": Bench(
         loader_benchmarks.loaders, "this loader and other people's on the same photographs, per core",

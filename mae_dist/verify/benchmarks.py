@@ -260,8 +260,7 @@ def steps(
 def one_step(objective: MAE, settings: Any, device: torch.device) -> float:
     """Seconds of a forward and backward pass of a batch of noise."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    ids, side = torch.arange(settings.train.global_batch, device=device), settings.model.image_size
-    batch = Batch(torch.randn(len(ids), 3, side, side, device=device), -torch.ones_like(ids), ids, ids * 0, ids < 0)
+    batch = noise(settings.train.global_batch, settings.model.image_size, device)
     synchronize(device)
     began = clock()
     with parallel.autocast(settings.train.precision, device):
@@ -271,6 +270,12 @@ def one_step(objective: MAE, settings: Any, device: torch.device) -> float:
     took = clock() - began
     objective.zero_grad()
     return took
+
+
+def noise(count: int, side: int, device: torch.device) -> Batch:
+    """A batch of noise without labels, on the device; on the meta device with ids on the CPU, where masks are drawn."""
+    ids = torch.arange(count, device="cpu" if device.type == "meta" else device)
+    return Batch(torch.randn(count, 3, side, side, device=device), -torch.ones_like(ids), ids, ids * 0, ids < 0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """`mae-dist bench`: benches with small numbers, their files, and mistakes."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mae_dist.data import loader
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 from mae_dist.data.views import View
-from mae_dist.verify import benchmarks, data_benchmark
+from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark
 
 
 def test_bench_order_measures_and_writes_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,3 +167,38 @@ def test_bench_data_advice(rate: float, step: float, side: int, workers: int, ex
 def test_bench_of_loading_needs_images(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"`mae-dist bench {name} DATA`" in refused(capsys, "bench", name, "--out", tmp_path)
     assert "one folder or glob" in refused(capsys, "bench", name, "a", "b", "--out", tmp_path)
+
+
+def test_bench_gpu_keeps_every_row_and_goes_on_after_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel for this device\nat line 7")
+
+    monkeypatch.setattr(gpu_benchmark, "quiet_step", broken)
+    monkeypatch.setattr(gpu_benchmark, "RESIDENT_IMAGES", 40)
+    pack(from_synthetic(40, 10), tmp_path / "set", shard_size=20)
+    assert main(["bench", "gpu", str(tmp_path / "set"), "--rounds", "1", "--images", "40", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "gpu" / "rows.jsonl").read_text().splitlines()]
+    assert {"part": "step without a wait", "left_out": "no kernel for this device"} in rows
+    measured = {row["part"]: row["value"] for row in rows if "value" in row}
+    assert measured.keys() == {
+        "matrix product",
+        "vit_demo4, eager",
+        "another implementation",
+        "loading",
+        "images in memory",
+    }
+    assert all(value > 0 for value in measured.values())
+    kept = json.loads((tmp_path / "bench-gpu.json").read_text())["measurements"]
+    assert [row["value"] for row in kept] == [row["value"] for row in rows if "value" in row]
+
+
+def test_bench_gpu_starts_no_part_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0, 1000.0)
+    monkeypatch.setattr(gpu_benchmark.time, "monotonic", lambda: next(clock))
+    pack(from_synthetic(40, 10), tmp_path / "set", shard_size=20)
+    assert main(["bench", "gpu", str(tmp_path / "set"), "--minutes", "1", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "gpu" / "rows.jsonl").read_text().splitlines()]
+    assert rows
+    assert all("minutes were used up" in row["left_out"] for row in rows)
