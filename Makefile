@@ -3,22 +3,24 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
+SLURM = tests/slurm
+RUNS = tests/stages tests/verify tests/launch
 
-.PHONY: demo test test-others test-runs lint docs clean
+.PHONY: demo test test-others test-runs test-slurm lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
 	$(BIN)/mae-dist demo --out $(OUT)
 
-test: $(VENV)/installed  ## the whole suite, whole runs and those on a real SLURM beside the others
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-runs test-others
+test: $(VENV)/installed  ## the whole suite in three parts side by side: jobs on a real SLURM wait most of the time
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going test-slurm test-runs test-others
 
 test-others: $(VENV)/installed
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/stages
+	$(BIN)/python -m pytest $(foreach folder,$(SLURM) $(RUNS),--ignore=$(folder))
 
-test-runs: $(VENV)/installed  ## prints everything at its end
-	@output=$$($(BIN)/python -m pytest -p no:cacheprovider tests/slurm tests/stages 2>&1); status=$$?; \
-		printf '\n%s\n' "$$output"; exit $$status
+test-slurm test-runs: test-%: $(VENV)/installed  ## prints everything at its end
+	@output=$$($(BIN)/python -m pytest -p no:cacheprovider $(if $(filter slurm,$*),$(SLURM),$(RUNS)) 2>&1); \
+		status=$$?; printf '\n%s\n' "$$output"; exit $$status
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

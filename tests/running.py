@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -40,6 +45,43 @@ def start(*argv: object, check: int | None = 0, timeout: float = 300) -> subproc
     )
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
+
+
+def start_ranks(number: int, *argv: object, log: Path) -> list[BaseProcess]:
+    """Start `mae-dist ARGV` on `number` ranks without a launcher, forked from a process that has imported the package:
+    a start costs a tenth of what it costs from nothing. What they print is appended to the file `log`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    words, ranks = [*map(str, argv), f"machine.processes={number}"], []
+    for rank in range(number):
+        place = meeting | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(context.Process(target=_rank, args=(words, place, log)))
+        ranks[-1].start()
+    return ranks
+
+
+def _rank(argv: list[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ.update(environment)
+    sys.exit(main(argv))
+
+
+def finish_ranks(ranks: Sequence[BaseProcess], log: Path, check: int = 0, timeout: float = 120) -> None:
+    """Wait for ranks, each of which must end with status `check`; after `timeout` s they are killed."""
+    deadline = time.monotonic() + timeout
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [check] * len(ranks), log.read_text()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

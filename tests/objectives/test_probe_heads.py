@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from running import command, environment, losses, ranks_of, refused, weights
+from running import finish_ranks, losses, refused, start_ranks, weights
 from torch import nn
 
 from mae_dist import evaluate, models, optim, schema
@@ -389,18 +386,20 @@ def test_probe_heads_are_elastic_and_resume_after_sigkill(data: Path, tmp_path: 
     shared = [*FIXED, "heads.attentive=true", "train.steps=16", "checkpoint.every=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(argv(data, one, *shared, "machine.processes=1")) == 0
-    full = command(*argv(data, two, *shared, "machine.processes=2"))
-    process = subprocess.Popen(full, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    log, full = tmp_path / "log", argv(data, two, *shared)
+    ranks, deadline = start_ranks(2, *full, log=log), time.monotonic() + 120
     saved = two / "checkpoints/step-000000004"  # written in the background, so it may be there later than step 6
     while not (saved.is_dir() and len(losses(two)) >= 6):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert all(rank.is_alive() for rank in ranks), log.read_text()
         time.sleep(0.01)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
     assert not (two / "result.json").exists()
-    output = subprocess.run(full, env=environment(), check=True, capture_output=True, text=True, timeout=120).stderr
+    log.unlink()
+    finish_ranks(start_ranks(2, *full, log=log), log)
+    output = log.read_text()
     assert "resumed at step" in output
     assert "features:" not in output, "computed again"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)

@@ -13,7 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import MAE, SETTINGS, command, environment, losses, ranks_of, records, refused, start, weights
+from running import (
+    MAE,
+    SETTINGS,
+    command,
+    environment,
+    finish_ranks,
+    losses,
+    ranks_of,
+    records,
+    refused,
+    start,
+    start_ranks,
+    weights,
+)  # fmt: skip
 
 from mae_dist.__main__ import main
 from mae_dist.data import loader
@@ -67,7 +80,8 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Pa
         return ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=60",
                 "checkpoint.every=7", "machine.processes=3", "train.ema=0.9"]  # fmt: skip
 
-    start(*words("undisturbed"))
+    log = tmp_path / "log"
+    finish_ranks(start_ranks(3, *words("undisturbed"), log=log), log)
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -161,7 +175,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: 
     found = losses(run)
     assert len(found) == 12
     assert not list((run / "checkpoints").iterdir())
-    start(*words)
+    finish_ranks(start_ranks(2, *words, log=tmp_path / "log"), tmp_path / "log")
     assert losses(run) == found
     assert len(list((run / "checkpoints").iterdir())) == 2
 
@@ -177,7 +191,8 @@ def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp
         "optim.base_lr=30",
     ]
     assert main([*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3"]) == 0
-    start(*shared, f"out={tmp_path / 'three'}", "machine.processes=3")
+    log = tmp_path / "log"
+    finish_ranks(start_ranks(3, *shared, f"out={tmp_path / 'three'}", log=log), log)
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
     for name in ("model.norm.running_mean", "model.norm.running_var", "model.head.weight"):
@@ -198,8 +213,8 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data:
     shared = ["finetune", f"data.path={tiny_data}", "init_from=random", *SETTINGS, *EVERYTHING]
     assert main([*shared, f"out={tmp_path / 'one'}"]) == 0
     assert main([*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0"]) == 0
-    hsdp = ["machine.processes=4", "machine.strategy=hsdp", "machine.shards=2"]
-    start(*shared, f"out={tmp_path / 'four'}", *hsdp)
+    hsdp, log = ["machine.strategy=hsdp", "machine.shards=2"], tmp_path / "log"
+    finish_ranks(start_ranks(4, *shared, f"out={tmp_path / 'four'}", *hsdp, log=log), log)
     planned = compare.planned_samples(compare.planned_order(RunDir(tmp_path / "one").settings()[2]), 22, range(1, 7))
     assert max(Counter(id_ for samples in planned.values() for _, id_ in samples).values()) >= 3
     for other in ("one", "parts", "four"):
