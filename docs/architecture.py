@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "signals", "errors"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals", "errors"},
+    {"setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import hints, model_sizes
+from mae_dist import hints, model_sizes, setting_texts
 from mae_dist.schema import (
     RESULT_SECTIONS,
     SCHEMAS,
@@ -116,16 +116,16 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.structured(schema)
-    for origin, layer in _layers(schema, file, overrides):
-        if not OmegaConf.is_dict(layer):
+    config, kinds = OmegaConf.structured(schema), {name: item.kind for name, item in settings(schema()).items()}
+    for origin, layer, written in _layers(kinds, file, overrides):
+        plain = OmegaConf.to_container(layer, resolve=False) if OmegaConf.is_config(layer) else layer
+        if not isinstance(plain, dict):
             raise ValueError(f"{origin}expected sections with keys, found a list")
+        plain = setting_texts.as_written(plain, written, kinds, origin)
         try:
-            if OmegaConf.select(layer, "track.wandb") is False:  # YAML reads a bare off as false
-                OmegaConf.update(layer, "track.wandb", "off")
-            config = OmegaConf.merge(config, layer)
+            config = OmegaConf.merge(config, plain)
         except OmegaConfBaseException as error:
-            raise ValueError(_explain(error, layer, schema, origin)) from error
+            raise ValueError(_explain(error, plain, schema, origin)) from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
@@ -134,29 +134,32 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     return result
 
 
-def _layers(schema: type[Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any]]:
-    """(what an error message begins with, settings) of the file, then of each override."""
+def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any, Any]]:
+    """(what an error message begins with, settings, the same without types) of the file, then of each override."""
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    known = settings(schema())
     if file is not None:
         if not Path(file).is_file():
             raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
         try:
-            yield f"{file}: ", OmegaConf.load(file)
-        except YAMLError as error:
+            yield f"{file}: ", OmegaConf.load(file), yaml.load(Path(file).read_text(), yaml.BaseLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
         name, _, value = override.partition("=")
-        absent = value.strip().lower() == "none" and name in known and NoneType in get_args(known[name].kind)
+        none = NoneType in get_args(kinds.get(name)) and value.strip().lower() in ("", "none", "null")
         try:
-            yield f"{override}: ", OmegaConf.from_dotlist([f"{name}=null" if absent else override])
-        except (OmegaConfBaseException, YAMLError) as error:
+            if setting_texts.is_text(kinds.get(name)) and not none:
+                layer = setting_texts.from_override(name, value)
+            else:
+                layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
+        yield f"{override}: ", layer, {}
 
 
 def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
@@ -166,6 +169,7 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
 
     if verb not in SCHEMAS:
         raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
+    setting_texts.refuse_interpolation(plain, f"{origin}: ")
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
     except OmegaConfBaseException as error:
@@ -185,10 +189,8 @@ def check(config: RunConfig) -> None:
         if name not in read_here:
             raise ValueError(f"{hints.given(name, value)}: is for {', '.join(readers()[name])}; leave it out")
     if isinstance(config, PretrainConfig) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
-        raise ValueError(
-            "model.pool=avg: a ViT is pretrained with its last norm on all tokens, which avg takes away; leave it out, "
-            "and choose avg in probe, knn or finetune"
-        )
+        raise ValueError("model.pool=avg: takes away a ViT's last norm, which pretraining needs; choose it in probe, "
+                         "knn or finetune")  # fmt: skip
     for name in ("view.scale", "view.ratio"):
         low, high = values.get(name, (1.0, 1.0))
         if low > high:

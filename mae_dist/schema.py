@@ -21,6 +21,9 @@ RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn
 WHERE_DATA_LIES = ("path", "test_path", "accept_change")
 """Fields of `data` that say where the data are; their content is compared by the fingerprint of the index."""
 
+PATHS = ("out", "init_from", "data.path", "data.test_path")
+"""Settings that are paths (see `paths`)."""
+
 RANDOM = "random"
 """The value of `init_from` for a randomly initialised backbone."""
 
@@ -31,11 +34,9 @@ KNN, FINETUNE, TRAINED = ("knn",), ("finetune",), ("pretrain", "finetune")
 class DataConfig:
     """Which samples a run is trained and evaluated on."""
 
-    path: str = setting("???", "folder with a dataset.json, or a quoted glob of indexed tars")
-    split: str = setting("train", "split of the folder to train on; a glob has no splits")
-    test_path: str | None = setting(
-        None, "folder or glob of the test split; none: the folder in data.path (a glob there has no test split)"
-    )
+    path: str = setting("???", "folder with a dataset.json, or indexed tars: a quoted glob, a {0..9} range, [A, B]")
+    split: str = setting("train", "split of the folder to train on; tars have no splits")
+    test_path: str | None = setting(None, "folder or tars of the test split; none: the folder in data.path")
     test_split: str = setting("test", "split of the folder to evaluate on")
     shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
     aug_repeats: int = setting(
@@ -52,9 +53,8 @@ class DataConfig:
         None, "channel means; none: those of init_from, else of dataset.json, else ImageNet's", at_least=0, at_most=1
     )
     std: tuple[float, float, float] | None = setting(
-        None, "channel standard deviations; none: those of init_from, else of dataset.json, else ImageNet's",
-        above=0, at_most=1,
-    )  # fmt: skip
+        None, "channel standard deviations; none: as data.mean", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)

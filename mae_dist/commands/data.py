@@ -6,7 +6,8 @@ Each action ends by printing what it wrote, where, and the next command. Packing
 from __future__ import annotations
 
 import argparse
-import glob
+import itertools
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_dist import image_grid
+from mae_dist import image_grid, paths
 from mae_dist.cli import Parser
 from mae_dist.commands import data_pack
 from mae_dist.commands.data_output import facts, print_splits, progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.pack import ProgressCallback
+
+log = logging.getLogger(__name__)
 
 NUM_SIZES = 2000
 """Number of images of a split whose size `show` reads (evenly spaced)."""
@@ -41,7 +44,9 @@ def _parser() -> Parser:
     actions = parser.add_subparsers(required=True, metavar="{pack,index,show}")
     data_pack.add_parser(actions)
     indexing = actions.add_parser("index", help="index existing tars")
-    indexing.add_argument("tars", nargs="+", metavar="GLOB", help="tars, for example 'data/train-*.tar'")
+    indexing.add_argument(
+        "tars", nargs="+", metavar="TARS", help="folders, patterns or brace ranges, for example 'data/{000..146}.tar'"
+    )
     indexing.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
     indexing.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     indexing.set_defaults(run=_index)
@@ -55,16 +60,13 @@ def _parser() -> Parser:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    tars = sorted(Path(os.path.abspath(name)) for pattern in arguments.tars for name in glob.glob(pattern))
-    if not tars:
-        raise ValueError(f"{' '.join(arguments.tars)}: no file matches")
+    tars = _tars(arguments.tars)
     folders = {tar.parent for tar in tars}
+    if len(arguments.tars) == 1 and os.path.isdir(arguments.tars[0]):
+        folders = {Path(os.path.abspath(arguments.tars[0]))}
     if arguments.out is None and len(folders) > 1:
         raise ValueError(f"the tars are in {len(folders)} folders; pass --out DIR for their indexes")
-    folder = tars[0].parent if arguments.out is None else arguments.out
-    twins = [stem for stem, count in Counter(tar.stem for tar in tars).items() if count > 1]
-    if twins:
-        raise ValueError(f"two folders contain a {twins[0]}.tar; index one folder at a time, with an --out for each")
+    folder = Path(os.path.abspath(arguments.out or folders.pop()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
@@ -76,21 +78,52 @@ def _index(arguments: argparse.Namespace) -> None:
     report(dataset, folder)
 
 
+def _tars(texts: list[str]) -> list[Path]:
+    """The tars that the arguments name, sorted. ValueError where one is named twice, or there is none."""
+    names = [name for text in texts for name in paths.names(paths.with_variables(text))]
+    tars = sorted(
+        Path(os.path.abspath(tar)) for name in names for tar in (paths.tars_in(name) if os.path.isdir(name) else [name])
+    )
+    seen: dict[tuple[int, int], Path] = {}
+    for tar in tars:
+        status = tar.stat()
+        if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
+            raise ValueError(f"{' '.join(texts)}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
+    if len(splits := paths.splits_in([tar.name for tar in tars])) > 1:
+        log.warning("the names of these tars speak of several splits (%s), which become one", ", ".join(splits))
+    return tars
+
+
+def _index_names(tars: list[Path], taken: set[str]) -> list[str]:
+    """A name for the index of each tar: its own with .idx, else with those of folders above it, else with a number."""
+    names: list[str] = []
+    for tar in tars:
+        above = [tar.parents[depth].name for depth in range(len(tar.parents) - 1)]
+        longer = ("-".join([*reversed(above[:depth]), f"{tar.stem}.idx"]) for depth in range(len(above) + 1))
+        numbered = (f"{tar.stem}-{number}.idx" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain(longer, numbered) if name not in taken))
+        taken = taken | {names[-1]}
+    return names
+
+
 def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, tick: ProgressCallback) -> index.Dataset:
     """Index `tars` into `folder`; return `before` with these tars as its split `split`.
 
     Facts of a replaced split are dropped: mean and std if it is train, and class names if there are more classes.
     """
     shards, num_classes = [], 0
-    for number, tar in enumerate(tars):
-        shard, labels = index.build(tar, folder / f"{tar.stem}.idx")
-        shards.append(shard if tar.parent == Path(os.path.abspath(folder)) else replace(shard, tar=str(tar)))
+    names = _index_names(tars, {s.index_name for name, known in before.splits.items() if name != split for s in known})
+    for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
+        shard, labels = index.build(tar, folder / name)
+        path = str(tar.relative_to(folder) if tar.is_relative_to(folder) else tar)
+        shards.append(replace(shard, tar=path, index="" if name == f"{tar.stem}.idx" else name))
         num_classes = max(num_classes, int(labels.max()) + 1)
         tick("index", number + 1, len(tars))
     others = {name: known for name, known in before.splits.items() if name != split}
     if others or before.classes:
         num_classes = max(num_classes, before.num_classes or 0)
-    size = _common_size(shards, tars, folder, tick)
+    data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
+    size = _common_size(data, tick)
     return index.Dataset(
         name=before.name,
         splits=before.splits | {split: shards},
@@ -102,11 +135,8 @@ def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, ti
     )
 
 
-def _common_size(
-    shards: list[index.Shard], tars: list[Path], folder: Path, tick: ProgressCallback
-) -> tuple[int, int] | None:
+def _common_size(data: index.ShardIndex, tick: ProgressCallback) -> tuple[int, int] | None:
     """(height, width) if all images have one size, else None. Reads headers only, until two differ."""
-    data = index.ShardIndex(tars, [folder / f"{tar.stem}.idx" for tar in tars], shards, index.Dataset(""))
     first = stored_size(data.read(0))
     for sample in range(1, len(data)):
         if first is None or stored_size(data.read(sample)) != first:

@@ -71,8 +71,6 @@ def reopen(run: RunDir, verb: str, settings: Any, data_fingerprint: str, path: s
         raise ValueError(f"RUN={run.path}: a knn run has no steps")
     machine = dataclasses.replace(settings.machine, processes=1, strategy="ddp", workers=0)
     data = dataclasses.replace(settings.data, path=path or settings.data.path)
-    if not data.path.endswith(".tar") and not Path(data.path).is_dir():
-        raise ValueError(f"data.path={data.path}: no such folder; pass --data with the current folder of the data")
     setup = build_setup(
         verb, dataclasses.replace(settings, machine=machine, data=data, out=str(run.path)), verb != "pretrain"
     )

@@ -11,20 +11,23 @@ Knows no model, no view and no order. Unpickles nothing. Imports no torch.
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
-import json
 import logging
 import os
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from mae_dist import paths
 from mae_dist.atomic import replacing
+from mae_dist.data.dataset import FILE, Dataset, Shard, united
+from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -32,70 +35,10 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm
 """Extensions that hold an image, in order of preference: torchvision's, and npy."""
 LABEL = "cls"
 VERSION = "v1.2"
-FORMAT = "mae_dist dataset 1"
-FILE = "dataset.json"
 
 
 class ChangedError(ValueError):
     """A shard differs from what its index or dataset.json says. No other sample replaces such a one."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file: ``tar`` is its path, relative to dataset.json or absolute; ``sha256`` is empty if not computed."""
-
-    tar: str
-    num_samples: int
-    num_labelled: int
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The content of dataset.json.
-
-    ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
-    when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1; ``white`` is
-    the stored value that is white, where pixels have more than 8 bits and packing was told so.
-    """
-
-    name: str
-    splits: dict[str, list[Shard]] = field(default_factory=dict)
-    num_classes: int | None = None
-    classes: list[str] | None = None
-    image_size: tuple[int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    white: float | None = None
-
-    def save(self, folder: Path) -> None:
-        """Write dataset.json into `folder`, atomically."""
-        with replacing(folder / FILE) as work:
-            work.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
-
-    @staticmethod
-    def load(folder: Path) -> Dataset:
-        """Read dataset.json from `folder`. Raises ValueError when it is missing or has another format."""
-        path = folder / FILE
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        if not path.is_file():
-            tars = len(list(folder.glob("*.tar")))
-            hint = f"found {tars} tars: run `mae-dist data index '{folder}/*.tar'`" if tars else "no tars there either"
-            raise ValueError(f"data.path={folder}: no {FILE} in it ({hint})")
-        try:
-            plain = json.loads(path.read_text())
-            if plain.pop("format") != FORMAT:
-                raise ValueError("another format")
-            plain["splits"] = {name: [Shard(**shard) for shard in shards] for name, shards in plain["splits"].items()}
-            for name in ("image_size", "mean", "std"):
-                plain[name] = None if plain[name] is None else tuple(plain[name])
-            return Dataset(**plain)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: not a {FORMAT!r} file ({error}); make it anew with `mae-dist data index`"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +70,7 @@ class ShardIndex:
         self._open = functools.lru_cache(maxsize=128)(_Handle)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.counts.sum())
 
     def __getstate__(self) -> tuple:
         return (self.tars, self.indexes, self.shards, self.dataset)
@@ -142,8 +85,16 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the names, counts, sizes and known sha256 of the shards; independent of their folder."""
-        rows = [f"{Path(s.tar).name} {s.num_samples} {s.num_bytes} {s.sha256}" for s in self.shards]
+        """A short hash of the names, counts, sizes and known sha256 of the shards; independent of their folder, but for
+        that of tars that share a name and have no known sha256.
+        """
+        uses = Counter(tar.name for tar in self.tars)
+        alike = [not s.sha256 and uses[tar.name] > 1 for s, tar in zip(self.shards, self.tars, strict=True)]
+        names = [f"{tar.parent.name}/{tar.name}" if a else tar.name for a, tar in zip(alike, self.tars, strict=True)]
+        rows = [
+            f"{name} {s.num_samples} {s.num_bytes} {s.sha256}{s.labels and ' ' + s.labels}"
+            for name, s in zip(names, self.shards, strict=True)
+        ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -199,45 +150,90 @@ def split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
-def open_split(path: str, split: str) -> ShardIndex:
-    """Open a split: `path` is a folder with dataset.json, or a glob of tars with their .idx files beside them.
+class Place(NamedTuple):
+    """Where a tar of a split lies: its path, that of its index, what is known of it, and its data set."""
 
-    With a glob, its tars are the split and `split` is ignored. Raises ValueError when a file is missing or changed.
+    tar: Path
+    idx: Path
+    shard: Shard | None
+    dataset: Dataset
+
+
+def splits(path: str) -> list[str]:
+    """The splits that all folders in `path` have; none where it names tars. ValueError for what is not there."""
+    folders = [Path(name) for part in paths.parts(path) for name in paths.names(part)]
+    if not all((folder / FILE).is_file() for folder in folders):
+        return []
+    first, *others = [Dataset.load(folder).splits for folder in folders]
+    return [name for name in first if all(name in other for other in others)]
+
+
+def open_split(path: str, split: str) -> ShardIndex:
+    """Open a split: `path` names folders with a dataset.json, or tars with their .idx files beside them (see `paths`).
+
+    Tars that `path` names, by themselves or by a folder without dataset.json, are the split, and `split` is ignored.
+    Several places are one data set, in their order. Raises ValueError when a file is missing or changed, or is named
+    twice.
     """
-    if not glob.has_magic(path) and not path.endswith(".tar"):
-        folder = Path(path)
-        if not folder.is_dir():
-            raise ValueError(f"data.path={path}: no such folder; make one with `mae-dist data pack ... --out {path}`")
-        dataset = Dataset.load(folder)
-        if split not in dataset.splits:
-            raise ValueError(f"{path}/{FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
-        shards: list[Shard | None] = [*dataset.splits[split]]
-        tars = [folder / shard.tar for shard in dataset.splits[split]]
-        indexes = [folder / (tar.stem + ".idx") for tar in tars]
-    else:
-        tars = [Path(name) for name in sorted(glob.glob(path))]
-        if not tars:
-            raise ValueError(f"data.path={path}: no file matches")
-        indexes = [tar.with_suffix(".idx") for tar in tars]
-        folder = tars[0].parent
-        dataset = Dataset.load(folder) if (folder / FILE).is_file() else Dataset(name=path)
-        known = {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
-        shards = [known.get(tar) for tar in tars]
-    for tar, index, shard in zip(tars, indexes, shards, strict=True):
-        if not tar.is_file():
-            raise ValueError(f"{tar}: {FILE} lists it, but there is no such file")
+    try:
+        names = [name for part in paths.parts(path) for name in paths.names(part)]
+    except ValueError as error:
+        raise ValueError(f"data.path={path}: {error}") from error
+    places, shards, seen = [*_places(names, split)], [], {}
+    for tar, index, shard, _ in places:
+        status = _status(tar)
+        if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
+            raise ValueError(f"data.path={path}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
         if not index.is_file():
             raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
-        if shard is not None and tar.stat().st_size != shard.num_bytes:
+        if shard is not None and status.st_size != shard.num_bytes:
             raise ValueError(
-                f"{tar}: {tar.stat().st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
+                f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
-    known_or_not = zip(tars, indexes, shards, strict=True)
-    index = ShardIndex(tars, indexes, [s or _shard_of(tar, index) for tar, index, s in known_or_not], dataset)
+        shards.append(shard or _shard_of(tar, index))
+    datasets = list({id(place.dataset): place.dataset for place in places}.values())
+    index = ShardIndex([p.tar for p in places], [p.idx for p in places], shards, united(datasets or [Dataset("")]))
     if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
     return index
+
+
+def _places(names: list[str], split: str) -> Iterator[Place]:
+    """Where the tars of a split lie, in the order of `names`: folders and tars."""
+    listed_in = functools.cache(_listed_in)
+    for name in names:
+        folder = Path(name)
+        if not (folder / FILE).is_file():
+            for tar in map(Path, paths.tars_in(name) if folder.is_dir() else [name]):
+                dataset, listed = listed_in(tar.parent)
+                shard = listed.get(tar)
+                index = tar.with_suffix(".idx") if shard is None else tar.parent / shard.index_name
+                yield Place(tar, index, shard, dataset)
+            continue
+        dataset = Dataset.load(folder)
+        if split not in dataset.splits:
+            raise ValueError(f"{folder / FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
+        for shard in dataset.splits[split]:
+            yield Place(folder / shard.tar, folder / shard.index_name, shard, dataset)
+
+
+def _listed_in(folder: Path) -> tuple[Dataset, dict[Path, Shard]]:
+    """The data set of a folder, and what it knows of each tar."""
+    if not (folder / FILE).is_file():
+        return Dataset(name=str(folder)), {}
+    dataset = Dataset.load(folder)
+    return dataset, {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
+
+
+def _status(tar: Path) -> os.stat_result:
+    try:
+        status = tar.stat()
+    except OSError as error:
+        raise from_os_error(error, f"{tar}: cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{tar}: is no file")
+    return status
 
 
 def _shard_of(tar: Path, index: Path) -> Shard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import logging
@@ -224,16 +223,13 @@ def from_tars(path: str, split: str | None = None) -> Source:
 
 
 def _opened(path: str, split: str | None) -> dict[str, index.ShardIndex]:
-    if glob.has_magic(path) or path.endswith(".tar"):
-        if not glob.glob(path):
-            raise ValueError(f"--source {path}: no file matches")
+    splits = index.splits(path)
+    if not splits:
         data = index.open_split(path, "")
         return {split or _listed_split(data): data}
-    if not (Path(path) / index.FILE).is_file():
-        raise ValueError(f"--source {path}: no folder with a {index.FILE}; index its tars with `mae-dist data index`")
     if split is not None:
         raise ValueError(f"--split {split}: {path}/{index.FILE} names the splits; leave --split out")
-    return {name: index.open_split(path, name) for name in index.Dataset.load(Path(path)).splits}
+    return {name: index.open_split(path, name) for name in splits}
 
 
 def _listed_split(data: index.ShardIndex) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from mae_dist import config as configuration
+from mae_dist import paths
 from mae_dist.run import events, jobs, jsonl
 from mae_dist.schema import C, RunConfig
 
@@ -93,8 +94,8 @@ def step_of(path: Path) -> int:
 def absolute(config: C) -> C:
     """The settings with absolute paths, which are valid in any working directory."""
     data = config.data
-    test_path = data.test_path and str(Path(data.test_path).absolute())
-    data = dataclasses.replace(data, path=str(Path(data.path).absolute()), test_path=test_path)
+    test_path = data.test_path and paths.absolute(data.test_path)
+    data = dataclasses.replace(data, path=paths.absolute(data.path), test_path=test_path)
     start = {} if config.origin is None else {"init_from": str(Path(config.origin).absolute())}
     return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
 

@@ -18,7 +18,7 @@ from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.decode import changes
-from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.index import ShardIndex, open_split, splits
 from mae_dist.data.order import Order, num_micro, plan
 from mae_dist.data.pixels import Decoding
 from mae_dist.models.backbone import Backbone
@@ -253,6 +253,8 @@ def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> 
         mean, std = mean or origin.mean, std or origin.std
     assert std is not None
     if 0 in std:
+        if not any(std):
+            raise ValueError("dataset.json: std is 0 in all channels, all pixels are the same; pack them again")
         if dist.is_main():
             log.warning("channel %d of the data set is constant (std 0): it is divided by 1", std.index(0))
         std = tuple(value or 1.0 for value in std)
@@ -263,16 +265,12 @@ def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> 
 def find_test_split(config: RunConfig, required: bool) -> ShardIndex | None:
     """The test split, from data.test_path or beside the training split; None where there is none and none is needed."""
     data = config.data
-    if data.test_path is not None:
-        return open_split(data.test_path, data.test_split)
-    try:
-        if data.path.endswith(".tar"):
-            raise ValueError(f"data.path={data.path}: a glob has no test split; give data.test_path=GLOB too")
-        return open_split(data.path, data.test_split)
-    except ValueError:
-        if required:
-            raise
+    known = splits(data.path) if data.test_path is None else []
+    if data.test_path is None and not required and data.test_split not in known:
         return None
+    if data.test_path is None and not known:
+        raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
+    return open_split(data.test_path or data.path, data.test_split)
 
 
 def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:

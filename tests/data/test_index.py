@@ -185,5 +185,49 @@ def test_data_index_command_refuses_mistakes(tmp_path: Path) -> None:
         main(["index", str(tmp_path / "nothing*")])
     with pytest.raises(ValueError, match="--out DIR"):
         main(["index", pattern])
-    with pytest.raises(ValueError, match=r"two folders contain a x\.tar"):
-        main(["index", pattern, "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=r"x\.tar is in it twice"):
+        main(["index", pattern, str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    main(["index", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    main(["index", str(tmp_path / "a")])
+    with pytest.raises(ValueError, match=r"a/x\.tar is in it twice"):
+        index.open_split(f"{tmp_path / 'out'}::{tmp_path / 'a/x.tar'}", "train")
+
+
+def test_data_index_keeps_tars_of_one_name_in_two_folders_apart(tmp_path: Path) -> None:
+    """Of one split, and of two splits in the same folder of indexes."""
+    for number, folder in enumerate(("a", "b", "c")):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "x.tar", samples(2, first=10 * number))
+    main(["index", str(tmp_path / "[ab]" / "x.tar"), "--out", str(tmp_path / "out")])
+    main(["index", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--split", "test"])
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["b-x.idx", "c-x.idx", "dataset.json", "x.idx"]
+    train, test = (index.open_split(str(tmp_path / "out"), split) for split in ("train", "test"))
+    assert [train.read(i).key for i in range(4)] == ["s0", "s1", "s10", "s11"]
+    assert [test.read(i).key for i in range(2)] == ["s20", "s21"]
+
+
+def test_index_opens_several_places_as_one_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders with a dataset.json, tars by a brace range, a folder of tars; ids go on from place to place."""
+    for number, folder in enumerate(("a", "b", "c/1")):
+        (tmp_path / folder).mkdir(parents=True)
+        write_tar(tmp_path / folder / "x.tar", samples(2, first=10 * number))
+        main(["index", str(tmp_path / folder)])
+    (tmp_path / "c/1" / index.FILE).unlink()
+    expected = ["s0", "s1", "s10", "s11", "s20", "s21"]
+    opened = index.open_split(f"[{tmp_path}/a, {tmp_path}/b, {tmp_path}/c]", "train")
+    assert [opened.read(i).key for i in range(6)] == expected
+    assert "1 more data sets" not in caplog.text
+    braces = index.open_split(f"{tmp_path}/{{a,b}}/x.tar::{tmp_path}/c/1", "any")
+    assert [braces.read(i).key for i in range(6)] == expected
+    assert [s.sha256 != "" for s in braces.shards] == [True, True, False]
+    assert index.splits(f"{tmp_path}/[ab]") == ["train"]
+    assert index.splits(f"{tmp_path}/?") == []
+
+
+def test_fingerprint_tells_tars_of_one_name_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tar = write_tar(tmp_path / folder / "x.tar", samples(2))
+        index.build(tar, tar.with_suffix(".idx"))
+    one, other = (index.open_split(f"{tmp_path}/{names}/x.tar", "any") for names in ("{a,b}", "{b,a}"))
+    assert one.fingerprint != other.fingerprint

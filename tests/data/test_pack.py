@@ -22,7 +22,7 @@ from PIL import Image
 from running import is_running
 
 from mae_dist.commands.data import main
-from mae_dist.data import index
+from mae_dist.data import dataset, index
 from mae_dist.data.pack import Picture, Source, pack
 from mae_dist.data.reencode import Encoding
 from mae_dist.data.sources import from_folder, from_synthetic
@@ -73,7 +73,7 @@ def test_pack_does_not_overwrite_existing_data(tmp_path: Path) -> None:
         (["pack", "synthetic", "--out", "x", "--workers", "0"], "--workers 0"),
         (["pack", "synthetic"], "--out"),
         (["pack", "folder", "--source", "nowhere", "--out", "x", "--quality", "80"], "--quality 80"),
-        (["pack", "tars", "--source", "nowhere", "--out", "x"], "nowhere: no folder with a dataset.json"),
+        (["pack", "tars", "--source", "nowhere", "--out", "x"], "nowhere: no such folder"),
         (["pack", "tars", "--source", "*.tar", "--out", "x"], "no file matches"),
         (["pack", "folder", "--source", "nowhere", "--out", "x"], "nowhere: no such folder"),
         (["pack", "cifar100", "--source", "nowhere", "--out", "x"], "nowhere: no such file"),
@@ -319,5 +319,5 @@ def test_data_show_command_handles_unreadable_and_unlabelled_images(
 def test_pack_dataset_json_content(tmp_path: Path) -> None:
     pack(from_synthetic(3, 3), tmp_path / "out")
     plain = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert plain["format"] == index.FORMAT
+    assert plain["format"] == dataset.FORMAT
     assert plain["splits"]["train"][0]["tar"] == "train-000000.tar"

@@ -325,7 +325,7 @@ def test_pack_tars_of_a_glob_has_the_split_of_dataset_json(tmp_path: Path) -> No
 def test_pack_tars_refuses_what_is_not_indexed_or_has_splits(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "x.tar", {"0.png": b""})
     for path, split, message in (
-        (tmp_path / "in", None, "in: no folder with a dataset.json; index its tars"),
+        (tmp_path / "in", None, "not indexed yet; run `mae-dist data index '.*/in'`"),
         (tmp_path / "in" / "x.tar", None, "not indexed yet"),
         (tmp_path / "set", "val", "--split val: .* names the splits"),
     ):

@@ -1,0 +1,67 @@
+"""Settings as they are written: a text stays that text (0042, no, 1e3), paths have no variables left, and no setting
+refers to another one or to the environment. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from mae_dist import hints, paths
+from mae_dist.schema import PATHS
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a type has only texts as values, and perhaps None."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return all(part in (str, NoneType) or get_origin(part) is Literal for part in kinds)
+
+
+def from_override(name: str, value: str) -> dict[str, Any]:
+    """The nested settings of `section.key=text` on the command line; quotes around all of a text are left out."""
+    value = value.strip()
+    if not value:
+        raise ValueError(f"argument '{name}=': needs a value")
+    text = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "\"'" else value
+    return functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), text)  # pyright: ignore
+
+
+def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any], origin: str, prefix: str = "") -> dict:
+    """Nested settings that YAML has read, with texts as they are ``written`` (the same, read without types), a list of
+    paths as one text, and ~ and variables replaced in paths.
+
+    ``kinds`` are the types of all settings by `section.key`. Raises ValueError, which begins with ``origin``.
+    """
+    result = {}
+    for key, value in plain.items():
+        name, text = f"{prefix}{key}", written.get(str(key), value) if isinstance(written, Mapping) else value
+        if isinstance(value, Mapping) and name not in kinds:
+            result[key] = as_written(value, text, kinds, origin, f"{name}.")
+            continue
+        if name in kinds and is_text(kinds[name]) and isinstance(text, str) and value is not None:
+            value = text
+        if name in PATHS and isinstance(value, str | list):
+            value = value if isinstance(value, str) else paths.listed([str(path) for path in value])
+            try:
+                value = paths.with_variables(value)
+            except ValueError as error:
+                raise ValueError(f"{_where(origin, name)}{name}={value}: {error}") from error
+        result[key] = value
+    refuse_interpolation(result, origin, prefix)
+    return result
+
+
+def refuse_interpolation(plain: Mapping[Any, Any], origin: str, prefix: str = "") -> None:
+    """Raise ValueError where a value refers to another one, or to the environment, a key in it for example."""
+    for name, value in hints.leaves(plain, prefix):
+        if "${" in str(value):
+            where = _where(origin, name)
+            instead = "$NAME, or " if name in PATHS else ""
+            raise ValueError(f"{where}{name}={value}: ${{...}} is not read (oc.env neither); write {instead}the value")
+
+
+def _where(origin: str, name: str) -> str:
+    """What a message begins with: nothing where it would say a setting of the command line twice."""
+    return "" if origin.startswith(f"{name}=") else origin
