@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 from mae_dist import hints, model_sizes, setting_texts
 from mae_dist.schema import (
+    FREE_DATA,
     RESULT_SECTIONS,
     SCHEMAS,
-    WHERE_DATA_LIES,
     FinetuneConfig,
     KnnRunConfig,
     MaeConfig,
@@ -335,7 +335,7 @@ def result_settings(config: RunConfig) -> dict[str, Any]:
     flat = {}
     for name, values in to_dict(config).items():
         if name in RESULT_SECTIONS:
-            flat |= {f"{name}.{k}": v for k, v in values.items() if not (name == "data" and k in WHERE_DATA_LIES)}
+            flat |= {f"{name}.{k}": v for k, v in values.items() if not (name == "data" and k in FREE_DATA)}
         elif name == "init_from":
             flat["init_from"] = values
     return flat

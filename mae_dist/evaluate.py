@@ -1,4 +1,5 @@
-"""Evaluation with exact counts: every sample of a split once, on any number of ranks.
+"""Evaluation with exact counts: every sample of a split once, on any number of ranks. Unreadable ones (`Batch.bad`),
+in whose place a batch has others, count nowhere.
 
 Takes modules and batches, gives numbers; knows no file and no configuration.
 """
@@ -23,28 +24,30 @@ ROUNDING = 1e-12
 
 
 @torch.no_grad()
-def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean per-sample loss over all ranks."""
+def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """Mean per-sample loss over all ranks, and the number of samples."""
     objective.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        total += torch.stack(
-            [objective(batch).loss.double().sum(), torch.tensor(float(batch.size), device=device).double()]
-        )
+        readable = ~batch.bad
+        total += torch.stack([objective(batch).loss.double()[readable].sum(), readable.double().sum()])
     objective.train()
     loss, count = dist.all_reduce_sum(total).tolist()
-    return loss / count
+    if not count:
+        raise ValueError("no test image can be read")
+    return loss / count, int(count)
 
 
 @torch.no_grad()
-def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
-    """{"top1", "top5" (percent), "num_test_images"} of an objective that predicts logits."""
+def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> Int[Tensor, 3]:
+    """`hits` over all ranks of an objective that predicts logits."""
     objective.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     for batch in batches:
-        counts += hits(objective(batch).prediction, batch.labels)
+        prediction, readable = objective(batch).prediction, ~batch.bad
+        counts += hits(prediction[readable], batch.labels[readable])
     objective.train()
-    return percentages(dist.all_reduce_sum(counts))
+    return dist.all_reduce_sum(counts)
 
 
 def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, 3]:
@@ -54,10 +57,20 @@ def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[T
     return torch.stack([first[:, 0].sum(), first.any(1).sum(), first.new_tensor(len(labels), dtype=torch.int64)])
 
 
-def percentages(counts: Int[Tensor, 3]) -> dict[str, float]:
-    """{"top1", "top5" (percent), "num_test_images"} from counts of `hits`."""
+def percentages(counts: Int[Tensor, 3], num_images: int) -> dict[str, float]:
+    """{"top1", "top5" (percent), "num_test_images"} from counts of `hits` over a split of `num_images`, and where some
+    of these are unreadable their "num_unreadable". Raises ValueError where all are.
+    """
     top1, top5, total = counts.tolist()
-    return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_test_images": total}
+    if not total:
+        raise ValueError(f"none of the {num_images} test images can be read")
+    numbers: dict[str, float] = {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_test_images": total}
+    return numbers | unreadable(total, num_images)
+
+
+def unreadable(total: int, num_images: int) -> dict[str, float | int]:
+    """{"num_unreadable"} of a split of `num_images` of which `total` counted; {} where that is none."""
+    return {"num_unreadable": num_images - total} if total < num_images else {}
 
 
 @torch.no_grad()
@@ -68,8 +81,9 @@ def features(
     backbone.eval()
     values, labels = [torch.zeros(0, dim, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
     for batch in batches:
-        values.append(backbone(batch.images).float())
-        labels.append(batch.labels)
+        readable = ~batch.bad
+        values.append(backbone(batch.images).float()[readable])
+        labels.append(batch.labels[readable])
     return torch.cat(values), torch.cat(labels)
 
 

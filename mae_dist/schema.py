@@ -18,8 +18,8 @@ C = TypeVar("C", bound="RunConfig")
 RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "heads")
 """Sections whose values decide the result of a run."""
 
-WHERE_DATA_LIES = ("path", "test_path", "accept_change")
-"""Fields of `data` that say where the data are; their content is compared by the fingerprint of the index."""
+FREE_DATA = ("path", "test_path", "accept_change", "max_bad")
+"""Fields of `data` that may change at every start: the content of the data is compared by the fingerprint."""
 
 PATHS = ("out", "init_from", "data.path", "data.test_path")
 """Settings that are paths (see `paths`)."""
@@ -46,7 +46,7 @@ class DataConfig:
     white: float | None = setting(None, "value that is white above 8 bits; none: 65535, or 1 for floats", above=0)
     max_pixels: int = setting(178_956_970, "pixels above which an image counts as unreadable", at_least=1)
     max_bad: float = setting(
-        0.001, "fraction of unreadable training samples above which the run fails", at_least=0, at_most=1
+        0.001, "fraction of the training samples above which unreadable ones end the run", at_least=0, at_most=1
     )
     accept_change: bool = setting(False, "resume the run although its data have changed since it began")
     mean: tuple[float, float, float] | None = setting(

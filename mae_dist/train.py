@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mae_dist.run import checkpoint, tracker
 from mae_dist.run.async_checkpoint import AsyncSaver
 from mae_dist.run.directory import RunDir
 from mae_dist.run.tracker import Tracker
-from mae_dist.schema import TrainConfig, TrainingConfig
+from mae_dist.schema import DataConfig, TrainConfig, TrainingConfig
 from mae_dist.signals import StopFlag, Stopped
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def evaluation_interval(config: TrainingConfig, num_samples: int) -> float | Non
 def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
     """Train from the newest checkpoint of `run`, or else from initial weights, to the end; give the final numbers.
 
-    Raises Stopped, having saved, when any rank was signalled to stop, and RankLost when a rank does not answer.
+    Raises, having saved, Stopped when any rank was signalled to stop, and ValueError when too many samples cannot be
+    read; RankLost when a rank does not answer.
     """
     total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
     schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
@@ -145,9 +147,9 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
         Tracker(run.path, config, task.verb, state.step, total, task.num_samples) as tracking,
         AsyncSaver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
-        batches = task.batches(range(state.step, total))
-        batches = parallel.warm_up_ddp(module, batches, config.train.precision, device)
-        while state.step < total:
+        refusal = over_budget(run, tracking, state.step, config, task.num_samples)
+        batches = parallel.warm_up_ddp(module, task.batches(range(state.step, total)), config.train.precision, device)
+        while state.step < total and not refusal:
             metrics = train_step(module, state, batches, schedule(state.step / total), task.num_micro, config.train)
             step = state.step
             tracking.step(step, metrics.lr, metrics.seconds | saver.take_stall(), saver.busy, metrics.tensors())
@@ -157,7 +159,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
             if not (wanted.stop or evaluating or saving or due(step, config.track.every, total)):
                 continue  # a quiet step: the host waits for nobody
             tracking.flush()
-            refuse_over_budget(run, tracking, step, config)
+            refusal = over_budget(run, tracking, step, config, task.num_samples)
             if nonfinite := rewind.consecutive(tracking.skipped, config.checkpoint.rewind_after):
                 batches = go_back(task, run, state, config, tracking, saver, nonfinite, total)
                 continue
@@ -166,15 +168,15 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
                 saver.wait()
             if evaluating:  # also when stopping: a resume begins after this step and would never make up for it
                 evaluate(task, run, state, tracking, saver, config.train.precision, device)
-            if step == total or (saving and not wanted.stop and step not in tracking.skipped):
+            if step == total or (not wanted.stop and (refusal or (saving and step not in tracking.skipped))):
                 saver.save(step, state.tensors())  # not of a skipped step: a rewind needs what was before it
             if evaluating or saving:
                 tracking.restart_clock()
             if wanted.stop:
-                raise Stopped(
-                    f"{task.verb} was stopped and saved at step {step:,} of {total:,}; the same command resumes"
-                )
+                raise Stopped(f"{task.verb} stopped and saved at step {step:,} of {total:,}; the same command resumes")
         saver.wait()
+    if refusal:
+        raise ValueError(refusal)
     return dist.run_on_rank0(lambda: tracker.summary(run.path / "metrics.jsonl"))
 
 
@@ -269,15 +271,29 @@ def announce(task: Task, run: RunDir, config: TrainingConfig, step: int, total: 
     log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
 
 
-def refuse_over_budget(run: RunDir, tracking: Tracker, step: int, config: TrainingConfig) -> None:
-    """End the run (ValueError) when more samples were unreadable than data.max_bad allows, or more steps were not
-    finite than checkpoint.max_skipped allows.
+def over_budget(run: RunDir, tracking: Tracker, step: int, config: TrainingConfig, num_samples: int) -> str:
+    """Why a run over `num_samples` must end, as too many of them are unreadable; empty where it goes on. Raises
+    ValueError when more steps were not finite than checkpoint.max_skipped allows.
     """
-    seen = step * config.train.global_batch
-    if tracking.num_bad > max(1, config.data.max_bad * seen):
-        raise ValueError(
-            f"{tracking.num_bad} of {seen} samples could not be read, more than data.max_bad={config.data.max_bad:g} "
-            f"allows; the warnings above name them"
-        )
     if skipped := len(tracking.skipped):
         dist.run_on_rank0(lambda: rewind.refuse_too_many(run.path, skipped, config.checkpoint.max_skipped))
+    data, seen = config.data, (step - tracking.data_since) * config.train.global_batch
+    if not too_many_bad(tracking.num_bad, seen, num_samples, data):
+        return ""
+    return (
+        f"{tracking.num_bad} of {seen} samples could not be read: more than data.max_bad={data.max_bad:g} of all "
+        f"{num_samples}; the run has saved, and goes on with a greater data.max_bad, or with data.accept_change=true "
+        f"and without the samples that `mae-dist data check {data.path} --quarantine` finds"
+    )
+
+
+def too_many_bad(num_bad: int, seen: int, num_samples: int, data: DataConfig) -> bool:
+    """Whether `num_bad` unreadable ones of `seen` samples prove that of all `num_samples` more than data.max_bad are.
+
+    A pass over the data meets each sample once (data.aug_repeats times in a row). So more than data.max_bad of all
+    samples in as many passes as were begun are proof, in whatever order they came: a run over data that are within the
+    bound is never ended, and one whose share is r times the bound is, after 1/r of a pass. One sample is never too
+    many, unless data.max_bad is 0.
+    """
+    allowed = max(1, data.max_bad * num_samples) if data.max_bad else 0
+    return num_bad > allowed * data.aug_repeats * math.ceil(seen / (num_samples * data.aug_repeats))

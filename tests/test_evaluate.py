@@ -47,7 +47,11 @@ def test_samples_without_label_hit_nothing() -> None:
 
 
 def test_percentages() -> None:
-    assert evaluate.percentages(torch.tensor([1, 3, 8])) == {"top1": 12.5, "top5": 37.5, "num_test_images": 8}
+    numbers = {"top1": 12.5, "top5": 37.5, "num_test_images": 8}
+    assert evaluate.percentages(torch.tensor([1, 3, 8]), 8) == numbers
+    assert evaluate.percentages(torch.tensor([1, 3, 8]), 10) == numbers | {"num_unreadable": 2}
+    with pytest.raises(ValueError, match="none of the 10 test images can be read"):
+        evaluate.percentages(torch.tensor([0, 0, 0]), 10)
 
 
 class Linear(nn.Module):
@@ -63,22 +67,28 @@ class Linear(nn.Module):
         return Output(logits.sum(1), logits)
 
 
-def batches(size: int) -> list[Batch]:
+def batches(size: int, unreadable: int = 0) -> list[Batch]:
+    """23 samples, and before each of the first `unreadable` an unreadable one with the image of another."""
     images = torch.randn(23, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(23)
-    return Batch(images, ids % 9, ids, torch.zeros_like(ids), ids < 0).split(size)
+    rows = torch.tensor([row for i in range(23) for row in ([22 - i, i] if i < unreadable else [i])])
+    bad = torch.tensor([mark for i in range(23) for mark in ([True, False] if i < unreadable else [False])])
+    return Batch(images[rows], (ids % 9)[rows], ids[rows], torch.zeros_like(rows), bad).split(size)
 
 
-@pytest.mark.parametrize("size", [1, 5, 23])
-def test_accuracy_and_mean_loss_do_not_depend_on_the_batches(size: int) -> None:
+@pytest.mark.parametrize(("size", "unreadable"), [(1, 2), (5, 0), (5, 7), (23, 1)])
+def test_accuracy_and_mean_loss_do_not_depend_on_the_batches_nor_on_unreadable_samples(
+    size: int, unreadable: int
+) -> None:
     objective = Linear().train()
     (whole,) = batches(23)
     logits = whole.images.flatten(1)
     expected = 100 * (logits.argmax(1) == whole.labels).double().mean().item()
-    found = evaluate.accuracy(objective, batches(size), CPU)
+    found = evaluate.percentages(evaluate.accuracy(objective, batches(size, unreadable), CPU), 23)
     assert found["top1"] == pytest.approx(expected)
     assert found["num_test_images"] == 23
-    assert evaluate.mean_loss(objective, batches(size), CPU) == pytest.approx(logits.sum(1).mean().item(), rel=1e-6)
+    loss, count = evaluate.mean_loss(objective, batches(size, unreadable), CPU)
+    assert (loss, count) == (pytest.approx(logits.sum(1).mean().item(), rel=1e-6), 23)
     assert not any(objective.modes)
     assert objective.training
 
@@ -118,7 +128,7 @@ def test_features_are_in_the_order_of_the_batches() -> None:
     (whole,) = batches(23)
     pixels = whole.images.flatten(1)
     backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5)).train()
-    values, labels = evaluate.features(backbone, pixels.shape[1], batches(5), torch.device("cpu"))
+    values, labels = evaluate.features(backbone, pixels.shape[1], batches(5, unreadable=3), torch.device("cpu"))
     assert torch.equal(values, pixels)  # and nothing was dropped out
     assert torch.equal(labels, whole.labels)
 

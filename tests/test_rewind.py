@@ -220,7 +220,7 @@ def test_averaged_weights_skip_with_the_run_resume_with_it_and_are_what_is_evalu
         load = {n.partition(".")[2]: tensor for n, tensor in states[10].items() if n.startswith(f"{kind}.")}
         objective.load_state_dict(load, strict=kind == "model")
         batches = setup.evaluation_batches(setup.source(setup.test_split))
-        assert (evaluate.mean_loss(objective, batches, setup.device) == recorded) == (kind == "ema")
+        assert (evaluate.mean_loss(objective, batches, setup.device)[0] == recorded) == (kind == "ema")
 
     (out / "result.json").unlink()
     for step in range(6, 11):

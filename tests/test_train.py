@@ -15,7 +15,7 @@ from mae_dist import config, dist, models, optim, train
 from mae_dist.batch import Batch
 from mae_dist.objectives.classify import Finetune
 from mae_dist.run.directory import RunDir
-from mae_dist.schema import FinetuneConfig, MixConfig, TrainConfig
+from mae_dist.schema import DataConfig, FinetuneConfig, MixConfig, TrainConfig
 from mae_dist.signals import Stopped
 
 CPU = torch.device("cpu")
@@ -159,3 +159,51 @@ def overrides_of(settings: FinetuneConfig) -> list[str]:
 def losses(run: RunDir) -> list[Tensor]:
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.parametrize(("unreadable", "repeats"), [(4, 1), (1, 1), (4, 3)])
+def test_budget_never_ends_a_run_within_it_however_early_the_unreadable_samples_come(
+    unreadable: int, repeats: int
+) -> None:
+    """4 of 4,000 and data.max_bad=0.001, first in each of three passes."""
+    data = DataConfig(aug_repeats=repeats)
+    in_a_pass = unreadable * repeats
+    for seen in range(1, 12_000 * repeats, 7):
+        passes, within = divmod(seen, 4000 * repeats)
+        assert not train.too_many_bad(passes * in_a_pass + min(within, in_a_pass), seen, 4000, data)
+
+
+def test_budget_ends_a_run_after_the_part_of_a_pass_that_the_bound_is_of_its_share() -> None:
+    def first_end(every: int, num_samples: int, data: DataConfig) -> int | None:
+        """Samples seen when a run ends of which each `every`-th is unreadable."""
+        passes = range(every, 3 * num_samples, every)
+        return next((seen for seen in passes if train.too_many_bad(seen // every, seen, num_samples, data)), None)
+
+    data = DataConfig()  # max_bad=0.001
+    assert first_end(10, 4000, data) == 50
+    assert first_end(100, 1_280_000, data) == 128_100
+    assert first_end(500, 100_000, data) == 50_500
+    assert first_end(1000, 100_000, data) is None
+    assert first_end(40, 40, data) is None, "one sample is never too many"
+    assert first_end(40, 40, DataConfig(max_bad=0)) == 40
+
+
+def test_budget_saves_before_it_ends_the_run_which_goes_on_with_a_greater_one(settings: FinetuneConfig) -> None:
+    """3 of 16 samples are unreadable, all in every other step."""
+    dist.setup()
+
+    def some_unreadable(steps: range) -> Iterator[Batch]:
+        for batch in batches(steps):
+            yield batch._replace(bad=(batch.ids > 3) & (batch.ids < 7))
+
+    def attempt(*more: str) -> dict[str, float]:
+        words = [f"out={settings.out}", *overrides_of(settings), "train.steps=3", *more]
+        changed = config.load("finetune", None, words)
+        return train.fit(task(batches=some_unreadable), opened(changed), changed, CPU)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"3 of 8 samples could not be read: more than data.max_bad=0.1 of all 16"):
+            attempt("data.max_bad=0.1", "track.every=1", "checkpoint.every=100")
+        assert [path.name for path in RunDir(settings.out).checkpoints()] == ["step-000000001"]
+    assert attempt("data.max_bad=0.2")["bad"] == 6
+    assert len(losses(RunDir(settings.out))) == 3

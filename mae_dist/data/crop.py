@@ -7,7 +7,7 @@ whole pixels of the image, by Pillow elsewhere. Knows no rank, no batch and no p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 
 from mae_dist.data.decode import Memory, decode, stored_size
-from mae_dist.data.index import ChangedError, Sample, ShardIndex
+from mae_dist.data.index import Sample, ShardIndex
 from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
+from mae_dist.data.shard_files import ChangedError
 from mae_dist.data.views import View
-from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -48,37 +48,46 @@ class Reader:
     def __init__(self, index: ShardIndex, view: View | None, how: Decoding = RGB):
         self.index, self.view, self.augment, self.how = index, view, view.augment() if view else None, how
         self.memory = Memory()
+        self.unreadable: dict[int, str] = {}
         self.decoded: tuple[Sample, int, Pixels] | None = None
 
-    def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> None:
-        """Write images, labels and marks of n samples into `rows`.
+    def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> dict[int, str]:
+        """Write images, labels and marks of n samples into `rows`; give the ids of unreadable samples that were met,
+        each with the reason.
 
-        An unreadable sample is replaced by the next readable one of its shard, with a warning and `bad` set. Raises
-        ValueError when no sample of the shard is readable, when the tar is shorter than its index says, or when an
-        image has another size than `rows`, and MachineFault when the storage fails.
+        An unreadable sample is replaced (`ShardIndex.neighbours`) and `bad` set. Raises ValueError where none of these
+        can be read, where the tar has changed (`ShardFiles`), or where an image has another size than `rows`, and
+        MachineFault when the storage fails.
         """
         places, left = ids.copy(), np.argsort(ids, kind="stable")  # copies of a sample follow each other
+        others: dict[int, Iterator[int]] = {}
+        met: dict[int, str] = {}
         while len(left):
             samples = [self._read(place) for place in places[left].tolist()]
             sizes = [self._size(sample) for sample in samples]
             boxes, flips = self._boxes(epochs[left], ids[left], sizes)
             unreadable = []
             for row, sample, size, box, flip in zip(left, samples, sizes, boxes, flips, strict=True):
+                place = int(places[row])
                 try:
+                    if place in self.unreadable:  # perhaps since a moment ago
+                        raise ValueError(self.unreadable[place])
                     if isinstance(sample, ValueError):
                         raise sample
                     self._write(sample, size, box, flip, rows.images[row])
                     rows.labels[row] = sample.label
                 except ChangedError as error:
-                    raise ValueError(f"{self.index.sample_name(int(places[row]))}: {error}") from error
+                    raise ValueError(f"{self.index.sample_name(place)}: {error}") from error
                 except ValueError as error:
-                    places[row] = self._next(int(places[row]), int(ids[row]), error)
+                    met[place] = self.unreadable[place] = str(error)
+                    places[row] = self._next(others.setdefault(row, self.index.neighbours(place)), place)
                     unreadable.append(row)
             left = np.array(unreadable, dtype=np.int64)
         rows.bad[:] = places != ids
         if self.augment:
             for image, seeds in zip(rows.images, self.augment.seeds(epochs, ids), strict=True):
                 image[:] = self.augment(image, seeds)
+        return met
 
     def _size(self, sample: Sample | ValueError) -> tuple[int, int]:
         """(height, width) of a sample; any where it is unreadable, or without a view."""
@@ -112,25 +121,28 @@ class Reader:
         return self.decoded[2]
 
     def _read(self, place: int) -> Sample | ValueError:
-        """The stored sample, or why its label is unreadable."""
+        """The stored sample, or why it is unreadable."""
         try:
             return self.index.read(place)
         except ChangedError:
             raise
-        except OSError as error:
-            where = error.filename or self.index.sample_name(place)
-            raise from_os_error(error, f"{where}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:
             return error
 
-    def _next(self, place: int, first: int, error: ValueError) -> int:
-        """The sample that replaces the unreadable sample `place`, in the place of sample `first`."""
-        name = self.index.sample_name(place)
-        log.warning("unreadable: %s (%s); the next sample of its tar replaces it", name, error)
-        place = self.index.neighbour(place)
-        if place == first:
-            raise ValueError(f"{self.index.sample_name(first)}: no sample of this tar can be read ({error})") from error
-        return place
+    def _next(self, others: Iterator[int], place: int) -> int:
+        """The next of the samples that may replace the unreadable sample `place`."""
+        found = next((other for other in others if other not in self.unreadable), None)
+        if found is None:
+            name, reason = self.index.sample_name(place), self.unreadable[place]
+            raise ValueError(f"{name}: cannot be read ({reason}), nor any sample that may replace it")
+        return found
+
+
+def name_unreadable(index: ShardIndex, met: Mapping[int, str], named: set[int]) -> None:
+    """Log the samples that `Reader.fill` could not read, each once: those that are not in `named`, which grows."""
+    for sample in met.keys() - named:
+        log.error("unreadable: %s (%s)", index.sample_name(sample), met[sample])  # every rank prints errors
+    named.update(met)
 
 
 def decode_crop(

@@ -27,6 +27,7 @@ import numpy as np
 from mae_dist import paths
 from mae_dist.atomic import replacing
 from mae_dist.data.dataset import FILE, Dataset, Shard, united
+from mae_dist.data.shard_files import ShardFiles, persistently, sha256
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,6 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm
 """Extensions that hold an image, in order of preference: torchvision's, and npy."""
 LABEL = "cls"
 VERSION = "v1.2"
-
-
-class ChangedError(ValueError):
-    """A shard differs from what its index or dataset.json says. No other sample replaces such a one."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ class ShardIndex:
         self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
         self.ends = np.cumsum(self.counts)
-        self._table = functools.lru_cache(maxsize=256)(lambda shard: _read_table(self.indexes[shard]))
-        self._open = functools.lru_cache(maxsize=128)(_Handle)
+        self.files = ShardFiles(tars, [shard.num_bytes for shard in shards], [shard.sha256 for shard in shards])
+        self._table = functools.lru_cache(maxsize=256)(self._read_table)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -77,6 +74,9 @@ class ShardIndex:
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)  # each worker opens its own file handles and tables
+
+    def _read_table(self, shard: int) -> _Table:
+        return persistently(lambda: _read_table(self.indexes[shard]), str(self.indexes[shard]))
 
     @property
     def num_labelled(self) -> int:
@@ -102,10 +102,15 @@ class ShardIndex:
         shard = int(np.searchsorted(self.ends, sample, side="right"))
         return shard, sample - int(self.ends[shard] - self.counts[shard])
 
-    def neighbour(self, sample: int) -> int:
-        """The id of the sample that replaces an unreadable one: the next of its shard, cyclically."""
+    def neighbours(self, sample: int) -> Iterator[int]:
+        """The ids that may replace an unreadable sample: the next ones of its shard, cyclically, and then, where that
+        holds none that can be read, the first one of each following shard.
+        """
         shard, row = self.locate(sample)
-        return sample - row + (row + 1) % int(self.counts[shard])
+        count, first = int(self.counts[shard]), sample - row
+        yield from (first + (row + step) % count for step in range(1, count))
+        shards = (np.arange(1, len(self.shards)) + shard) % len(self.shards)
+        yield from (self.ends[shards] - self.counts[shards])[self.counts[shards] > 0].tolist()
 
     def sample_name(self, sample: int) -> str:
         """A sample's name for messages: 'a/b.jpg in x.tar'."""
@@ -113,35 +118,19 @@ class ShardIndex:
         return f"{self._table(shard).names[row]} in {self.tars[shard].name}"
 
     def read(self, sample: int) -> Sample:
-        """Read one sample. Raises ValueError if its label is not a number, ChangedError if the tar is too short."""
+        """Read one sample. Raises ValueError if its label is not a number, and what `ShardFiles.read` raises."""
         shard, row = self.locate(sample)
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
-        image = self._open(str(self.tars[shard])).read(offset, size)
+        image = self.files.read(shard, offset, size)
         key, extension = split_name(table.names[row])
         return Sample(key, extension.lower().rpartition(".")[2], image, self.label(sample))
 
     def label(self, sample: int) -> int:
-        """Read the label of one sample (-1: none). Raises ValueError if it is not a number, ChangedError as `read`."""
+        """Read the label of one sample (-1: none). Raises as `read`."""
         shard, row = self.locate(sample)
         offset, size = (int(v) for v in self._table(shard).spans[row, 2:])
-        return -1 if offset < 0 else int(self._open(str(self.tars[shard])).read(offset, size))
-
-
-class _Handle:
-    """An open file for os.pread; it is closed when the cache drops it."""
-
-    def __init__(self, path: str):
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> bytes:
-        content = os.pread(self.descriptor, size, offset)
-        if len(content) != size:
-            raise ChangedError(f"{self.path}: ends inside a sample: it was changed or cut short after it was indexed")
-        return content
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+        return -1 if offset < 0 else int(self.files.read(shard, offset, size))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -284,7 +273,7 @@ def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
     with replacing(index) as work:
         work.write_text("\n".join(lines) + "\n")
     found = np.array([labels.get(key, -1) for key in kept], dtype=np.int64)
-    return Shard(tar.name, len(kept), int((found >= 0).sum()), size, _sha256(tar)), found
+    return Shard(tar.name, len(kept), int((found >= 0).sum()), size, sha256(tar)), found
 
 
 def other_members(index: Path) -> Counter[str]:
@@ -343,8 +332,3 @@ def _read_table(index: Path) -> _Table:
         names.append(name)
         spans.append((offset, size, *members.get(LABEL, (-1, 0))[:2]))
     return _Table(names, np.array(spans, dtype=np.int64).reshape(-1, 4))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mae_dist.batch import Batch
-from mae_dist.data.crop import Reader, Rows
+from mae_dist.data.crop import Reader, Rows, name_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.pixels import RGB, Decoding
@@ -76,11 +76,11 @@ class TarSource:
     """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, workers: int, how: Decoding = RGB):
-        self.index, self.device, self.workers, self.how = index, device, workers, how
+        self.index, self.device, self.workers, self.how, self.named = index, device, workers, how, set[int]()
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The workers read ahead from this call on."""
-        return iter(ReadAhead(plan, self.index, view, self.workers, self.device, self.how))
+        return iter(ReadAhead(plan, Reader(self.index, view, self.how), view, self.workers, self.device, self.named))
 
 
 class ReadAhead:
@@ -88,13 +88,11 @@ class ReadAhead:
     memory that they share with this rank.
 
     The memory has room for READ_AHEAD batches like the first. A chunk is copied straight to its place in its batch on
-    the device, on a GPU asynchronously.
+    the device, on a GPU asynchronously. ``named``: samples whose unreadability has been logged.
     """
 
-    def __init__(
-        self, plan: Plan, index: ShardIndex, view: View, workers: int, device: torch.device, how: Decoding = RGB
-    ):
-        self.view, self.device, reader = view, device, Reader(index, view, how)
+    def __init__(self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, named: set[int]):
+        self.index, self.view, self.device, self.named = reader.index, view, device, named
         plan = list(itertools.islice(first := iter(plan), 1))
         self.plan, ahead = itertools.tee(itertools.chain(plan, first))
         self.chunks = (
@@ -103,12 +101,12 @@ class ReadAhead:
         largest = max((len(ids) for _, ids in plan), default=0)
         self.free = deque(range(max(2 * workers, -(-READ_AHEAD * largest // CHUNK)) if workers else 1))
         self.sent, self.copied = deque[int](), deque[tuple[torch.cuda.Event, int]]()
-        self.rows = rows = _shared_rows(len(self.free) * CHUNK, view.image_size, how.channels)
+        self.rows = rows = _shared_rows(len(self.free) * CHUNK, view.image_size, reader.how.channels)
         self.images = torch.from_numpy(rows.images)
 
-        def work(task: tuple[int, np.ndarray, np.ndarray]) -> None:
+        def work(task: tuple[int, np.ndarray, np.ndarray]) -> dict[int, str]:
             slot, epochs, ids = task
-            reader.fill(epochs, ids, rows.part(slot * CHUNK, len(ids)))
+            return reader.fill(epochs, ids, rows.part(slot * CHUNK, len(ids)))
 
         self.workers = Workers(work, workers, partial(torch.set_num_threads, 1))
         self.pinned = device.type == "cuda" and _pin(self.images)
@@ -145,7 +143,7 @@ class ReadAhead:
         self, images: UInt8[Tensor, "n h w c"] | Float[Tensor, "n h w c"], labels: np.ndarray, bad: np.ndarray
     ) -> None:
         """Wait for the next chunk and copy it."""
-        self.workers.wait()
+        name_unreadable(self.index, self.workers.wait(), self.named)
         slot = self.sent.popleft()
         here = _places(slot, len(labels))
         images.copy_(self.images[here], non_blocking=True)

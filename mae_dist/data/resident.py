@@ -35,7 +35,7 @@ from torch import Tensor
 from mae_dist.atomic import leftovers, replacing, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
-from mae_dist.data.crop import Reader, Rows
+from mae_dist.data.crop import Reader, Rows, name_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.views import View
@@ -104,7 +104,7 @@ def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -
     if num_bad := int(pixels.bad.sum()):
         first = index.sample_name(int(pixels.bad.byte().argmax()))
         log.warning(
-            "%s: %d of %d images are unreadable, %s first; the next readable one of its tar replaces each",
+            "%s: %d of %d images are unreadable, %s first",
             index.dataset.name, num_bad, len(index), first,
         )  # fmt: skip
     return pixels
@@ -228,13 +228,13 @@ def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixel
     images = shared_array((len(index), how.channels, *index.dataset.image_size), np.uint8)
     reader, rows = Reader(index, None, how), Rows(images.transpose(0, 2, 3, 1), labels, bad)
 
-    def work(first: int) -> tuple[int]:
+    def work(first: int) -> tuple[dict[int, str]]:
         ids = np.arange(first, min(first + CHUNK, len(index)))
-        reader.fill(np.zeros_like(ids), ids, rows.part(first, len(ids)))
-        return (first,)
+        return (reader.fill(np.zeros_like(ids), ids, rows.part(first, len(ids))),)
 
     starts, number = range(0, len(index), CHUNK), min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)
     done, hidden = ordered_map(work, starts, max(1, number)), quiet or not sys.stderr.isatty()
-    for _ in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
-        pass
+    named = set[int]()
+    for unreadable in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
+        name_unreadable(index, unreadable, named)
     return Pixels(*(torch.from_numpy(array) for array in (labels, bad, images)))

@@ -44,3 +44,12 @@ def read(run: Path) -> list[Event]:
 def of(run: Path, *kinds: Kind) -> list[Event]:
     """The events of these kinds of the run in the folder `run`, oldest first."""
     return [event for event in read(run) if event.get("event") in kinds]
+
+
+def data_since(run: Path) -> int:
+    """The step at which the run in the folder `run` began to read the data that it reads now."""
+    since, before = 0, None
+    for start in of(run, "start"):
+        now_read = start.get("data_fingerprint")
+        since, before = since if before in (None, now_read) else start["step"], now_read
+    return since

@@ -39,8 +39,9 @@ data.
 
 
 class Tracker:
-    """Context manager that records a run from `step` on. ``num_bad``: unreadable samples so far; ``skipped``: steps so
-    far whose gradient was not finite, overflows that a loss scale mends left out.
+    """Context manager that records a run from `step` on. ``num_bad``: unreadable samples since the data last changed,
+    at step ``data_since``; ``skipped``: steps so far whose gradient was not finite, overflows that a loss scale mends
+    left out.
     """
 
     def __init__(self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int):
@@ -69,14 +70,15 @@ class Tracker:
         """Drop the records of later steps, which will be made again, and count ``num_bad`` and ``skipped`` anew."""
         self.waiting = []
 
-        def cut() -> tuple[int, list[int]]:
+        def cut() -> tuple[int, int, list[int]]:
             if self.ids:
                 jsonl.cut_after(self.ids, step)
             jsonl.cut_after(self.path, step)
-            bad = sum(record["bad"] for record in jsonl.records_with(self.path, "bad"))
-            return bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if is_fault(r)]
+            since = events.data_since(self.path.parent)
+            bad = sum(record["bad"] for record in jsonl.records_with(self.path, "bad") if record["step"] > since)
+            return since, bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if is_fault(r)]
 
-        self.num_bad, self.skipped = dist.run_on_rank0(cut)
+        self.data_since, self.num_bad, self.skipped = dist.run_on_rank0(cut)
         self.restart_clock()
 
     def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:

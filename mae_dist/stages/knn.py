@@ -36,4 +36,4 @@ def classify(setup: Setup[KnnRunConfig], backbone: Backbone) -> None:
         queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test_source), setup.device)
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
     counts = evaluate.knn(bank, queries, num_classes(setup.train_split), config.knn.k, config.knn.temperature)
-    setup.run.finish({"verb": "knn"} | evaluate.percentages(dist.all_reduce_sum(counts)))
+    setup.run.finish({"verb": "knn"} | evaluate.percentages(dist.all_reduce_sum(counts), len(setup.test_split)))

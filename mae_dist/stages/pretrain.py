@@ -37,7 +37,8 @@ def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
         draw(setup, objective, test_source or train_source, step)
         if test_source is None:
             return {}
-        return {"test_loss": evaluate.mean_loss(objective, setup.evaluation_batches(test_source), setup.device)}
+        loss, count = evaluate.mean_loss(objective, setup.evaluation_batches(test_source), setup.device)
+        return {"test_loss": loss} | evaluate.unreadable(count, len(test_source.index))
 
     task = setup.task(objective, train_source, setup.num_micro, evaluate_step, no_decay_tokens=False)
     numbers = fit(task, setup.run, setup.config, setup.device)

@@ -178,12 +178,13 @@ def closed_forms(setup: Setup[schema.ProbeConfig], objective: ProbeHeads, batche
     kept: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
-        rows = objective.features(batch)[:, : objective.num_columns]
+        readable = ~batch.bad
+        rows, known = objective.features(batch)[readable, : objective.num_columns], batch.labels[readable]
         for read, ridge in ridges.items() if settings.ridge else ():
-            ridge.add(rows[:, slices[read]], batch.labels)
+            ridge.add(rows[:, slices[read]], known)
         if settings.knn:
             kept.append(rows)
-            labels.append(batch.labels)
+            labels.append(known)
     groups = []
     for (block, kind), ridge in ridges.items() if settings.ridge else ():
         heads = [Head("ridge", None, penalty, kind, block) for penalty in PENALTIES]
@@ -213,10 +214,11 @@ def count(objective: ProbeHeads, groups: list[HeadGroup], batches: Iterable[Batc
     objective.eval()
     counts = torch.zeros(sum(len(c.heads) for c in groups), 3, dtype=torch.int64, device=objective.dead.device)
     for batch in batches:
-        rows = objective.features(batch)
+        readable = ~batch.bad
+        rows, labels = objective.features(batch)[readable], batch.labels[readable]
         with torch.autocast(rows.device.type, enabled=False):
             scores = [score for group in groups for score in group.score(rows).unbind(1)]
-        counts += torch.stack([evaluate.hits(score, batch.labels) for score in scores])
+        counts += torch.stack([evaluate.hits(score, labels) for score in scores])
     objective.train()
     return dist.all_reduce_sum(counts)
 
@@ -234,7 +236,7 @@ def conclude(
     heads = [(group, place) for group in groups for place in range(len(group.heads))]
     rows = [
         {"name": group.heads[place].name} | dataclasses.asdict(group.heads[place])
-        | {"held_out_top1": 100 * hit / total, "diverged": gone}
+        | {"held_out_top1": 100 * hit / max(1, total), "diverged": gone}
         for (group, place), (hit, _, total), gone in zip(heads, counts.tolist(), dead, strict=True)
     ]  # fmt: skip
     if all(dead):
@@ -243,9 +245,10 @@ def conclude(
     group, place = heads[best]
     alone = HeadGroup([group.heads[place]], lambda features: group.score(features)[:, place : place + 1])
     tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test_split)))[0]
-    low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
     result = {"verb": "probe", "chosen": rows[best]["name"], "held_out_top1": rows[best]["held_out_top1"]}
-    result |= evaluate.percentages(tested) | {"interval": [round(low, 4), round(high, 4)]}
+    result |= evaluate.percentages(tested, len(setup.test_split))
+    low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
+    result["interval"] = [round(low, 4), round(high, 4)]
     result |= {"num_held_out": int(counts[best, 2]), "diverged": sum(dead), "table": "heads.md"}
     if dist.is_main():
         jsonl.write_atomic(setup.run.path / "heads.json", json.dumps(result | {"rows": rows}, indent=1) + "\n")

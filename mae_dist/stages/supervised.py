@@ -10,12 +10,14 @@ from mae_dist.train import fit
 
 def train_and_test(setup: Setup, objective: Classifier, num_micro: int) -> None:
     """Fit the objective and write the test accuracy."""
-    assert setup.test_split is not None
-    train_source, test_source = setup.source(setup.train_split, training=True), setup.source(setup.test_split)
+    test_split = setup.test_split
+    assert test_split is not None
+    train_source, test_source = setup.source(setup.train_split, training=True), setup.source(test_split)
 
     def evaluate_step(_: int) -> dict[str, float]:
         counts = evaluate.accuracy(objective, setup.evaluation_batches(test_source), setup.device)
-        return {"test_top1": counts["top1"], "test_top5": counts["top5"], "num_test_images": counts["num_test_images"]}
+        numbers = evaluate.percentages(counts, len(test_split))
+        return {f"test_{name}" if name.startswith("top") else name: value for name, value in numbers.items()}
 
     task = setup.task(objective, train_source, num_micro, evaluate_step)
     numbers = fit(task, setup.run, setup.config, setup.device)

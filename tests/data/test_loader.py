@@ -16,7 +16,7 @@ from shared_types import Tars
 
 from mae_dist import schema
 from mae_dist.batch import Batch
-from mae_dist.data import index, loader
+from mae_dist.data import index, loader, shard_files
 from mae_dist.data.order import Order, plan
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
@@ -149,7 +149,7 @@ def test_loader_raises_for_a_tar_cut_after_indexing_and_names_it(
     data = tars([4, 4])
     tar = Path(data.tars[1])
     tar.write_bytes(tar.read_bytes()[:-12_000])
-    with pytest.raises(ValueError, match=r"^\S*x-1\.tar: ends inside a sample: it was changed or cut"):
+    with pytest.raises(ValueError, match=r"^\S*x-1\.tar: has \d+ bytes now, \d+ before"):
         list(loader.TarSource(data, CPU, workers).batches(steps(data, 0, 2), view()))
     with pytest.raises(ValueError, match=r"x-1\.tar"):
         ResidentSource(data, CPU)
@@ -190,17 +190,39 @@ def test_loader_worker_killed_by_sigkill_is_worker_lost(tars: Tars) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("error", "wanted"), [(OSError(errno.EIO, "I/O error"), MachineFault), (PermissionError(13, "no"), ValueError)]
-)
+@pytest.mark.parametrize(("number", "wanted"), [(errno.EIO, MachineFault), (errno.EACCES, RankError)])
 def test_loader_storage_fault_is_a_machine_fault_from_any_process(
-    tars: Tars, workers: int, error: OSError, wanted: type[Exception], monkeypatch: pytest.MonkeyPatch
+    tars: Tars, workers: int, number: int, wanted: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> bytes:
-        raise error
+        raise OSError(number, os.strerror(number))
 
     data = tars([4])
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(wanted, match=rf"^s0\d+\.png in x-0.tar: cannot be read \({error.strerror}\)$") as caught:
+    monkeypatch.setattr(shard_files, "PAUSES", ())
+    with pytest.raises(wanted, match=rf"x-0.tar at byte \d+: cannot be read \({os.strerror(number)}") as caught:
         list(loader.TarSource(data, CPU, workers).batches(iter(steps(data, 0, 1)), view()))
-    assert type(caught.value) is (MachineFault if wanted is MachineFault else RankError)
+    assert type(caught.value) is wanted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_names_each_unreadable_sample_once_over_all_passes(
+    tars: Tars, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tars([6, 6], size=None, broken={1, 2, 3, 7})
+    source = loader.TarSource(data, CPU, workers)
+    with caplog.at_level(logging.ERROR):  # the level of ranks that are not rank 0
+        for _ in range(2):
+            marks = [batch.bad for batch in source.batches(loader.evaluation_plan(12, 5, 0, 1), view(training=False))]
+            assert torch.cat(marks).nonzero().flatten().tolist() == [1, 2, 3, 7]
+    assert sorted(message.split()[1] for message in caplog.messages) == [f"s{i:04d}.png" for i in (1, 2, 3, 7)]
+
+
+def test_loader_takes_following_shards_where_a_whole_shard_is_unreadable(tars: Tars) -> None:
+    data = tars([2, 3, 3], broken={2, 3, 4, 5})
+    for source in (loader.TarSource(data, CPU, 0), ResidentSource(data, CPU)):
+        (batch,) = source.batches([(np.zeros(8, dtype=np.int64), np.arange(8))], view("center", 32, training=False))
+        assert batch.bad.tolist() == [False] * 2 + [True] * 4 + [False] * 2
+        places = [0, 1, 0, 0, 0, 6, 6, 7]  # the first of shard 2 is unreadable, too
+        assert torch.equal(batch.images, batch.images[places])
+        assert batch.labels.tolist() == [place % 3 for place in places]

@@ -158,8 +158,8 @@ def test_status_without_slurm_is_the_last_event_of_the_run(tmp_path: Path) -> No
         raise ValueError("out of luck,\nand of time")
     assert str(run_status(tmp_path, {})) == "failed: out of luck, and of time"
     with pytest.raises(Stopped), run.record_end():
-        raise Stopped("pretrain was stopped and saved at step 3 of 9")
-    assert str(run_status(tmp_path, {})) == "stopped: pretrain was stopped and saved at step 3 of 9"
+        raise Stopped("pretrain stopped and saved at step 3 of 9")
+    assert str(run_status(tmp_path, {})) == "stopped: pretrain stopped and saved at step 3 of 9"
     events.append(tmp_path, "start")
     assert str(run_status(tmp_path, {})) == "running"
     assert [event["event"] for event in events.read(tmp_path)] == ["start", "fail", "stop", "start"]

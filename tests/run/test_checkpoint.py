@@ -196,7 +196,7 @@ def test_async_save_has_ended_before_an_evaluation_forks_workers(
         time.sleep(0.3)
         quick(self, *arguments)
 
-    def measured(*arguments: Any) -> float:
+    def measured(*arguments: Any) -> tuple[float, int]:
         seen.append([thread for thread in threading.enumerate() if "_write" in thread.name])
         return mean_loss(*arguments)
 

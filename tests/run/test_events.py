@@ -26,3 +26,10 @@ def test_events_after_a_torn_line_are_read(tmp_path: Path) -> None:
     file.write_text(file.read_text() + '{"time": "2026-')
     events.append(tmp_path, "fail", reason="rank_lost", rank=1, message="rank 1 did not answer")
     assert [event["event"] for event in events.read(tmp_path)] == ["start", "fail"]
+
+
+def test_data_since_is_the_step_at_which_the_data_last_changed(tmp_path: Path) -> None:
+    assert events.data_since(tmp_path) == 0
+    for step, fingerprint, since in ((0, "a", 0), (7, "a", 0), (9, "b", 9), (12, "b", 9), (14, "a", 14)):
+        events.append(tmp_path, "start", step=step, data_fingerprint=fingerprint)
+        assert events.data_since(tmp_path) == since

@@ -1,0 +1,123 @@
+"""Reading bytes of a data set's tars: tried again where the storage fails, and refused where a tar has changed.
+
+A network file system may fail for seconds, and a handle that was stale once stays so until the file is opened anew. A
+tar that another process replaces, extends or removes while a run reads it is noticed when it is opened again.
+
+Knows no samples. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mae_dist.errors import MachineFault, reason
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PAUSES = (0.1, 1.0, 3.0, 8.0, 18.0)
+"""Seconds before each further attempt at a read that failed."""
+MOST_OPEN = 128
+"""Tars that a process keeps open."""
+
+
+class ChangedError(ValueError):
+    """A shard differs from what its index or dataset.json says, or may not be read. No sample replaces one of its."""
+
+
+def persistently(read: Callable[[], T], what: str, recover: Callable[[], object] = lambda: None) -> T:
+    """`read()`, tried again after each of PAUSES where the storage fails, `recover()` being called first.
+
+    Raises MachineFault, or ChangedError where starting again would not help; the message begins with `what`.
+    """
+    for attempt, pause in enumerate((*PAUSES, None)):
+        try:
+            return read()
+        except OSError as error:
+            gone = error.errno in (errno.ENOENT, errno.ENOTDIR)  # it was there before: perhaps a mount went away
+            recover()
+            name = f"{errno.errorcode.get(error.errno or 0, 'errno')} {error.errno}"
+            message = f"{what}: cannot be read ({error.strerror or error}, {name})"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                message += "; raise the limit of open files (`ulimit -n`), or lower machine.workers"
+            if not gone and reason(error) != MachineFault.reason:
+                raise ChangedError(message) from error
+            if pause is None:
+                raise MachineFault(f"{message}, in {attempt + 1} attempts within {sum(PAUSES):.0f} s") from error
+            if not attempt:
+                log.error("%s; trying again for %.0f s", message, sum(PAUSES))  # every rank prints errors
+            time.sleep(pause)
+    raise AssertionError
+
+
+class ShardFiles:
+    """The tars of a split, opened when needed. ``sizes`` and ``checksums`` (sha256, may be empty) are the known ones.
+
+    A tar must keep size, inode and modification time as long as this object lives, or else its sha256.
+    """
+
+    def __init__(self, tars: Sequence[Path], sizes: Sequence[int], checksums: Sequence[str]):
+        self.tars, self.sizes, self.checksums = tars, sizes, checksums
+        self.seen: dict[int, tuple[int, int]] = {}
+        self.open = functools.lru_cache(MOST_OPEN)(lambda shard: _Handle(self._checked(shard)))
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a tar from `offset` on. Raises ChangedError where the tar is another than before or ends
+        before them, or may not be read, and MachineFault where the storage fails.
+        """
+
+        def attempt() -> bytes:
+            return os.pread(self.open(shard).descriptor, size, offset)
+
+        what = f"{self.tars[shard]} at byte {offset}"
+        content = persistently(attempt, what, self.open.cache_clear)  # closes stale handles, and frees descriptors
+        if len(content) != size:
+            raise ChangedError(
+                f"{self.tars[shard]}: ends inside a sample: it was changed or cut short after it was indexed"
+            )
+        return content
+
+    def _checked(self, shard: int) -> int:
+        """The descriptor of a tar that is still the same."""
+        tar, known = self.tars[shard], self.checksums[shard]
+        descriptor = os.open(tar, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            if status.st_size != self.sizes[shard]:
+                raise ChangedError(
+                    f"{tar}: has {status.st_size} bytes now, {self.sizes[shard]} before: it was changed meanwhile; "
+                    f"restore it, or index it again with `mae-dist data index`"
+                )
+            now = status.st_ino, status.st_mtime_ns
+            if self.seen.setdefault(shard, now) != now:
+                if not known or sha256(tar) != known:
+                    raise ChangedError(f"{tar}: was replaced by another file meanwhile; restore it, or start a new run")
+                self.seen[shard] = now
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+
+class _Handle:
+    """An open file, which is closed when nobody uses it."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
