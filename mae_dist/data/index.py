@@ -26,6 +26,7 @@ import numpy as np
 
 from mae_dist import paths
 from mae_dist.atomic import replacing
+from mae_dist.data import quarantine
 from mae_dist.data.dataset import FILE, Dataset, Shard, united
 from mae_dist.data.shard_files import ShardFiles, persistently, sha256
 from mae_dist.errors import from_os_error
@@ -57,20 +58,35 @@ class _Table:
 
 
 class ShardIndex:
-    """All samples of one split. The id of a sample is its position in the concatenation of the shards."""
+    """All samples of one split. The id of a sample is its position in the concatenation of the shards.
 
-    def __init__(self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset):
-        self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
+    ``left_out``: shard -> names of images of samples that do not count (see `quarantine`).
+    """
+
+    def __init__(
+        self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset,
+        left_out: dict[int, set[str]] | None = None,
+    ):  # fmt: skip
+        self.tars, self.indexes, self.shards, self.dataset, self.left_out = (
+            tars,
+            indexes,
+            shards,
+            dataset,
+            left_out or {},
+        )
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
+        for shard, images in self.left_out.items():
+            self.counts[shard] -= len(images)
         self.ends = np.cumsum(self.counts)
         self.files = ShardFiles(tars, [shard.num_bytes for shard in shards], [shard.sha256 for shard in shards])
         self._table = functools.lru_cache(maxsize=256)(self._read_table)
+        self._rows = functools.lru_cache(maxsize=256)(self._kept_rows)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     def __getstate__(self) -> tuple:
-        return (self.tars, self.indexes, self.shards, self.dataset)
+        return (self.tars, self.indexes, self.shards, self.dataset, self.left_out)
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)  # each worker opens its own file handles and tables
@@ -78,15 +94,20 @@ class ShardIndex:
     def _read_table(self, shard: int) -> _Table:
         return persistently(lambda: _read_table(self.indexes[shard]), str(self.indexes[shard]))
 
+    def _kept_rows(self, shard: int) -> np.ndarray:
+        """Rows of the samples of a shard that are not left out."""
+        return np.flatnonzero([name not in self.left_out[shard] for name in self._table(shard).names])
+
     @property
     def num_labelled(self) -> int:
         """Number of samples that have a label."""
-        return sum(shard.num_labelled for shard in self.shards)
+        kept = {shard: int((self._table(shard).spans[self._rows(shard), 2] >= 0).sum()) for shard in self.left_out}
+        return sum(kept.get(number, shard.num_labelled) for number, shard in enumerate(self.shards))
 
     @property
     def fingerprint(self) -> str:
         """A short hash of the names, counts, sizes and known sha256 of the shards; independent of their folder, but for
-        that of tars that share a name and have no known sha256.
+        that of tars that share a name and have no known sha256; and of the samples that are left out.
         """
         uses = Counter(tar.name for tar in self.tars)
         alike = [not s.sha256 and uses[tar.name] > 1 for s, tar in zip(self.shards, self.tars, strict=True)]
@@ -95,22 +116,24 @@ class ShardIndex:
             f"{name} {s.num_samples} {s.num_bytes} {s.sha256}{s.labels and ' ' + s.labels}"
             for name, s in zip(names, self.shards, strict=True)
         ]
+        rows += [f"{names[shard]} without {sorted(images)}" for shard, images in sorted(self.left_out.items())]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(shard, row) of a sample id."""
+        """(shard, row of its index) of a sample id."""
         shard = int(np.searchsorted(self.ends, sample, side="right"))
-        return shard, sample - int(self.ends[shard] - self.counts[shard])
+        row = sample - int(self.ends[shard] - self.counts[shard])
+        return shard, int(self._rows(shard)[row]) if shard in self.left_out else row
 
     def neighbours(self, sample: int) -> Iterator[int]:
         """The ids that may replace an unreadable sample: the next ones of its shard, cyclically, and then, where that
         holds none that can be read, the first one of each following shard.
         """
-        shard, row = self.locate(sample)
-        count, first = int(self.counts[shard]), sample - row
-        yield from (first + (row + step) % count for step in range(1, count))
+        starts, shard = self.ends - self.counts, int(np.searchsorted(self.ends, sample, side="right"))
+        first, count = int(starts[shard]), int(self.counts[shard])
+        yield from (first + (sample - first + step) % count for step in range(1, count))
         shards = (np.arange(1, len(self.shards)) + shard) % len(self.shards)
-        yield from (self.ends[shards] - self.counts[shards])[self.counts[shards] > 0].tolist()
+        yield from starts[shards][self.counts[shards] > 0].tolist()
 
     def sample_name(self, sample: int) -> str:
         """A sample's name for messages: 'a/b.jpg in x.tar'."""
@@ -182,7 +205,11 @@ def open_split(path: str, split: str) -> ShardIndex:
             )
         shards.append(shard or _shard_of(tar, index))
     datasets = list({id(place.dataset): place.dataset for place in places}.values())
-    index = ShardIndex([p.tar for p in places], [p.idx for p in places], shards, united(datasets or [Dataset("")]))
+    left_out = _left_out([place.idx for place in places])
+    dataset = united(datasets or [Dataset("")])
+    index = ShardIndex([p.tar for p in places], [p.idx for p in places], shards, dataset, left_out)
+    if left_out:
+        log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)
     if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
     return index
@@ -213,6 +240,21 @@ def _listed_in(folder: Path) -> tuple[Dataset, dict[Path, Shard]]:
         return Dataset(name=str(folder)), {}
     dataset = Dataset.load(folder)
     return dataset, {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
+
+
+def _left_out(indexes: list[Path]) -> dict[int, set[str]]:
+    """Shard -> images of samples that quarantine.txt beside its index names. Raises ValueError for unknown ones."""
+    numbers = {index: number for number, index in enumerate(indexes)}
+    found: dict[int, set[str]] = {}
+    for folder in dict.fromkeys(index.parent for index in indexes):
+        for line in quarantine.read(folder):
+            if (number := numbers.get(folder / line.index)) is not None:  # that of another split is not there
+                found.setdefault(number, set()).add(line.image)
+    for number, images in found.items():
+        if unknown := images.difference(_read_table(indexes[number]).names):
+            file = indexes[number].with_name(quarantine.FILE)
+            raise ValueError(f"{file}: {indexes[number].name} has no image {min(unknown)!r}; check the data again")
+    return found
 
 
 def _status(tar: Path) -> os.stat_result:

@@ -1,0 +1,54 @@
+"""Quarantine: samples that a file names are no part of the data set; the fingerprint knows them."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from shared_types import Tars
+
+from mae_dist.data import quarantine
+from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.order import Order
+from mae_dist.data.quarantine import Line
+
+
+def reopened(data: ShardIndex, *lines: tuple[str, str]) -> ShardIndex:
+    """The same tars with these (index, image) in quarantine."""
+    folder = data.tars[0].parent
+    quarantine.add(folder, [Line(*line, "damaged\tfile\n") for line in lines])
+    return open_split(str(folder), "train")
+
+
+def test_quarantine_leaves_samples_out_and_changes_the_fingerprint(
+    tars: Tars, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tars([4, 3, 2])
+    with caplog.at_level(logging.INFO):
+        less = reopened(data, ("x-0.idx", "s0001.png"), ("x-2.idx", "s0008.png"), ("x-2.idx", "s0007.png"))
+    assert "3 samples are left out (quarantine.txt)" in caplog.text
+    for index in (less, pickle.loads(pickle.dumps(less))):
+        assert [index.read(sample).key for sample in range(len(index))] == [f"s000{i}" for i in (0, 2, 3, 4, 5, 6)]
+        assert index.counts.tolist() == [3, 3, 0]
+        assert index.num_labelled == 6
+        assert [*index.neighbours(1)] == [2, 0, 3], "no sample of an empty shard"
+    assert less.fingerprint != data.fingerprint
+    order = Order(0, less.counts, window=1)
+    assert sorted(order.at(0, 6)[1].tolist()) == [*range(6)]
+    before = less.fingerprint
+    assert reopened(data, ("x-0.idx", "s0001.png")).fingerprint == before, "a line twice is one"
+    assert reopened(data, ("x-0.idx", "s0000.png")).fingerprint != before
+    np.testing.assert_array_equal(open_split(str(data.tars[1]), "").counts, [3])
+
+
+def test_quarantine_of_all_samples_or_of_unknown_ones_is_refused(tars: Tars) -> None:
+    data = tars([2])
+    with pytest.raises(ValueError, match="hold no samples"):
+        reopened(data, ("x-0.idx", "s0000.png"), ("x-0.idx", "s0001.png"))
+    with pytest.raises(ValueError, match=r"quarantine\.txt: x-0\.idx has no image 's9\.png'; check the data again"):
+        reopened(data, ("x-0.idx", "s9.png"))
+    (data.tars[0].parent / quarantine.FILE).write_text("# notes\n\nx-0.idx s0000.png\n")
+    with pytest.raises(ValueError, match=r"quarantine\.txt: line 3 is not an index, an image and a reason"):
+        open_split(str(data.tars[0]), "train")
