@@ -78,7 +78,9 @@ def finished(verb: str, config: RunConfig) -> bool:
     out = Path(config.out)
     if (out / layout.CONFIG).is_file():
         old = layout.settings(out)[2].data
-        data = dataclasses.replace(config.data, mean=config.data.mean or old.mean, std=config.data.std or old.std)
+        split = old.test_split if config.data.test_split == "auto" else config.data.test_split
+        mean, std = config.data.mean or old.mean, config.data.std or old.std
+        data = dataclasses.replace(config.data, mean=mean, std=std, test_split=split)
         config = dataclasses.replace(config, data=data)
     layout.refuse_others(out, verb, config, "-".join(index.fingerprint for index in splits_used(verb, config)))
     return layout.result(out) is not None

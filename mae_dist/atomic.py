@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,3 +45,18 @@ def try_lock(stream: IO[Any]) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def mount_points() -> set[Path]:
+    """What something is mounted at, so that no rename can replace it; empty where the system does not tell. Unlike
+    `os.path.ismount` also what is bound from the same file system, as volumes of containers are.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    return {Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _octal, line.split(b" ")[4]))) for line in lines}
+
+
+def _octal(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 8)])

@@ -24,7 +24,7 @@ SIGNAL_BASE = 128
 MACHINE_FAULTS = {
     errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOMEM,
     errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.ENETDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+    errno.ENETDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EFBIG,
 }  # fmt: skip
 """Errors of a disk, a network file system, a connection, or of a machine that has run out of something: no setting of a
 run mends them.

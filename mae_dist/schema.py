@@ -37,7 +37,7 @@ class DataConfig:
     path: str = setting("???", "folder with a dataset.json, or indexed tars: a quoted glob, a {0..9} range, [A, B]")
     split: str = setting("train", "split of the folder to train on; tars have no splits")
     test_path: str | None = setting(None, "folder or tars of the test split; none: the folder in data.path")
-    test_split: str = setting("test", "split of the folder to evaluate on")
+    test_split: str = setting("auto", "split of the folder to evaluate on; auto: val, else test")
     shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
     aug_repeats: int = setting(
         1, "repeated augmentation: how often an image is drawn in a row; an epoch shows 1 / aug_repeats of them",

@@ -17,7 +17,8 @@ import numpy as np
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import Memory, decode, stored_size
-from mae_dist.data.pack import Packed, ProgressCallback, Source, pack
+from mae_dist.data.ilsvrc import from_imagenet
+from mae_dist.data.pack import MAX_BAD, Packed, ProgressCallback, Source, pack
 from mae_dist.data.pixels import Decoding
 from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
@@ -33,20 +34,42 @@ Open = Callable[[argparse.Namespace, ProgressCallback], Source]
 def add_parser(actions: argparse._SubParsersAction) -> None:
     """Add `pack` and its kinds of sources to the actions of `mae-dist data`."""
     packing = actions.add_parser("pack", help="pack a source into tars with indexes and a dataset.json")
-    kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,synthetic,tars}")
+    kinds = packing.add_subparsers(required=True, metavar="{cifar100,folder,imagenet,synthetic,tars}")
     cifar100 = kinds.add_parser("cifar100", help="CIFAR-100, or another archive in the layout of its python version")
     cifar100.add_argument("--source", type=Path, help="cifar-100-python.tar.gz (default: download it)")
     _complete(cifar100, lambda given, tick: from_cifar100(given.source, tick))
 
-    folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet) or SOURCE/CLASS/")
+    folder = kinds.add_parser("folder", help="images in SOURCE/SPLIT/CLASS/ (like ImageNet), SOURCE/CLASS/ or SOURCE")
     folder.add_argument("--source", type=Path, required=True, help="the folder of images")
     folder.add_argument(
-        "--test-share",
-        type=float,
-        default=0.0,
-        help="share of the images to hold out as split test, if SOURCE has no splits (default 0)",
+        "--splits",
+        metavar="none|SPLIT=FOLDER,...",
+        help="which folders in SOURCE are splits, for example train=training,test=heldout; none: they are classes "
+        "(default: those called train, val, valid, validation and test)",
     )
-    _complete(folder, lambda given, _: from_folder(given.source, given.test_share), encodes=True)
+    folder.add_argument("--labels", type=Path, metavar="FILE", help="text file of rows IMAGE,LABEL, instead of classes")
+    _add_test_share(folder)
+    _complete(
+        folder, lambda given, tick: from_folder(given.source, given.test_share, given.splits, given.labels, tick),
+        encodes=True,
+    )  # fmt: skip
+
+    imagenet = kinds.add_parser("imagenet", help="the archives of ImageNet (ILSVRC2012) as they are")
+    imagenet.add_argument("--train", type=Path, required=True, metavar="ILSVRC2012_img_train.tar", help="tar of tars")
+    imagenet.add_argument("--val", type=Path, metavar="ILSVRC2012_img_val.tar", help="tar of validation images")
+    imagenet.add_argument(
+        "--val-labels",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="ILSVRC2012_devkit_t12.tar.gz; or a file with a synset for each image; or the devkit's ground truth and "
+        "its meta.mat or map_clsloc.txt",
+    )
+    _complete(
+        imagenet, lambda given, tick: from_imagenet(given.train, given.val, given.val_labels, given.workers, tick),
+        encodes=True,
+    )  # fmt: skip
 
     synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
     synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
@@ -59,7 +82,17 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         "--source", required=True, metavar="DIR|GLOB", help="folder with a dataset.json, or 'DIR/a-*.tar'"
     )
     tars.add_argument("--split", help="name of the split of a GLOB (default: that in its dataset.json, or train)")
-    _complete(tars, lambda given, _: from_tars(given.source, given.split), sizes=False, encodes=True)
+    _add_test_share(tars)
+    _complete(tars, lambda given, _: from_tars(given.source, given.split, given.test_share), sizes=False, encodes=True)
+
+
+def _add_test_share(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument(
+        "--test-share",
+        type=float,
+        default=0.0,
+        help="share of train to hold out as split test, or as val where SOURCE has a test (default 0)",
+    )
 
 
 def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, encodes: bool = False) -> None:
@@ -67,6 +100,8 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
     cores = len(os.sched_getaffinity(0))
     kind.add_argument("--out", type=Path, required=True, help="the folder to make")
     kind.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
+    bad = f"largest share of the images of a split to leave out, where they are unreadable (default {MAX_BAD})"
+    kind.add_argument("--max-bad", type=float, default=MAX_BAD, metavar="SHARE", help=bad)
     kind.set_defaults(run=_pack, open=opener, shard_size=None, short_side=None, format=None, quality=None)
     kind.set_defaults(white=None, exif=False)
     if sizes:
@@ -88,7 +123,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     encoding = Encoding(arguments.short_side, arguments.format, arguments.quality, how)
     with progress() as tick:
         source = arguments.open(arguments, tick)
-        packed = pack(source, arguments.out, arguments.shard_size, encoding, arguments.workers, tick)
+        packed = pack(source, arguments.out, arguments.shard_size, encoding, arguments.workers, tick, arguments.max_bad)
     side = min(encoding.short_side or TIMED_SIDE, TIMED_SIDE)
     gain = "" if encoding.keeps_bytes else _gain(source, packed, arguments.out, side, how)
     report(packed.dataset, arguments.out, gain)

@@ -103,7 +103,7 @@ def changes(sample: Sample, how: Decoding = RGB) -> str:
         with _opened(sample.image) as image:
             if image.mode in DEEP:
                 return scaling(np.dtype(np.float32 if image.mode == "F" else np.uint16), how.white)
-            if _is_deep(image):
+            if is_deep(image):
                 return scaling(np.dtype(np.uint16), None)
             if image.has_transparency_data and how.channels % 2:
                 return "transparency is drawn on white"
@@ -183,12 +183,12 @@ def _decode_by_pillow(content: bytes, how: Decoding) -> Pixels:
             values = np.asarray(image)
             values = values.astype(np.uint16) if image.format == "PPM" else values  # Pillow holds them in 32 bits
             image = Image.fromarray(eight_bits(values, how.white))
-        elif how.white is not None and _is_deep(image):
+        elif how.white is not None and is_deep(image):
             raise ValueError("16-bit colours, of which only the upper 8 bits can be read: data.white needs .npy files")
         return from_image(image, how.channels)
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether a file that was only opened has colours of 16 bits, of which Pillow reads the upper 8."""
     return any(";16" in str(tile) for tile in getattr(image, "tile", ()))
 

@@ -187,6 +187,7 @@ def open_split(path: str, split: str) -> ShardIndex:
     Several places are one data set, in their order. Raises ValueError when a file is missing or changed, or is named
     twice.
     """
+    split = evaluation_split(path, split)
     try:
         names = [name for part in paths.parts(path) for name in paths.names(part)]
     except ValueError as error:
@@ -213,6 +214,11 @@ def open_split(path: str, split: str) -> ShardIndex:
     if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
     return index
+
+
+def evaluation_split(path: str, split: str) -> str:
+    """The split to evaluate on: `split`, or, where that is `auto`, val, if the folders in `path` have it, else test."""
+    return split if split != "auto" else "val" if "val" in splits(path) else "test"
 
 
 def _places(names: list[str], split: str) -> Iterator[Place]:

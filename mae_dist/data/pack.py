@@ -14,17 +14,19 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 
-from mae_dist.atomic import replacing, try_lock
+from mae_dist import rng
+from mae_dist.atomic import mount_points, replacing, try_lock
 from mae_dist.data import index
 from mae_dist.data.decode import changes, decode
 from mae_dist.data.pixels import DEEP
@@ -39,9 +41,14 @@ log = logging.getLogger(__name__)
 DARK = 64
 """8-bit value below which all images together are so dark that their 16-bit values may have another range."""
 MAX_BAD = 0.01
-"""Largest share of unreadable images in a split."""
+"""Largest share of a split's images that may be left out, where --max-bad does not say another."""
 
 LOST = "a worker process was killed, or memory ran out; with fewer --workers the same command continues"
+
+PACK_EPOCH = 2**32 - 1
+"""Epoch of the random draws of `permutation`; no run reaches it."""
+EXTENSIONS = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"}
+"""How members are called whose files had another extension: readers of webdatasets look for .jpg, timm for no other."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as (what is being done, number done, total number)."""
@@ -57,7 +64,8 @@ class Picture:
 
     ``extension`` is its format (lower case, no dot), ``content`` its bytes, ``label`` its class (-1: none). ``name`` is
     the end of its key, which begins with split and number; ``key`` is the whole key, if it is not empty. ``origin``
-    names it in messages. Pictures of different ``group`` are never in one tar.
+    names it in messages. Pictures of different ``group`` are never in one tar. One with a ``problem`` is left out, and
+    counted under what stands before its colon.
     """
 
     extension: str
@@ -67,6 +75,7 @@ class Picture:
     key: str = ""
     origin: str = ""
     group: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture as it will be stored; with an `error` it is unreadable and left out."""
+    """A picture as it will be stored, and its tally."""
 
     picture: Picture
     tally: Tally
-    error: str = ""
 
 
 def pack(
@@ -114,19 +122,22 @@ def pack(
     encoding: Encoding = Encoding(),  # noqa: B008
     workers: int = 1,
     tick: ProgressCallback = no_progress,
+    max_bad: float = MAX_BAD,
 ) -> Packed:
     """Write `source` as a data set into the new folder `out`: {split}-000000.tar and .idx, ..., and dataset.json.
 
     Members are named {split}_{number}[-{name}].{extension} and .cls, or by the picture's key; at most `shard_size`
     samples a tar (None: any number), fewer when a tar reaches 3 GB or a new group begins. Each image is decoded once;
-    unreadable ones are logged and left out, up to MAX_BAD of a split.
+    what cannot be packed is logged and left out, up to a share `max_bad` of a split. _info.json is for timm's reader.
 
     A process that is stopped or killed leaves the hidden folder .NAME.packing beside `out`, and the same call goes on
     from there. Raises ValueError when `out` has files in it or cannot be written, another process is packing into it,
     the hidden folder is of a packing with other options, or too many images are unreadable; MachineFault when the disk
     is full or a worker is killed; and what `source` raises.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link stays, and its target is made
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"--max-bad {max_bad:g}: must be at least 0 and at most 1, for example {MAX_BAD}")
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"--shard-size {shard_size}: must be 1 or more samples")
     if workers < 1:
@@ -139,7 +150,7 @@ def pack(
             _check_new(out)  # another process may have made it meanwhile
             _begin(work, source, shard_size, encoding)
             try:
-                packed = _write(source, work, shard_size, encoding, workers, tick)
+                packed = _write(source, work, shard_size, encoding, workers, tick, max_bad)
             except ValueError:  # the user changes the source, so nothing of this can be kept
                 shutil.rmtree(work)
                 raise
@@ -154,6 +165,10 @@ def pack(
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
+    if out in mount_points():
+        raise ValueError(f"--out {out}: a file system is mounted there; choose a folder in it, such as {out}/data")
+    if out.is_dir() and out == Path.cwd():
+        raise ValueError(f"--out {out}: is the working folder, which is to be replaced; start from another")
 
 
 @contextmanager
@@ -199,17 +214,18 @@ def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encodin
 
 
 def _write(
-    source: Source, work: Path, shard_size: int | None, encoding: Encoding, workers: int, tick: ProgressCallback
-) -> Packed:
+    source: Source, work: Path, shard_size: int | None, encoding: Encoding, workers: int, tick: ProgressCallback,
+    max_bad: float,
+) -> Packed:  # fmt: skip
     splits: dict[str, list[index.Shard]] = {}
     tallies: dict[str, Tally] = {}
     for split, total in source.counts.items():
         with ShardWriter(work, split, shard_size) as writer:
-            _fill(writer, source, split, encoding, workers, tick)
+            _fill(writer, source, split, encoding, workers, tick, max_bad)
         splits[split] = [finished.shard for finished in writer.finished]
         tallies[split] = sum((finished.tally for finished in writer.finished), Tally())
-        if bad := tallies[split].num_bad:
-            log.warning("split %s: %d of %d images unreadable and left out", split, bad, total)
+        if bad := tallies[split].bad:
+            log.warning("split %s: left out %s", split, _counted(bad, total))
     every = sum(tallies.values(), Tally())
     _say_changes(every)
     train = tallies.get("train", Tally())
@@ -222,10 +238,11 @@ def _write(
         classes=source.classes,
         image_size=every.common_size,
         mean=source.mean if known else train.mean,
-        std=source.std if known else train.std,
+        std=_without_zeros(source.std if known else train.std),
         white=encoding.how.white if encoding.keeps_bytes else None,
     )
     dataset.save(work / "data")
+    _save_timm_info(dataset, work / "data")
     return Packed(dataset, every)
 
 
@@ -238,18 +255,46 @@ def _say_changes(tally: Tally) -> None:
         log.warning("no 16-bit value exceeds %d of 65535; try --white with the largest", 256 * tally.top_value + 255)
 
 
+def _without_zeros(std: tuple[float, ...] | None) -> Any:
+    """Standard deviations to divide by: 1 for a channel that is the same everywhere, which is logged."""
+    if constant := [str(channel) for channel, value in enumerate(std or ()) if not value]:
+        log.warning("constant in all images of train: channel %s; its std is stored as 1", ", ".join(constant))
+    return std and tuple(value or 1.0 for value in std)
+
+
+def _save_timm_info(dataset: index.Dataset, folder: Path) -> None:
+    """Write the _info.json in which timm's reader of webdatasets looks for splits, tars and numbers of samples."""
+    splits = {
+        name: {
+            "name": name,
+            "filenames": [shard.tar for shard in shards],
+            "shard_lengths": [shard.num_samples for shard in shards],
+            "num_samples": sum(shard.num_samples for shard in shards),
+        }
+        for name, shards in dataset.splits.items()
+    }
+    with replacing(folder / "_info.json") as new:
+        new.write_text(json.dumps({"splits": splits}, indent=1) + "\n")
+
+
 def _fill(
-    writer: ShardWriter, source: Source, split: str, encoding: Encoding, workers: int, tick: ProgressCallback
-) -> None:
+    writer: ShardWriter, source: Source, split: str, encoding: Encoding, workers: int, tick: ProgressCallback,
+    max_bad: float,
+) -> None:  # fmt: skip
     first, total = writer.end, source.counts[split]
     chunks = [range(start, min(start + source.chunk, total)) for start in range(first, total, source.chunk)]
     prepare = partial(_prepare, source, encoding, split)
     with closing(ordered_map(prepare, chunks, min(workers, len(chunks)), LOST)) as prepared:
         for number, item in enumerate(prepared, first):
             picture = item.picture
-            if item.error:
+            if picture.problem:
                 writer.leave_out(item.tally)
-                _check_bad(writer.num_bad, total, split, picture.origin or f"image {number}", item.error)
+                log.warning("%s: left out, %s", origin := picture.origin or f"image {number}", picture.problem)
+                if writer.bad.total() > max_bad * total:
+                    raise ValueError(
+                        f"{origin}: {picture.problem}; too many of split {split!r}, {_counted(writer.bad, total)}: "
+                        f"repair or remove them (they are logged), or allow a larger share than --max-bad {max_bad:g}"
+                    )
             else:
                 name = f"-{safe_name(picture.name)}" if picture.name else ""
                 members = {picture.extension: picture.content}
@@ -265,28 +310,32 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
     """Decode pictures, and encode them anew where that is wanted; runs in worker processes."""
     for _, picture in zip(numbers, source.pictures(split, numbers), strict=True):
         try:
+            if picture.problem:
+                raise ValueError(picture.problem)
             sample = index.Sample(picture.key, picture.extension, picture.content, picture.label)
             before = np.asarray(decode(sample, how=encoding.how))
             extension, content, pixels = encoding.store(picture.extension, picture.content, before)
         except ValueError as error:
-            yield _Prepared(replace(picture, content=b""), Tally(num_bad=1), str(error))
+            problem = picture.problem or f"unreadable: {error}"
+            yield _Prepared(replace(picture, content=b"", problem=problem), Tally(bad={problem.partition(":")[0]: 1}))
             continue
         tally = Tally.of(
             pixels, picture.label, source_bytes=len(picture.content), stored_bytes=len(content),
             num_resized=int(pixels is not before), num_encoded=int(content is not picture.content),
             changes=((changes(sample, encoding.how), 1),),
         )  # fmt: skip
-        yield _Prepared(replace(picture, extension=extension, content=content), tally)
+        yield _Prepared(replace(picture, extension=EXTENSIONS.get(extension, extension), content=content), tally)
 
 
-def _check_bad(num_bad: int, total: int, split: str, origin: str, error: str) -> None:
-    """Log an unreadable picture. Raises ValueError when there are too many."""
-    log.warning("%s: unreadable, left out (%s)", origin, error)
-    if num_bad > MAX_BAD * total:
-        raise ValueError(
-            f"{origin}: unreadable, as are {num_bad - 1} others of the {total} images of split {split!r}; "
-            f"more than {MAX_BAD:.0%} is too many: repair or remove them (they are logged)"
-        )
+def _counted(bad: Mapping[str, int], total: int) -> str:
+    """How many of the images of a split are left out, and why."""
+    return f"{sum(bad.values())} of {total} images ({', '.join(f'{n} {reason}' for reason, n in sorted(bad.items()))})"
+
+
+def permutation(count: int) -> np.ndarray:
+    """The order in which `count` pictures that are sorted by class are packed: the same each time."""
+    words = rng.bits(0, rng.Purpose.SAMPLES, PACK_EPOCH, np.arange(count), 2)
+    return np.lexsort((words[:, 1], words[:, 0]))
 
 
 def safe_name(name: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mae_dist.data.decode import orientation
+from mae_dist.data.decode import is_deep, orientation
 from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
 
 FORMATS = ("jpg", "webp", "npy")
@@ -75,6 +75,24 @@ class Encoding:
         if same and not (self.how.upright and extension != "npy" and orientation(content) > 1):
             return target, content, pixels
         return target, _encoded(pixels, target, self.quality or QUALITY), pixels
+
+
+def as_png(content: bytes) -> bytes | None:
+    """A BMP, GIF, PPM or TIFF file as PNG with the same pixels, of an animated GIF the first image; None where PNG
+    cannot hold them, and for damaged files and those of several pages.
+    """
+    stream = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(content), formats=("BMP", "GIF", "PPM", "TIFF")) as image:
+            held = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") and not is_deep(image)
+            if not (held or image.mode in ("I;16", "I;16B")) or (image.format == "TIFF" and image.n_frames > 1):
+                return None
+            image.save(stream, "PNG", compress_level=1, exif=image.getexif())
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`
+        return None
+    return stream.getvalue()
 
 
 def _resized(pixels: Pixels, short_side: int | None) -> Pixels:

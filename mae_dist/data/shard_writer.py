@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ class ShardWriter:
     """Context manager that writes the tars {split}-000000.tar, ... behind those that `work` has finished already.
 
     A tar has at most `shard_size` samples (None: any number) of one group, and ends when it has reached SHARD_BYTES.
-    ``finished`` are the complete tars, ``end`` is the number of the first picture behind them. ``num_samples`` and
-    ``num_bad`` count written and unreadable pictures.
+    ``finished`` are the complete tars, ``end`` is the number of the first picture behind them. ``num_samples`` counts
+    written pictures, and ``bad`` those that are left out, by reason.
     """
 
     def __init__(self, work: Path, split: str, shard_size: int | None):
@@ -45,7 +46,7 @@ class ShardWriter:
         self.finished = list(_finished(work, split))
         self.end = self.finished[-1].end if self.finished else 0
         self.num_samples = sum(done.shard.num_samples for done in self.finished)
-        self.num_bad = sum(done.tally.num_bad for done in self.finished)
+        self.bad = sum((Counter(done.tally.bad) for done in self.finished), Counter[str]())
         self._tar: _Tar | None = None
         self._tally = Tally()
 
@@ -67,9 +68,9 @@ class ShardWriter:
         self.num_samples += 1
 
     def leave_out(self, tally: Tally) -> None:
-        """Count an unreadable picture."""
+        """Count a picture that cannot be packed."""
         self._tally += tally
-        self.num_bad += 1
+        self.bad += Counter(tally.bad)
 
     def finish(self, end: int) -> None:
         """Finish the open tar, if there is one: picture `end` is the first behind it."""

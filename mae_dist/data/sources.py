@@ -6,23 +6,20 @@ import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mae_dist import rng
-from mae_dist.data import cifar, index, synthetic
-from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, safe_name
+from mae_dist.data import cifar, folder_files, folder_layout, index, synthetic
+from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
+from mae_dist.data.reencode import as_png
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
-FOLDER_IMAGES = index.IMAGES
-PACK_EPOCH = 2**32 - 1
-"""Epoch of the random draws that permute class folders; no run reaches it."""
 DRAWN_AT_ONCE = 250
 """Pictures of the synthetic set that are drawn in one call."""
 
@@ -31,6 +28,11 @@ def _png(pixels: np.ndarray, label: int) -> Picture:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return Picture("png", stream.getvalue(), label)
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:
@@ -78,124 +80,119 @@ def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progr
 # --- class folders
 
 
-class _File(NamedTuple):
-    """An image file of a class folder; `stamp` changes with its content."""
+def from_folder(
+    folder: Path, test_share: float = 0.0, splits: str | None = None, labels: Path | None = None,
+    tick: ProgressCallback = no_progress,
+) -> Source:  # fmt: skip
+    """Images in folder/SPLIT/CLASS/** (ImageNet's layout) or folder/CLASS/**, classes sorted by name, or unlabelled.
 
-    class_name: str
-    path: Path
-    stamp: str
-
-
-def from_folder(folder: Path, test_share: float = 0.0) -> Source:
-    """Images in folder/SPLIT/CLASS/* (ImageNet's layout) or folder/CLASS/*, classes sorted by name.
-
-    Splits `val` and `validation` are stored as `test`. Without splits everything is `train`, or a `test_share` of it
-    (0..1) is held out as `test`. The files of a split are permuted in a fixed way, so that shards are not sorted by
-    class. Raises ValueError when there are no images.
+    `splits` and `labels` are the options --splits and --labels (`folder_layout.read`). A `test_share` of train (0..1)
+    is held out as `test`, or as `val` where there is a test split. The files of a split are permuted in a fixed way, so
+    that shards are not sorted by class. Raises ValueError where there are no images, or a layout is not clear.
     """
     if not folder.is_dir():
         raise ValueError(f"--source {folder}: no such folder")
-    if not 0 <= test_share < 1:
-        raise ValueError(f"--test-share {test_share:g}: must be at least 0 and less than 1, for example 0.1")
-    found = _splits(folder, test_share)
-    splits = {split: [files[i] for i in _permutation(len(files))] for split, files in found.items()}
+    _check_share(test_share)
+    found = folder_files.find(folder, lambda count: tick("find images", count, 0))
+    layout = folder_layout.read(folder, found, splits, labels)
+    _log_left_out(folder, found)
+    shuffled = {split: [files[i] for i in permutation(len(files))] for split, files in layout.splits.items()}
     if test_share:
-        held_out = round(test_share * len(splits["train"]))
-        if not 0 < held_out < len(splits["train"]):
-            raise ValueError(f"--test-share {test_share:g}: leaves a split of {len(splits['train'])} images empty")
-        splits = {"train": splits["train"][held_out:], "test": splits["train"][:held_out]}
-    classes = sorted({file.class_name for files in splits.values() for file in files})
-    labels = {name: label for label, name in enumerate(classes)}
+        held_out, train = _held_out_split(test_share, shuffled), shuffled["train"]
+        chosen = _held_out([label for _, label in train], test_share)
+        shuffled["train"] = [train[i] for i in np.flatnonzero(~chosen)]
+        shuffled[held_out] = [train[i] for i in np.flatnonzero(chosen)]
 
     def pictures(split: str, numbers: range) -> Iterator[Picture]:
         for number in numbers:
-            name, path, _ = splits[split][number]
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            extension = path.suffix[1:].lower()
-            yield Picture(extension, content, labels[name], name=path.stem, origin=str(path))
+            yield _picture(folder, *shuffled[split][number])
 
-    counts = {split: len(files) for split, files in splits.items()}
-    return Source(folder.resolve().name, classes, counts, pictures, _fingerprint(folder, splits))
+    counts = {split: len(files) for split, files in shuffled.items()}
+    rows = [f"{split} {f.path} {f.stamp} {label}" for split, files in shuffled.items() for f, label in files]
+    fingerprint = hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+    return Source(folder.resolve().name, layout.classes, counts, pictures, fingerprint, layout.num_classes)
 
 
-def _fingerprint(folder: Path, splits: dict[str, list[_File]]) -> str:
-    rows = [f"{split} {f.path.relative_to(folder)} {f.stamp}" for split, files in splits.items() for f in files]
-    return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+def _picture(folder: Path, file: folder_files.File, label: int) -> Picture:
+    """Read an image file, as it will be stored if the format may stay."""
+    path, kind = folder / file.path, file.kind
+    picture = Picture(kind, b"", label, name=path.stem, origin=str(path), problem=file.problem)
+    if file.problem:
+        return picture
+    try:
+        content = path.read_bytes()
+    except PermissionError:
+        return replace(picture, problem="no permission to read it")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if kind in folder_files.TO_PNG and (png := as_png(content)) is not None:
+        return replace(picture, content=png, extension="png")
+    return replace(picture, content=content)
 
 
-def _splits(folder: Path, test_share: float) -> dict[str, list[_File]]:
-    """The files of each split, train before test, sorted by class and name."""
-    children = _folders(folder)
-    with_splits = any(_folders(child) for child in children)
-    if with_splits and test_share:
-        raise ValueError(
-            f"--test-share {test_share:g}: {folder} has splits of its own ({children[0].name}, ...); leave it out"
+def _log_left_out(folder: Path, found: folder_files.Found) -> None:
+    """Log which files and folders are not looked at, and which are stored in another format."""
+    if found.others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(8))
+        log.warning("%s: %d files are no images and are left out: %s", folder, found.others.total(), kinds)
+    if found.num_hidden:
+        log.info("%s: %d hidden or system files and folders are left out", folder, found.num_hidden)
+    if found.loops:
+        log.warning("%s: links that lead back are not followed: %s", folder, ", ".join(found.loops[:5]))
+    if num_png := sum(f.kind in folder_files.TO_PNG and not f.problem for f in found.files):
+        kinds = ", .".join(folder_files.TO_PNG)
+        log.info(
+            "%s: %d files (.%s) become PNG, where it can hold their pixels; of a GIF the first image",
+            folder,
+            num_png,
+            kinds,
         )
-    found = {_split_name(child): _files_of_classes(child) for child in children} if with_splits else {
-        "train": _files_of_classes(folder)
-    }  # fmt: skip
-    if with_splits and len(found) < len(children):
-        raise ValueError(
-            f"--source {folder}: two of its folders would be the split 'test'; keep one of val, validation, test"
-        )
-    classes = {file.class_name for files in found.values() for file in files}
-    for split, files in found.items():
-        if not files:
-            where = "DIR/CLASS/*" if not with_splits else f"DIR/{split}/CLASS/*"
-            raise ValueError(
-                f"--source {folder}: no images of split {split!r}; expected {where} with .{', .'.join(FOLDER_IMAGES)}"
-            )
-        if absent := classes - {file.class_name for file in files}:
-            log.warning("%s: split %s has no image of %d classes, %s first", folder, split, len(absent), min(absent))
-    return dict(sorted(found.items(), reverse=True))
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+# --- the share for testing
 
 
-def _split_name(folder: Path) -> str:
-    return "test" if folder.name in ("val", "validation") else safe_name(folder.name)
+def _check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"--test-share {share:g}: must be at least 0 and less than 1, for example 0.1")
 
 
-def _files_of_classes(folder: Path) -> list[_File]:
-    """The images folder/CLASS/*, sorted by class and name; links are followed."""
-    files: list[_File] = []
-    for child in _folders(folder):
-        found = sorted(f for f in child.iterdir() if not f.name.startswith(".") and f.is_file())
-        images = [f for f in found if f.suffix[1:].lower() in FOLDER_IMAGES]
-        if len(images) < len(found):
-            log.warning(
-                "%s: %d files are no .%s and are left out", child, len(found) - len(images), ", .".join(FOLDER_IMAGES)
-            )
-        files += [_File(child.name, image, _stamp(image)) for image in images]
-    return files
+def _held_out_split(share: float, splits: Collection[str]) -> str:
+    """The name of the split that a share of train becomes: test, or val beside a test split."""
+    if "train" not in splits or "val" in splits:
+        raise ValueError(f"--test-share {share:g}: SOURCE has the splits {', '.join(splits)}; leave it out")
+    return "val" if "test" in splits else "test"
 
 
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _permutation(count: int) -> np.ndarray:
-    words = rng.bits(0, rng.Purpose.SAMPLES, PACK_EPOCH, np.arange(count), 2)
-    return np.lexsort((words[:, 1], words[:, 0]))
+def _held_out(labels: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
+    """Which of the images with these labels are held out: bool (n,). As far as this is possible, the same share of each
+    class; within a class by a fixed permutation.
+    """
+    num = len(labels)
+    count = round(share * num)
+    if not 0 < count < num:
+        raise ValueError(f"--test-share {share:g}: leaves a split of {num} images empty")
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    drawn = np.argsort(permutation(num))
+    places = np.empty(num)
+    places[np.lexsort((drawn, classes))] = np.arange(num) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = np.zeros(num, dtype=bool)
+    chosen[np.lexsort((drawn, (places + 0.5) / sizes[classes]))[:count]] = True
+    return chosen
 
 
 # --- tars
 
 
-def from_tars(path: str, split: str | None = None) -> Source:
+def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> Source:
     """Indexed tars: all splits of a folder with a dataset.json, or the tars that a glob matches, as one split.
 
     Keys, labels, splits, class names and the number of classes are kept, and the samples of one tar stay together and
     in their order, so a sample keeps its id if all are readable. A glob's split is `split`, else the one that
-    dataset.json lists its tars in, else train. Members other than image and label are left out, with a warning. Raises
-    ValueError when there is no tar, or one is not indexed.
+    dataset.json lists its tars in, else train. A `test_share` of train is held out as in `from_folder`. Members other
+    than image and label are left out, with a warning. Raises ValueError when there is no tar, or one is not indexed.
     """
+    _check_share(test_share)
     splits = _opened(path, split)
     if unusable := [name for name in splits if name != safe_name(name) or not name]:
         raise ValueError(f"split {unusable[0]!r}: names files; use letters, digits, _ and - only")
@@ -203,9 +200,15 @@ def from_tars(path: str, split: str | None = None) -> Source:
         listed = ", ".join(f".{extension} ({count})" for extension, count in sorted(others.items()))
         log.warning("%s: members that are no image and no label are left out: %s", path, listed)
 
+    origins = {name: (data, np.arange(len(data))) for name, data in splits.items()}
+    if test_share:
+        name, train = _held_out_split(test_share, splits), splits["train"]
+        chosen = _held_out([train.label(sample) for sample in range(len(train))], test_share)
+        origins |= {"train": (train, np.flatnonzero(~chosen)), name: (train, np.flatnonzero(chosen))}
+
     def pictures(split: str, numbers: range) -> Iterator[Picture]:
-        data = splits[split]
-        for number in numbers:
+        data, samples = origins[split]
+        for number in samples[numbers.start : numbers.stop].tolist():
             shard, _ = data.locate(number)
             try:
                 sample = data.read(number)
@@ -215,10 +218,12 @@ def from_tars(path: str, split: str | None = None) -> Source:
             yield Picture(sample.extension, sample.image, sample.label, key=sample.key, origin=origin, group=shard)
 
     known = next(iter(splits.values())).dataset
+    tars = [tar for data in splits.values() for tar in data.tars]
     return Source(
-        known.name, known.classes, {name: len(data) for name, data in splits.items()}, pictures,
-        fingerprint=" ".join(data.fingerprint for data in splits.values()),
-        num_classes=known.num_classes, mean=known.mean, std=known.std,
+        known.name, known.classes, {name: len(samples) for name, (_, samples) in origins.items()}, pictures,
+        fingerprint=" ".join([*(data.fingerprint for data in splits.values()), *map(_stamp, tars), str(test_share)]),
+        num_classes=known.num_classes,
+        mean=None if test_share else known.mean, std=None if test_share else known.std,
     )  # fmt: skip
 
 

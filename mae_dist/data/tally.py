@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,15 @@ Triple = tuple[int, int, int]
 class Tally:
     """Sums over pictures. ``a + b`` is the tally of both; all are integers, so the order of a sum changes nothing.
 
-    ``num_bad`` counts unreadable pictures, which count nowhere else. ``source_bytes`` and ``stored_bytes`` are those of
-    the image files before and after; ``num_resized`` and ``num_encoded`` count the pictures whose pixels were resized
-    and whose files were written anew. ``top_label`` is the largest label (-1: none); ``smallest`` and ``largest`` are
-    (height, width), each extent by itself. ``num_pixels``, and per channel ``sums`` and ``squares`` (of 0..255), give
-    mean and standard deviation. ``changes`` are pairs of what decoding changed (`decode.changes`) and in how many
-    pictures, sorted; ``top_value`` is the largest 8-bit value.
+    ``bad`` counts pictures that are left out, by reason; they count nowhere else. ``source_bytes`` and ``stored_bytes``
+    are those of the image files before and after; ``num_resized`` and ``num_encoded`` count the pictures whose pixels
+    were resized and whose files were written anew. ``top_label`` is the largest label (-1: none); ``smallest`` and
+    ``largest`` are (height, width), each extent by itself. ``num_pixels``, and per channel ``sums`` and ``squares`` (of
+    0..255), give mean and standard deviation. ``changes`` are pairs of what decoding changed (`decode.changes`) and in
+    how many pictures, sorted; ``top_value`` is the largest 8-bit value.
     """
 
-    num_bad: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
     source_bytes: int = 0
     stored_bytes: int = 0
     num_resized: int = 0
@@ -41,9 +41,10 @@ class Tally:
     top_value: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        counts = ("num_bad", "source_bytes", "stored_bytes", "num_resized", "num_encoded", "num_pixels")
+        counts = ("source_bytes", "stored_bytes", "num_resized", "num_encoded", "num_pixels")
         return Tally(
             **{name: getattr(self, name) + getattr(other, name) for name in counts},
+            bad=dict(Counter(self.bad) + Counter(other.bad)),
             top_label=max(self.top_label, other.top_label),
             smallest=_each(min, self.smallest, other.smallest),
             largest=_each(max, self.largest, other.largest),
@@ -63,6 +64,11 @@ class Tally:
             **counts, top_label=label, smallest=size, largest=size, num_pixels=size[0] * size[1],
             sums=sums, squares=squares, changes=changes, top_value=int(np.flatnonzero(histogram.sum(0))[-1]),
         )  # fmt: skip
+
+    @property
+    def num_bad(self) -> int:
+        """Number of pictures that are left out."""
+        return sum(self.bad.values())
 
     @property
     def common_size(self) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.decode import changes
-from mae_dist.data.index import ShardIndex, open_split, splits
+from mae_dist.data.index import ShardIndex, evaluation_split, open_split, splits
 from mae_dist.data.order import Order, num_micro, plan
 from mae_dist.data.pixels import Decoding
 from mae_dist.models.backbone import Backbone
@@ -196,15 +196,16 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     """
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
+    run = RunDir(config.out)
+    before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     train_split = open_split(config.data.path, config.data.split)
+    config = with_test_split(config, before)
     test_split = find_test_split(config, required=needs_labels)
     initial = find_initial_weights(config.origin) if config.origin is not None else None
     for split in (train_split, test_split) if needs_labels else ():
         refuse_unlabelled(split, verb)
     if initial is not None:
         configuration.check_same_model(config, initial.config)
-    run = RunDir(config.out)
-    before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     config = with_statistics(config, before or (initial.config if initial else None), train_split)
     with parallel.meta_init(config.machine):
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
@@ -239,6 +240,17 @@ def find_initial_weights(path: str) -> InitialWeights:
     if dist.is_main() and run.result() is None:
         log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)
     return InitialWeights(run.settings()[2], newest)
+
+
+def with_test_split(config: C, earlier: RunConfig | None) -> C:
+    """The config with the name of the split to evaluate on: as given, else as in `earlier`, else what there is."""
+    data = config.data
+    given = earlier.data.test_split if earlier is not None and data.test_split == "auto" else data.test_split
+    path = data.test_path or data.path
+    split = evaluation_split(path, given)
+    if data.test_split == "auto" and split in splits(path) and dist.is_main():
+        log.info("evaluation on split %s (data.test_split)", split)
+    return dataclasses.replace(config, data=dataclasses.replace(data, test_split=split))
 
 
 def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:

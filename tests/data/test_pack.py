@@ -21,6 +21,7 @@ from image_files import content_of, image_file
 from PIL import Image
 from running import is_running
 
+from mae_dist.atomic import mount_points
 from mae_dist.commands.data import main
 from mae_dist.data import dataset, index
 from mae_dist.data.pack import Picture, Source, pack
@@ -65,9 +66,42 @@ def test_pack_does_not_overwrite_existing_data(tmp_path: Path) -> None:
     assert content_of(out) == before
 
 
+def test_pack_result_is_read_whole_by_timm(tmp_path: Path) -> None:
+    from timm.data.readers.reader_wds import ReaderWds
+
+    for number in range(8):
+        kind = ("JPEG", "PNG")[number % 2]
+        image_file(
+            tmp_path / "in" / ("train", "val")[number // 6] / "ab"[number % 2] / f"{number}.{kind}", number, kind=kind
+        )
+    pack(from_folder(tmp_path / "in"), tmp_path / "out", shard_size=4)
+    for split, count in (("train", 6), ("val", 2)):
+        reader = ReaderWds(str(tmp_path / "out"), split=split)
+        assert (len(reader), sorted(label for _, label in reader)) == (count, sorted([0, 1] * (count // 2)))
+
+
+def test_pack_constant_channel_is_said_and_stored_with_std_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        image_file(tmp_path / "in" / "c" / f"{number}.png", number)  # blue is always 7
+    dataset = pack(from_folder(tmp_path / "in"), tmp_path / "out").dataset
+    assert dataset.std == (0.5 / 255, 1 / 255, 1.0)
+    assert "constant in all images of train: channel 2" in caplog.text
+
+
+def test_pack_out_at_a_link_makes_its_target_and_at_a_mount_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    pack(from_synthetic(2, 2), tmp_path / "link")
+    assert (tmp_path / "target" / "dataset.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    mount = next(path for path in mount_points() if path.is_dir() and not any(path.iterdir()))
+    with pytest.raises(ValueError, match=f"--out {mount}: a file system is mounted there; choose a folder in it"):
+        pack(from_synthetic(2, 2), mount)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["pack", "synthetic", "--out", "x", "--max-bad", "2"], "--max-bad 2"),
         (["pack", "synthetic", "--out", "x", "--test", "0"], "--test 0"),
         (["pack", "synthetic", "--out", "x", "--shard-size", "0"], "--shard-size 0"),
         (["pack", "synthetic", "--out", "x", "--workers", "0"], "--workers 0"),
@@ -105,8 +139,8 @@ def photos(tmp_path: Path) -> Source:
     return replace(from_folder(tmp_path / "in"), chunk=2)
 
 
-def packed(source: Source, out: Path, workers: int = 1) -> dict[str, bytes]:
-    pack(source, out, 4, SMALLER, workers)
+def packed(source: Source, out: Path, workers: int = 1, max_bad: float = 0.01) -> dict[str, bytes]:
+    pack(source, out, 4, SMALLER, workers, max_bad=max_bad)
     return content_of(out)
 
 
@@ -248,25 +282,25 @@ def test_pack_error_in_a_worker_is_raised_and_leaves_nothing(photos: Source, tmp
 
 
 def test_pack_counts_unreadable_images_also_across_a_restart(
-    photos: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    photos: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def pictures(split: str, numbers: range) -> Iterator[Picture]:
         for number, picture in zip(numbers, photos.pictures(split, numbers), strict=True):
             yield replace(picture, content=b"") if (split, number) in (("train", 3), ("train", 20)) else picture
 
     source = replace(photos, pictures=pictures)
-    for share, message in ((0.1, ""), (0.05, "unreadable, as are 1 others of the 24 images of split 'train'")):
-        monkeypatch.setattr("mae_dist.data.pack.MAX_BAD", share)
+    for share, message in ((0.1, ""), (0.05, "too many of split 'train', 2 of 24 images")):
         out = tmp_path / f"out {share}"
         with pytest.raises(KeyboardInterrupt):
-            packed(at(source, 19, stop), out)
+            packed(at(source, 19, stop), out, max_bad=share)
         if message:
             with pytest.raises(ValueError, match=message):
-                packed(source, out)
+                packed(source, out, max_bad=share)
         else:
             caplog.clear()
-            assert packed(source, out, workers=2) == packed(source, tmp_path / "uninterrupted")
-            assert "split train: 2 of 24 images unreadable and left out" in caplog.text
+            uninterrupted = packed(source, tmp_path / "uninterrupted", max_bad=share)
+            assert packed(source, out, workers=2, max_bad=share) == uninterrupted
+            assert "split train: left out 2 of 24 images (2 unreadable)" in caplog.text
             assert len(index.open_split(str(out), "train")) == 22
 
 

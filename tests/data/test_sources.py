@@ -178,14 +178,14 @@ def test_cifar_download_verifies_checksum_and_offline_error_has_a_remedy(
 # --- class folders
 
 
-def test_pack_folder_keeps_bytes_extension_and_class_order(tmp_path: Path) -> None:
+def test_pack_folder_keeps_bytes_and_class_order_and_calls_every_jpeg_jpg(tmp_path: Path) -> None:
     source = tmp_path / "imagenet"
     files = {}
     for number in range(12):
         split, name = ("train", f"im {number}.v2.é") if number < 9 else ("val", f"v{number}")
         kind, extension = [("PNG", "png"), ("JPEG", "JPEG"), ("WEBP", "webp")][number % 3]
         path = image_file(source / split / ("b_dog", "a cat")[number % 2] / f"{name}.{extension}", number, kind=kind)
-        files[path.read_bytes()] = (extension.lower(), 1 - number % 2, "test" if split == "val" else split)
+        files[path.read_bytes()] = ("jpg" if kind == "JPEG" else extension, 1 - number % 2, split)
     (source / "train" / "a cat" / "Thumbs.db").write_bytes(b"x")
     (source / ".hidden").mkdir()
     os.symlink(source / "train" / "b_dog", tmp_path / "elsewhere")
@@ -193,7 +193,7 @@ def test_pack_folder_keeps_bytes_extension_and_class_order(tmp_path: Path) -> No
     dataset = index.Dataset.load(tmp_path / "out")
     assert dataset.classes == ["a cat", "b_dog"]
     found = {}
-    for split in ("train", "test"):
+    for split in ("train", "val"):
         data = index.open_split(str(tmp_path / "out"), split)
         samples = [data.read(i) for i in range(len(data))]
         assert all(name.isascii() and " " not in name and "." not in name for name in (s.key for s in samples))
@@ -240,26 +240,55 @@ def test_pack_folder_leaves_out_unreadable_images_up_to_a_share(
     dataset = pack(from_folder(tmp_path / "in"), tmp_path / "out").dataset
     assert sum(shard.num_samples for shard in dataset.splits["train"]) == 149
     assert "7.jpg" in caplog.text
-    assert "1 of 150 images unreadable" in caplog.text
     (tmp_path / "in" / "c" / "8.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="150 images of split 'train'"):
+    (tmp_path / "in" / "c" / "x.heic").write_bytes(b"x")
+    (tmp_path / "in" / "c" / "link.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "in" / "c" / "pipe.png")
+    with pytest.raises(ValueError, match="too many of split 'train', 2 of 153 images.*--max-bad 0.01"):
         pack(from_folder(tmp_path / "in"), tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
+    pack(from_folder(tmp_path / "in"), tmp_path / "out3", max_bad=0.04)
+    reasons = "1 .heic is not read, 1 broken link, 1 empty file, 1 not a regular file, 1 unreadable"
+    assert f"split train: left out 5 of 153 images ({reasons})" in caplog.text
 
 
-def test_pack_folder_refuses_folders_without_classes(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    image_file(tmp_path / "flat" / "a.png", 1)
-    image_file(tmp_path / "half" / "train" / "c" / "a.png", 1)
-    image_file(tmp_path / "half" / "val" / "a.png", 1)
-    image_file(tmp_path / "twice" / "val" / "c" / "a.png", 1)
-    image_file(tmp_path / "twice" / "test" / "c" / "a.png", 1)
-    for name, message in {
-        "empty": "no images", "flat": "no images of split 'train'", "half": "no images of split 'test'",
-        "twice": "two of its folders",
+def rgb(content: bytes) -> bytes:
+    """Pixels of an image file in 8 bits a channel, or those of one channel of 16."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.tobytes() if image.mode == "I;16" else image.convert("RGB").tobytes()
+
+
+def test_pack_folder_stores_bmp_gif_ppm_and_tiff_as_png_with_the_same_pixels(tmp_path: Path) -> None:
+    expected = {}
+    for kind, array in {
+        "BMP": noise(1)[0], "GIF": noise(1)[0, ..., 0], "PPM": noise(2)[1],
+        "TIFF": noise(1)[0, ..., 1].astype(np.uint16) * 257,
     }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            from_folder(tmp_path / name)
+        path = tmp_path / "in" / "c" / f"{kind}.{kind.lower()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+        expected[kind] = rgb(path.read_bytes())
+    Image.fromarray(noise(1)[0, ..., 0].astype(np.float32) / 255).save(tmp_path / "in" / "c" / "float.tif")
+    pack(from_folder(tmp_path / "in"), tmp_path / "out")
+    stored = {s.key.rpartition("-")[2]: s for s in samples(tmp_path / "out")}
+    assert stored.pop("float").extension == "tif"  # PNG cannot hold it
+    assert {s.extension for s in stored.values()} == {"png"}
+    assert {kind: rgb(sample.image) for kind, sample in stored.items()} == expected
+
+
+def test_pack_folder_test_share_holds_out_the_same_share_of_each_class(tmp_path: Path) -> None:
+    for number, name in enumerate("a" * 20 + "b" * 10 + "c" * 10 + "d"):
+        image_file(tmp_path / "in" / name / f"{number}.png", number)
+    image_file(tmp_path / "kaggle" / "test" / "0.png", 1)
+    os.symlink(tmp_path / "in", tmp_path / "kaggle" / "train")
+    source, kaggle = from_folder(tmp_path / "in", 0.2), from_folder(tmp_path / "kaggle", 0.2)
+    held_out = [[p.label for p in s.pictures(split, range(8))] for s, split in ((source, "test"), (kaggle, "val"))]
+    assert [sorted(labels) for labels in held_out] == [[0, 0, 0, 0, 1, 1, 2, 2]] * 2
+    assert (source.counts, kaggle.counts) == ({"train": 33, "test": 8}, {"train": 33, "val": 8, "test": 1})
+    (tmp_path / "kaggle" / "val").mkdir()
+    image_file(tmp_path / "kaggle" / "val" / "a" / "0.png", 1)
+    with pytest.raises(ValueError, match="--test-share 0.2: SOURCE has the splits train, val, test; leave it out"):
+        from_folder(tmp_path / "kaggle", 0.2)
 
 
 # --- tars
@@ -333,6 +362,29 @@ def test_pack_tars_refuses_what_is_not_indexed_or_has_splits(tmp_path: Path) -> 
             pack(from_synthetic(2, 2), path)
         with pytest.raises(ValueError, match=message):
             from_tars(str(path), split)
+
+
+def test_pack_tars_test_share_keeps_keys_and_holds_out_of_every_class(tmp_path: Path) -> None:
+    image = image_file(tmp_path / "a.png", 1).read_bytes()
+    for shard in range(2):
+        write_tar(tmp_path / "in" / f"{shard}.tar", {
+            f"{n}.{kind}": content for n in range(10) for kind, content in (("png", image), ("cls", b"%d" % (n % 2)))
+        })  # fmt: skip
+    main(["index", str(tmp_path / "in" / "*.tar")])
+    main(["pack", "tars", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--test-share", "0.2"])
+    assert sorted(s.label for s in samples(tmp_path / "out", "test")) == [0, 0, 1, 1]
+    both = [s.key for split in ("train", "test") for s in samples(tmp_path / "out", split)]
+    assert sorted(both) == sorted(2 * [str(n) for n in range(10)])
+
+
+def test_pack_tars_fingerprint_changes_with_a_tar_of_the_same_size_that_nothing_lists(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"0.png": image_file(tmp_path / "a.png", 1).read_bytes()})
+    main(["index", str(tmp_path / "x.tar")])
+    (tmp_path / "dataset.json").unlink()
+    before = from_tars(str(tmp_path / "x.tar")).fingerprint
+    assert from_tars(str(tmp_path / "x.tar")).fingerprint == before
+    os.utime(tmp_path / "x.tar", ns=(1, 1))
+    assert from_tars(str(tmp_path / "x.tar")).fingerprint != before
 
 
 @pytest.mark.parametrize("split", ["../../evil", "a/b"])

@@ -1,0 +1,296 @@
+"""Which of the folders of a data set are splits, and which are classes. Imports no torch.
+
+What is certain is read: folders called train, val or test are splits, and the folders in them, or in a folder without
+splits, are classes, each read to its bottom as torchvision's ImageFolder does. What could be either is asked about.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mae_dist.data import label_list
+from mae_dist.data.folder_files import File, Found
+
+log = logging.getLogger(__name__)
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Names of folders (in any case) that are splits, and the names of these splits."""
+SPLIT_WORDS = {
+    "train", "training", "trainset", "val", "valid", "validation", "test", "testing", "testset", "dev", "eval",
+    "evaluation", "holdout", "labeled", "labelled", "unlabeled", "unlabelled", "fold", "split", "imagestr", "imagests",
+}  # fmt: skip
+"""Words in the names of folders that may be splits, so that the user is asked."""
+YEAR = re.compile(r"(19|20)\d\d")
+TINY_IMAGENET = "val_annotations.txt"
+"""The file with the labels of tiny-imagenet's validation images."""
+
+Named = dict[str, list[tuple[File, str | None]]]
+"""The images of each split, each with the name of its class (None: no label)."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The images of each split with their labels (-1: none), the names of the classes, and their number; None where
+    there are no labels, or where these are numbers.
+    """
+
+    splits: dict[str, list[tuple[File, int]]]
+    classes: list[str] | None
+    num_classes: int | None
+
+
+def read(source: Path, found: Found, answer: str | None = None, labels: Path | None = None) -> Labelled:
+    """The splits and labels of what lies below `source`.
+
+    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER'. `labels` is a file that `label_list` reads;
+    it decides in splits whose images it names, and folders in others. Raises ValueError where something is not clear.
+    """
+    if not found.files:
+        others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
+        raise ValueError(f"--source {source}: no images below it" + (f", only {others}" if others else ""))
+    folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
+    listed = None if labels is None else label_list.read(labels)
+    named: Named = {}
+    by_list: set[str] = set()
+    for split, folder in folders.items():
+        files = _files_of(found.files, folder, folders.values())
+        if not files:
+            raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folder or '.'}")
+        if table := _table(source / folder, folder, files, listed):
+            log.info(
+                "split %s: labels of %d of %d images are from %s",
+                split,
+                len(table),
+                len(files),
+                labels or TINY_IMAGENET,
+            )
+            by_list.add(split)
+        named[split] = [(f, table.get(f.path)) for f in files] if table else _by_folder(split, folder, files)
+    if listed is not None and not by_list:
+        what = "rows name no image" if listed.files is not None else "labels are not as many as the images of a split"
+        raise ValueError(f"--labels {labels}: its {len(listed.labels)} {what} of {source}")
+    if listed is not None and listed.files is None and len(by_list) > 1:
+        raise ValueError(f"--labels {labels}: fits the splits {_listed(by_list)}; write rows IMAGE,LABEL")
+    _check_classes(source, named, by_list)
+    _unlabel_lone_folders(named, by_list)
+    _warn(source, found, folders, named)
+    return _numbered(named, by_number=by_list >= {split for split in named if _classes(named[split])})
+
+
+# --- splits
+
+
+def _certain_splits(source: Path, found: Found) -> dict[str, str]:
+    """The folder of each split, relative to `source` ('': `source` itself), where there is no doubt."""
+    base, tree = "", _tree(found.files, "")
+    while len(tree) == 1 and (only := next(iter(tree))) and only.lower() not in SPLITS and tree[only] != {""}:
+        base = _join(base, only)
+        tree = _tree(found.files, base)
+    tops = sorted(tree.keys() - {""})
+    named = sorted(f for f in found.folders if os.path.dirname(f) == base and os.path.basename(f).lower() in SPLITS)
+    if not named:
+        if doubt := _doubt(base, tree):
+            raise _question(source, base or tops[0], doubt, tops)
+        return {"train": ""}
+    if others := [top for top in tops if top.lower() not in SPLITS]:
+        doubt = f"{_listed(map(os.path.basename, named))} named like a split, but {_listed(others)} beside it not"
+        raise _question(source, named[0], doubt, tops)
+    splits = {name: [f for f in named if SPLITS[os.path.basename(f).lower()] == name] for name in SPLITS.values()}
+    if twins := next((f for f in splits.values() if len(f) > 1), None):
+        raise ValueError(
+            f"--source {source}: {_listed(twins)} are both {SPLITS[os.path.basename(twins[0]).lower()]!r}; "
+            f"choose with --splits train=FOLDER,val=FOLDER,test=FOLDER"
+        )
+    if base:
+        log.info("%s: reads %s, as all images are there", source, base)
+    return {name: folders[0] for name, folders in splits.items() if folders}
+
+
+def _tree(files: list[File], base: str) -> dict[str, set[str]]:
+    """The folders with images in `base`, which has all of them: the folders with images in each. '' among them stands
+    for images that lie there themselves.
+    """
+    tree: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        parts = file.path[len(base) + bool(base) :].split("/", 2)
+        tree[parts[0] if len(parts) > 1 else ""].add(parts[1] if len(parts) > 2 else "")
+    return tree
+
+
+def _doubt(base: str, tree: dict[str, set[str]]) -> str:
+    """Why the folders of this tree may be something else than classes; '' if there is no reason to think so."""
+    tops = sorted(tree.keys() - {""})
+    if base:
+        return f"all images are in its folder {base}"
+    like_splits = [top for top in tops if SPLIT_WORDS & set(re.split("[^a-z]+", top.lower()))]
+    if like_splits and 2 * len(like_splits) >= len(tops):
+        return f"{_listed(like_splits)} may be splits or classes"
+    if len(tops) < 2 or any("" in inner for inner in tree.values()):
+        return ""
+    counts = Counter(name for top in tops for name in tree[top])
+    shared = {name for name, count in counts.items() if count > 1 and not name.isdigit()}
+    if sum(len(tree[top] & shared) > 1 for top in tops) * 2 >= len(tops):
+        return f"{_listed(tops)} have folders of the same names ({_listed(sorted(shared))}), so they may be splits"
+    if all(YEAR.fullmatch(top) for top in tops) and not all(name.isdigit() for name in counts):
+        return f"{_listed(tops)} may be splits or classes"
+    return ""
+
+
+def _question(source: Path, one: str, doubt: str, tops: list[str]) -> ValueError:
+    tops = sorted(tops, key=lambda top: "tr" not in top.lower())
+    splits = ",".join(f"{split}={top}" for split, top in zip(("train", "test"), tops, strict=False))
+    return ValueError(
+        f"--source {source}: {doubt}; add --splits none if its folders are classes, --splits {splits} (or any others) "
+        f"if they are splits, or give --source {source / one} to read that folder alone"
+    )
+
+
+def _answered_splits(source: Path, answer: str) -> dict[str, str]:
+    """The folder of each split as the option --splits says."""
+    if answer == "none":
+        return {"train": ""}
+    folders: dict[str, str] = {}
+    for part in answer.split(","):
+        split, equals, folder = part.partition("=")
+        folder = os.path.normpath(folder)
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split in folders:
+            raise ValueError(f"--splits {answer}: write none, or each split once as train=FOLDER,test=FOLDER")
+        if os.path.isabs(folder) or folder.startswith("..") or not (source / folder).is_dir():
+            raise ValueError(f"--splits {answer}: {source} has no folder {folder}")
+        folders[split] = "" if folder == "." else folder
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"--splits {answer}: two splits have the same folder")
+    return folders
+
+
+def _files_of(files: list[File], folder: str, claimed: Iterable[str]) -> list[File]:
+    """The files below a folder, without those of the folders in it that other splits claim."""
+    start = f"{folder}/" if folder else ""
+    inner = tuple(f"{other}/" for other in claimed if other != folder and other.startswith(start))
+    return [f for f in files if f.path.startswith(start) and not f.path.startswith(inner)]
+
+
+# --- classes
+
+
+def _table(path: Path, folder: str, files: list[File], listed: label_list.LabelList | None) -> dict[str, str]:
+    """The labels by path that a list gives to the images of this split; empty if it is not about them."""
+    if listed is None and (path / TINY_IMAGENET).is_file():
+        listed = label_list.read(path / TINY_IMAGENET)
+    if listed is None or (listed.files is None and any("/" in f.path[len(folder) + 1 :] for f in files)):
+        return {}  # a list without files is for a folder without folders
+    return listed.of([f.path for f in files], folder)
+
+
+def _by_folder(split: str, folder: str, files: list[File]) -> list[tuple[File, str | None]]:
+    """The files, each with the first folder below `folder` as its class; files beside class folders have a problem."""
+    inner = [f.path[len(folder) + bool(folder) :].split("/") for f in files]
+    if all(len(parts) == 1 for parts in inner):
+        return [(f, None) for f in files]
+    by_letter = len({parts[0] for parts in inner}) > 1 and all(
+        len(parts) > 2 and len(parts[0]) == 1 and parts[1][0].lower() == parts[0].lower() for parts in inner
+    )
+    if by_letter:
+        log.info(
+            "split %s: its folders are first letters, as in Places365, so the folders in them are the classes", split
+        )
+    elif deep := sum(len(parts) > 2 for parts in inner):
+        log.info("split %s: %d images in deeper folders belong to the class of the first", split, deep)
+    return [
+        (f._replace(problem=f.problem or "in no class folder"), None) if len(parts) == 1
+        else (f, "/".join(parts[:-1]) if by_letter else parts[0])
+        for f, parts in zip(files, inner, strict=True)
+    ]  # fmt: skip
+
+
+def _classes(files: list[tuple[File, str | None]]) -> set[str]:
+    return {name for _, name in files if name is not None}
+
+
+def _unlabel_lone_folders(named: Named, by_list: set[str]) -> None:
+    """Take the label from a split whose only folder is no class of train, as test/images in tiny-imagenet."""
+    known = _classes(named.get("train", []))
+    for split, files in named.items():
+        classes = _classes(files)
+        if split not in by_list and known and len(classes) == 1 and not classes & known:
+            log.warning("split %s: its only folder, %s, is no class of train: no labels", split, *classes)
+            named[split] = [(f, None) for f, _ in files]
+
+
+def _check_classes(source: Path, named: Named, by_list: set[str]) -> None:
+    """Raise ValueError for names that are not UTF-8, that splits write in different ways, or that are of two kinds."""
+    for name in sorted(set().union(*map(_classes, named.values()))):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"--source {source}: the class {name!r} has a name that is no text in UTF-8; rename it")
+    spellings: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for split, files in named.items():
+        for name in _classes(files):
+            spellings[unicodedata.normalize("NFC", name).casefold()][name].add(split)
+    for ways in (ways for ways in spellings.values() if len(ways) > 1):
+        if not set.intersection(*ways.values()):
+            where = " and ".join(f"{name!r} in {_listed(sorted(splits))}" for name, splits in ways.items())
+            raise ValueError(f"--source {source}: one class has two names, {where}; rename one of them")
+        log.warning("%s: classes whose names are almost equal stay apart: %s", source, _listed(map(repr, ways)))
+    by_folder = set().union(*(_classes(files) for split, files in named.items() if split not in by_list))
+    for split in by_list:
+        if by_folder and not (listed := _classes(named[split])) & by_folder and listed:
+            raise ValueError(
+                f"--labels: labels of split {split} ({_listed(sorted(listed))}) are no class folders of the others "
+                f"({_listed(sorted(by_folder))}); write the folders' names into the list"
+            )
+
+
+def _warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> None:
+    """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
+    if unused := len(found.files) - sum(map(len, named.values())):
+        log.warning("%s: %d images are in no folder of a split and are left out", source, unused)
+    classes = set().union(*map(_classes, named.values()))
+    for split, files in named.items():
+        here = _classes(files)
+        unlabelled = sum(name is None and not f.problem for f, name in files)
+        if classes and unlabelled and split != "test":
+            log.warning(
+                "split %s: %d of %d images get no label (--labels FILE gives some)", split, unlabelled, len(files)
+            )
+        if here and (absent := classes - here):
+            log.warning("%s: split %s has no image of %d classes, %s first", source, split, len(absent), min(absent))
+        inside = {f for f in found.folders if f and os.path.dirname(f) == folders[split]} - set(folders.values())
+        full = {_join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
+        if empty := sorted(inside - full):
+            log.warning("%s: folders without images are no classes: %s", source, _listed(empty))
+    if len(classes) == 1:
+        log.warning("%s: all labelled images have one class, %s", source, *classes)
+
+
+def _numbered(named: Named, by_number: bool) -> Labelled:
+    """Names of classes as labels: numbers stay what they are where all labels are numbers of a list."""
+    names = set().union(*map(_classes, named.values()))
+    if not names:
+        return Labelled({split: [(f, -1) for f, _ in files] for split, files in named.items()}, None, None)
+    if by_number and all(re.fullmatch(r"-1|0|[1-9]\d*", name) for name in names):
+        labels, classes = {name: int(name) for name in names}, None
+        num_classes = max(labels.values()) + 1 or None
+    else:
+        classes = sorted(names)
+        labels, num_classes = {name: label for label, name in enumerate(classes)}, len(classes)
+    return Labelled(
+        {split: [(f, -1 if n is None else labels[n]) for f, n in files] for split, files in named.items()},
+        classes, num_classes,
+    )  # fmt: skip
+
+
+def _join(base: str, name: str) -> str:
+    return f"{base}/{name}" if base else name
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, at most five of them."""
+    names = [*names]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

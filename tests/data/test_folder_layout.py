@@ -1,0 +1,202 @@
+"""Layouts of folders: read where they are certain, asked about where they are not, nothing lost without a word."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mae_dist.data import folder_files, folder_layout
+
+Splits = dict[str, dict[str | None, int]]
+"""How many images of each class (None: no label) a split has."""
+
+HEIC = ".heic is not read: convert it to jpg or png"
+
+
+def files(folder: Path, *paths: str, content: str = "x") -> Path:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    return folder
+
+
+def read(folder: Path, answer: str | None = None, labels: str | None = None) -> Splits:
+    found = folder_files.find(folder)
+    layout = folder_layout.read(folder, found, answer, None if labels is None else folder / labels)
+    names = layout.classes or [*map(str, range(layout.num_classes or 0))]
+    splits: Splits = {}
+    for split, rows in layout.splits.items():
+        for file, label in rows:
+            name = file.problem or (None if label < 0 else names[label])
+            splits.setdefault(split, {}).setdefault(name, 0)
+            splits[split][name] += 1
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ("cat/2020/1.jpg cat/2020/2.jpg dog/2020/1.jpg", {"train": {"cat": 2, "dog": 1}}),
+        ("cat/1.jpg dog/more/still/1.jpg", {"train": {"cat": 1, "dog": 1}}),
+        ("cat/2020/1.jpg cat/2021/1.jpg dog/2020/1.jpg dog/2021/1.jpg", {"train": {"cat": 2, "dog": 2}}),
+        ("cat/siamese/1.jpg dog/poodle/1.jpg dog/pug/1.jpg", {"train": {"cat": 1, "dog": 2}}),
+        ("a/airfield/1.jpg f/field/wild/1.jpg f/field/tame/1.jpg",
+         {"train": {"a/airfield": 1, "f/field/wild": 1, "f/field/tame": 1}}),
+        ("1.jpg b/.x.jpg", {"train": {None: 1}}),
+        ("train/1.jpg test/1.jpg", {"train": {None: 1}, "test": {None: 1}}),
+        ("Train/a/1.jpg VALID/a/1.jpg", {"train": {"a": 1}, "val": {"a": 1}}),
+        ("train/a/1.jpg validation/a/1.jpg test/1.jpg", {"train": {"a": 1}, "val": {"a": 1}, "test": {None: 1}}),
+        ("train/a/images/1.jpg train/a/a_boxes.txt test/images/1.jpg", {"train": {"a": 1}, "test": {None: 1}}),
+        ("set/data/train/a/1.jpg set/data/val/a/1.jpg set/x.txt", {"train": {"a": 1}, "val": {"a": 1}}),
+        ("train/a/1.jpg val/a/1.jpg __MACOSX/train/a/._1.jpg .DS_Store a/Thumbs.db annotations/1.xml",
+         {"train": {"a": 1}, "val": {"a": 1}}),
+        ("a/1.jpg 2.jpg b.heic", {"train": {"a": 1, "in no class folder": 1, HEIC: 1}}),
+        ("train_inn/1.jpg field/1.jpg valley/1.jpg", {"train": {"train_inn": 1, "field": 1, "valley": 1}}),
+    ],
+)  # fmt: skip
+def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, expected: Splits) -> None:
+    assert read(files(tmp_path, *paths.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*--splits train=training,test=testing"),
+        ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
+        ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
+        ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),
+        ("2020/a/1.jpg 2020/b/1.jpg 2021/b/1.jpg", "2020, 2021 may be splits or classes"),
+        ("x/a/1.jpg x/b/1.jpg y/a/1.jpg y/b/1.jpg", "x, y have folders of the same names"),
+        ("photos/a/1.jpg photos/b/1.jpg", "all images are in its folder photos.*--source .*/photos to read"),
+        ("train/a/1.jpg extra/a/1.jpg", "train named like a split, but extra beside it not"),
+        ("cat/1.jpg dog/1.jpg test/1.jpg", "test named like a split, but cat, dog beside it not.*--splits none"),
+        ("train/a/1.jpg val/a/1.jpg valid/a/1.jpg", "val, valid are both 'val'"),
+        ("train/a/1.jpg val/x.txt", "no images of split 'val' in its folder val"),
+        ("a/1.txt a/2.txt b/3", "no images below it, only 2 .txt, 1 without extension"),
+        ("train/Cat/1.jpg val/cat/1.jpg", "one class has two names, 'Cat' in train and 'cat' in val"),
+        ("train/e\u0301/1.jpg val/\xe9/1.jpg", "one class has two names"),
+        ("train/\udce9/1.jpg", "has a name that is no text in UTF-8"),
+    ],
+)  # fmt: skip
+def test_folder_layouts_that_are_not_certain_are_asked_about(tmp_path: Path, paths: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(files(tmp_path, *paths.split(" ")))
+
+
+def test_folder_splits_option_answers(tmp_path: Path) -> None:
+    folder = files(tmp_path, "training/a/1.jpg", "training/b/1.jpg", "held/out/a/1.jpg", "more/c/1.jpg")
+    assert read(folder, "none") == {"train": {"training": 2, "held": 1, "more": 1}}
+    assert read(folder, "train=training,test=held/out") == {"train": {"a": 1, "b": 1}, "test": {"a": 1}}
+    assert read(folder, "train=.,val=held/out") == {"train": {"training": 2, "more": 1}, "val": {None: 1}}
+    for answer, message in {
+        "training": "write none, or each split once", "train=x": "has no folder x", "train=../in": "has no folder",
+        "train=more,test=more/": "two splits have the same folder", "a/b=more": "write none",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"--splits {answer}: .*{message}"):
+            read(folder, answer)
+
+
+def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/2.jpg", "cover.jpg", "train/c/notes.txt")
+    assert read(tmp_path)["val"] == {"a": 1, "in no class folder": 1}
+    for said in (
+        "1 images are in no folder of a split",
+        "val has no image of 1 classes, b first",
+        "no classes: train/c",
+    ):
+        assert said in caplog.text
+
+
+def test_folder_follows_links_but_no_loops(tmp_path: Path) -> None:
+    folder = files(tmp_path / "in", "a/1.jpg")
+    files(tmp_path / "elsewhere", "2.jpg")
+    (folder / "b").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "loop").symlink_to(folder)
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    found = folder_files.find(folder)
+    assert [(f.path, f.problem) for f in found.files] == [("a/1.jpg", ""), ("b/2.jpg", ""), ("gone", "broken link")]
+    assert found.loops == ["a/loop"]
+
+
+# --- lists of labels
+
+
+def test_folder_tiny_imagenet_has_the_labels_of_its_annotations(tmp_path: Path) -> None:
+    files(tmp_path, "train/n01/images/n01_0.JPEG", "train/n02/images/n02_0.JPEG", "train/n01/n01_boxes.txt")
+    files(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG", "wnids.txt")
+    files(tmp_path, "val/val_annotations.txt", content="val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    assert read(tmp_path) == {"train": {"n01": 1, "n02": 1}, "val": {"n02": 1, "n01": 1}, "test": {None: 1}}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "file,label\n1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n",
+        "1,cat\n2,dog\n3,cat\n",
+        "\ufeffimg\tlabel\r\ntrain/1.jpg\tcat\r\n./train/2.jpg\tdog\r\ntrain/3.jpg\tcat\r\n",
+        "1.jpg cat\n2.jpg dog\n3.jpg cat\n",
+        "width,image_id,class\n7,1.jpg,cat\n7,2.jpg,dog\n7,3.jpg,cat\n",
+        "cat\ndog\ncat\n",
+    ],
+)  # fmt: skip
+def test_folder_labels_option_reads_lists_of_many_forms(tmp_path: Path, rows: str) -> None:
+    files(tmp_path, "train/1.jpg", "train/2.jpg", "train/3.jpg", "test/9.jpg", "test/8.jpg")
+    files(tmp_path, "labels", content=rows)
+    assert read(tmp_path, labels="labels") == {"train": {"cat": 2, "dog": 1}, "test": {None: 2}}
+
+
+def test_folder_labels_that_are_numbers_stay_what_they_are(tmp_path: Path) -> None:
+    files(tmp_path, "10.jpg", "2.jpg", "x.jpg", "y.jpg")
+    files(tmp_path, "labels.csv", content="10.jpg,10\n2.jpg,2\nx.jpg,-1\n")
+    assert read(tmp_path, labels="labels.csv") == {"train": {"10": 1, "2": 1, None: 2}}
+
+
+def test_folder_labels_of_imagenets_flat_validation_images_belong_to_class_folders(tmp_path: Path) -> None:
+    files(tmp_path, "Data/CLS-LOC/train/n00000001/1.JPEG", "Data/CLS-LOC/train/n00000002/1.JPEG", "Annotations/1.xml")
+    files(
+        tmp_path,
+        "Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG",
+        "Data/CLS-LOC/test/1.JPEG",
+        "Data/CLS-LOC/test/2.JPEG",
+    )
+    rows = "ImageId,PredictionString\nILSVRC2012_val_00000001,n00000002 85 1 499 272 n00000002 5 1 9 2 \n"
+    files(tmp_path, "LOC_val_solution.csv", content=rows)
+    train = {"n00000001": 1, "n00000002": 1}
+    expected = {"train": train, "val": {"n00000002": 1}, "test": {None: 2}}
+    assert read(tmp_path, labels="LOC_val_solution.csv") == expected
+    assert read(files(tmp_path, "synsets.txt", content="n00000002\n"), labels="synsets.txt") == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "is empty"), ("7.jpg,cat\n", "its 1 rows name no image"), ("cat\n", "its 1 labels are not as many"),
+        ("1.jpg,a\n1.jpg,b\n", "1.jpg has two labels, a and b"), ("1.jpg,a\n2.jpg\n", "rows of 1 and of 2 columns"),
+        ("1.jpg,a,b\n", "3 columns .* but none called file or label"), ("same,a\n", "same may be .* write paths"),
+        ("val/1.jpg,3\n", "labels of split val .3. are no class folders of the others .n01."),
+    ],
+)  # fmt: skip
+def test_folder_labels_that_do_not_fit_are_refused(tmp_path: Path, rows: str, message: str) -> None:
+    files(tmp_path, "train/n01/a.jpg", "val/1.jpg", "val/2.jpg", "val/x/same.jpg", "val/y/same.jpg")
+    files(tmp_path, "labels.csv", content=rows)
+    with pytest.raises(ValueError, match=f"--labels.*{message}"):
+        read(tmp_path, labels="labels.csv")
+
+
+def test_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, "a/1.jpg", "b/1.jpg")
+
+    scan = os.scandir
+
+    def refuse(path: Path) -> object:
+        if path.name == "b":  # the tests' user may be root, who may read all
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"b: cannot be read \(Permission denied\)"):
+        read(tmp_path)
