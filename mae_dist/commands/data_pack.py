@@ -54,6 +54,23 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         encodes=True,
     )  # fmt: skip
 
+    _add_imagenet(kinds)
+    synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
+    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
+    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
+    synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
+    _complete(synthetic, lambda given, _: from_synthetic(given.train, given.test, given.seed))
+
+    tars = kinds.add_parser("tars", help="indexed tars; keys, labels, splits and the order of samples are kept")
+    tars.add_argument(
+        "--source", required=True, metavar="DIR|GLOB", help="folder with a dataset.json, or 'DIR/a-*.tar'"
+    )
+    tars.add_argument("--split", help="name of the split of a GLOB (default: that in its dataset.json, or train)")
+    _add_test_share(tars)
+    _complete(tars, lambda given, _: from_tars(given.source, given.split, given.test_share), sizes=False, encodes=True)
+
+
+def _add_imagenet(kinds: argparse._SubParsersAction) -> None:
     imagenet = kinds.add_parser("imagenet", help="the archives of ImageNet (ILSVRC2012) as they are")
     imagenet.add_argument("--train", type=Path, required=True, metavar="ILSVRC2012_img_train.tar", help="tar of tars")
     imagenet.add_argument("--val", type=Path, metavar="ILSVRC2012_img_val.tar", help="tar of validation images")
@@ -70,20 +87,6 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         imagenet, lambda given, tick: from_imagenet(given.train, given.val, given.val_labels, given.workers, tick),
         encodes=True,
     )  # fmt: skip
-
-    synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
-    synthetic.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
-    synthetic.add_argument("--test", type=int, default=2000, help="test images (default 2000)")
-    synthetic.add_argument("--seed", type=int, default=0, help="seed of the images (default 0)")
-    _complete(synthetic, lambda given, _: from_synthetic(given.train, given.test, given.seed))
-
-    tars = kinds.add_parser("tars", help="indexed tars; keys, labels, splits and the order of samples are kept")
-    tars.add_argument(
-        "--source", required=True, metavar="DIR|GLOB", help="folder with a dataset.json, or 'DIR/a-*.tar'"
-    )
-    tars.add_argument("--split", help="name of the split of a GLOB (default: that in its dataset.json, or train)")
-    _add_test_share(tars)
-    _complete(tars, lambda given, _: from_tars(given.source, given.split, given.test_share), sizes=False, encodes=True)
 
 
 def _add_test_share(kind: argparse.ArgumentParser) -> None:

@@ -76,8 +76,8 @@ def from_imagenet(
     names = {} if truth is None else truth.names
     classes = [f"{wnid} {names[wnid]}" if wnid in names else wnid for wnid in wnids]
     rows = [f"{image.file.name} {image.offset} {image.size} {image.label}" for s in shuffled.values() for image in s]
-    files = dict.fromkeys([*(part.file for part in parts), *([val] if val else [])])
-    rows += [f"{file} {file.stat().st_mtime_ns}" for file in files]
+    files = {part.file for part in parts} | ({val} if val is not None else set())
+    rows += [f"{file} {file.stat().st_mtime_ns}" for file in sorted(files)]
     counts = {split: len(rows) for split, rows in shuffled.items()}
     return Source("imagenet", classes, counts, pictures, hashlib.sha256("\n".join(rows).encode()).hexdigest())
 
@@ -99,7 +99,7 @@ def _class_tars(train: Path) -> list[_Part]:
     """The tars of the synsets, in a tar or in a folder."""
     if train.is_dir():
         files = sorted(file for file in train.iterdir() if CLASS_TAR.fullmatch(file.name))
-        parts = [_Part(file, 0, _size(file), file.stem) for file in files]
+        parts = [_Part(file, 0, _size(file), file.stem) for file in sorted(files)]
     else:
         inner = [(row, CLASS_TAR.fullmatch(row[3])) for row in _members(_Part(train, 0, _size(train), ""))]
         parts = [_Part(train, begin, begin + size, match[1]) for (_, begin, size, _), match in inner if match]

@@ -85,7 +85,9 @@ def as_png(content: bytes) -> bytes | None:
     try:
         with Image.open(io.BytesIO(content), formats=("BMP", "GIF", "PPM", "TIFF")) as image:
             held = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") and not is_deep(image)
-            if not (held or image.mode in ("I;16", "I;16B")) or (image.format == "TIFF" and image.n_frames > 1):
+            if not (held or image.mode in ("I;16", "I;16B")) or (
+                image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
+            ):
                 return None
             image.save(stream, "PNG", compress_level=1, exif=image.getexif())
     except MemoryError:

@@ -55,7 +55,7 @@ class Tally:
         )
 
     @staticmethod
-    def of(pixels: np.ndarray, label: int, changes: tuple[tuple[str, int], ...] = (), **counts: int) -> Tally:
+    def of(pixels: np.ndarray, label: int, changes: tuple[tuple[str, int], ...] = (), **counts: Any) -> Tally:
         """The tally of one picture with these pixels, uint8 (height, width, 3), and these other counts."""
         size = pixels.shape[:2]
         histogram, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)

@@ -63,7 +63,7 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*--splits train=training,test=testing"),
+        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*train=training,test=testing"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
         ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
         ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),
