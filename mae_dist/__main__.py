@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return errors.STOPPED
     except KeyboardInterrupt:
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            print("mae-dist: interrupted; the same command starts again, or resumes from a checkpoint", file=sys.stderr)
+            print("mae-dist: interrupted; the same command goes on from what is finished or saved", file=sys.stderr)
         return errors.INTERRUPTED
     except Exception as error:
         reason = errors.reason(error)

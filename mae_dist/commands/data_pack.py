@@ -18,7 +18,7 @@ from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.ilsvrc import from_imagenet
-from mae_dist.data.pack import MAX_BAD, Packed, ProgressCallback, Source, pack
+from mae_dist.data.pack import MAX_BAD, Packed, ProgressCallback, Source, new_folder, pack
 from mae_dist.data.pixels import Decoding
 from mae_dist.data.reencode import FORMATS, QUALITY, Encoding
 from mae_dist.data.sources import from_cifar100, from_folder, from_synthetic, from_tars
@@ -124,6 +124,7 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
 def _pack(arguments: argparse.Namespace) -> None:
     how = Decoding(white=arguments.white, upright=arguments.exif)
     encoding = Encoding(arguments.short_side, arguments.format, arguments.quality, how)
+    new_folder(arguments.out)  # before a source is read for minutes
     with progress() as tick:
         source = arguments.open(arguments, tick)
         packed = pack(source, arguments.out, arguments.shard_size, encoding, arguments.workers, tick, arguments.max_bad)

@@ -34,7 +34,7 @@ from mae_dist.data.reencode import Encoding
 from mae_dist.data.shard_writer import ShardWriter
 from mae_dist.data.tally import Tally
 from mae_dist.data.workers import ordered_map
-from mae_dist.errors import from_os_error
+from mae_dist.errors import MachineFault, from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -135,19 +135,18 @@ def pack(
     the hidden folder is of a packing with other options, or too many images are unreadable; MachineFault when the disk
     is full or a worker is killed; and what `source` raises.
     """
-    out = Path(os.path.realpath(out))  # a link stays, and its target is made
+    out = new_folder(out)
     if not 0 <= max_bad <= 1:
         raise ValueError(f"--max-bad {max_bad:g}: must be at least 0 and at most 1, for example {MAX_BAD}")
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"--shard-size {shard_size}: must be 1 or more samples")
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be 1 or more processes")
-    _check_new(out)
     work = out.with_name(f".{out.name}.packing")
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _locked(work, out):
-            _check_new(out)  # another process may have made it meanwhile
+            new_folder(out)  # another process may have made it meanwhile
             _begin(work, source, shard_size, encoding)
             try:
                 packed = _write(source, work, shard_size, encoding, workers, tick, max_bad)
@@ -159,16 +158,21 @@ def pack(
         return packed
     except OSError as error:
         reason = error.strerror or error
-        raise from_os_error(error, f"--out {out}: cannot be written ({reason}); the same command continues") from error
+        raised = from_os_error(error, f"--out {out}: cannot be written ({reason})")
+        remedy = "the same command continues" if isinstance(raised, MachineFault) else "choose another folder"
+        raise type(raised)(f"{raised}; {remedy}") from error
 
 
-def _check_new(out: Path) -> None:
+def new_folder(out: Path) -> Path:
+    """The path of `out` with links followed. Raises ValueError if no rename can make it a new folder."""
+    out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if out in mount_points():
         raise ValueError(f"--out {out}: a file system is mounted there; choose a folder in it, such as {out}/data")
     if out.is_dir() and out == Path.cwd():
         raise ValueError(f"--out {out}: is the working folder, which is to be replaced; start from another")
+    return out
 
 
 @contextmanager
@@ -226,6 +230,9 @@ def _write(
         tallies[split] = sum((finished.tally for finished in writer.finished), Tally())
         if bad := tallies[split].bad:
             log.warning("split %s: left out %s", split, _counted(bad, total))
+        if len(kinds := tallies[split].kinds) > 1:
+            counts = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
+            log.warning("split %s: stores %s; programs that read one kind need --format", split, counts)
     every = sum(tallies.values(), Tally())
     _say_changes(every)
     train = tallies.get("train", Tally())
@@ -319,12 +326,13 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
             problem = picture.problem or f"unreadable: {error}"
             yield _Prepared(replace(picture, content=b"", problem=problem), Tally(bad={problem.partition(":")[0]: 1}))
             continue
+        extension = EXTENSIONS.get(extension, extension)
         tally = Tally.of(
-            pixels, picture.label, source_bytes=len(picture.content), stored_bytes=len(content),
+            pixels, picture.label, kinds={extension: 1}, source_bytes=len(picture.content), stored_bytes=len(content),
             num_resized=int(pixels is not before), num_encoded=int(content is not picture.content),
             changes=((changes(sample, encoding.how), 1),),
         )  # fmt: skip
-        yield _Prepared(replace(picture, extension=EXTENSIONS.get(extension, extension), content=content), tally)
+        yield _Prepared(replace(picture, extension=extension, content=content), tally)
 
 
 def _counted(bad: Mapping[str, int], total: int) -> str:

@@ -18,15 +18,16 @@ Triple = tuple[int, int, int]
 class Tally:
     """Sums over pictures. ``a + b`` is the tally of both; all are integers, so the order of a sum changes nothing.
 
-    ``bad`` counts pictures that are left out, by reason; they count nowhere else. ``source_bytes`` and ``stored_bytes``
-    are those of the image files before and after; ``num_resized`` and ``num_encoded`` count the pictures whose pixels
-    were resized and whose files were written anew. ``top_label`` is the largest label (-1: none); ``smallest`` and
-    ``largest`` are (height, width), each extent by itself. ``num_pixels``, and per channel ``sums`` and ``squares`` (of
-    0..255), give mean and standard deviation. ``changes`` are pairs of what decoding changed (`decode.changes`) and in
-    how many pictures, sorted; ``top_value`` is the largest 8-bit value.
+    ``bad`` counts pictures that are left out, by reason; they count nowhere else. ``kinds`` counts stored files by
+    extension. ``source_bytes`` and ``stored_bytes`` are those of the image files before and after; ``num_resized`` and
+    ``num_encoded`` count the pictures whose pixels were resized and whose files were written anew. ``top_label`` is the
+    largest label (-1: none); ``smallest`` and ``largest`` are (height, width), each extent by itself. ``num_pixels``,
+    and per channel ``sums`` and ``squares`` (of 0..255), give mean and standard deviation. ``changes`` are pairs of
+    what decoding changed (`decode.changes`) and in how many pictures, sorted; ``top_value`` is the largest 8-bit value.
     """
 
     bad: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
     source_bytes: int = 0
     stored_bytes: int = 0
     num_resized: int = 0
@@ -45,6 +46,7 @@ class Tally:
         return Tally(
             **{name: getattr(self, name) + getattr(other, name) for name in counts},
             bad=dict(Counter(self.bad) + Counter(other.bad)),
+            kinds=dict(Counter(self.kinds) + Counter(other.kinds)),
             top_label=max(self.top_label, other.top_label),
             smallest=_each(min, self.smallest, other.smallest),
             largest=_each(max, self.largest, other.largest),

@@ -66,7 +66,7 @@ def test_pack_does_not_overwrite_existing_data(tmp_path: Path) -> None:
     assert content_of(out) == before
 
 
-def test_pack_result_is_read_whole_by_timm(tmp_path: Path) -> None:
+def test_pack_result_is_read_whole_by_timm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from timm.data.readers.reader_wds import ReaderWds
 
     for number in range(8):
@@ -76,6 +76,7 @@ def test_pack_result_is_read_whole_by_timm(tmp_path: Path) -> None:
         )
     pack(from_folder(tmp_path / "in"), tmp_path / "out", shard_size=4)
     for split, count in (("train", 6), ("val", 2)):
+        assert f"split {split}: stores {count // 2} .jpg, {count // 2} .png" in caplog.text
         reader = ReaderWds(str(tmp_path / "out"), split=split)
         assert (len(reader), sorted(label for _, label in reader)) == (count, sorted([0, 1] * (count // 2)))
 
