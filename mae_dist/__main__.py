@@ -24,7 +24,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist logs RUN [--lines N] [--all]
        mae-dist ckpt {list,inspect,verify} RUN
        mae-dist replay RUN --step N [--rank R]
-       mae-dist data {pack,index,show} ...
+       mae-dist data {pack,index,show,check} ...
        mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
        mae-dist import FILE --out RUN
        mae-dist export RUN --to {timm,hf,fb,npz,safetensors} --out PATH

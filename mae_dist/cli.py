@@ -23,7 +23,9 @@ VERBS = {
     "logs": Verb("mae_dist.monitor.logs", "output of the newest job of a run, the first failing rank first"),
     "ckpt": Verb("mae_dist.commands.ckpt", "list, inspect and verify the checkpoints of a run"),
     "replay": Verb("mae_dist.commands.replay", "compute a past step again: samples, crops, masks and losses"),
-    "data": Verb("mae_dist.commands.data", "pack archives and folders into tars, index existing tars, show a data set"),
+    "data": Verb(
+        "mae_dist.commands.data", "pack archives and folders into tars, index existing ones, show or check a data set"
+    ),
     "models": Verb("mae_dist.commands.models", "all models: parameters, operations and activation memory"),
     "import": Verb(
         "mae_dist.commands.import_weights", "make a run from an official MAE, timm, transformers or Flax checkpoint"

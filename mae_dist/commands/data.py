@@ -1,6 +1,7 @@
-"""`mae-dist data {pack,index,show}`: pack sources into tars, index existing tars, show a data set.
+"""`mae-dist data {pack,index,show,check}`: pack sources into tars, index existing tars, show or check a data set.
 
-Each action ends by printing what it wrote, where, and the next command. Packing is in `data_pack`. Imports no torch.
+Each action ends by printing what it wrote, where, and the next command. Packing is in `data_pack`, checking in
+`data_check`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from PIL import Image
 
 from mae_dist import image_grid, paths
 from mae_dist.cli import Parser
-from mae_dist.commands import data_pack
+from mae_dist.commands import data_check, data_pack
 from mae_dist.commands.data_output import facts, print_splits, progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.pack import ProgressCallback
+from mae_dist.errors import DONE
+from mae_dist.schema import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +38,12 @@ ROWS, COLUMNS, TILE = 8, 10, 96
 def main(argv: list[str]) -> int:
     """Run `mae-dist data ARGV` and return its exit status. Raises ValueError for a user's mistake."""
     arguments = _parser().parse_args(argv)
-    arguments.run(arguments)
-    return 0
+    return arguments.run(arguments) or DONE
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mae-dist data", description="Pack, index and show data sets of ordinary tars.")
-    actions = parser.add_subparsers(required=True, metavar="{pack,index,show}")
+    parser = Parser(prog="mae-dist data", description="Pack, index, show and check data sets of ordinary tars.")
+    actions = parser.add_subparsers(required=True, metavar="{pack,index,show,check}")
     data_pack.add_parser(actions)
     indexing = actions.add_parser("index", help="index existing tars")
     indexing.add_argument(
@@ -56,6 +58,7 @@ def _parser() -> Parser:
     showing.add_argument("--split", help="the split to show (default: train, or the first)")
     showing.add_argument("--out", type=Path, help="file of the sheet (default: DIR/sheet-SPLIT.png)")
     showing.set_defaults(run=_show)
+    data_check.add_parser(actions)
     return parser
 
 
@@ -193,7 +196,10 @@ def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], num_images:
     unreadable = sizes.pop(None, 0)
     common = ", ".join(f"{width} x {height} ({count})" for (height, width), count in _known(sizes).most_common(5))
     more = f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
-    broken = f"; {unreadable} unreadable" if unreadable else ""
+    many = (
+        "" if unreadable <= DataConfig.max_bad * num_images else f", more than data.max_bad={DataConfig.max_bad} allows"
+    )
+    broken = f"; {unreadable} unreadable{many}: see `mae-dist data check`" if unreadable else ""
     print(f"  {split}: width x height of {num_images} images: {common}{more}{broken}")
 
 

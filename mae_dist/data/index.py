@@ -135,10 +135,14 @@ class ShardIndex:
         shards = (np.arange(1, len(self.shards)) + shard) % len(self.shards)
         yield from starts[shards][self.counts[shards] > 0].tolist()
 
+    def image_name(self, sample: int) -> str:
+        """The name of a sample's image in its tar."""
+        shard, row = self.locate(sample)
+        return self._table(shard).names[row]
+
     def sample_name(self, sample: int) -> str:
         """A sample's name for messages: 'a/b.jpg in x.tar'."""
-        shard, row = self.locate(sample)
-        return f"{self._table(shard).names[row]} in {self.tars[shard].name}"
+        return f"{self.image_name(sample)} in {self.tars[self.locate(sample)[0]].name}"
 
     def read(self, sample: int) -> Sample:
         """Read one sample. Raises ValueError if its label is not a number, and what `ShardFiles.read` raises."""
@@ -188,11 +192,7 @@ def open_split(path: str, split: str) -> ShardIndex:
     twice.
     """
     split = evaluation_split(path, split)
-    try:
-        names = [name for part in paths.parts(path) for name in paths.names(part)]
-    except ValueError as error:
-        raise ValueError(f"data.path={path}: {error}") from error
-    places, shards, seen = [*_places(names, split)], [], {}
+    places, shards, seen = places_of(path, split), [], {}
     for tar, index, shard, _ in places:
         status = _status(tar)
         if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
@@ -204,7 +204,7 @@ def open_split(path: str, split: str) -> ShardIndex:
                 f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
-        shards.append(shard or _shard_of(tar, index))
+        shards.append(shard or shard_of(tar, index))
     datasets = list({id(place.dataset): place.dataset for place in places}.values())
     left_out = _left_out([place.idx for place in places])
     dataset = united(datasets or [Dataset("")])
@@ -219,6 +219,15 @@ def open_split(path: str, split: str) -> ShardIndex:
 def evaluation_split(path: str, split: str) -> str:
     """The split to evaluate on: `split`, or, where that is `auto`, val, if the folders in `path` have it, else test."""
     return split if split != "auto" else "val" if "val" in splits(path) else "test"
+
+
+def places_of(path: str, split: str) -> list[Place]:
+    """Where the tars of a split lie, of which none need exist. Raises ValueError where `path` names nothing."""
+    try:
+        names = [name for part in paths.parts(path) for name in paths.names(part)]
+    except ValueError as error:
+        raise ValueError(f"data.path={path}: {error}") from error
+    return [*_places(names, split)]
 
 
 def _places(names: list[str], split: str) -> Iterator[Place]:
@@ -254,12 +263,12 @@ def _left_out(indexes: list[Path]) -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
     for folder in dict.fromkeys(index.parent for index in indexes):
         for line in quarantine.read(folder):
-            if (number := numbers.get(folder / line.index)) is not None:  # that of another split is not there
+            if (number := numbers.get(folder / line.idx)) is not None:  # that of another split is not there
                 found.setdefault(number, set()).add(line.image)
     for number, images in found.items():
         if unknown := images.difference(_read_table(indexes[number]).names):
             file = indexes[number].with_name(quarantine.FILE)
-            raise ValueError(f"{file}: {indexes[number].name} has no image {min(unknown)!r}; check the data again")
+            raise ValueError(f"{file}: {indexes[number].name} has no image {min(unknown)!r}; remove that line")
     return found
 
 
@@ -273,7 +282,7 @@ def _status(tar: Path) -> os.stat_result:
     return status
 
 
-def _shard_of(tar: Path, index: Path) -> Shard:
+def shard_of(tar: Path, index: Path) -> Shard:
     """The Shard of a tar that no dataset.json lists, from its index; sha256 is empty."""
     labelled = int((_read_table(index).spans[:, 2] >= 0).sum())
     return Shard(tar.name, _count(index), labelled, tar.stat().st_size, "")

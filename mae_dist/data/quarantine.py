@@ -21,7 +21,7 @@ HEAD = "# samples that runs leave out: index, image and reason, between tabs"
 class Line(NamedTuple):
     """A sample that is left out: the file name of its tar's index, the name of its image there, and why."""
 
-    index: str
+    idx: str
     image: str
     reason: str
 
@@ -49,7 +49,7 @@ def add(folder: Path, lines: Iterable[Line]) -> Path:
     """Add samples to a folder's file, which is written whole or not at all; its path."""
     before = read(folder)
     known = {line[:2] for line in before}
-    new = [Line(index, image, " ".join(reason.split())) for index, image, reason in lines]
+    new = [Line(idx, image, " ".join(reason.split())) for idx, image, reason in lines]
     rows = [*before, *(line for line in new if line[:2] not in known)]
     with replacing(folder / FILE) as work:
         work.write_text("\n".join([HEAD, *("\t".join(row) for row in rows)]) + "\n")

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mae_dist import signals
-from mae_dist.errors import MachineFault, RankError, WorkerLost
+from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class Workers(Generic[T, R]):
         """Wait for the result of the oldest task that was not waited for.
 
         Raises what its function raised, a ValueError as RankError, since only this rank has met it; MachineFault where
-        memory ran out, and WorkerLost when a process was killed.
+        memory ran out or the storage failed, and WorkerLost when a process was killed.
         """
         result, error = self._answer() if self.pipes else _attempt(self.work, self.waiting.popleft(), self.lost)
         if error is not None:
@@ -144,8 +144,9 @@ def _attempt(work: Callable[[T], R], task: T, lost: str) -> tuple[Any, Exception
         return None, error
     except MemoryError:
         return None, MachineFault(lost)
-    except ValueError as error:
-        return None, RankError(str(error))
+    except (ValueError, OSError) as error:
+        known = from_os_error(error, str(error)) if isinstance(error, OSError) else error
+        return None, known if isinstance(known, MachineFault) else RankError(str(known))
 
 
 def _serve(work: Callable[[T], R], begin: Callable[[], object], lost: str, pipe: Connection, parent: int) -> None:

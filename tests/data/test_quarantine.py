@@ -47,7 +47,7 @@ def test_quarantine_of_all_samples_or_of_unknown_ones_is_refused(tars: Tars) -> 
     data = tars([2])
     with pytest.raises(ValueError, match="hold no samples"):
         reopened(data, ("x-0.idx", "s0000.png"), ("x-0.idx", "s0001.png"))
-    with pytest.raises(ValueError, match=r"quarantine\.txt: x-0\.idx has no image 's9\.png'; check the data again"):
+    with pytest.raises(ValueError, match=r"quarantine\.txt: x-0\.idx has no image 's9\.png'; remove that line"):
         reopened(data, ("x-0.idx", "s9.png"))
     (data.tars[0].parent / quarantine.FILE).write_text("# notes\n\nx-0.idx s0000.png\n")
     with pytest.raises(ValueError, match=r"quarantine\.txt: line 3 is not an index, an image and a reason"):

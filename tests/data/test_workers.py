@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -38,7 +39,13 @@ def test_workers_fill_shared_memory_and_answer_in_order(number: int) -> None:
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(ValueError("bad tar"), RankError), (MachineFault("bad disk"), MachineFault), (KeyError("bad code"), Exception)],
+    [
+        (ValueError("bad tar"), RankError),
+        (MachineFault("bad disk"), MachineFault),
+        (KeyError("bad code"), Exception),
+        (OSError(errno.EIO, "bad disk"), MachineFault),
+        (OSError(errno.EACCES, "bad rights"), RankError),
+    ],
 )
 def test_workers_raise_the_error_of_a_task_in_its_turn(number: int, error: Exception, raised: type[Exception]) -> None:
     def work(task: int) -> None:

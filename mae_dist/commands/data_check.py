@@ -1,0 +1,134 @@
+"""`mae-dist data check`: read a whole data set before a run does, and say what is wrong with it. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mae_dist import paths
+from mae_dist.commands.data_output import progress
+from mae_dist.data import index, quarantine
+from mae_dist.data.check import Report, report_of
+from mae_dist.data.findings import KINDS, UNREADABLE, Checked, Facts, Finding, facts, findings
+from mae_dist.data.index import Place
+from mae_dist.data.workers import ordered_map
+from mae_dist.errors import DONE, FAILED
+from mae_dist.schema import DataConfig
+
+SHOWN = 10
+"""Findings of a kind that are printed without --json."""
+
+
+def add_parser(actions: Any) -> None:
+    """Add `check` to the actions of `mae-dist data`."""
+    cores = len(os.sched_getaffinity(0))
+    parser = actions.add_parser("check", help="find what is wrong with a data set; status 1 where something is")
+    parser.add_argument("data", metavar="TARS", help="folder with a dataset.json, or tars, as in data.path")
+    parser.add_argument("--test", metavar="TARS", help="tars of the test split, as in data.test_path")
+    parser.add_argument(
+        "--shuffle-window", type=int, default=DataConfig.shuffle_window, metavar="N",
+        help=f"data.shuffle_window of runs (default {DataConfig.shuffle_window})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quarantine", action="store_true",
+        help=f"add samples that cannot be used to {quarantine.FILE} beside their index, so that runs leave them out",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
+    parser.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    places = {split: index.places_of(path, split) for split, path in _splits(arguments.data, arguments.test)}
+    tars = {split: [*_checked(listed, arguments.workers, split)] for split, listed in places.items()}
+    known = [place.dataset.num_classes for listed in places.values() for place in listed if place.dataset.num_classes]
+    found = [*findings(tars, max(known, default=None), arguments.shuffle_window)]
+    if arguments.json:
+        print(json.dumps({"splits": {split: _plain(facts(listed)) for split, listed in tars.items()},
+                          "findings": [finding._asdict() for finding in found]}, indent=1))  # fmt: skip
+    else:
+        _print(arguments.data, {split: facts(listed) for split, listed in tars.items()}, found)
+    unusable = [finding for finding in found if finding.kind == UNREADABLE]
+    if arguments.quarantine:
+        _put_in_quarantine([place for listed in places.values() for place in listed], unusable, arguments.json)
+    elif unusable and not arguments.json:
+        print("next: the same command with --quarantine leaves the samples that cannot be used out of all runs")
+    return FAILED if found else DONE
+
+
+def _splits(data: str, test: str | None) -> Iterator[tuple[str, str]]:
+    """(split, path) of all that is to be checked."""
+    data = paths.with_variables(data)
+    yield from ((split, data) for split in index.splits(data) or ["train"])
+    if test is not None:
+        yield "test", paths.with_variables(test)
+
+
+def _checked(places: list[Place], workers: int, split: str) -> Iterator[Checked]:
+    def work(place: Place) -> tuple[Report]:
+        return (report_of(place),)
+
+    lines = {folder: quarantine.read(folder) for folder in {place.idx.parent for place in places}}
+    with progress() as tick:
+        for number, (place, report) in enumerate(zip(places, ordered_map(work, places, workers), strict=True), 1):
+            names = frozenset(line.image for line in lines[place.idx.parent] if line.idx == place.idx.name)
+            yield Checked(place.tar, report, names)
+            tick(f"check {split}", number, len(places))
+
+
+def _plain(found: Facts) -> dict[str, Any]:
+    tally = found.tally
+    more = {"smallest": tally.smallest, "largest": tally.largest, "mean": tally.mean, "std": tally.std}
+    return {name: value for name, value in asdict(found).items() if name != "tally"} | more
+
+
+def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
+    print(f"{data}: {len(found)} findings" if found else f"{data}: nothing is wrong with it")
+    for split, known in splits.items():
+        print(f"  {split}: {', '.join(_described(known))}")
+    for kind, meaning in KINDS.items():
+        some = [finding for finding in found if finding.kind == kind]
+        if some:
+            print(f"{len(some)} {meaning}:" if some[0].tar else f"{meaning}:")
+        for finding in islice(some, SHOWN):
+            print(f"  {': '.join(filter(None, (finding.tar or finding.split, finding.image, finding.what)))}")
+        if len(some) > SHOWN:
+            print(f"  ... and {len(some) - SHOWN} more (--json prints all)")
+
+
+def _described(known: Facts) -> Iterator[str]:
+    yield f"{known.num_images:,} images in {known.num_tars} tars"
+    if known.num_quarantined:
+        yield f"{known.num_quarantined} more in quarantine"
+    sizes = known.classes.values()
+    yield f"{len(sizes)} classes of {min(sizes)} to {max(sizes)} images" if sizes else "no labels"
+    tally = known.tally
+    if tally.mean is not None and tally.std is not None:
+        (top, left), (bottom, right) = tally.smallest, tally.largest
+        yield f"width {left} to {right}, height {top} to {bottom}"
+        yield "mean " + " ".join(f"{value:.4f}" for value in tally.mean)
+        yield "std " + " ".join(f"{value:.4f}" for value in tally.std)
+
+
+def _put_in_quarantine(places: list[Place], unusable: list[Finding], quiet: bool) -> None:
+    indexes = {str(place.tar): place.idx for place in places}
+    lines: dict[Path, list[quarantine.Line]] = {}
+    for finding in unusable:
+        idx = indexes[finding.tar]
+        lines.setdefault(idx.parent, []).append(quarantine.Line(idx.name, finding.image, finding.what))
+    for folder, some in lines.items():
+        try:
+            file = quarantine.add(folder, some)
+        except PermissionError as error:
+            raise ValueError(
+                f"{folder}: cannot be written; make an index of your own with `mae-dist data index TARS --out FOLDER`, "
+                f"and check that"
+            ) from error
+        if not quiet:
+            print(f"wrote {file}: {len(some)} more samples that runs leave out")

@@ -1,0 +1,142 @@
+"""What is wrong with one tar of a data set: its size, checksum and index, and each of its samples.
+
+A report is kept in the hidden folder .check beside the index, so that a stopped check goes on behind the last finished
+tars, and a second one reads only those that have changed. `findings` compares tars with each other. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mae_dist.atomic import replacing
+from mae_dist.data.decode import decode
+from mae_dist.data.index import Place, ShardIndex, build, shard_of
+from mae_dist.data.pixels import Decoding
+from mae_dist.data.shard_files import ChangedError, ShardFiles
+from mae_dist.data.tally import Tally
+
+FORMAT = "mae_dist check 1"
+"""Changes when other things are checked, or when they are kept in another way."""
+FOLDER = ".check"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check has found in one tar.
+
+    ``faults`` are of the tar as a whole. ``names`` are those of the images in its index, ``unreadable`` says of some
+    why they cannot be used; of the others ``hashes`` has 64 bits of the BLAKE2 hash of the file, ``labels`` the label
+    (-1: none). ``tally`` sums over the readable ones.
+    """
+
+    key: str
+    faults: list[str]
+    names: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    tally: Tally = Tally()
+
+    def save(self, file: Path) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as work:
+            work.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def load(file: Path, key: str) -> Report | None:
+        """The report of a file; None where there is none with this key."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            plain: dict[str, Any] = json.loads(file.read_text())
+            report = Report(tally=Tally.from_json(plain.pop("tally")), **plain)
+            return report if report.key == key else None
+        return None
+
+
+def report_of(place: Place) -> Report:
+    """The report of one tar, from its file where it has been checked and not changed since.
+
+    Raises MachineFault or OSError when the storage fails.
+    """
+    key, file = _key(place), place.idx.parent / FOLDER / f"{place.idx.name}.json"
+    report = Report.load(file, key)
+    if report is None:
+        report = check(place, key)
+        with suppress(OSError):  # a folder that may not be written costs a second check
+            report.save(file)
+    return report
+
+
+def _key(place: Place) -> str:
+    """A hash of what a report depends on: the tar and its index by size and time, and what dataset.json says."""
+    files = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in (place.tar, place.idx) if f.is_file())]
+    shard, how = place.shard and asdict(place.shard), asdict(_decoding(place))
+    return hashlib.sha256(json.dumps([FORMAT, files, shard, how]).encode()).hexdigest()
+
+
+def _decoding(place: Place) -> Decoding:
+    """How the images of a data set are decoded, as far as dataset.json says."""
+    return Decoding(channels=len(place.dataset.mean or ()) or 3, white=place.dataset.white)
+
+
+def check(place: Place, key: str = "") -> Report:
+    """Read and decode all samples of one tar."""
+    faults = [*_faults(place)]
+    if not (place.tar.is_file() and place.idx.is_file()):
+        return Report(key, faults)
+    try:
+        data = ShardIndex([place.tar], [place.idx], [place.shard or shard_of(place.tar, place.idx)], place.dataset)
+        names = [data.image_name(row) for row in range(len(data))]
+    except ValueError as error:
+        return Report(key, [*faults, f"its index cannot be read ({error})"])
+    data.files = ShardFiles([place.tar], [place.tar.stat().st_size], [""])  # what is there, if another size was listed
+    unreadable, hashes, labels, tallies = {}, {}, {}, []
+    how = _decoding(place)
+    for row, name in enumerate(names):
+        try:
+            sample = data.read(row)
+            pixels = decode(sample, how=how)
+            tallies.append(Tally.of(np.asarray(pixels), sample.label))
+        except ChangedError:
+            unreadable[name] = "the tar ends before it does"
+        except ValueError as error:
+            unreadable[name] = " ".join(str(error).split())
+        else:
+            hashes[name] = int.from_bytes(hashlib.blake2b(sample.image, digest_size=8).digest())
+            labels[name] = sample.label
+    return Report(key, faults, names, unreadable, hashes, labels, sum(tallies, Tally()))
+
+
+def _faults(place: Place) -> Iterator[str]:
+    """What is wrong with a tar and its index, without a look at its images."""
+    if not place.tar.is_file():
+        yield "there is no such file"
+        return
+    size, shard = place.tar.stat().st_size, place.shard
+    if shard is not None and size != shard.num_bytes:
+        yield f"{size} bytes, but dataset.json lists {shard.num_bytes}: it was changed or cut short"
+    if not place.idx.is_file():
+        yield "not indexed yet; run `mae-dist data index`"
+        return
+    with TemporaryDirectory() as folder:
+        new = Path(folder) / place.idx.name
+        try:
+            found, _ = build(place.tar, new)
+        except ValueError as error:
+            yield str(error).removeprefix(f"{place.tar}: ")
+            return
+        if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.sha256):
+            yield "its content is not what it was when dataset.json was written (sha256)"
+        rows, wanted = (set(file.read_bytes().splitlines()[1:]) for file in (place.idx, new))
+        if rows != wanted:
+            differ = f"{len(wanted - rows)} samples of the tar are not in it, {len(rows - wanted)} are not in the tar"
+            yield f"its index is not that of this tar ({differ}); run `mae-dist data index` again"

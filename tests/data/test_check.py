@@ -1,0 +1,147 @@
+"""`data check`: finds what is wrong with tars, with samples and between splits, once; quarantine leaves it out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import MAE, SETTINGS, refused
+from shared_types import Tars
+
+from mae_dist.__main__ import main
+from mae_dist.data import check, index
+from mae_dist.data.check import Report
+from mae_dist.data.findings import Checked, findings
+from mae_dist.data.tally import Tally
+
+
+def found(capsys: pytest.CaptureFixture[str], *argv: object) -> list[tuple[str, str, str, str]]:
+    """(kind, tar, image, what) of all findings; the exit status must say whether there are any."""
+    capsys.readouterr()
+    status = main(["data", "check", *map(str, argv), "--json", "--workers", "1"])
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["findings"]
+    assert status == (1 if rows else 0)
+    return [(row["kind"], Path(row["tar"]).name, row["image"], row["what"]) for row in rows]
+
+
+def test_check_of_clean_data_has_status_0_and_reads_only_tars_that_changed_a_second_time(
+    tars: Tars, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tars([4, 3], size=None).tars[0].parent
+    assert main(["data", "check", str(folder), "--workers", "1"]) == 0
+    assert (
+        "nothing is wrong with it\n  train: 7 images in 2 tars, 3 classes of 2 to 3 images" in capsys.readouterr().out
+    )
+    read: list[str] = []
+    real = check.check
+
+    def noted(place: index.Place, key: str) -> Report:
+        read.append(place.tar.name)
+        return real(place, key)
+
+    monkeypatch.setattr(check, "check", noted)
+    assert found(capsys, folder) == []
+    os.utime(folder / "x-1.tar", (1, 1))
+    assert found(capsys, folder) == []
+    assert read == ["x-1.tar"]
+
+
+def test_check_names_broken_samples_and_quarantine_leaves_them_out_of_runs(
+    tars: Tars, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tars([4, 12], broken={1, 6}).tars[0].parent
+    run = ["pretrain", f"data.path={folder}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "data.max_bad=1"]
+    assert main([*run, "train.steps=1"]) == 0
+    (tmp_path / "run/result.json").unlink()
+    broken = [("unreadable", f"x-{i}.tar", f"s000{k}.png", "image file is truncated") for i, k in ((0, 1), (1, 6))]
+    assert [row[:3] for row in found(capsys, folder, "--quarantine")] == [row[:3] for row in broken]
+    assert found(capsys, folder) == []
+    data = index.open_split(str(folder), "train")
+    assert len(data) == 14
+    assert "data.accept_change=true" in refused(capsys, *run, "train.steps=1")
+    assert main([*run, "train.steps=1", "data.accept_change=true"]) == 0
+
+
+def test_check_finds_tars_that_vanished_changed_or_are_not_what_their_index_says(
+    tars: Tars, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tars([3, 3, 3, 3, 3])
+    gone, cut, other, foreign, unindexed = data.tars
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[: data.tars[2].stat().st_size // 2])
+    content = bytearray(other.read_bytes())
+    content[-1] = 1
+    other.write_bytes(content)
+    shutil.copy(other.with_suffix(".idx"), foreign.with_suffix(".idx"))
+    unindexed.with_suffix(".idx").unlink()
+    rows = found(capsys, gone.parent)
+    words = {name: " | ".join(what for _, tar, _, what in rows if tar == f"x-{i}.tar")
+             for i, name in enumerate(("gone", "cut", "other", "foreign", "unindexed"))}  # fmt: skip
+    assert words["gone"] == "there is no such file"
+    assert "bytes, but dataset.json lists" in words["cut"]
+    assert words["other"] == "its content is not what it was when dataset.json was written (sha256)"
+    assert "its index is not that of this tar (3 samples of the tar are not in it" in words["foreign"]
+    assert words["unindexed"].startswith("not indexed yet")
+    assert [(kind, image) for kind, tar, image, _ in rows if tar == "x-1.tar" and image][-1] == (
+        "unreadable",
+        "s0005.png",
+    )
+
+
+def report(labels: list[int], hashes: list[int] | None = None, tally: Tally = Tally()) -> Checked:  # noqa: B008
+    names = [f"{i}.png" for i in range(len(labels))]
+    numbers = dict(zip(names, hashes or [id(names) * 1000 + i for i in range(len(names))], strict=True))
+    return Checked(
+        Path("x.tar"), Report("", [], names, {}, numbers, dict(zip(names, labels, strict=True)), tally), frozenset()
+    )
+
+
+def said(splits: dict[str, list[Checked]], num_classes: int | None = None, window: int = 64) -> list[tuple[str, str]]:
+    return [(finding.kind, finding.what) for finding in findings(splits, num_classes, window)]
+
+
+def test_findings_of_copies_within_and_between_splits() -> None:
+    train, test = report([0, 1, 1, 0], [5, 6, 6, 5]), report([1, 0, 0], [6, 7, 5])
+    other = report([1, 0], [5, 9])
+    assert said({"train": [train, other], "test": [test]}) == [
+        ("copy", "is 1.png in x.tar"), ("copy", "is 0.png in x.tar"), ("other label", "label 1; 0.png in x.tar has 0"),
+        ("shared", "is 1.png in x.tar of train"), ("shared", "is 0.png in x.tar of train"),
+    ]  # fmt: skip
+
+
+def test_findings_of_labels() -> None:
+    assert said({"train": [report([0, 1, -1, 3])]}) == [
+        ("labels", "1 of 4 images have no label"), ("labels", "1 of 4 classes have no image, 2 first"),
+    ]  # fmt: skip
+    assert said({"train": [report([-1, -1])]}) == [], "unlabelled data are fine"
+    assert said({"train": [report([0, 1])], "test": [report([0, 1, 2])]}, 2) == [
+        ("unreadable", "label 2, but there are 2 classes"), ("labels", "1 classes that train lacks, 2 first"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "sorted_by_class"), [("sorted", True), ("shuffled", False), ("long tail", False)])
+def test_findings_of_tars_that_are_sorted_by_class_against_the_shuffle_window(kind: str, sorted_by_class: bool) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(2000) // 20 if kind != "long tail" else np.minimum(generator.zipf(1.5, 2000), 300) - 1
+    _, labels = np.unique(labels, return_inverse=True)
+    labels = labels if kind == "sorted" else generator.permutation(labels)
+    splits = {"train": [report(part.tolist()) for part in np.split(labels, 100)]}
+    assert [what for what, _ in said(splits, window=10)] == ["order"] * sorted_by_class
+    assert said(splits, window=100) == []
+
+
+def test_findings_of_a_constant_channel() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    pixels[..., 1] = 7
+    assert said({"train": [report([0], tally=Tally.of(pixels, 0))]}) == [
+        ("channels", "channel 1 of all images has one value")
+    ]
+
+
+def test_check_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere: no such folder or file" in refused(capsys, "data", "check", tmp_path / "nowhere")
