@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     BOOTSTRAP = 13
     ERASE_PIXELS = 14
     COLOR_JITTER = 15
+    PARTS = 16
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:

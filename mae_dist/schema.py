@@ -18,10 +18,10 @@ C = TypeVar("C", bound="RunConfig")
 RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "heads")
 """Sections whose values decide the result of a run."""
 
-FREE_DATA = ("path", "test_path", "accept_change", "max_bad")
+FREE_DATA = ("path", "test_path", "accept_change", "max_bad", "cache", "cache_size")
 """Fields of `data` that may change at every start: the content of the data is compared by the fingerprint."""
 
-PATHS = ("out", "init_from", "data.path", "data.test_path")
+PATHS = ("out", "init_from", "data.path", "data.test_path", "data.cache")
 """Settings that are paths (see `paths`)."""
 
 RANDOM = "random"
@@ -38,6 +38,19 @@ class DataConfig:
     split: str = setting("train", "split of the folder to train on; tars have no splits")
     test_path: str | None = setting(None, "folder or tars of the test split; none: the folder in data.path")
     test_split: str = setting("auto", "split of the folder to evaluate on; auto: val, else test")
+    weights: tuple[float, ...] = setting(
+        (), "how often each data set of data.path=[A, B] is drawn, for example [2, 1]; an epoch stays as many draws as "
+        "there are images; empty: all are one data set", unless=KNN, above=0,
+    )  # fmt: skip
+    merge_labels: Literal["names", "apart", "numbers"] = setting(
+        "names", "classes of several data sets; names: those of one name are one class; apart: each set has its own; "
+        "numbers: equal numbers are one class",
+    )  # fmt: skip
+    cache: str | None = setting(
+        None, "folder for tars that are URLs, on a disk of this machine; none: $XDG_CACHE_HOME/mae_dist or "
+        "~/.cache/mae_dist",
+    )  # fmt: skip
+    cache_size: str = setting("100GB", "most bytes of tars in data.cache, for example 500MB or 2TB")
     shuffle_window: int = setting(64, "number of shards whose samples are shuffled together", at_least=1)
     aug_repeats: int = setting(
         1, "repeated augmentation: how often an image is drawn in a row; an epoch shows 1 / aug_repeats of them",

@@ -219,7 +219,7 @@ def smaller(call: list[str]) -> list[str] | None:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], "--train", "40", "--test", "20"]
-    if any(word.startswith("/data/") for word in words) or "init_from=runs/timm-b16" in words:
+    if any(word.startswith("/data/") or "://" in word for word in words) or "init_from=runs/timm-b16" in words:
         return None
     if words[0] in (*SCHEMAS, "rotate"):
         return words + [word for word in SMALL if not (words[0] == "knn" and word.startswith("optim."))]

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from PIL import Image
 
 from mae_dist import image_grid, paths
 from mae_dist.cli import Parser
-from mae_dist.commands import data_check, data_pack
+from mae_dist.commands import data_check, data_pack, data_remote
 from mae_dist.commands.data_output import facts, print_splits, progress, report
 from mae_dist.data import index
+from mae_dist.data.cache import Cache
 from mae_dist.data.decode import decode, stored_size
 from mae_dist.data.pack import ProgressCallback
+from mae_dist.data.remote import shown
 from mae_dist.errors import DONE
 from mae_dist.schema import DataConfig
 
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 NUM_SIZES = 2000
 """Number of images of a split whose size `show` reads (evenly spaced)."""
+UNREAD = "some tars have an .idx beside them, so they were not read: classes and checksums may be unknown (--whole)"
 ROWS, COLUMNS, TILE = 8, 10, 96
 """Rows and columns of the sheet that `show` draws, and pixels a side of a tile."""
 
@@ -51,6 +55,7 @@ def _parser() -> Parser:
     )
     indexing.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
     indexing.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
+    indexing.add_argument("--whole", action="store_true", help="read tars at URLs although an .idx lies beside them")
     indexing.set_defaults(run=_index)
 
     showing = actions.add_parser("show", help="print counts, classes and sizes, and draw a sheet of samples")
@@ -63,6 +68,14 @@ def _parser() -> Parser:
 
 
 def _index(arguments: argparse.Namespace) -> None:
+    if urls := data_remote.urls_in(arguments.tars):
+        if arguments.out is None:
+            raise ValueError(f"{shown(urls[0])}: pass --out DIR for the indexes and {index.FILE}")
+        folder = arguments.out
+        dataset = _write(folder, lambda before, tick: _merge_remote(before, urls, arguments, tick))
+        unread = any(not shard.sha256 for shards in dataset.splits.values() for shard in shards)
+        report(dataset, folder, UNREAD if unread else "")
+        return
     tars = _tars(arguments.tars)
     folders = {tar.parent for tar in tars}
     if len(arguments.tars) == 1 and os.path.isdir(arguments.tars[0]):
@@ -70,15 +83,42 @@ def _index(arguments: argparse.Namespace) -> None:
     if arguments.out is None and len(folders) > 1:
         raise ValueError(f"the tars are in {len(folders)} folders; pass --out DIR for their indexes")
     folder = Path(os.path.abspath(arguments.out or folders.pop()))
+    report(_write(folder, lambda before, tick: _merge(before, arguments.split, tars, folder, tick)), folder)
+
+
+def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], index.Dataset]) -> index.Dataset:
+    """Write the dataset.json of a folder, as `merge` makes it from the one that is there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
         with progress() as tick:
-            dataset = _merge(before, arguments.split, tars, folder, tick)
+            dataset = merge(before, tick)
         dataset.save(folder)
     except PermissionError as error:
         raise ValueError(f"{folder}: cannot be written; pass --out DIR for the index") from error
-    report(dataset, folder)
+    return dataset
+
+
+def _merge_remote(
+    before: index.Dataset, urls: list[str], arguments: argparse.Namespace, tick: ProgressCallback
+) -> index.Dataset:
+    """Index tars at `urls`; return `before` with their splits, and the facts of a dataset.json that lists them all."""
+    cache, dataset = Cache.of(None), before
+    splits = data_remote.tars_of(urls, arguments.split)
+    for split, tars in splits.items():
+        taken = {s.index_name for name, known in dataset.splits.items() if name != split for s in known}
+        names, found = _index_names([Path(shown(tar.url)) for tar in tars], taken), []
+        for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
+            found.append(data_remote.index_tar(tar, arguments.out / name, cache, arguments.whole))
+            tick(f"index {split}", number + 1, len(tars))
+        numbers, sizes = [part.num_classes or 0 for part in found], {part.size for part in found}
+        size = sizes.pop() if len(sizes) == 1 else None
+        dataset = _with_split(dataset, split, [part.shard for part in found], max(numbers), size)
+    origins = {id(tar.dataset): tar.dataset for tars in splits.values() for tar in tars}
+    origin = next(iter(origins.values()))
+    if len(origins) > 1 or origin is None or before.classes not in (None, origin.classes):
+        return dataset
+    return replace(origin, name=before.name, splits=dataset.splits)
 
 
 def _tars(texts: list[str]) -> list[Path]:
@@ -110,10 +150,7 @@ def _index_names(tars: list[Path], taken: set[str]) -> list[str]:
 
 
 def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, tick: ProgressCallback) -> index.Dataset:
-    """Index `tars` into `folder`; return `before` with these tars as its split `split`.
-
-    Facts of a replaced split are dropped: mean and std if it is train, and class names if there are more classes.
-    """
+    """Index `tars` into `folder`; return `before` with these tars as its split `split`."""
     shards, num_classes = [], 0
     names = _index_names(tars, {s.index_name for name, known in before.splits.items() if name != split for s in known})
     for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
@@ -122,11 +159,21 @@ def _merge(before: index.Dataset, split: str, tars: list[Path], folder: Path, ti
         shards.append(replace(shard, tar=path, index="" if name == f"{tar.stem}.idx" else name))
         num_classes = max(num_classes, int(labels.max()) + 1)
         tick("index", number + 1, len(tars))
+    data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
+    size = _common_size(data, tick)
+    return _with_split(before, split, shards, num_classes, size)
+
+
+def _with_split(
+    before: index.Dataset, split: str, shards: list[index.Shard], num_classes: int, size: tuple[int, int] | None
+) -> index.Dataset:
+    """`before` with these shards as its split `split`.
+
+    Facts of a replaced split are dropped: mean and std if it is train, and class names if there are more classes.
+    """
     others = {name: known for name, known in before.splits.items() if name != split}
     if others or before.classes:
         num_classes = max(num_classes, before.num_classes or 0)
-    data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
-    size = _common_size(data, tick)
     return index.Dataset(
         name=before.name,
         splits=before.splits | {split: shards},

@@ -13,10 +13,10 @@ from typing import Any
 
 from mae_dist import paths
 from mae_dist.commands.data_output import progress
-from mae_dist.data import index, quarantine
+from mae_dist.data import quarantine
 from mae_dist.data.check import Report, report_of
 from mae_dist.data.findings import KINDS, UNREADABLE, Checked, Facts, Finding, facts, findings
-from mae_dist.data.index import Place
+from mae_dist.data.places import Place, of_split, splits
 from mae_dist.data.workers import ordered_map
 from mae_dist.errors import DONE, FAILED
 from mae_dist.schema import DataConfig
@@ -45,7 +45,10 @@ def add_parser(actions: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    places = {split: index.places_of(path, split) for split, path in _splits(arguments.data, arguments.test)}
+    places = {
+        split: [place for part in of_split(path, split) for place in part]
+        for split, path in _splits(arguments.data, arguments.test)
+    }
     tars = {split: [*_checked(listed, arguments.workers, split)] for split, listed in places.items()}
     known = [place.dataset.num_classes for listed in places.values() for place in listed if place.dataset.num_classes]
     found = [*findings(tars, max(known, default=None), arguments.shuffle_window)]
@@ -65,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _splits(data: str, test: str | None) -> Iterator[tuple[str, str]]:
     """(split, path) of all that is to be checked."""
     data = paths.with_variables(data)
-    yield from ((split, data) for split in index.splits(data) or ["train"])
+    yield from ((split, data) for split in splits(data) or ["train"])
     if test is not None:
         yield "test", paths.with_variables(test)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from mae_dist.atomic import replacing
+from mae_dist.data.cache import Cache
 from mae_dist.data.decode import decode
-from mae_dist.data.index import Place, ShardIndex, build, shard_of
+from mae_dist.data.index import ShardIndex, build, shard_of
 from mae_dist.data.pixels import Decoding
+from mae_dist.data.places import Place
+from mae_dist.data.remote import Refused
 from mae_dist.data.shard_files import ChangedError, ShardFiles
 from mae_dist.data.tally import Tally
 
@@ -70,10 +74,28 @@ def report_of(place: Place) -> Report:
     key, file = _key(place), place.idx.parent / FOLDER / f"{place.idx.name}.json"
     report = Report.load(file, key)
     if report is None:
-        report = check(place, key)
+        try:
+            with _local(place) as local:
+                report = check(local, key)
+        except Refused as error:
+            return Report(key, [str(error)])
         with suppress(OSError):  # a folder that may not be written costs a second check
             report.save(file)
     return report
+
+
+@contextmanager
+def _local(place: Place) -> Iterator[Place]:
+    """The place with a tar on this machine: fetched, if it is a URL."""
+    if place.shard is None or place.shard.remote is None:
+        yield place
+        return
+    descriptor = Cache.of(None).open(place.shard.remote)
+    try:
+        tar = Path(f"/proc/self/fd/{descriptor}")  # stays readable if another process makes room
+        yield place._replace(tar=tar, shard=replace(place.shard, tar=place.tar.name))
+    finally:
+        os.close(descriptor)
 
 
 def _key(place: Place) -> str:
@@ -98,7 +120,8 @@ def check(place: Place, key: str = "") -> Report:
         names = [data.image_name(row) for row in range(len(data))]
     except ValueError as error:
         return Report(key, [*faults, f"its index cannot be read ({error})"])
-    data.files = ShardFiles([place.tar], [place.tar.stat().st_size], [""])  # what is there, if another size was listed
+    there = replace(data.shards[0], num_bytes=place.tar.stat().st_size, sha256="")  # if another size was listed
+    data.files = ShardFiles([place.tar], [there], data.cache)
     unreadable, hashes, labels, tallies = {}, {}, {}, []
     how = _decoding(place)
     for row, name in enumerate(names):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mae_dist.atomic import replacing
-
-log = logging.getLogger(__name__)
+from mae_dist.data.classes import Classes, Merging, merge
+from mae_dist.data.remote import Remote, name_of
+from mae_dist.paths import is_url
 
 FORMAT = "mae_dist dataset 1"
 FILE = "dataset.json"
@@ -24,7 +26,8 @@ MOST_CLASSES = 10**7
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: ``tar`` is its path, relative to dataset.json or absolute; ``sha256`` is empty if not computed.
+    """One tar file: ``tar`` is its path, relative to dataset.json or absolute, or a URL; ``sha256`` is empty if not
+    computed.
 
     ``index`` is the name of its index beside dataset.json, if it is not that of the tar with .idx. ``labels`` is the
     hash of a file of labels beside the index (see `labels`); empty: the labels are the .cls members.
@@ -41,7 +44,17 @@ class Shard:
     @property
     def index_name(self) -> str:
         """The name of its index beside dataset.json."""
-        return self.index or f"{Path(self.tar).stem}.idx"
+        return self.index or f"{Path(self.file_name).stem}.idx"
+
+    @property
+    def file_name(self) -> str:
+        """The name of the tar, without folder."""
+        return name_of(self.tar) if is_url(self.tar) else Path(self.tar).name
+
+    @property
+    def remote(self) -> Remote | None:
+        """The tar as a file to download; None where its path is none of a URL."""
+        return Remote(self.tar, self.num_bytes, self.sha256) if is_url(self.tar) else None
 
 
 @dataclass(frozen=True)
@@ -75,32 +88,69 @@ class Dataset:
             raise ValueError(f"{folder}: no such folder")
         if not path.is_file():
             raise ValueError(f"data.path={folder}: no {FILE} in it; `mae-dist data index {folder}` makes one")
+        return Dataset.parse(path.read_bytes(), str(path))
+
+    @staticmethod
+    def parse(text: bytes, path: str) -> Dataset:
+        """Read the content of a dataset.json. Raises ValueError, which begins with ``path``, when it is damaged."""
         try:
-            return _parsed(json.loads(path.read_text()))
+            return _parsed(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not a {FORMAT!r} file ({str(error)[:200]}); make it anew with `mae-dist data index`"
             ) from error
 
 
-def united(datasets: Sequence[Dataset]) -> Dataset:
-    """What holds for several data sets together; their splits are left out. Classes that differ are left out, with a
-    warning: such data sets are fit for what needs no labels.
+class Parts(NamedTuple):
+    """How several data sets make one split: the number of shards of each; for each shard the new numbers of its classes
+    (None: they stay); and why their labels cannot be used together (empty: they can).
     """
-    first, *others = datasets
-    if not others:
-        return first
-    alike = all((other.classes, other.num_classes) == (first.classes, first.num_classes) for other in others)
-    if not alike or (first.classes is None and first.num_classes is not None):
-        what = "are taken as the same numbers" if alike else "differ, so labels are left out"
-        log.warning("%s and %d more data sets: their classes %s", first.name, len(others), what)
-    sizes = {dataset.image_size for dataset in datasets}
-    statistics = {(dataset.mean, dataset.std, dataset.white) for dataset in datasets}
-    mean, std, white = statistics.pop() if len(statistics) == 1 else (None, None, None)
-    return Dataset(
-        first.name, {}, first.num_classes if alike else None, first.classes if alike else None,
-        sizes.pop() if len(sizes) == 1 else None, mean, std, white,
-    )  # fmt: skip
+
+    sizes: list[int]
+    labels: list[np.ndarray | None]
+    problem: str = ""
+
+
+def united(
+    owners: Sequence[Dataset], shards: Sequence[Shard], merging: Merging
+) -> tuple[Dataset, list[np.ndarray | None], str]:
+    """What holds for the data sets of these shards together, without their splits; for each shard the new numbers of
+    its classes (None: they stay); and why labels cannot be used together, or an empty text.
+
+    Mean and std are pooled over all images, where all data sets know theirs. Raises ValueError where data sets were
+    packed with different white values.
+    """
+    datasets, keys = {id(owner): owner for owner in owners}, [id(owner) for owner in owners]
+    first, counts = owners[0], dict.fromkeys(keys, 0)
+    if len(datasets) == 1:
+        return first, [None] * len(shards), ""
+    labelled = {key for key, d in datasets.items() if any(s.num_labelled for split in d.splits.values() for s in split)}
+    for shard, key in zip(shards, keys, strict=True):
+        counts[key] += shard.num_samples
+        labelled |= {key} if shard.num_labelled else set()
+    known = [Classes(d.name, d.num_classes, d.classes, key in labelled) for key, d in datasets.items()]
+    merged = merge(known, merging)
+    maps = dict(zip(datasets, merged.maps, strict=True))
+    if len({dataset.white for dataset in datasets.values()}) > 1:
+        names = " and ".join(f"{dataset.name} ({dataset.white})" for dataset in datasets.values())
+        raise ValueError(f"data.path: {names} have different white values; pack them with the same --white")
+    sizes = {dataset.image_size for dataset in datasets.values()}
+    size, (mean, std) = sizes.pop() if len(sizes) == 1 else None, _pooled([*datasets.values()], [*counts.values()])
+    together = Dataset(first.name, {}, merged.number, merged.names, size, mean, std, first.white)
+    return together, [maps[key] for key in keys], merged.problem
+
+
+def _pooled(
+    datasets: Sequence[Dataset], counts: Sequence[int]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation over the images of all data sets, weighted by their counts."""
+    known = [(dataset.mean, dataset.std) for dataset in datasets if dataset.mean is not None]
+    if len(known) < len(datasets) or len({len(mean) for mean, _ in known}) > 1:
+        return None, None
+    means, stds = (np.array(values) for values in zip(*known, strict=True))
+    mean = np.average(means, axis=0, weights=counts)
+    std = np.sqrt(np.average(stds**2 + (means - mean) ** 2, axis=0, weights=counts))
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _parsed(plain: Any) -> Dataset:

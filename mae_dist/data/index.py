@@ -18,16 +18,17 @@ import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from mae_dist import paths
 from mae_dist.atomic import replacing
-from mae_dist.data import quarantine
-from mae_dist.data.dataset import FILE, Dataset, Shard, united
+from mae_dist.data import places, quarantine
+from mae_dist.data.cache import Cache
+from mae_dist.data.classes import Merging
+from mae_dist.data.dataset import FILE, Dataset, Parts, Shard, united
+from mae_dist.data.remote import Remote
 from mae_dist.data.shard_files import ShardFiles, persistently, sha256
 from mae_dist.errors import from_os_error
 
@@ -60,25 +61,22 @@ class _Table:
 class ShardIndex:
     """All samples of one split. The id of a sample is its position in the concatenation of the shards.
 
-    ``left_out``: shard -> names of images of samples that do not count (see `quarantine`).
+    ``left_out``: shard -> names of images of samples that do not count (see `quarantine`). Tars that are URLs are read
+    through the `cache`.
     """
 
     def __init__(
         self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset,
-        left_out: dict[int, set[str]] | None = None,
+        left_out: dict[int, set[str]] | None = None, cache: Cache | None = None, parts: Parts | None = None,
     ):  # fmt: skip
-        self.tars, self.indexes, self.shards, self.dataset, self.left_out = (
-            tars,
-            indexes,
-            shards,
-            dataset,
-            left_out or {},
-        )
+        self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
+        self.left_out, self.cache = left_out or {}, cache or Cache.of(None)
+        self.parts = parts or Parts([len(shards)], [None] * len(shards))
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
         for shard, images in self.left_out.items():
             self.counts[shard] -= len(images)
         self.ends = np.cumsum(self.counts)
-        self.files = ShardFiles(tars, [shard.num_bytes for shard in shards], [shard.sha256 for shard in shards])
+        self.files = ShardFiles(tars, shards, self.cache)
         self._table = functools.lru_cache(maxsize=256)(self._read_table)
         self._rows = functools.lru_cache(maxsize=256)(self._kept_rows)
 
@@ -86,7 +84,7 @@ class ShardIndex:
         return int(self.counts.sum())
 
     def __getstate__(self) -> tuple:
-        return (self.tars, self.indexes, self.shards, self.dataset, self.left_out)
+        return (self.tars, self.indexes, self.shards, self.dataset, self.left_out, self.cache, self.parts)
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)  # each worker opens its own file handles and tables
@@ -98,6 +96,16 @@ class ShardIndex:
         """Rows of the samples of a shard that are not left out."""
         return np.flatnonzero([name not in self.left_out[shard] for name in self._table(shard).names])
 
+    @functools.cached_property
+    def remotes(self) -> list[Remote | None]:
+        """The tars that are fetched through the cache; None for those that are files."""
+        return [shard.remote for shard in self.shards]
+
+    @property
+    def counts_of_parts(self) -> list[np.ndarray]:
+        """The numbers of samples in the shards of each data set; of one unless data.path is a list."""
+        return np.split(self.counts, np.cumsum(self.parts.sizes)[:-1])
+
     @property
     def num_labelled(self) -> int:
         """Number of samples that have a label."""
@@ -106,8 +114,9 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the names, counts, sizes and known sha256 of the shards; independent of their folder, but for
-        that of tars that share a name and have no known sha256; and of the samples that are left out.
+        """A short hash of the names, counts, sizes and known sha256 of the shards, of samples that are left out, and of
+        how data sets are put together; independent of folders, but for those of tars that share a name and have no
+        known sha256.
         """
         uses = Counter(tar.name for tar in self.tars)
         alike = [not s.sha256 and uses[tar.name] > 1 for s, tar in zip(self.shards, self.tars, strict=True)]
@@ -117,7 +126,30 @@ class ShardIndex:
             for name, s in zip(names, self.shards, strict=True)
         ]
         rows += [f"{names[shard]} without {sorted(images)}" for shard, images in sorted(self.left_out.items())]
+        if len(self.parts.sizes) > 1:
+            rows.append(f"data sets of {self.parts.sizes} shards")
+        rows += [f"classes {numbers}" for numbers in dict.fromkeys(str(n) for n in self.parts.labels if n is not None)]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+    def numbered_as(self, classes: list[str] | None) -> ShardIndex:
+        """This split with the class numbers of another data set, by the names of its `classes`; as it is where one of
+        them has no names. Raises ValueError for a class that is not among them.
+        """
+        own = self.dataset.classes
+        if own is None or classes is None or own == classes:
+            return self
+        numbers = {name: number for number, name in enumerate(classes)}
+        if missing := [name for name in own if name not in numbers]:
+            raise ValueError(
+                f"{self.dataset.name}: its class {missing[0]} is none of the {len(classes)} classes that are trained"
+            )
+        table = np.array([numbers[name] for name in own], dtype=np.int64)
+        labels: list[np.ndarray | None] = [table if known is None else table[known] for known in self.parts.labels]
+        dataset, parts = (
+            replace(self.dataset, classes=classes, num_classes=len(classes)),
+            self.parts._replace(labels=labels),
+        )
+        return ShardIndex(self.tars, self.indexes, self.shards, dataset, self.left_out, self.cache, parts)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row of its index) of a sample id."""
@@ -157,7 +189,12 @@ class ShardIndex:
         """Read the label of one sample (-1: none). Raises as `read`."""
         shard, row = self.locate(sample)
         offset, size = (int(v) for v in self._table(shard).spans[row, 2:])
-        return -1 if offset < 0 else int(self.files.read(shard, offset, size))
+        number, numbers = -1 if offset < 0 else int(self.files.read(shard, offset, size)), self.parts.labels[shard]
+        if number < 0 or numbers is None:
+            return number
+        if number >= len(numbers):
+            raise ValueError(f"label {number}, but its data set has only {len(numbers)} classes")
+        return int(numbers[number])
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -166,95 +203,37 @@ def split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
-class Place(NamedTuple):
-    """Where a tar of a split lies: its path, that of its index, what is known of it, and its data set."""
-
-    tar: Path
-    idx: Path
-    shard: Shard | None
-    dataset: Dataset
-
-
-def splits(path: str) -> list[str]:
-    """The splits that all folders in `path` have; none where it names tars. ValueError for what is not there."""
-    folders = [Path(name) for part in paths.parts(path) for name in paths.names(part)]
-    if not all((folder / FILE).is_file() for folder in folders):
-        return []
-    first, *others = [Dataset.load(folder).splits for folder in folders]
-    return [name for name in first if all(name in other for other in others)]
-
-
-def open_split(path: str, split: str) -> ShardIndex:
+def open_split(path: str, split: str, cache: Cache | None = None, merging: Merging = "names") -> ShardIndex:
     """Open a split: `path` names folders with a dataset.json, or tars with their .idx files beside them (see `paths`).
 
     Tars that `path` names, by themselves or by a folder without dataset.json, are the split, and `split` is ignored.
-    Several places are one data set, in their order. Raises ValueError when a file is missing or changed, or is named
-    twice.
+    Several places are one data set, in their order, with labels merged as `merging` says. Tars that are URLs are
+    fetched through `cache`. Raises ValueError when a file is missing or changed, or is named twice.
     """
-    split = evaluation_split(path, split)
-    places, shards, seen = places_of(path, split), [], {}
-    for tar, index, shard, _ in places:
-        status = _status(tar)
-        if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
+    split = places.evaluation_split(path, split)
+    parts, shards, seen = places.of_split(path, split), [], {}
+    found = [place for part in parts for place in part]
+    for tar, index, shard, _ in found:
+        status = None if shard is not None and shard.remote else _status(tar)
+        if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
             raise ValueError(f"data.path={path}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
         if not index.is_file():
             raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
-        if shard is not None and status.st_size != shard.num_bytes:
+        if shard is not None and status is not None and status.st_size != shard.num_bytes:
             raise ValueError(
                 f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
         shards.append(shard or shard_of(tar, index))
-    datasets = list({id(place.dataset): place.dataset for place in places}.values())
-    left_out = _left_out([place.idx for place in places])
-    dataset = united(datasets or [Dataset("")])
-    index = ShardIndex([p.tar for p in places], [p.idx for p in places], shards, dataset, left_out)
+    left_out = _left_out([place.idx for place in found])
+    dataset, labels, problem = united([place.dataset for place in found] or [Dataset("")], shards, merging)
+    together = Parts([len(part) for part in parts], labels, problem)
+    index = ShardIndex([p.tar for p in found], [p.idx for p in found], shards, dataset, left_out, cache, together)
     if left_out:
         log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)
     if not len(index):
         raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
     return index
-
-
-def evaluation_split(path: str, split: str) -> str:
-    """The split to evaluate on: `split`, or, where that is `auto`, val, if the folders in `path` have it, else test."""
-    return split if split != "auto" else "val" if "val" in splits(path) else "test"
-
-
-def places_of(path: str, split: str) -> list[Place]:
-    """Where the tars of a split lie, of which none need exist. Raises ValueError where `path` names nothing."""
-    try:
-        names = [name for part in paths.parts(path) for name in paths.names(part)]
-    except ValueError as error:
-        raise ValueError(f"data.path={path}: {error}") from error
-    return [*_places(names, split)]
-
-
-def _places(names: list[str], split: str) -> Iterator[Place]:
-    """Where the tars of a split lie, in the order of `names`: folders and tars."""
-    listed_in = functools.cache(_listed_in)
-    for name in names:
-        folder = Path(name)
-        if not (folder / FILE).is_file():
-            for tar in map(Path, paths.tars_in(name) if folder.is_dir() else [name]):
-                dataset, listed = listed_in(tar.parent)
-                shard = listed.get(tar)
-                index = tar.with_suffix(".idx") if shard is None else tar.parent / shard.index_name
-                yield Place(tar, index, shard, dataset)
-            continue
-        dataset = Dataset.load(folder)
-        if split not in dataset.splits:
-            raise ValueError(f"{folder / FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
-        for shard in dataset.splits[split]:
-            yield Place(folder / shard.tar, folder / shard.index_name, shard, dataset)
-
-
-def _listed_in(folder: Path) -> tuple[Dataset, dict[Path, Shard]]:
-    """The data set of a folder, and what it knows of each tar."""
-    if not (folder / FILE).is_file():
-        return Dataset(name=str(folder)), {}
-    dataset = Dataset.load(folder)
-    return dataset, {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
 
 
 def _left_out(indexes: list[Path]) -> dict[int, set[str]]:
@@ -284,8 +263,14 @@ def _status(tar: Path) -> os.stat_result:
 
 def shard_of(tar: Path, index: Path) -> Shard:
     """The Shard of a tar that no dataset.json lists, from its index; sha256 is empty."""
-    labelled = int((_read_table(index).spans[:, 2] >= 0).sum())
-    return Shard(tar.name, _count(index), labelled, tar.stat().st_size, "")
+    num_samples, num_labelled, _ = summary(index)
+    return Shard(tar.name, num_samples, num_labelled, tar.stat().st_size, "")
+
+
+def summary(index: Path) -> tuple[int, int, int]:
+    """(samples, labelled samples, end of the last one in bytes) of an index. Raises ValueError where it is none."""
+    spans = _read_table(index).spans
+    return len(spans), int((spans[:, 2] >= 0).sum()), int((spans[:, ::2] + spans[:, 1::2]).max(initial=0))
 
 
 def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:

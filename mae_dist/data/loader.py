@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -23,6 +24,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mae_dist.batch import Batch
+from mae_dist.data.cache import fetch_ahead
 from mae_dist.data.crop import Reader, Rows, name_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
@@ -37,6 +39,8 @@ RESIDENT_BYTES = 2**31
 """Size up to which a split of images of one size is held in memory, as uint8."""
 CHUNK = 32
 """Samples that a worker reads at once: few, so that all workers share the first batch, and big images even out."""
+FETCHERS = 2
+"""Processes of a rank that download remote tars before they are needed."""
 READ_AHEAD = 2
 """Batches for which there is memory."""
 Plan = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -94,6 +98,8 @@ class ReadAhead:
     def __init__(self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, named: set[int]):
         self.index, self.view, self.device, self.named = reader.index, view, device, named
         plan = list(itertools.islice(first := iter(plan), 1))
+        self.taken = shared_array((1,), np.int64)
+        self.fetchers = _fetchers(self.index, itertools.chain(plan, first), self.taken, None if view.training else 2)
         self.plan, ahead = itertools.tee(itertools.chain(plan, first))
         self.chunks = (
             (epochs[i : i + CHUNK], ids[i : i + CHUNK]) for epochs, ids in ahead for i in range(0, len(ids), CHUNK)
@@ -123,9 +129,11 @@ class ReadAhead:
                     self._take(images[part], labels[part], bad[part])
                 pixels = rearrange(images, "b h w c -> b c h w").float().div_(255)
                 facts = (torch.from_numpy(array).to(self.device) for array in (labels, ids, epochs, bad))
+                self.taken += 1
                 yield Batch(self.view.finish(pixels, epochs, ids), *facts)
         finally:
             self.workers.stop()
+            self.fetchers.stop()
             if self.pinned:
                 _unpin(self.images)
 
@@ -154,6 +162,21 @@ class ReadAhead:
         else:
             self.free.append(slot)
         self._send()
+
+
+def _fetchers(index: ShardIndex, plan: Plan, taken: np.ndarray, most: int | None) -> Workers:
+    """Processes that download the tars of the next batches where tars are remote; each has a copy of the `plan`."""
+    cache, total = index.cache, sum(file.size for file in index.remotes if file is not None)
+
+    def work(parent: int) -> None:
+        shards = (np.unique(np.searchsorted(index.ends, ids, side="right")) for _, ids in plan)
+        files = ([file for shard in needed if (file := index.remotes[shard]) is not None] for needed in shards)
+        fetch_ahead(cache, total, files, lambda: int(taken[0]), most, parent)
+
+    fetchers = Workers(work, FETCHERS if total else 0)
+    for _ in fetchers.pipes:
+        fetchers.send(os.getpid())
+    return fetchers
 
 
 def _places(slot: int, count: int) -> slice:

@@ -8,33 +8,41 @@ that range among them. Memory grows with the number of shards, and with the samp
 With repeated augmentation (Hoffer et al. 2020) each pass over the data takes every sample `repeats` times, as different
 epochs of it, so that all that is drawn for it differs. Samples are repeated two by two, a b a b a b c d c d ...: copies
 stay near each other, and none is the partner that mixing gives to another (`objectives.mixing`).
+
+With weights, several data sets are mixed (`Mixture`); each has an order and epochs of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from mae_dist import rng
 
 KEPT_WINDOWS = 4
+LONGEST_CYCLE = 10_000
+"""Places of the longest cycle of a Mixture."""
 
 
 class Order:
     """The infinite stream of (epoch, sample id) over shards with `counts` samples.
 
     A sample's epoch is how often it was taken before. ``left_out`` maps a sample id to the position from which on the
-    next sample of its shard replaces it. ``repeats`` is the number of copies of repeated augmentation.
+    next sample of its shard replaces it. ``repeats`` is the number of copies of repeated augmentation. ``first`` is the
+    number of the first shard, and the id of the first sample.
     """
 
     def __init__(
-        self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None, repeats: int = 1
-    ):
+        self, seed: int, counts: np.ndarray, window: int, left_out: dict[int, int] | None = None, repeats: int = 1,
+        first: tuple[int, int] = (0, 0),
+    ):  # fmt: skip
         self.seed, self.window, self.left_out, self.repeats = seed, window, left_out or {}, repeats
         self.counts = np.asarray(counts, dtype=np.int64)
-        self.starts = np.cumsum(self.counts) - self.counts
+        self.first, self.starts = first[0], np.cumsum(self.counts) - self.counts + first[1]
         self.num_samples = int(self.counts.sum())
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -83,7 +91,8 @@ class Order:
         """The permuted shards of an epoch, and the position at which each window ends."""
 
         def draw() -> tuple[np.ndarray, np.ndarray]:
-            shards = permutation(self.seed, rng.Purpose.SHARDS, epoch, np.arange(len(self.counts)))
+            numbers = np.arange(len(self.counts)) + self.first
+            shards = permutation(self.seed, rng.Purpose.SHARDS, epoch, numbers) - self.first
             sizes = np.add.reduceat(self.counts[shards], np.arange(0, len(shards), self.window))
             return shards, np.cumsum(sizes)
 
@@ -98,6 +107,72 @@ class Order:
             return permutation(self.seed, rng.Purpose.SAMPLES, epoch, ids)
 
         return _remember(self._windows, (epoch, number), draw)
+
+
+class Mixture(Order):
+    """The infinite stream of (epoch, sample id) over several data sets, `parts`, as the counts of their shards.
+
+    The stream is a row of cycles. In each, part i has exactly `weights[i]` (a whole number) places, in a random order,
+    and goes on where it stopped in the cycle before. Sample ids are those of the concatenation of the parts.
+    """
+
+    def __init__(
+        self, seed: int, parts: Sequence[np.ndarray], weights: Sequence[int], window: int,
+        left_out: dict[int, int] | None = None, repeats: int = 1,
+    ):  # fmt: skip
+        super().__init__(seed, np.concatenate(parts), window, left_out, repeats)
+        shards, self.orders = 0, list[Order]()
+        for counts in parts:
+            self.orders.append(Order(seed, counts, window, first=(shards, int(self.starts[shards]))))
+            shards += len(counts)
+        self.weights, self.cycle = weights, np.repeat(np.arange(len(weights)), weights)
+
+    def _unrepeated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        length = len(self.cycle)
+        cycles = np.arange(start // length, -(-stop // length))
+        numbers = np.tile(np.arange(length), len(cycles))
+        words = rng.bits(self.seed, rng.Purpose.PARTS, np.repeat(cycles, length), numbers, 2)
+        drawn = np.argsort(((words[:, 0] << 30) ^ words[:, 1]).reshape(-1, length), axis=1, kind="stable")
+        places, skipped = self.cycle[drawn].reshape(-1), start - int(cycles[0]) * length
+        passes, ids = np.empty((2, stop - start), dtype=np.int64)
+        for part, (order, weight) in enumerate(zip(self.orders, self.weights, strict=True)):
+            first = int(cycles[0]) * weight + int((places[:skipped] == part).sum())
+            mine = np.flatnonzero(places[skipped : skipped + stop - start] == part)
+            if len(mine):
+                passes[mine], ids[mine] = order._unrepeated(first, first + len(mine))
+        return passes, ids
+
+
+def mixed(
+    seed: int, parts: Sequence[np.ndarray], weights: Sequence[float], window: int,
+    left_out: dict[int, int] | None = None, repeats: int = 1,
+) -> Order:  # fmt: skip
+    """The order over one data set or several: one concatenation of the `parts`, or with `weights` their Mixture.
+
+    Raises ValueError for weights that are not one for each part, or that no cycle of LONGEST_CYCLE places has exactly.
+    """
+    if not weights:
+        return Order(seed, np.concatenate(parts), window, left_out, repeats)
+    given = f"data.weights=[{', '.join(f'{weight:g}' for weight in weights)}]"
+    if len(weights) != len(parts):
+        raise ValueError(f"{given}: data.path names {len(parts)} data sets, and each needs one weight: data.path=[A,B]")
+    return Mixture(seed, parts, whole_weights(weights, given), window, left_out, repeats)
+
+
+def whole_weights(weights: Sequence[float], given: str) -> list[int]:
+    """The smallest whole numbers in the ratio of these decimal numbers. Raises ValueError, which begins with ``given``,
+    where their sum exceeds LONGEST_CYCLE.
+    """
+    exact = [Fraction(str(float(weight))) for weight in weights]
+    scale = Fraction(math.lcm(*(part.denominator for part in exact)), 1)
+    whole = [int(part * scale) for part in exact]
+    whole = [part // math.gcd(*whole) for part in whole]
+    if sum(whole) > LONGEST_CYCLE:
+        near = [max(1, round(100 * part / sum(whole))) for part in whole]
+        raise ValueError(
+            f"{given}: is the ratio {':'.join(map(str, whole))}, too fine to be kept; round it, like {near}"
+        )
+    return whole
 
 
 def permutation(seed: int, purpose: rng.Purpose, epoch: int, values: np.ndarray) -> np.ndarray:

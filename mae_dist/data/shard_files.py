@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mae_dist.data.cache import Cache
+from mae_dist.data.dataset import Shard
+from mae_dist.data.remote import Refused
 from mae_dist.errors import MachineFault, reason
 
 log = logging.getLogger(__name__)
@@ -59,13 +62,14 @@ def persistently(read: Callable[[], T], what: str, recover: Callable[[], object]
 
 
 class ShardFiles:
-    """The tars of a split, opened when needed. ``sizes`` and ``checksums`` (sha256, may be empty) are the known ones.
+    """The tars of a split, opened when needed; those of `shards` that are URLs are fetched through `cache`.
 
     A tar must keep size, inode and modification time as long as this object lives, or else its sha256.
     """
 
-    def __init__(self, tars: Sequence[Path], sizes: Sequence[int], checksums: Sequence[str]):
-        self.tars, self.sizes, self.checksums = tars, sizes, checksums
+    def __init__(self, tars: Sequence[Path], shards: Sequence[Shard], cache: Cache):
+        self.tars, self.shards, self.cache = tars, shards, cache
+        self.fetch = functools.lru_cache(1)(lambda shard: _Handle(self._fetched(shard)))  # one: others make room
         self.seen: dict[int, tuple[int, int]] = {}
         self.open = functools.lru_cache(MOST_OPEN)(lambda shard: _Handle(self._checked(shard)))
 
@@ -75,25 +79,39 @@ class ShardFiles:
         """
 
         def attempt() -> bytes:
-            return os.pread(self.open(shard).descriptor, size, offset)
+            handle = self.open(shard) if self.shards[shard].remote is None else self.fetch(shard)
+            return os.pread(handle.descriptor, size, offset)
 
         what = f"{self.tars[shard]} at byte {offset}"
-        content = persistently(attempt, what, self.open.cache_clear)  # closes stale handles, and frees descriptors
+        content = persistently(attempt, what, self._close)  # stale handles are of no use, and descriptors may be short
         if len(content) != size:
             raise ChangedError(
                 f"{self.tars[shard]}: ends inside a sample: it was changed or cut short after it was indexed"
             )
         return content
 
+    def _close(self) -> None:
+        self.open.cache_clear()
+        self.fetch.cache_clear()
+
+    def _fetched(self, shard: int) -> int:
+        """The descriptor of a remote tar."""
+        remote = self.shards[shard].remote
+        assert remote is not None
+        try:
+            return self.cache.open(remote)
+        except Refused as error:
+            raise ChangedError(str(error)) from None
+
     def _checked(self, shard: int) -> int:
         """The descriptor of a tar that is still the same."""
-        tar, known = self.tars[shard], self.checksums[shard]
+        tar, known, size = self.tars[shard], self.shards[shard].sha256, self.shards[shard].num_bytes
         descriptor = os.open(tar, os.O_RDONLY)
         try:
             status = os.fstat(descriptor)
-            if status.st_size != self.sizes[shard]:
+            if status.st_size != size:
                 raise ChangedError(
-                    f"{tar}: has {status.st_size} bytes now, {self.sizes[shard]} before: it was changed meanwhile; "
+                    f"{tar}: has {status.st_size} bytes now, {size} before: it was changed meanwhile; "
                     f"restore it, or index it again with `mae-dist data index`"
                 )
             now = status.st_ino, status.st_mtime_ns

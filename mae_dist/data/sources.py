@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_dist.data import cifar, folder_files, folder_layout, index, synthetic
+from mae_dist.data import cifar, folder_files, folder_layout, index, places, synthetic
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.data.reencode import as_png
 from mae_dist.errors import from_os_error
@@ -228,7 +228,7 @@ def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> S
 
 
 def _opened(path: str, split: str | None) -> dict[str, index.ShardIndex]:
-    splits = index.splits(path)
+    splits = places.splits(path)
     if not splits:
         data = index.open_split(path, "")
         return {split or _listed_split(data): data}

@@ -17,10 +17,12 @@ from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
+from mae_dist.data.cache import Cache
 from mae_dist.data.decode import changes
-from mae_dist.data.index import ShardIndex, evaluation_split, open_split, splits
-from mae_dist.data.order import Order, num_micro, plan
+from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.data.pixels import Decoding
+from mae_dist.data.places import evaluation_split, splits
 from mae_dist.models.backbone import Backbone
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
@@ -120,15 +122,20 @@ class Setup(Generic[C]):
         """Sample id -> position in the stream from which on this run's rewinds leave the sample out."""
         return dist.run_on_rank0(lambda: rewind.left_out(self.run.path, self.config.train.global_batch))
 
+    def order(self, left_out: dict[int, int]) -> Order:
+        """The order of training. Raises ValueError for impossible data.weights."""
+        data, parts = self.config.data, self.train_split.counts_of_parts
+        return mixed(self.config.train.seed, parts, data.weights, data.shuffle_window, left_out, data.aug_repeats)
+
     def training_batches(
         self, source: loader.Source, num_micro: int, steps: range, left_out: dict[int, int],
         share: tuple[int, int] | None = None,
     ) -> Iterator[Batch]:  # fmt: skip
         """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
         config, (rank, world) = self.config, share or (dist.rank(), dist.world())
-        data, counts = config.data, self.train_split.counts
-        order = Order(config.train.seed, counts, data.shuffle_window, left_out, data.aug_repeats)
-        places = plan(order, steps, config.train.global_batch, num_micro, rank, world, configuration.group(config))
+        places = plan(
+            self.order(left_out), steps, config.train.global_batch, num_micro, rank, world, configuration.group(config)
+        )
         return source.batches(places, self.view(training=True))
 
     def evaluation_batches(self, source: loader.Source, ids: np.ndarray | None = None) -> Iterator[Batch]:
@@ -198,9 +205,10 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     configuration.check_world(config, dist.world())
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
-    train_split = open_split(config.data.path, config.data.split)
+    cache = Cache.of(config.data.cache, config.data.cache_size)
+    train_split = open_split(config.data.path, config.data.split, cache, config.data.merge_labels)
     config = with_test_split(config, before)
-    test_split = find_test_split(config, required=needs_labels)
+    test_split = find_test_split(config, needs_labels, train_split)
     initial = find_initial_weights(config.origin) if config.origin is not None else None
     for split in (train_split, test_split) if needs_labels else ():
         refuse_unlabelled(split, verb)
@@ -216,6 +224,9 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     micro = config.machine.micro_batch
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     setup = Setup(verb, config, run, device, train_split, test_split, needs_labels, backbone, initial, micro)
+    setup.order({})  # raises now what is impossible in data.weights
+    if dist.is_main():
+        warn_of_small_cache(train_split, config.data.shuffle_window)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
     with suppress(ValueError, OSError):  # an unreadable sample is the loader's business
         if dist.is_main() and (what := changes(train_split.read(0), setup.decoding)):
@@ -274,20 +285,40 @@ def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> 
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std, white=white))
 
 
-def find_test_split(config: RunConfig, required: bool) -> ShardIndex | None:
-    """The test split, from data.test_path or beside the training split; None where there is none and none is needed."""
+def warn_of_small_cache(index: ShardIndex, window: int) -> None:
+    """Log where remote tars are kept, and warn where those that are shuffled together do not fit there."""
+    sizes = sorted((remote.size for remote in index.remotes if remote is not None), reverse=True)
+    if not sizes:
+        return
+    cache, needed = index.cache, sum(sizes[:window])
+    log.info("%d tars of %.4g GB are fetched into %s", len(sizes), sum(sizes) / 1e9, cache.folder)
+    if needed > cache.limit:
+        log.warning(
+            "data.cache_size=%.4gGB is less than %.4g GB, the tars that data.shuffle_window=%d shuffles together: each "
+            "is fetched again and again; raise it, or lower data.shuffle_window",
+            cache.limit / 1e9, needed / 1e9, window,
+        )  # fmt: skip
+
+
+def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> ShardIndex | None:
+    """The test split, from data.test_path or beside the training split, with classes numbered as in training; None
+    where there is none and none is needed.
+    """
     data = config.data
     known = splits(data.path) if data.test_path is None else []
     if data.test_path is None and not required and data.test_split not in known:
         return None
     if data.test_path is None and not known:
         raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
-    return open_split(data.test_path or data.path, data.test_split)
+    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
+    return test.numbered_as(train.dataset.classes) if required else test
 
 
 def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
-    """Every sample must have a label."""
+    """Every sample must have a label, and those of several data sets must go together."""
     assert index is not None
+    if index.parts.problem:
+        raise ValueError(f"data.path: {index.parts.problem}")
     missing = len(index) - index.num_labelled
     if missing:
         raise ValueError(

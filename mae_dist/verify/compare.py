@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mae_dist.data.index import open_split
-from mae_dist.data.order import Order
+from mae_dist.data.order import Order, mixed
 from mae_dist.run import checkpoint, jsonl, tracker
 from mae_dist.run.layout import checkpoints
 from mae_dist.schema import RunConfig
@@ -70,8 +70,8 @@ def last_state(run: Path) -> dict[str, Tensor]:
 
 def planned_order(config: RunConfig) -> Order:
     """The order of samples that follows from a run's settings and data."""
-    counts = open_split(config.data.path, config.data.split).counts
-    return Order(config.train.seed, counts, config.data.shuffle_window, repeats=config.data.aug_repeats)
+    data, parts = config.data, open_split(config.data.path, config.data.split).counts_of_parts
+    return mixed(config.train.seed, parts, data.weights, data.shuffle_window, repeats=data.aug_repeats)
 
 
 def planned_samples(order: Order, global_batch: int, steps: Iterable[int]) -> dict[int, Samples]:

@@ -17,6 +17,7 @@ from mae_dist.__main__ import main
 from mae_dist.data import check, index
 from mae_dist.data.check import Report
 from mae_dist.data.findings import Checked, findings
+from mae_dist.data.places import Place
 from mae_dist.data.tally import Tally
 
 
@@ -40,7 +41,7 @@ def test_check_of_clean_data_has_status_0_and_reads_only_tars_that_changed_a_sec
     read: list[str] = []
     real = check.check
 
-    def noted(place: index.Place, key: str) -> Report:
+    def noted(place: Place, key: str) -> Report:
         read.append(place.tar.name)
         return real(place, key)
 

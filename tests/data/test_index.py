@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mae_dist.commands.data import main
-from mae_dist.data import index
+from mae_dist.data import index, places
 
 
 def png(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
@@ -220,8 +220,8 @@ def test_index_opens_several_places_as_one_data_set(tmp_path: Path, caplog: pyte
     braces = index.open_split(f"{tmp_path}/{{a,b}}/x.tar::{tmp_path}/c/1", "any")
     assert [braces.read(i).key for i in range(6)] == expected
     assert [s.sha256 != "" for s in braces.shards] == [True, True, False]
-    assert index.splits(f"{tmp_path}/[ab]") == ["train"]
-    assert index.splits(f"{tmp_path}/?") == []
+    assert places.splits(f"{tmp_path}/[ab]") == ["train"]
+    assert places.splits(f"{tmp_path}/?") == []
 
 
 def test_fingerprint_tells_tars_of_one_name_apart(tmp_path: Path) -> None:

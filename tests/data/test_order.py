@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mae_dist.data.order import KEPT_WINDOWS, Order, num_micro, plan, share
+from mae_dist.data.order import KEPT_WINDOWS, Mixture, Order, mixed, num_micro, plan, share, whole_weights
 
 COUNTS = np.array([5, 1, 7, 6, 3, 9, 2])
 NUM = int(COUNTS.sum())
@@ -159,3 +159,64 @@ def test_order_golden_numbers() -> None:
         7, 17, 16, 20, 21, 5, 18, 8, 19, 6, 13, 3, 1, 11, 15, 12, 9, 2, 4, 10, 0, 14,
         4, 6, 0, 3, 1, 8, 7, 5, 2, 21, 11, 9, 18, 20, 13, 17, 14, 12, 16, 15, 19, 10,
     ]  # fmt: skip
+
+
+PARTS = [np.array([5, 4]), np.array([3]), np.array([2, 2, 6])]
+
+
+def part_of(ids: np.ndarray) -> np.ndarray:
+    return np.searchsorted([9, 12, 22], ids, side="right")
+
+
+def test_order_mixture_has_exact_counts_in_every_cycle_in_a_random_order() -> None:
+    epochs, ids = Mixture(3, PARTS, [2, 1, 1], 2).at(0, 400)
+    cycles = part_of(ids).reshape(-1, 4)
+    assert (np.sort(cycles, axis=1) == [0, 0, 1, 2]).all()
+    assert len(np.unique(cycles, axis=0)) == 12, "all orders of a cycle occur"
+    for part, size in enumerate((9, 3, 10)):  # each part has epochs of its own: all its samples once in each
+        mine = part_of(ids) == part
+        taken = ids[mine][: mine.sum() // size * size].reshape(-1, size)
+        assert (np.sort(taken, axis=1) == np.arange(size) + (0, 9, 12)[part]).all()
+        assert (epochs[mine] == np.arange(mine.sum()) // size).all()
+        assert len(np.unique(taken, axis=0)) > 1, "another order in each epoch"
+
+
+def test_order_mixture_is_independent_of_resume_position_and_ranks() -> None:
+    whole = flat([Mixture(2, PARTS, [3, 2, 5], 2).at(0, 300)])
+    order = Mixture(2, PARTS, [3, 2, 5], 2)
+    for a, b in ((250, 300), (0, 1), (17, 117), (117, 117 + 40), (9, 10)):
+        assert flat([order.at(a, b)]) == whole[a:b]
+    plans = [list(plan(Mixture(2, PARTS, [3, 2, 5], 2), range(9), 10, 2, rank, 3)) for rank in range(3)]
+    steps = [batch for step in range(9) for rank in plans for batch in rank[2 * step : 2 * step + 2]]
+    assert flat(steps) == whole[:90]
+
+
+def test_order_mixture_repeats_and_leaves_out_as_order_does() -> None:
+    plain, repeated = flat([Mixture(2, PARTS, [1, 1, 2], 2).at(0, 200)]), Mixture(2, PARTS, [1, 1, 2], 2, repeats=2)
+    stream = flat([repeated.at(0, 400)])
+    assert [stream[4 * pair : 4 * pair + 2] for pair in range(100)] == [
+        [(2 * epoch, id_) for epoch, id_ in plain[2 * pair : 2 * pair + 2]] for pair in range(100)
+    ]
+    left_out = flat([Mixture(2, PARTS, [1, 1, 2], 2, {10: 50}).at(0, 200)])
+    assert left_out[:50] == plain[:50]
+    assert [id_ for _, id_ in left_out[50:]] == [11 if id_ == 10 else id_ for _, id_ in plain[50:]]
+
+
+def test_order_mixture_golden_numbers() -> None:
+    epochs, ids = Mixture(3, PARTS, [2, 1, 1], 2).at(0, 16)
+    assert ids.tolist() == [7, 17, 3, 11, 1, 2, 16, 9, 10, 4, 0, 13, 5, 20, 8, 11]
+    assert epochs.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_order_weights_are_whole_numbers_or_refused() -> None:
+    assert whole_weights([2.0, 1.0], "") == [2, 1]
+    assert whole_weights([0.7, 0.3], "") == [7, 3]
+    assert whole_weights([4, 2, 6], "") == [2, 1, 3]
+    assert whole_weights([1e-3, 1], "") == [1, 1000]
+    with pytest.raises(
+        ValueError, match=r"data.weights=\[0.333333, 0.666667\]: is the ratio .* round it, like \[33, 67\]"
+    ):
+        mixed(0, PARTS[:2], [0.333333, 0.666667], 2)
+    with pytest.raises(ValueError, match=r"data.weights=\[1\]: data.path names 3 data sets"):
+        mixed(0, PARTS, [1], 2)
+    assert flat([mixed(4, PARTS, [], 2).at(0, 50)]) == flat([Order(4, np.concatenate(PARTS), 2).at(0, 50)])

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mae_dist.data import shard_files
+from mae_dist.data.cache import Cache
+from mae_dist.data.dataset import Shard
 from mae_dist.data.shard_files import ChangedError, ShardFiles, sha256
 from mae_dist.errors import MachineFault
 
@@ -25,7 +27,8 @@ def files(folder: Path, count: int = 1, known: bool = False) -> ShardFiles:
     tars = [folder / f"x-{i}.tar" for i in range(count)]
     for number, tar in enumerate(tars):
         tar.write_bytes(bytes([number]) * 1000)
-    return ShardFiles(tars, [1000] * count, [sha256(tar) if known else "" for tar in tars])
+    shards = [Shard(tar.name, 1, 0, 1000, sha256(tar) if known else "") for tar in tars]
+    return ShardFiles(tars, shards, Cache.of(None))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[int]:
