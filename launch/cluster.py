@@ -6,6 +6,7 @@ override its fields.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from mae_dist import config as configuration
 from mae_dist.run import slurm_cli
 from mae_dist.setting import setting
 
+UNLIMITED = ("unlimited", "infinite", "n/a")
+"""What sbatch takes, and sinfo prints, for no time limit."""
 SIGNAL_LEAD = 30.0
 """Seconds by which SLURM may signal before it was requested to: it checks time limits twice a minute."""
 
@@ -30,7 +33,9 @@ class Cluster:
     tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU", at_least=1)
     cpus_per_task: int | None = setting(None, "CPU cores of each rank", at_least=1)
     memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all", at_least=0)
-    time: str = setting("24:00:00", "time limit, [days-]hours:minutes:seconds, in quotes in a file")
+    time: str = setting(
+        "24:00:00", "time limit in a form of sbatch, days-hours:minutes for example, in quotes in a file"
+    )
     start_up: float = setting(60.0, "seconds from the start of a job to its first step", at_least=0)
     stop_before_end: float = setting(
         180.0, "seconds before the time limit at which a run saves and is requeued", at_least=0
@@ -62,9 +67,10 @@ class Cluster:
         return int(least), int(most or least)
 
     @property
-    def minutes(self) -> int:
-        """The time limit, rounded up."""
-        return -(-seconds_of(self.time) // 60)
+    def minutes(self) -> int | None:
+        """The time limit, rounded up; None for no limit."""
+        seconds = seconds_of(self.time)
+        return None if seconds is None else -(-seconds // 60)
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} node{'s' * (self.nodes_range[1] > 1)}"
@@ -96,7 +102,7 @@ def check_fields(cluster: Cluster) -> None:
     if gpus and ranks > gpus:
         raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")
     least = cluster.start_up + cluster.stop_before_end + SIGNAL_LEAD
-    if cluster.minutes * 60 < least:
+    if cluster.minutes is not None and cluster.minutes * 60 < least:
         raise ValueError(
             f"time={cluster.time}: shorter than starting and saving take (start_up={cluster.start_up:g} s, "
             f"stop_before_end={cluster.stop_before_end:g} s, and {SIGNAL_LEAD:g} s by which SLURM may be early); "
@@ -110,13 +116,25 @@ def one_rank(cluster: Cluster) -> list[str]:
     return ["nodes=1", "gpus_per_node=0", "tasks_per_node=1", f"memory={memory}", "exclusive=false"]
 
 
-def seconds_of(time: str) -> int:
-    """Seconds in a time limit, [days-][hours:]minutes:seconds. Raises ValueError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", time)
+def seconds_of(time: str) -> int | None:
+    """Seconds in a time limit in any form that sbatch knows: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours, days-hours:minutes, days-hours:minutes:seconds; None for no limit, which is 0 too. Raises ValueError.
+    """
+    if time.lower() in UNLIMITED:
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
-        raise ValueError(f'time={time}: write it as "hours:minutes:seconds" or "days-hours:minutes:seconds", in quotes')
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        raise ValueError(
+            f'time={time}: write it as "hours:minutes:seconds", "days-hours:minutes:seconds" or any other form of '
+            "sbatch's --time, in quotes"
+        )
+    days, *rest = match.groups()
+    first, second, third = (None if part is None else int(part) for part in rest)
+    if days is None and third is None:  # minutes, or minutes:seconds
+        hours, minutes, seconds = 0, first, second
+    else:
+        hours, minutes, seconds = first, second, third
+    return ((int(days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0) or None
 
 
 def check_partition(cluster: Cluster) -> None:
@@ -135,15 +153,16 @@ def check_partition(cluster: Cluster) -> None:
         raise ValueError(f"gpus_per_node={cluster.gpus_per_node}: the nodes of partition {name} have {gpus}")
     if cluster.nodes_range[1] > nodes:
         raise ValueError(f"nodes={cluster.nodes}: partition {name} has {nodes}")
-    if (wanted := cluster.ranks_per_node * (cluster.cpus_per_task or 1)) > cpus:
+    if (needed := cluster.ranks_per_node * (cluster.cpus_per_task or 1)) > cpus:
         raise ValueError(
-            f"cpus_per_task={cluster.cpus_per_task or 1}: {cluster.ranks_per_node} ranks a node need {wanted} CPU "
+            f"cpus_per_task={cluster.cpus_per_task or 1}: {cluster.ranks_per_node} ranks a node need {needed} CPU "
             f"cores, the nodes of partition {name} have {cpus}"
         )
     memory = max(row["memory"] for row in rows)
     if (cluster.memory or 0) * 1000 > memory:
         raise ValueError(f"memory={cluster.memory:g}: the nodes of partition {name} have {memory / 1000:g} GB")
-    if None not in limits and cluster.minutes * 60 > (limit := max(filter(None, limits))):
+    wanted = math.inf if cluster.minutes is None else cluster.minutes * 60
+    if None not in limits and wanted > (limit := max(filter(None, limits))):
         raise ValueError(f"time={cluster.time}: partition {name} allows {limit // 3600}:{limit % 3600 // 60:02d}:00")
 
 
@@ -153,7 +172,6 @@ def partitions_of(text: str) -> list[dict[str, Any]]:
     for line in text.splitlines():
         name, limit, gres, cpus, memory, nodes = line.split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
-        seconds = None if limit in ("infinite", "n/a") else seconds_of(limit)
-        row = {"name": name.rstrip("*"), "default": name.endswith("*"), "seconds": seconds, "gpus": gpus}
+        row = {"name": name.rstrip("*"), "default": name.endswith("*"), "seconds": seconds_of(limit), "gpus": gpus}
         rows.append(row | {k: int(v.rstrip("+")) for k, v in (("cpus", cpus), ("memory", memory), ("nodes", nodes))})
     return rows

@@ -97,7 +97,8 @@ def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: 
     known = {
         "job_name": stage.name, "array_parallelism": stage.at_once,
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
-        "constraint": cluster.constraint, "time": cluster.minutes, "ntasks_per_node": tasks if fixed else None,
+        "constraint": cluster.constraint, "time": cluster.minutes or "UNLIMITED",
+        "ntasks_per_node": tasks if fixed else None,
         "gpus_per_node": gpus or None, "cpus_per_task": cpus if fixed else None, "exclusive": cluster.exclusive or None,
         "mem": None if cluster.memory is None else f"{round(cluster.memory * 1000)}M",
         "signal_delay_s": round(cluster.stop_before_end), "stderr_to_stdout": True,

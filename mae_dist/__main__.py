@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mae_dist import __version__, config, errors, schema
+from mae_dist import __version__, config, environment, errors, schema
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -97,10 +97,19 @@ def dispatch(verb: str, argv: list[str]) -> int:
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
     settings = config.load(verb, *config.split_words(verb, argv))
+    os.environ.update(environment.of_ranks(os.environ))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if ranks > 1 or environment.quota() is not None:  # else torch counts the cores right
+        os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads(os.environ, ranks)))
     with no_garbage_collection():
         from mae_dist import dist, launcher
 
-        processes = 1 if dist.launched() else launcher.processes_here(settings.machine.processes)
+        launched = dist.launched()
+        if launched and (given := settings.machine.processes) not in (None, dist.local_world()):
+            raise ValueError(
+                f"machine.processes={given}: another launcher started {dist.local_world()} processes here; leave it out"
+            )
+        processes = 1 if launched else launcher.processes_here(settings.machine.processes)
         stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
     if stage is None:
         config.check_world(settings, processes)

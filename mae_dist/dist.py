@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mae_dist.environment import MEETING_FILE
 from mae_dist.errors import MachineFault, RankLost, from_os_error
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,12 @@ def _meet() -> tuple[dist.Store, int, int]:
     """Store, rank and world size. Raises RankLost where a rank does not come in time."""
     patience = max(_timeout, LEAST_RENDEZVOUS)
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=patience))
+        if file := os.environ.get(MEETING_FILE):
+            number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = dist.FileStore(file, count)
+            store.set_timeout(patience)
+        else:
+            store, number, count = next(dist.rendezvous("env://", timeout=patience))
         return _of_this_attempt(store, number, count), number, count
     except dist.DistError as error:
         here = os.environ["RANK"]

@@ -1,5 +1,7 @@
 """Starts several ranks on this machine through torchrun's agent, and starts them again when one was lost.
 
+They meet in files of a private folder and talk over the loopback interface, whatever the machine's name resolves to.
+
 It decides by exit statuses alone and prints nothing where a rank has printed why it ended.
 """
 
@@ -8,18 +10,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import tempfile
 import uuid
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mae_dist import environment
 from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "lo"
 FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
 """Exit statuses after which the ranks are not started again."""
 
@@ -36,15 +43,21 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
     status is that of the first rank that failed, 128 + n for one that signal n ended.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads({}, processes)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent needs no server for ranks that meet in a file
+    if LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     while True:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            max_restarts=0, monitor_interval=0.2, run_id=uuid.uuid4().hex,
-        )  # fmt: skip
-        status = run(argv, config)
+        with tempfile.TemporaryDirectory(prefix="mae_dist-", ignore_cleanup_errors=True) as folder:
+            os.environ[environment.MEETING_FILE] = str(Path(folder) / "ranks")
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", local_addr="127.0.0.1",
+                rdzv_endpoint=str(Path(folder) / "agent"), rdzv_configs={"store_type": "file"}, max_restarts=0,
+                monitor_interval=0.2, run_id=uuid.uuid4().hex,
+            )  # fmt: skip
+            status = run(argv, config)
         if status in FINAL or not restarts:
             return status
         restarts -= 1

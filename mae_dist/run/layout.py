@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
 CODE, REVISION = "code", "REVISION"
+CHECKPOINT = re.compile(r"step-[0-9]{9,}")
+"""Name of a checkpoint's folder."""
 FORMAT = 2
 """Version of the layout of a run's folder, in its config.yaml."""
 RECENT = 100
@@ -82,8 +85,11 @@ def result(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """The complete checkpoints of the run in the folder `path`, oldest first."""
-    return sorted((path / "checkpoints").glob("step-*"))
+    """The complete checkpoints of the run in the folder `path`, oldest first: the folders that are named as `run` names
+    them. Others beside them, copies for example, are the user's and are never read, counted or removed.
+    """
+    found = (path / "checkpoints").glob("step-*")
+    return sorted(folder for folder in found if CHECKPOINT.fullmatch(folder.name) and folder.is_dir())
 
 
 def step_of(path: Path) -> int:

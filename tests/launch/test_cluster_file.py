@@ -58,7 +58,8 @@ def test_request_beyond_the_partition_is_refused(shape: dict, message: str, monk
         ("nodes: 4-1", "nodes=4-1: must be a number, or a range"),
         ("tasks_per_node: 0", "tasks_per_node=0: must be at least 1"),
         ("{gpus_per_node: 2, tasks_per_node: 4}", "tasks_per_node=4: more ranks than gpus_per_node=2"),
-        ("time: 24:00:00", 'time=86400: write it as "hours:minutes:seconds"'),
+        ("time: soon", 'time=soon: write it as "hours:minutes:seconds"'),
+        ("time: 1-12:30:00:00", "time=1-12:30:00:00: write it as"),
         ("time: '0:01:00'", "shorter than starting and saving take .* ask for 5 minutes or more"),
         ("gpu_per_node: 8", "did you mean gpus_per_node"),
         ("gpus_per_node: many", "gpus_per_node"),
@@ -81,9 +82,19 @@ def test_example_cluster_file_is_valid() -> None:
     assert str(example) == "1-4 nodes x 8 ranks of partition gpu, 8 GPUs each, 24:00:00"
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("1:00", 60), ("0:30:00", 1800), ("2-00:00:00", 172800)])
-def test_time_limit_in_seconds(text: str, seconds: int) -> None:
-    assert cluster_file.seconds_of(text) == seconds
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90), ("90:30", 91), ("0:30:00", 30), ("2-12", 3600), ("1-12:30", 2190), ("2-00:00:00", 2880),
+        ("7-0", 10080), ("UNLIMITED", None), ("infinite", None), ("0", None),
+    ],
+)  # fmt: skip
+def test_time_limit_is_what_sbatch_reads(text: str, minutes: int | None, tmp_path: Path) -> None:
+    """The forms of sbatch's manual page; in a file also without quotes, where YAML reads 24:00:00 as 86400."""
+    assert Cluster(time=text).minutes == minutes
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"time: {text}\n")
+    assert cluster_file.load(str(file), []).minutes == minutes
 
 
 @pytest.mark.parametrize(

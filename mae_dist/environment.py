@@ -1,0 +1,152 @@
+"""What this process is told by its environment: which rank of how many it is, and how many cores it may use.
+
+torchrun sets RANK, WORLD_SIZE and others. The tasks of `srun` and of MPI launchers have variables of their own, which
+`of_ranks` translates, so that they become ranks too. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING_FILE = "MAE_DIST_MEETING_FILE"
+"""Environment variable: a file through which ranks of one machine find each other, instead of a server's port."""
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}  # fmt: skip
+"""Launcher -> its variables for TORCHRUN's; srun's last one lists the tasks of all nodes."""
+JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "HYDI_CONTROL_FD", "PMI_JOBID")
+"""Variables that are equal for all tasks of one launch, and differ between launches."""
+FIRST_PORT, NUM_PORTS = 15_000, 15_000
+"""Ports below those that kernels give to connections by themselves."""
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def of_ranks(environ: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables of this process, where another launcher started it as one of several; {} where torchrun set
+    them, or nothing did. Raises ValueError where they are incomplete, are not numbers, or contradict each other.
+    """
+    if any(environ.get(name) is not None for name in ("RANK", "WORLD_SIZE")):
+        check_torchrun(environ)
+        return {}
+    for launcher, names in LAUNCHERS.items():
+        number, count, local, here = (environ.get(name, "") for name in names)
+        if not (number.isdigit() and count.isdigit() and int(count) > 1):
+            continue
+        node = environ.get("SLURM_NODEID", "0") if launcher == "srun" else "0"
+        local_count = tasks_of_node(here, int(node) if node.isdigit() else 0) or int(count)
+        found = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": local or number}
+        found |= {"LOCAL_WORLD_SIZE": str(local_count), "MASTER_PORT": port(environ)}
+        found["MASTER_ADDR"] = first_host(environ, launcher, alone=local_count == int(count))
+        return found | {name: environ[name] for name in MEETING if environ.get(name)}
+    return {}
+
+
+def check_torchrun(environ: Mapping[str, str]) -> None:
+    """Raise ValueError where torchrun's variables are not all there, or are not its numbers."""
+    values = {name: environ.get(name) for name in ("RANK", "WORLD_SIZE", *MEETING)}
+    way = "start with torchrun, which sets all of them, or run `unset RANK WORLD_SIZE LOCAL_RANK` to start without it"
+    for name, value in values.items():
+        if not value:
+            there = ", ".join(f"{other}={text}" for other, text in values.items() if text)
+            state = "empty" if value == "" else "not set"
+            raise ValueError(f"environment variable {name} is {state}{f' beside {there}' if there else ''}: {way}")
+    for name in (*TORCHRUN, "MASTER_PORT"):
+        if (value := environ.get(name)) is not None and not value.isdigit():
+            raise ValueError(f"environment variable {name}={value[:20]!r} is no number: {way}")
+    for name, bound in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if name in environ and bound in environ and int(environ[name]) >= int(environ[bound]):
+            raise ValueError(
+                f"environment variable {name}={environ[name]} is not below {bound}={environ[bound]}: {way}"
+            )
+
+
+def tasks_of_node(text: str, node: int) -> int | None:
+    """The number of tasks of a node, of srun's "2(x3),1" or of a plain number; None where it is not known."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return None
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node] if node < len(counts) else counts[0]
+
+
+def first_host(environ: Mapping[str, str], launcher: str, alone: bool) -> str:
+    """Where rank 0 is. Raises ValueError where the launcher does not say it and the ranks are on several machines."""
+    if alone:
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    if launcher == "srun" and (match := re.match(r"([^,\[]+)(?:\[(\w+))?([^,\]]*\]([^,]*))?", nodes)):
+        return f"{match[1]}{match[2] or ''}{match[4] or ''}"
+    if environ.get("MASTER_ADDR"):
+        return environ["MASTER_ADDR"]
+    raise ValueError(
+        f"{launcher} started this process as one of several on several machines: set the environment variable "
+        "MASTER_ADDR to the name of the machine of rank 0, for example with mpirun -x MASTER_ADDR=node1"
+    )
+
+
+def port(environ: Mapping[str, str]) -> str:
+    """A port that all tasks of a launch derive alike from its name."""
+    name = " ".join(environ.get(job, "") for job in JOBS)
+    return str(FIRST_PORT + zlib.crc32(name.encode()) % NUM_PORTS)
+
+
+def cores() -> int:
+    """Cores that this process may use: those of its affinity mask, and no more than the quota of its control group."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(quota() or allowed)))
+
+
+def threads(environ: Mapping[str, str], ranks: int) -> int:
+    """Threads for each of `ranks` processes of this machine: its cores shared out, or what SLURM gave each task, if it
+    says so, since each task may see its own cores alone.
+    """
+    given = environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores(), int(given)) if ranks > 1 and given.isdigit() else max(1, cores() // ranks)
+
+
+def quota(groups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """The number of cores whose time the control groups of this process grant it, the least of all; None: no limit."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = groups if not controllers else groups / "cpu"
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents):
+            limit = _limit(folder / "cpu.max") if not controllers else _limit_of_version_1(folder)
+            found += [limit] if limit else []
+            if folder == root:
+                break
+    return min(found, default=None)
+
+
+def _limit(file: Path) -> float | None:
+    try:
+        most, _, period = file.read_text().strip().partition(" ")
+        return None if most == "max" else int(most) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _limit_of_version_1(folder: Path) -> float | None:
+    try:
+        most, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return most / period if most > 0 and period > 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,129 @@
+"""Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from running import MAE, SETTINGS, command, environment, losses, refused
+
+from mae_dist import environment as place
+
+SRUN = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "gpu-[08-10],big1",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+
+
+def test_tasks_of_srun_are_ranks_that_meet_at_the_first_node() -> None:
+    found = place.of_ranks(SRUN)
+    port = found.pop("MASTER_PORT")
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu-08",
+    }
+    assert port == place.of_ranks(SRUN | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"})["MASTER_PORT"]
+    assert port != place.of_ranks(SRUN | {"SLURM_STEP_ID": "1"})["MASTER_PORT"]
+
+
+def test_tasks_of_mpirun_are_ranks_and_several_machines_need_an_address() -> None:
+    assert place.of_ranks(OPEN_MPI)["MASTER_ADDR"] == "127.0.0.1"
+    several = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        place.of_ranks(several)
+    assert place.of_ranks(several | {"MASTER_ADDR": "node1"})["MASTER_ADDR"] == "node1"
+
+
+@pytest.mark.parametrize(
+    "single",
+    [{}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}],
+    ids=["nothing", "script of a job", "step of one task"],
+)
+def test_process_that_is_alone_is_no_rank(single: dict[str, str]) -> None:
+    assert place.of_ranks(single) == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"RANK": "0"}, ["WORLD_SIZE is not set beside RANK=0", "unset RANK"]),
+        ({"RANK": "", "WORLD_SIZE": "2"}, ["RANK is empty beside WORLD_SIZE=2"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR is not set"]),
+        ({"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["RANK='zero' is no number"]),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            ["RANK=2 is not below WORLD_SIZE=2"],
+        ),
+    ],
+)
+def test_left_over_variables_of_ranks_are_refused_before_anything_starts(
+    variables: dict[str, str], parts: list[str], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=parts[0].split(" is ")[0]) as caught:
+        place.of_ranks(variables)
+    for part in parts:
+        assert part in str(caught.value)
+    if variables.get("RANK") == "0":
+        line = refused(capsys, "pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE)
+        assert parts[0] in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_two_tasks_of_srun_train_one_run(tiny_data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=2"]
+    words.remove("machine.processes=1")
+    step = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    step["SLURM_JOB_ID"] = str(tmp_path)  # no other test meets at its port
+    tasks = [
+        subprocess.Popen(
+            command(*words), env=environment() | step | {"SLURM_PROCID": number, "SLURM_LOCALID": number},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for number in ("0", "1")
+    ]  # fmt: skip
+    output = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], output
+    assert "= 2 ranks" in output[0]
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_threads_follow_the_cores_of_the_process_and_what_slurm_gave_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place.os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(place, "quota", lambda: 8.5)
+    assert place.cores() == 8
+    assert [place.threads({}, ranks) for ranks in (1, 3, 100)] == [8, 2, 1]
+    assert place.threads({"SLURM_CPUS_PER_TASK": "4"}, 8) == 4
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "cores"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
+        ("0::/\n", {"cpu.max": "400000 100000\n"}, 4.0),
+        ("0::/gone\n", {}, None),
+        (
+            "4:cpu,cpuacct:/job\n3:memory:/job\n",
+            {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"},
+            3.0,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("no control groups", {}, None),
+    ],
+)  # fmt: skip
+def test_quota_is_the_least_of_the_control_groups(
+    lines: str, files: dict[str, str], cores: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "own").write_text(lines)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    assert place.quota(tmp_path / "groups", tmp_path / "own") == cores
