@@ -74,14 +74,17 @@ def _splits(data: str, test: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _checked(places: list[Place], workers: int, split: str) -> Iterator[Checked]:
-    def work(place: Place) -> tuple[Report]:
-        return (report_of(place),)
+    def work(number: int) -> tuple[Report]:
+        return (report_of(places[number]),)
 
-    lines = {folder: quarantine.read(folder) for folder in {place.idx.parent for place in places}}
+    left_out: dict[Path, set[str]] = {}
+    for folder in {place.idx.parent for place in places}:
+        for line in quarantine.read(folder):
+            left_out.setdefault(folder / line.idx, set()).add(line.image)
+    reports = ordered_map(work, range(len(places)), workers)
     with progress() as tick:
-        for number, (place, report) in enumerate(zip(places, ordered_map(work, places, workers), strict=True), 1):
-            names = frozenset(line.image for line in lines[place.idx.parent] if line.idx == place.idx.name)
-            yield Checked(place.tar, report, names)
+        for number, (place, report) in enumerate(zip(places, reports, strict=True), 1):
+            yield Checked(place.tar, report, frozenset(left_out.get(place.idx, ())))
             tick(f"check {split}", number, len(places))
 
 
@@ -100,9 +103,14 @@ def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
         if some:
             print(f"{len(some)} {meaning}:" if some[0].tar else f"{meaning}:")
         for finding in islice(some, SHOWN):
-            print(f"  {': '.join(filter(None, (finding.tar or finding.split, finding.image, finding.what)))}")
+            print(f"  {': '.join(filter(None, (finding.tar or finding.split, _shown(finding.image), finding.what)))}")
         if len(some) > SHOWN:
             print(f"  ... and {len(some) - SHOWN} more (--json prints all)")
+
+
+def _shown(name: str) -> str:
+    """A name as it can be printed: escaped where it has control characters or is no UTF-8."""
+    return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
 def _described(known: Facts) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Report:
     @staticmethod
     def load(file: Path, key: str) -> Report | None:
         """The report of a file; None where there is none with this key."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             plain: dict[str, Any] = json.loads(file.read_text())
             report = Report(tally=Tally.from_json(plain.pop("tally")), **plain)
             return report if report.key == key else None

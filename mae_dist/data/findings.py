@@ -90,7 +90,9 @@ def findings(splits: Mapping[str, Sequence[Checked]], num_classes: int | None, w
                     what = f"label {label}, but there are {num_classes} classes"
                     yield Finding(UNREADABLE, split, what, str(tar.tar), image)
         found = facts(tars)
-        yield from (Finding("labels", split, what) for what in _label_faults(found, num_classes))
+        total = num_classes or max(found.classes, default=-1) + 1
+        total = total if split == "train" or "train" not in splits else 0  # others may lack classes
+        yield from (Finding("labels", split, what) for what in _label_faults(found, total))
         yield from (Finding("order", split, what) for what in _order_faults(tars, found, window))
         flat = [str(channel) for channel, std in enumerate(found.tally.std or ()) if not std]
         if flat:
@@ -104,8 +106,8 @@ def _labels(tar: Checked) -> Iterator[tuple[str, int]]:
     return ((image, label) for image, label in tar.report.labels.items() if image not in tar.quarantined)
 
 
-def _label_faults(found: Facts, num_classes: int | None) -> Iterator[str]:
-    total = num_classes or max(found.classes, default=-1) + 1
+def _label_faults(found: Facts, total: int) -> Iterator[str]:
+    """Whether images lack labels, and which of `total` classes lack images."""
     if found.classes and found.num_unlabelled:
         yield f"{found.num_unlabelled} of {found.num_images} images have no label"
     if found.classes and (gaps := total - len(found.classes)) > 0:

@@ -73,12 +73,12 @@ class ShardIndex:
         self.left_out, self.cache = left_out or {}, cache or Cache.of(None)
         self.parts = parts or Parts([len(shards)], [None] * len(shards))
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
-        for shard, images in self.left_out.items():
-            self.counts[shard] -= len(images)
-        self.ends = np.cumsum(self.counts)
         self.files = ShardFiles(tars, shards, self.cache)
         self._table = functools.lru_cache(maxsize=256)(self._read_table)
         self._rows = functools.lru_cache(maxsize=256)(self._kept_rows)
+        for shard in self.left_out:
+            self.counts[shard] = len(self._rows(shard))
+        self.ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
         return int(self.counts.sum())

@@ -3,11 +3,13 @@
     # index   image   reason, between tabs
     train-000003.idx	cat/0123.jpg	image file is truncated
 
-`mae-dist data check --quarantine` writes it, an editor may. Imports no torch.
+Names are written as in JSON, without its quotes. `mae-dist data check --quarantine` writes it, an editor may. Imports
+no torch.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +41,11 @@ def read(folder: Path) -> list[Line]:
     for number, line in enumerate(lines, 1):
         words = line.split("\t")
         if line.strip() and not line.startswith("#"):
-            if len(words) < 2:
-                raise ValueError(f"{file}: line {number} is not an index, an image and a reason, between tabs")
-            found.append(Line(words[0], words[1], " ".join(words[2:])))
+            try:
+                found.append(Line(words[0], json.loads(f'"{words[1]}"'), " ".join(words[2:])))
+            except (IndexError, ValueError):
+                message = f"{file}: line {number} is not an index, an image and a reason, between tabs"
+                raise ValueError(message) from None
     return found
 
 
@@ -52,5 +56,6 @@ def add(folder: Path, lines: Iterable[Line]) -> Path:
     new = [Line(idx, image, " ".join(reason.split())) for idx, image, reason in lines]
     rows = [*before, *(line for line in new if line[:2] not in known)]
     with replacing(folder / FILE) as work:
-        work.write_text("\n".join([HEAD, *("\t".join(row) for row in rows)]) + "\n")
+        texts = (f"{idx}\t{json.dumps(image)[1:-1]}\t{reason}" for idx, image, reason in rows)
+        work.write_text("\n".join([HEAD, *texts]) + "\n")
     return folder / FILE

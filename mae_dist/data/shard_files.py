@@ -18,15 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Shard
 from mae_dist.data.remote import Refused
+from mae_dist.data.workers import shared_array
 from mae_dist.errors import MachineFault, reason
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAUSES = (0.1, 1.0, 3.0, 8.0, 18.0)
+PAUSES = (0.1, 1.0, 3.0, 8.0)
 """Seconds before each further attempt at a read that failed."""
 MOST_OPEN = 128
 """Tars that a process keeps open."""
@@ -70,7 +73,7 @@ class ShardFiles:
     def __init__(self, tars: Sequence[Path], shards: Sequence[Shard], cache: Cache):
         self.tars, self.shards, self.cache = tars, shards, cache
         self.fetch = functools.lru_cache(1)(lambda shard: _Handle(self._fetched(shard)))  # one: others make room
-        self.seen: dict[int, tuple[int, int]] = {}
+        self.seen = shared_array((len(tars), 2), np.int64)  # by this process and those that it forks
         self.open = functools.lru_cache(MOST_OPEN)(lambda shard: _Handle(self._checked(shard)))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -114,11 +117,11 @@ class ShardFiles:
                     f"{tar}: has {status.st_size} bytes now, {size} before: it was changed meanwhile; "
                     f"restore it, or index it again with `mae-dist data index`"
                 )
-            now = status.st_ino, status.st_mtime_ns
-            if self.seen.setdefault(shard, now) != now:
-                if not known or sha256(tar) != known:
-                    raise ChangedError(f"{tar}: was replaced by another file meanwhile; restore it, or start a new run")
-                self.seen[shard] = now
+            now = status.st_ino % 2**63, status.st_mtime_ns
+            same = tuple(self.seen[shard]) in (now, (0, 0))  # or not yet seen
+            if not same and (not known or sha256(tar) != known):
+                raise ChangedError(f"{tar}: was replaced by another file meanwhile; restore it, or start a new run")
+            self.seen[shard] = now
             return descriptor
         except BaseException:
             os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,3 +53,9 @@ def test_quarantine_of_all_samples_or_of_unknown_ones_is_refused(tars: Tars) -> 
     (data.tars[0].parent / quarantine.FILE).write_text("# notes\n\nx-0.idx s0000.png\n")
     with pytest.raises(ValueError, match=r"quarantine\.txt: line 3 is not an index, an image and a reason"):
         open_split(str(data.tars[0]), "train")
+
+
+def test_quarantine_holds_names_with_tabs_line_ends_quotes_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    names = ["a\tb.png", "a\nb.png", 'a"b\\.png', "gr\u00f6\u00dfe.png", "\udcff.png"]
+    quarantine.add(tmp_path, [Line("x.idx", name, "damaged") for name in names])
+    assert [line.image for line in quarantine.read(tmp_path)] == names

@@ -14,6 +14,7 @@ from mae_dist.data import shard_files
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Shard
 from mae_dist.data.shard_files import ChangedError, ShardFiles, sha256
+from mae_dist.data.workers import Workers
 from mae_dist.errors import MachineFault
 
 
@@ -128,6 +129,18 @@ def test_read_refuses_a_tar_that_was_replaced_unless_its_checksum_is_the_same(tm
         assert data.read(0, 0, 1) == b"\0"
         replace(bytes([7]) * 1000)
         data.open.cache_clear()
+    with pytest.raises(ChangedError, match=r"x-0\.tar: was replaced by another file"):
+        data.read(0, 0, 1)
+
+
+def test_read_refuses_a_tar_that_was_replaced_since_another_process_read_it(tmp_path: Path) -> None:
+    data, tar = files(tmp_path), tmp_path / "x-0.tar"
+    workers = Workers(lambda offset: data.read(0, offset, 1), 1)
+    workers.send(0)
+    assert workers.wait() == b"\0"
+    workers.stop()
+    (tmp_path / "new").write_bytes(bytes(1000))
+    (tmp_path / "new").rename(tar)
     with pytest.raises(ChangedError, match=r"x-0\.tar: was replaced by another file"):
         data.read(0, 0, 1)
 
