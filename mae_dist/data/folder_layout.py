@@ -96,12 +96,17 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
     tops = sorted(tree.keys() - {""})
     named = sorted(f for f in found.folders if os.path.dirname(f) == base and os.path.basename(f).lower() in SPLITS)
     if not named:
-        if doubt := _doubt(base, tree):
-            raise _question(source, base or tops[0], doubt, tops)
+        if base:
+            raise ValueError(
+                f"--source {source}: all images are in {base}, with folders {_listed(tops)}; give --source "
+                f"{source / base}, or --splits none to make {base.split('/')[0]} the only class"
+            )
+        if doubt := _doubt(tree):
+            raise _question(source, doubt, tops)
         return {"train": ""}
     if others := [top for top in tops if top.lower() not in SPLITS]:
         doubt = f"{_listed(map(os.path.basename, named))} named like a split, but {_listed(others)} beside it not"
-        raise _question(source, named[0], doubt, tops)
+        raise _question(source, doubt, tops)
     splits = {name: [f for f in named if SPLITS[os.path.basename(f).lower()] == name] for name in SPLITS.values()}
     if twins := next((f for f in splits.values() if len(f) > 1), None):
         raise ValueError(
@@ -124,11 +129,9 @@ def _tree(files: list[File], base: str) -> dict[str, set[str]]:
     return tree
 
 
-def _doubt(base: str, tree: dict[str, set[str]]) -> str:
+def _doubt(tree: dict[str, set[str]]) -> str:
     """Why the folders of this tree may be something else than classes; '' if there is no reason to think so."""
     tops = sorted(tree.keys() - {""})
-    if base:
-        return f"all images are in its folder {base}"
     like_splits = [top for top in tops if SPLIT_WORDS & set(re.split("[^a-z]+", top.lower()))]
     if like_splits and 2 * len(like_splits) >= len(tops):
         return f"{_listed(like_splits)} may be splits or classes"
@@ -143,12 +146,14 @@ def _doubt(base: str, tree: dict[str, set[str]]) -> str:
     return ""
 
 
-def _question(source: Path, one: str, doubt: str, tops: list[str]) -> ValueError:
-    tops = sorted(tops, key=lambda top: "tr" not in top.lower())
-    splits = ",".join(f"{split}={top}" for split, top in zip(("train", "test"), tops, strict=False))
+def _question(source: Path, doubt: str, tops: list[str]) -> ValueError:
+    splits: dict[str, str] = {}
+    for top in tops:
+        words = {"val": "val", "test": "test", "tr": "train"}
+        splits.setdefault(next((split for word, split in words.items() if word in top.lower()), top), top)
     return ValueError(
-        f"--source {source}: {doubt}; add --splits none if its folders are classes, --splits {splits} (or any others) "
-        f"if they are splits, or give --source {source / one} to read that folder alone"
+        f"--source {source}: {doubt}; add --splits none if its folders are classes, or --splits SPLIT=FOLDER,... if "
+        f"they are splits, for example --splits {','.join(f'{split}={top}' for split, top in [*splits.items()][:3])}"
     )
 
 

@@ -63,13 +63,13 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*train=training,test=testing"),
+        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*test=testing,train=training"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
         ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
         ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),
         ("2020/a/1.jpg 2020/b/1.jpg 2021/b/1.jpg", "2020, 2021 may be splits or classes"),
         ("x/a/1.jpg x/b/1.jpg y/a/1.jpg y/b/1.jpg", "x, y have folders of the same names"),
-        ("photos/a/1.jpg photos/b/1.jpg", "all images are in its folder photos.*--source .*/photos to read"),
+        ("photos/a/1.jpg photos/b/1.jpg", "all images are in photos, with folders a, b; give --source .*/photos"),
         ("train/a/1.jpg extra/a/1.jpg", "train named like a split, but extra beside it not"),
         ("cat/1.jpg dog/1.jpg test/1.jpg", "test named like a split, but cat, dog beside it not.*--splits none"),
         ("train/a/1.jpg val/a/1.jpg valid/a/1.jpg", "val, valid are both 'val'"),
