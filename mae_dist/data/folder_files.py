@@ -56,6 +56,11 @@ def kind_of(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
+def is_image(path: str) -> bool:
+    """Whether a path has the extension of an image."""
+    return kind_of(path) in AS_THEY_ARE + TO_PNG + NOT_READ
+
+
 def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
     """All files below `root`. Links are followed, unless they lead back to a folder that they lie in. `tick` is called
     with the number of images found so far.
@@ -99,7 +104,7 @@ def _look_at(entry: os.DirEntry[str], path: str, others: Counter[str]) -> File |
     if stat.S_ISDIR(status.st_mode):
         return "folder"
     kind = kind_of(path)
-    if kind not in AS_THEY_ARE + TO_PNG + NOT_READ:
+    if not is_image(path):
         others[f".{kind}" if kind else "without extension"] += 1
         return "other"
     problem = f".{kind} is not read: convert it to jpg or png" if kind in NOT_READ else ""

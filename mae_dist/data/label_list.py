@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mae_dist.data import folder_files
+
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "image_name", "imageid", "img", "id", "path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "predictionstring")
 """Headers of the two columns (in lower case) in files of more than two."""
@@ -56,7 +58,7 @@ def _name_in(known: dict[str, str], path: str, below: str) -> str | None:
 
 
 def read(file: Path) -> LabelList:
-    """Read a text file whose columns are separated by commas, tabs or spaces, with or without a header.
+    """Read a text file whose columns are separated by commas, tabs, semicolons or spaces, with or without a header.
 
     Of more than two columns the header must name file and label; val_annotations.txt of tiny-imagenet needs none.
     Raises ValueError for what is no such file.
@@ -83,6 +85,8 @@ def read(file: Path) -> LabelList:
             f"--labels {file}: has rows of {min(widths)} and of {max(widths)} columns; expected file,label"
         )
     name_at, label_at = _columns(file, table[0])
+    if folder_files.is_image(table[-1][label_at]):
+        raise ValueError(f"--labels {file}: has files where labels should be ({table[-1][label_at]}); write file,label")
     return LabelList(file, [row[name_at] for row in table], [_plain(row[label_at]) for row in table])
 
 

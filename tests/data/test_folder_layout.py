@@ -139,6 +139,7 @@ def test_folder_tiny_imagenet_has_the_labels_of_its_annotations(tmp_path: Path) 
         "1,cat\n2,dog\n3,cat\n",
         "\ufeffimg\tlabel\r\ntrain/1.jpg\tcat\r\n./train/2.jpg\tdog\r\ntrain/3.jpg\tcat\r\n",
         "1.jpg cat\n2.jpg dog\n3.jpg cat\n",
+        "1;cat\n2;dog\n3;cat\n",
         "width,image_id,class\n7,1.jpg,cat\n7,2.jpg,dog\n7,3.jpg,cat\n",
         "cat\ndog\ncat\n",
     ],
@@ -149,10 +150,14 @@ def test_folder_labels_option_reads_lists_of_many_forms(tmp_path: Path, rows: st
     assert read(tmp_path, labels="labels") == {"train": {"cat": 2, "dog": 1}, "test": {None: 2}}
 
 
-def test_folder_labels_that_are_numbers_stay_what_they_are(tmp_path: Path) -> None:
+def test_folder_labels_that_are_numbers_stay_what_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files(tmp_path, "10.jpg", "2.jpg", "x.jpg", "y.jpg")
     files(tmp_path, "labels.csv", content="10.jpg,10\n2.jpg,2\nx.jpg,-1\n")
     assert read(tmp_path, labels="labels.csv") == {"train": {"10": 1, "2": 1, None: 2}}
+    assert "of the 11 classes 0 to 10, 9 have no image" in caplog.text
+    files(tmp_path, "labels.csv", content="10.jpg,20261126\n")
+    with pytest.raises(ValueError, match="the class number 20261126 is too large"):
+        read(tmp_path, labels="labels.csv")
 
 
 def test_folder_labels_of_imagenets_flat_validation_images_belong_to_class_folders(tmp_path: Path) -> None:
@@ -177,6 +182,7 @@ def test_folder_labels_of_imagenets_flat_validation_images_belong_to_class_folde
         ("", "is empty"), ("7.jpg,cat\n", "its 1 rows name no image"), ("cat\n", "its 1 labels are not as many"),
         ("1.jpg,a\n1.jpg,b\n", "1.jpg has two labels, a and b"), ("1.jpg,a\n2.jpg\n", "rows of 1 and of 2 columns"),
         ("1.jpg,a,b\n", "3 columns .* but none called file or label"), ("same,a\n", "same may be .* write paths"),
+        ("1 val/1.jpg\n2 val/2.jpg\n", "has files where labels should be .val/2.jpg."),
         ("val/1.jpg,3\n", "labels of split val .3. are no class folders of the others .n01."),
     ],
 )  # fmt: skip
