@@ -64,17 +64,15 @@ def read(file: Path) -> LabelList:
     Raises ValueError for what is no such file.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise ValueError(f"--labels {file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason})") from error
     if not lines:
         raise ValueError(f"--labels {file}: is empty; expected rows like cat/1.jpg,cat")
-    if "," in lines[0] or "\t" in lines[0]:
-        table = [
-            [word.strip() for word in row] for row in csv.reader(lines, delimiter="," if "," in lines[0] else "\t")
-        ]
+    if delimiter := next((sign for sign in ",\t;" if sign in lines[0]), None):
+        table = [[word.strip() for word in row] for row in csv.reader(lines, delimiter=delimiter)]
     else:
         table = [line.rsplit(maxsplit=1) for line in lines]
     widths = {len(row) for row in table}
