@@ -201,7 +201,7 @@ def make_class_folders(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
     assert main(["data", "pack", "folder", "--source", str(folder), "--out", "packed"]) == 0
     for tar in Path("packed").glob("*.tar"):
-        tar.rename(folder / tar.name.replace("test", "val"))
+        tar.rename(folder / tar.name)
     shutil.rmtree("packed")
 
 
@@ -215,7 +215,7 @@ def smaller(call: list[str]) -> list[str] | None:
              for word in words]  # fmt: skip
     if program == "python" and words[0] == "launch/submit.py" and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit.py", *words[1:], "--dry-run"]
-    if program != "mae-dist" or words[0] in (*NOT_RUN, "--version") or {"CONFIG.yaml", "RUN"} & {*words}:
+    if program != "mae-dist" or words[0] in (*NOT_RUN, "--version") or {"CONFIG.yaml", "RUN", "imagenet"} & {*words}:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], "--train", "40", "--test", "20"]
