@@ -20,7 +20,7 @@ install_import_hook([f"mae_dist.{name}" for name in CHECKED], "beartype.beartype
 
 from shared_types import Tars  # noqa: E402
 
-from mae_dist.data import index  # noqa: E402
+from mae_dist.data import index, indexing  # noqa: E402
 from mae_dist.data.pack import pack  # noqa: E402
 from mae_dist.data.sources import from_synthetic  # noqa: E402
 
@@ -74,7 +74,7 @@ def tars(tmp_path: Path) -> Tars:
                     content = content[: len(content) // 2] if number in broken else content
                     writer.write({"__key__": f"s{number:04d}", extension: content, "cls": str(number % 3).encode()})
                     number += 1
-            shards.append(index.build(tar, tar.with_suffix(".idx"))[0])
+            shards.append(indexing.build(tar, tar.with_suffix(".idx")).shard)
         index.Dataset("tiny", {"train": shards}, num_classes=3, image_size=size).save(folder)
         return index.open_split(str(folder), "train")
 

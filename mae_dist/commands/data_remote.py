@@ -7,6 +7,7 @@ cache. Imports no torch.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,11 +17,13 @@ from urllib.parse import quote, urlsplit
 
 from mae_dist import paths
 from mae_dist.atomic import replacing
-from mae_dist.data import index, remote
+from mae_dist.data import index, indexing, labels, remote
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import FILE, Dataset, Shard
 from mae_dist.data.decode import stored_size
 from mae_dist.data.remote import Remote, beside, fetch_bytes, name_of, shown
+
+log = logging.getLogger(__name__)
 
 
 class Tar(NamedTuple):
@@ -95,7 +98,7 @@ def _tar(url: str, dataset: Dataset | None) -> Tar:
 def index_tar(tar: Tar, idx: Path, cache: Cache, whole: bool) -> Found:
     """Write the index of a tar: a copy of the .idx beside it, or, if there is none or `whole`, made from the tar.
 
-    Raises ValueError where the .idx is not of this tar, and what `Cache.open` and `index.build` raise.
+    Raises ValueError where the .idx is not of this tar, and what `Cache.open` and `indexing.build` raise.
     """
     shard = tar.shard or Shard(tar.url, 0, 0, remote.size_of(tar.url), "")
     text = None if whole else fetch_bytes(beside(tar.url, quote(shard.index_name)))
@@ -107,6 +110,9 @@ def _copied(tar: Tar, shard: Shard, idx: Path, text: bytes) -> Found:
     with replacing(idx) as work:
         work.write_bytes(text)
         num_samples, num_labelled, end = index.summary(work)
+    if shard.labels:
+        _copy_labels(tar, shard, idx)
+        num_labelled = shard.num_labelled
     if end > shard.num_bytes:
         raise ValueError(f"{shown(tar.url)}: the .idx beside it ends at byte {end}, the tar at {shard.num_bytes}")
     known = tar.dataset
@@ -114,12 +120,27 @@ def _copied(tar: Tar, shard: Shard, idx: Path, text: bytes) -> Found:
     return Found(replace(shard, num_samples=num_samples, num_labelled=num_labelled), number, size)
 
 
+def _copy_labels(tar: Tar, shard: Shard, idx: Path) -> None:
+    """Copy the file of labels beside a remote index."""
+    url = beside(tar.url, quote(labels.file_of(Path(tar.shard.index_name if tar.shard else "")).name))
+    content = fetch_bytes(url)
+    if content is None:
+        raise ValueError(f"{shown(url)}: no such file, but {FILE} speaks of it")
+    with replacing(labels.file_of(idx)) as work:
+        work.write_bytes(content)
+    labels.read(idx, shard.labels)
+
+
 def _read(shard: Shard, idx: Path, cache: Cache) -> Found:
     wanted = Remote(shard.tar, shard.num_bytes, shard.sha256)
     descriptor = cache.open(wanted)
     path = Path(f"/proc/self/fd/{descriptor}")  # stays readable if another process makes room
     try:
-        found, labels = index.build(path, idx)
+        built = indexing.build(path, idx)
+        found, numbers = built.shard, [label for label in built.labels if isinstance(label, int)]
+        if len(numbers) < found.num_samples:
+            log.warning("%s: its labels are names, which count as none; index a copy of it", shown(shard.tar))
+            found = replace(found, num_labelled=0)
         data = index.ShardIndex([path], [idx], [found], Dataset(""))
         sizes = {stored_size(data.read(sample)) for sample in range(len(data))}
     except ValueError as error:
@@ -128,4 +149,4 @@ def _read(shard: Shard, idx: Path, cache: Cache) -> Found:
         os.close(descriptor)
     cache.rename(wanted, Remote(shard.tar, found.num_bytes, found.sha256))
     size = sizes.pop() if len(sizes) == 1 else None
-    return Found(replace(found, tar=shard.tar, index=shard.index), int(labels.max()) + 1, size)
+    return Found(replace(found, tar=shard.tar, index=shard.index, labels=""), max(numbers, default=-1) + 1, size)

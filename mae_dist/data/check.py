@@ -21,7 +21,8 @@ import numpy as np
 from mae_dist.atomic import replacing
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import decode
-from mae_dist.data.index import ShardIndex, build, shard_of
+from mae_dist.data.index import ShardIndex, shard_of
+from mae_dist.data.indexing import NO_LABELS, build
 from mae_dist.data.pixels import Decoding
 from mae_dist.data.places import Place
 from mae_dist.data.remote import Refused
@@ -153,7 +154,7 @@ def _faults(place: Place) -> Iterator[str]:
     with TemporaryDirectory() as folder:
         new = Path(folder) / place.idx.name
         try:
-            found, _ = build(place.tar, new)
+            found = build(place.tar, new, NO_LABELS).shard
         except ValueError as error:
             yield str(error).removeprefix(f"{place.tar}: ")
             return

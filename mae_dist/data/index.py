@@ -1,9 +1,8 @@
 """ShardIndex: where every sample of a split lies, as byte offsets into ordinary webdataset tars.
 
-Beside `x.tar` lies `x.idx` in the format of DALI's wds2idx (v1.2 text: one line a sample, `ext offset size name` for
-each member), and one `dataset.json` for the folder (see `Dataset`). An index is built in one pass over the headers of a
-tar; nothing is unpacked. Reading is random access (`os.pread`), so a position in the data is an integer and seeking is
-free. Offsets are loaded per shard when first needed, so memory grows with the number of shards.
+Beside `x.tar` lies `x.idx` (see `idx`), and one `dataset.json` for the folder (see `dataset`); `indexing` makes them.
+Reading is random access (`os.pread`), so a position in the data is an integer and seeking is free. Offsets are loaded
+per shard when first needed, so memory grows with the number of shards.
 
 Knows no model, no view and no order. Unpickles nothing. Imports no torch.
 """
@@ -15,7 +14,6 @@ import hashlib
 import logging
 import os
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,21 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_dist.atomic import replacing
-from mae_dist.data import places, quarantine
+from mae_dist.data import idx, labels, places, quarantine
 from mae_dist.data.cache import Cache
 from mae_dist.data.classes import Merging
 from mae_dist.data.dataset import FILE, Dataset, Parts, Shard, united
+from mae_dist.data.grouping import image_of, label_of
 from mae_dist.data.remote import Remote
-from mae_dist.data.shard_files import ShardFiles, persistently, sha256
+from mae_dist.data.shard_files import ChangedError, ShardFiles, persistently
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
-
-IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm")
-"""Extensions that hold an image, in order of preference: torchvision's, and npy."""
-LABEL = "cls"
-VERSION = "v1.2"
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Table:
-    """One shard's index, a row per sample: the name of the image, and where image and label lie (-1: no label)."""
+    """One shard's index, a row per sample: name and extension of the image, where image and label lie, and the labels,
+    where they stand in a file of their own.
+    """
 
     names: list[str]
-    spans: np.ndarray  # int64 (rows, 4): image offset, image size, label offset, label size
+    extensions: list[str]
+    spans: np.ndarray  # int64 (rows, 4): image offset, image size, label offset, label size (-1: no label)
+    labels: np.ndarray | None  # int64 (rows,)
 
 
 class ShardIndex:
@@ -90,7 +87,7 @@ class ShardIndex:
         self.__init__(*state)  # each worker opens its own file handles and tables
 
     def _read_table(self, shard: int) -> _Table:
-        return persistently(lambda: _read_table(self.indexes[shard]), str(self.indexes[shard]))
+        return persistently(lambda: _read_table(self.indexes[shard], self.shards[shard]), str(self.indexes[shard]))
 
     def _kept_rows(self, shard: int) -> np.ndarray:
         """Rows of the samples of a shard that are not left out."""
@@ -109,8 +106,11 @@ class ShardIndex:
     @property
     def num_labelled(self) -> int:
         """Number of samples that have a label."""
-        kept = {shard: int((self._table(shard).spans[self._rows(shard), 2] >= 0).sum()) for shard in self.left_out}
-        return sum(kept.get(number, shard.num_labelled) for number, shard in enumerate(self.shards))
+        left_out = [
+            (shard, row) for shard, images in self.left_out.items()
+            for row, name in enumerate(self._table(shard).names) if name in images
+        ]  # fmt: skip
+        return sum(s.num_labelled for s in self.shards) - sum(self._label(*place) >= 0 for place in left_out)
 
     @property
     def fingerprint(self) -> str:
@@ -182,25 +182,30 @@ class ShardIndex:
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
         image = self.files.read(shard, offset, size)
-        key, extension = split_name(table.names[row])
-        return Sample(key, extension.lower().rpartition(".")[2], image, self.label(sample))
+        name, extension = table.names[row], table.extensions[row]
+        return Sample(name[: -len(extension) - 1], extension.rpartition(".")[2], image, self.label(sample))
 
     def label(self, sample: int) -> int:
         """Read the label of one sample (-1: none). Raises as `read`."""
-        shard, row = self.locate(sample)
-        offset, size = (int(v) for v in self._table(shard).spans[row, 2:])
-        number, numbers = -1 if offset < 0 else int(self.files.read(shard, offset, size)), self.parts.labels[shard]
+        return self._label(*self.locate(sample))
+
+    def _stored_label(self, shard: int, row: int) -> int:
+        table = self._table(shard)
+        if table.labels is not None:
+            return int(table.labels[row])
+        offset, size = (int(v) for v in table.spans[row, 2:])
+        if size < 0:
+            return labels.NONE
+        label = labels.of_text(self.files.read(shard, offset, min(size, labels.MOST_TEXT)))
+        return _number_of_name(self.tars[shard]) if isinstance(label, str) else label
+
+    def _label(self, shard: int, row: int) -> int:
+        number, numbers = self._stored_label(shard, row), self.parts.labels[shard]
         if number < 0 or numbers is None:
             return number
         if number >= len(numbers):
             raise ValueError(f"label {number}, but its data set has only {len(numbers)} classes")
         return int(numbers[number])
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split 'a/b.seg.png' into key and extension ('a/b', 'seg.png'), by the rule of webdataset and DALI."""
-    dot = name.find(".", name.rfind("/") + 1)
-    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
 def open_split(path: str, split: str, cache: Cache | None = None, merging: Merging = "names") -> ShardIndex:
@@ -225,9 +230,9 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
                 f"restore it or index it again with `mae-dist data index`"
             )
         shards.append(shard or shard_of(tar, index))
-    left_out = _left_out([place.idx for place in found])
-    dataset, labels, problem = united([place.dataset for place in found] or [Dataset("")], shards, merging)
-    together = Parts([len(part) for part in parts], labels, problem)
+    left_out = _left_out([place.idx for place in found], shards)
+    dataset, maps, problem = united([place.dataset for place in found] or [Dataset("")], shards, merging)
+    together = Parts([len(part) for part in parts], maps, problem)
     index = ShardIndex([p.tar for p in found], [p.idx for p in found], shards, dataset, left_out, cache, together)
     if left_out:
         log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)
@@ -236,7 +241,7 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
     return index
 
 
-def _left_out(indexes: list[Path]) -> dict[int, set[str]]:
+def _left_out(indexes: list[Path], shards: list[Shard]) -> dict[int, set[str]]:
     """Shard -> images of samples that quarantine.txt beside its index names. Raises ValueError for unknown ones."""
     numbers = {index: number for number, index in enumerate(indexes)}
     found: dict[int, set[str]] = {}
@@ -245,7 +250,7 @@ def _left_out(indexes: list[Path]) -> dict[int, set[str]]:
             if (number := numbers.get(folder / line.idx)) is not None:  # that of another split is not there
                 found.setdefault(number, set()).add(line.image)
     for number, images in found.items():
-        if unknown := images.difference(_read_table(indexes[number]).names):
+        if unknown := images.difference(_read_table(indexes[number], shards[number]).names):
             file = indexes[number].with_name(quarantine.FILE)
             raise ValueError(f"{file}: {indexes[number].name} has no image {min(unknown)!r}; remove that line")
     return found
@@ -270,107 +275,30 @@ def shard_of(tar: Path, index: Path) -> Shard:
 def summary(index: Path) -> tuple[int, int, int]:
     """(samples, labelled samples, end of the last one in bytes) of an index. Raises ValueError where it is none."""
     spans = _read_table(index).spans
-    return len(spans), int((spans[:, 2] >= 0).sum()), int((spans[:, ::2] + spans[:, 1::2]).max(initial=0))
+    return len(spans), int((spans[:, 3] >= 0).sum()), int((spans[:, ::2] + spans[:, 1::2]).max(initial=0))
 
 
-def build(tar: Path, index: Path) -> tuple[Shard, np.ndarray]:
-    """Index one tar and write the index file atomically; return its Shard and its labels (int64 (n,), -1: none).
-
-    Members of a sample need not be neighbours. Samples without an image are left out, with a warning. Raises ValueError
-    when the file is no uncompressed tar, is cut short, or holds no sample.
-    """
-    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                key, extension = split_name(member.name)
-                if not member.isreg() or not key or key.endswith("/") or Path(member.name).name.startswith("."):
-                    continue
-                if any(space in member.name for space in " \t\n\r"):
-                    raise ValueError(
-                        f"{tar}: member {member.name!r} has a space in its name, which the index cannot hold"
-                    )
-                members = samples.setdefault(key, {})
-                if extension.lower() in members:
-                    raise ValueError(f"{tar}: contains {member.name} twice")
-                members[extension.lower()] = (member.offset_data, member.size, member.name)
-                if extension.lower() == LABEL:
-                    labels[key] = _label(tar, member, archive)
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar}: not a complete uncompressed tar ({error})") from error
-    size = tar.stat().st_size
-    end = max((offset + length for members in samples.values() for offset, length, _ in members.values()), default=0)
-    if end > size:
-        raise ValueError(f"{tar}: cut short: its last member ends at byte {end}, the file at {size}")
-    kept = {key: members for key, members in samples.items() if _image_of(members) is not None}
-    if len(kept) < len(samples):
-        lost = next(key for key in samples if key not in kept)
-        log.warning("%s: %d samples have no image and are left out, %s first", tar, len(samples) - len(kept), lost)
-    if not kept:
-        raise ValueError(f"{tar}: holds no samples (files named KEY.{', .'.join(IMAGES)})")
-    lines = [f"{VERSION} {len(kept)}"]
-    for members in kept.values():
-        lines.append(" ".join(f"{ext} {offset} {length} {name}" for ext, (offset, length, name) in members.items()))
-    with replacing(index) as work:
-        work.write_text("\n".join(lines) + "\n")
-    found = np.array([labels.get(key, -1) for key in kept], dtype=np.int64)
-    return Shard(tar.name, len(kept), int((found >= 0).sum()), size, sha256(tar)), found
+@functools.cache
+def _number_of_name(tar: Path) -> int:
+    """NONE, with a warning: names of classes have numbers only where `mae-dist data index` has given them."""
+    log.warning("%s: its labels are names, which count as none; %s", tar, idx.AGAIN)
+    return labels.NONE
 
 
-def other_members(index: Path) -> Counter[str]:
-    """How many members of a tar are neither image nor label, by extension, from its index."""
-    return Counter(extension for members in _rows(index) for extension in members.keys() - {_image_of(members), LABEL})
-
-
-def _label(tar: Path, member: tarfile.TarInfo, archive: tarfile.TarFile) -> int:
-    stream = archive.extractfile(member)
-    assert stream is not None
-    text = stream.read()
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"{tar}: {member.name} holds {text[:20]!r}, expected a class number like 7")
-    return value
-
-
-def _image_of(members: dict[str, tuple[int, int, str]]) -> str | None:
-    plain = next((ext for ext in IMAGES if ext in members), None)
-    return plain or next((ext for ext in members if ext.rpartition(".")[2] in IMAGES), None)
-
-
-def _count(index: Path) -> int:
-    with index.open() as stream:
-        version, _, count = stream.readline().strip().partition(" ")
-    if version != VERSION or not count.isdigit():
-        raise ValueError(f"{index}: expected an index {VERSION!r}, found {version!r}; run `mae-dist data index` again")
-    return int(count)
-
-
-def _rows(index: Path) -> Iterator[dict[str, tuple[int, int, str]]]:
-    count = _count(index)
-    lines = index.read_text().splitlines()[1:]
-    if len(lines) != count:
-        raise ValueError(f"{index}: expected {count} samples, found {len(lines)}; run `mae-dist data index` again")
-    for line in lines:
-        words = line.split(" ")
-        yield {
-            ext.lower(): (int(offset), int(size), name)
-            for ext, offset, size, name in zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-        }
-
-
-def _read_table(index: Path) -> _Table:
-    names, spans = [], []
-    for members in _rows(index):
-        image = _image_of(members)
+def _read_table(index: Path, shard: Shard | None = None) -> _Table:
+    """A shard's index. Raises ChangedError where it does not fit the shard."""
+    names, extensions, spans, end = [], [], [], 2**62 if shard is None else shard.num_bytes
+    for members in idx.read(index):
+        image, label = image_of(members), label_of(members)
         if image is None:
-            raise ValueError(
-                f"{index}: sample {next(iter(members.values()))[2]} has no image; run `mae-dist data index` again"
-            )
-        offset, size, name = members[image]
-        names.append(name)
-        spans.append((offset, size, *members.get(LABEL, (-1, 0))[:2]))
-    return _Table(names, np.array(spans, dtype=np.int64).reshape(-1, 4))
+            raise ChangedError(f"{index}: sample {next(iter(members.values())).name!r} has no image; {idx.AGAIN}")
+        names.append(members[image].name)
+        extensions.append(image)
+        spans.append((*members[image][1:3], *(members[label][1:3] if label else (0, -1))))
+    places = (place for span in spans for place in (span[:2], span[2:]))
+    if any(not 0 <= start <= start + max(size, 0) <= end for start, size in places):
+        raise ChangedError(f"{index}: leads outside its tar; {idx.AGAIN}")
+    if shard is not None and len(names) != shard.num_samples:
+        raise ChangedError(f"{index}: has {len(names)} samples, not {shard.num_samples}; {idx.AGAIN}")
+    table = np.array(spans, dtype=np.int64).reshape(-1, 4)
+    return _Table(names, extensions, table, labels.read(index, shard.labels) if shard and shard.labels else None)

@@ -27,7 +27,7 @@ import PIL
 
 from mae_dist import rng
 from mae_dist.atomic import mount_points, replacing, try_lock
-from mae_dist.data import index
+from mae_dist.data import grouping, index
 from mae_dist.data.decode import changes, decode
 from mae_dist.data.pixels import DEEP
 from mae_dist.data.reencode import Encoding
@@ -306,7 +306,7 @@ def _fill(
                 name = f"-{safe_name(picture.name)}" if picture.name else ""
                 members = {picture.extension: picture.content}
                 if picture.label >= 0:
-                    members[index.LABEL] = str(picture.label).encode()
+                    members[grouping.LABEL] = str(picture.label).encode()
                 key = picture.key or f"{split}_{writer.num_samples:06d}{name}"
                 writer.write(number, picture.group, key, members, item.tally)
             tick(f"pack {split}", number + 1, total)

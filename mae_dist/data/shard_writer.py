@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mae_dist.atomic import replacing
-from mae_dist.data import index
+from mae_dist.data import index, indexing
 from mae_dist.data.tally import Tally
 
 SHARD_BYTES = 3e9
@@ -77,7 +77,7 @@ class ShardWriter:
         if self._tar is None:
             return
         path = self._tar.close()
-        done = Finished(index.build(path, path.with_suffix(".idx"))[0], end, self._tally)
+        done = Finished(indexing.build(path, path.with_suffix(".idx")).shard, end, self._tally)
         with replacing(_note(self.work, self.split, len(self.finished))) as note:
             note.write_text(json.dumps(asdict(done)))
         self.finished.append(done)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_dist.data import cifar, folder_files, folder_layout, index, places, synthetic
+from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, synthetic
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.data.reencode import as_png
 from mae_dist.errors import from_os_error
@@ -196,7 +196,7 @@ def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> S
     splits = _opened(path, split)
     if unusable := [name for name in splits if name != safe_name(name) or not name]:
         raise ValueError(f"split {unusable[0]!r}: names files; use letters, digits, _ and - only")
-    if others := sum((index.other_members(f) for data in splits.values() for f in data.indexes), Counter[str]()):
+    if others := sum((indexing.other_members(f) for data in splits.values() for f in data.indexes), Counter[str]()):
         listed = ", ".join(f".{extension} ({count})" for extension, count in sorted(others.items()))
         log.warning("%s: members that are no image and no label are left out: %s", path, listed)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mae_dist.commands.data import main
-from mae_dist.data import index, places
+from mae_dist.data import index, indexing, places
 
 
 def png(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
@@ -36,13 +36,14 @@ def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
 
 def indexed(folder: Path, members: list[tuple[str, bytes]], name: str = "x") -> index.ShardIndex:
     tar = write_tar(folder / f"{name}.tar", members)
-    index.build(tar, tar.with_suffix(".idx"))
+    indexing.build(tar, tar.with_suffix(".idx"))
     return index.open_split(str(tar), "any")
 
 
 def test_index_file_has_the_dali_format_and_correct_offsets(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [*samples(3), ("s2.json", b"{}")])
-    shard, labels = index.build(tar, tmp_path / "x.idx")
+    built = indexing.build(tar, tmp_path / "x.idx")
+    shard = built.shard
     lines = (tmp_path / "x.idx").read_text().splitlines()
     assert lines[0] == "v1.2 3"
     assert len(lines) == 4
@@ -58,14 +59,14 @@ def test_index_file_has_the_dali_format_and_correct_offsets(tmp_path: Path) -> N
                 assert name.endswith("." + extension)
                 seen.append(name)
         assert sorted(seen) == sorted(archive.getnames())
-    assert labels.tolist() == [0, 1, 2]
+    assert built.labels == [0, 1, 2]
     assert (shard.num_samples, shard.num_labelled, shard.num_bytes) == (3, 3, tar.stat().st_size)
 
 
 def test_index_read_returns_every_sample_and_label_of_all_shards(tmp_path: Path) -> None:
     for number, first in enumerate((0, 5)):
         tar = write_tar(tmp_path / f"x-{number}.tar", samples(5 - number, first))
-        index.build(tar, tar.with_suffix(".idx"))
+        indexing.build(tar, tar.with_suffix(".idx"))
     data = index.open_split(str(tmp_path / "x-*.tar"), "any")
     assert len(data) == 9
     for i in range(9):
@@ -90,9 +91,11 @@ def test_index_members_of_a_sample_need_not_be_adjacent(tmp_path: Path) -> None:
 def test_index_leaves_out_samples_without_image_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = indexed(tmp_path, [*samples(2), ("lonely.cls", b"1")])
+    write_tar(tmp_path / "x.tar", [*samples(2), ("lonely.cls", b"1")])
+    main(["index", str(tmp_path)])
+    data = index.open_split(str(tmp_path), "train")
     assert [data.read(i).key for i in range(len(data))] == ["s0", "s1"]
-    assert "lonely" in caplog.text
+    assert "samples have no image and are left out: 1 (lonely)" in caplog.text
 
 
 def test_index_label_of_an_unlabelled_sample_is_minus_one(tmp_path: Path) -> None:
@@ -114,15 +117,14 @@ def test_index_handles_folders_upper_case_and_double_extensions(tmp_path: Path) 
     [
         ([], "holds no samples"),
         ([("a.cls", b"1")], "holds no samples"),
-        ([("a b.png", png(1))], "space in its name"),
         ([("a.png", png(1)), ("a.png", png(2))], "contains a.png twice"),
-        ([("a.png", png(1)), ("a.cls", b"cat")], "a.cls holds b'cat'"),
+        ([("a.png", png(1)), ("a.PNG", png(2))], "contains a.png and a.PNG"),
     ],
 )
 def test_index_refuses_unsuitable_tars(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     tar = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(ValueError, match=message):
-        index.build(tar, tmp_path / "x.idx")
+        indexing.build(tar, tmp_path / "x.idx")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]
 
 
@@ -131,14 +133,14 @@ def test_index_refuses_a_truncated_tar(tmp_path: Path, keep: int) -> None:
     tar = write_tar(tmp_path / "x.tar", [("a.png", bytes(2000))])
     tar.write_bytes(tar.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"x.tar: (cut short|not a complete)"):
-        index.build(tar, tmp_path / "x.idx")
+        indexing.build(tar, tmp_path / "x.idx")
 
 
 def test_index_refuses_a_file_that_is_no_tar(tmp_path: Path) -> None:
     tar = tmp_path / "x.tar"
     tar.write_bytes(b"hello" * 1000)
     with pytest.raises(ValueError, match="not a complete uncompressed tar"):
-        index.build(tar, tmp_path / "x.idx")
+        indexing.build(tar, tmp_path / "x.idx")
 
 
 def test_index_refuses_a_tar_changed_since_dataset_json(tmp_path: Path) -> None:
@@ -228,6 +230,6 @@ def test_fingerprint_tells_tars_of_one_name_apart(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         tar = write_tar(tmp_path / folder / "x.tar", samples(2))
-        index.build(tar, tar.with_suffix(".idx"))
+        indexing.build(tar, tar.with_suffix(".idx"))
     one, other = (index.open_split(f"{tmp_path}/{names}/x.tar", "any") for names in ("{a,b}", "{b,a}"))
     assert one.fingerprint != other.fingerprint

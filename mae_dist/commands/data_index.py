@@ -1,0 +1,278 @@
+"""`mae-dist data index`: index tars that exist, as a split of a data set. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_dist import paths
+from mae_dist.commands import data_remote
+from mae_dist.commands.data_output import progress, report
+from mae_dist.data import index, indexing, labels
+from mae_dist.data.cache import Cache
+from mae_dist.data.decode import stored_size
+from mae_dist.data.indexing import AUTO, FOLDER, JSON, NO_LABELS, Indexed
+from mae_dist.data.pack import ProgressCallback
+from mae_dist.data.remote import shown
+from mae_dist.data.tar_reader import Notes
+from mae_dist.errors import from_os_error
+
+log = logging.getLogger(__name__)
+
+UNREAD = "some tars have an .idx beside them, so they were not read: classes and checksums may be unknown (--whole)"
+SHOWN = 5
+"""Names that a message lists."""
+
+
+def add_parser(actions: Any) -> None:
+    """Add the parser of `index` to those of `mae-dist data`."""
+    parser = actions.add_parser("index", help="index existing tars")
+    parser.add_argument(
+        "tars", nargs="+", metavar="TARS", help="folders, patterns or brace ranges, for example 'data/{000..146}.tar'"
+    )
+    parser.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
+    parser.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
+    parser.add_argument(
+        "--labels", default=AUTO, metavar="SOURCE",
+        help="where labels are: folder (in the tar), json:FIELD, the extension of members (txt, npy), a FILE of keys "
+        "and labels, none (default: .cls members)",
+    )  # fmt: skip
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names in the order of their numbers")
+    parser.add_argument("--whole", action="store_true", help="read tars at URLs although an .idx lies beside them")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Index the tars, and add them to dataset.json as a split. Raises ValueError for a user's mistake."""
+    if urls := data_remote.urls_in(arguments.tars):
+        if arguments.out is None:
+            raise ValueError(f"{shown(urls[0])}: pass --out DIR for the indexes and {index.FILE}")
+        folder = arguments.out
+        dataset = _write(folder, lambda before, tick: _merge_remote(before, urls, arguments, tick))
+        unread = any(not shard.sha256 for shards in dataset.splits.values() for shard in shards)
+        report(dataset, folder, UNREAD if unread else "")
+        return
+    tars = _tars(arguments.tars)
+    folders = {tar.parent for tar in tars}
+    if len(arguments.tars) == 1 and os.path.isdir(arguments.tars[0]):
+        folders = {Path(os.path.abspath(arguments.tars[0]))}
+    if arguments.out is None and len(folders) > 1:
+        raise ValueError(f"the tars are in {len(folders)} folders; pass --out DIR for their indexes")
+    folder = Path(os.path.abspath(arguments.out or folders.pop()))
+    report(_write(folder, lambda before, tick: _merge(before, arguments, tars, folder, tick)), folder)
+
+
+def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], index.Dataset]) -> index.Dataset:
+    """Write the dataset.json of a folder, as `merge` makes it from the one that is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
+        with progress() as tick:
+            dataset = merge(before, tick)
+        dataset.save(folder)
+    except OSError as error:
+        what = f"{folder}: cannot be written ({error.strerror or error}); pass --out DIR for the index"
+        raise from_os_error(error, what) from error
+    return dataset
+
+
+def _merge_remote(
+    before: index.Dataset, urls: list[str], arguments: argparse.Namespace, tick: ProgressCallback
+) -> index.Dataset:
+    """Index tars at `urls`; return `before` with their splits, and the facts of a dataset.json that lists them all."""
+    cache, dataset = Cache.of(None), before
+    splits = data_remote.tars_of(urls, arguments.split)
+    for split, tars in splits.items():
+        taken = {s.index_name for name, known in dataset.splits.items() if name != split for s in known}
+        names, found = _index_names([Path(shown(tar.url)) for tar in tars], taken), []
+        for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
+            found.append(data_remote.index_tar(tar, arguments.out / name, cache, arguments.whole))
+            tick(f"index {split}", number + 1, len(tars))
+        numbers, sizes = [part.num_classes or 0 for part in found], {part.size for part in found}
+        size = sizes.pop() if len(sizes) == 1 else None
+        dataset = _with_split(dataset, split, [part.shard for part in found], max(numbers), size)
+    origins = {id(tar.dataset): tar.dataset for tars in splits.values() for tar in tars}
+    origin = next(iter(origins.values()))
+    if len(origins) > 1 or origin is None or before.classes not in (None, origin.classes):
+        return dataset
+    return replace(origin, name=before.name, splits=dataset.splits)
+
+
+def _tars(texts: list[str]) -> list[Path]:
+    """The tars that the arguments name, sorted. ValueError where one is named twice, or there is none."""
+    names = [name for text in texts for name in paths.names(paths.with_variables(text))]
+    tars = sorted(
+        Path(os.path.abspath(tar)) for name in names for tar in (paths.tars_in(name) if os.path.isdir(name) else [name])
+    )
+    seen: dict[tuple[int, int], Path] = {}
+    for tar in tars:
+        status = tar.stat()
+        if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
+            raise ValueError(f"{' '.join(texts)}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
+    if len(splits := paths.splits_in([tar.name for tar in tars])) > 1:
+        log.warning("the names of these tars speak of several splits (%s), which become one", ", ".join(splits))
+    return tars
+
+
+def _index_names(tars: list[Path], taken: set[str]) -> list[str]:
+    """A name for the index of each tar: its own with .idx, else with those of folders above it, else with a number."""
+    names: list[str] = []
+    for tar in tars:
+        above = [tar.parents[depth].name for depth in range(len(tar.parents) - 1)]
+        longer = ("-".join([*reversed(above[:depth]), f"{tar.stem}.idx"]) for depth in range(len(above) + 1))
+        numbered = (f"{tar.stem}-{number}.idx" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain(longer, numbered) if name not in taken))
+        taken = taken | {names[-1]}
+    return names
+
+
+def _merge(
+    before: index.Dataset, arguments: argparse.Namespace, tars: list[Path], folder: Path, tick: ProgressCallback
+) -> index.Dataset:
+    """Index `tars` into `folder`; return `before` with these tars as its split."""
+    split, source = arguments.split, arguments.labels
+    others = {name: known for name, known in before.splits.items() if name != split}
+    names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
+    listed = labels.of_file(Path(source)) if os.path.isfile(source) else None
+    if listed is None and "/" in source:
+        raise ValueError(f"--labels {source}: no such file")
+    found = []
+    for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
+        found.append(indexing.build(tar, folder / name, source, listed))
+        tick("index", number + 1, len(tars))
+    _report_notes(found)
+    values, classes = _numbers(found, before.classes if others else None, source, arguments.classes)
+    _report_labels(found, values, split, classes, source)
+    shards = [
+        _shard(item.shard, tar, folder, name, value, item.plain)
+        for item, tar, name, value in zip(found, tars, names, values, strict=True)
+    ]
+    _report_twins(shards, split, others)
+    num_classes = max(1 + max(int(value.max()) for value in values), len(classes or ()))
+    data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
+    return _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
+
+
+def _with_split(
+    before: index.Dataset,
+    split: str,
+    shards: list[index.Shard],
+    num_classes: int,
+    size: tuple[int, int] | None,
+    classes: list[str] | None = None,
+) -> index.Dataset:
+    """`before` with these shards as its split `split`.
+
+    Its labels have the names `classes`, if they have any. Facts of a replaced split are dropped: mean and std if it is
+    train, and class names if there are more classes.
+    """
+    others = {name: known for name, known in before.splits.items() if name != split}
+    if others or before.classes:
+        num_classes = max(num_classes, before.num_classes or 0)
+    return index.Dataset(
+        name=before.name,
+        splits=before.splits | {split: shards},
+        num_classes=num_classes or None,
+        classes=classes or (before.classes if num_classes == before.num_classes else None),
+        image_size=size if not others or size == before.image_size else None,
+        mean=before.mean if split != "train" else None,
+        std=before.std if split != "train" else None,
+        white=before.white,
+    )
+
+
+def _numbers(
+    found: Sequence[Indexed], known: list[str] | None, source: str, file: Path | None
+) -> tuple[list[np.ndarray], list[str] | None]:
+    """The labels of the tars as numbers, and the names of the classes, if they have any."""
+    raw = [item.labels for item in found]
+    if source == FOLDER:
+        raw = labels.of_folders(raw)
+    named = file is not None or any(isinstance(label, str) for tar in raw for label in tar)
+    numbers = labels.names_of_file(file) if file else {name: number for number, name in enumerate(known or ())}
+    return labels.numbered(raw, numbers if named else None, fixed=file is not None)
+
+
+def _shard(shard: index.Shard, tar: Path, folder: Path, name: str, values: np.ndarray, plain: bool) -> index.Shard:
+    """The shard as dataset.json lists it; its labels are written where they are no plain .cls members."""
+    if plain:
+        labels.file_of(folder / name).unlink(missing_ok=True)
+    return replace(
+        shard,
+        tar=str(tar.relative_to(folder) if tar.is_relative_to(folder) else tar),
+        index="" if name == f"{tar.stem}.idx" else name,
+        labels="" if plain else labels.write(folder / name, values),
+        num_labelled=int((values >= 0).sum()),
+    )
+
+
+def _report_notes(found: Sequence[Indexed]) -> None:
+    """Log what is odd about the tars, each kind once."""
+    notes = Notes()
+    for item in found:
+        notes.update_from(item.notes)
+    for what, (count, example) in notes.items():
+        log.warning("%s: %d (%s)", what, count, example)
+
+
+def _report_labels(
+    found: Sequence[Indexed], values: list[np.ndarray], split: str, classes: list[str] | None, source: str
+) -> None:
+    """Log which labels there are, classes that do not occur, and, where there are none, how to get some.
+
+    Raises ValueError where labels were asked for and there are none.
+    """
+    present = np.unique(np.concatenate(values))
+    present = present[present >= 0]
+    if len(present) == 0:
+        others, fields = Counter[str](), dict.fromkeys(name for item in found for name in item.fields)
+        for item in found:
+            others += item.others
+        folders = sorted({folder for item in found for folder in item.folders if folder})
+        ways = [f"--labels {JSON}{name}" for name in list(fields)[:SHOWN]]
+        if len(folders) > 1:
+            ways.append(f"--labels {FOLDER} ({len(folders)} folders in the tars: {', '.join(folders[:3])}, ...)")
+        ways += [f"--labels {extension}" for extension, _ in others.most_common(SHOWN) if extension != "json"]
+        hint = f"; perhaps {' or '.join(ways)}" if ways else ""
+        if source not in (AUTO, NO_LABELS):
+            raise ValueError(f"--labels {source}: gives no sample a label{hint}")
+        if source == AUTO:
+            log.warning("no labels: no KEY.cls holds a class number%s; pretraining needs none", hint)
+        return
+    last = int(present[-1])
+    if classes is not None:
+        listed = ", ".join(f"{number} {name}" for number, name in list(enumerate(classes))[:SHOWN])
+        log.info("classes: %d names (%s%s)", len(classes), listed, ", ..." if len(classes) > SHOWN else "")
+    if split == "train" and len(present) <= last:
+        log.warning(
+            "only %s of the %s classes 0 to %s occur in split %s; a head gets all %s of them, so number them without "
+            "gaps (--labels FILE) if that is not meant", f"{len(present):,}", f"{last + 1:,}", f"{last:,}", split,
+            f"{last + 1:,}",
+        )  # fmt: skip
+
+
+def _report_twins(shards: list[index.Shard], split: str, others: dict[str, list[index.Shard]]) -> None:
+    """Log the tars whose bytes are in another tar, too."""
+    seen = {shard.sha256: f"{shard.tar} of split {name}" for name, known in others.items() for shard in known}
+    for shard in shards:
+        if (twin := seen.setdefault(shard.sha256, f"{shard.tar} of split {split}")) != f"{shard.tar} of split {split}":
+            log.warning("%s: has the same bytes as %s", shard.tar, twin)
+
+
+def _common_size(data: index.ShardIndex, tick: ProgressCallback) -> tuple[int, int] | None:
+    """(height, width) if all images have one size, else None. Reads headers only, until two differ."""
+    first = stored_size(data.read(0))
+    for sample in range(1, len(data)):
+        if first is None or stored_size(data.read(sample)) != first:
+            return None
+        tick("sizes", sample + 1, len(data))
+    return first

@@ -1,0 +1,235 @@
+"""Labels of samples, from wherever they stand: .cls members, other members, folders in the tar, or a list in a file.
+
+A label is a class number from 0, or the name of a class, which gets a number when all names are known. Where the labels
+are not plain numbers in .cls members, they are kept beside the index as x.labels.npy: int64, one a sample, -1 for none.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_dist.atomic import replacing
+from mae_dist.data.dataset import MOST_CLASSES
+from mae_dist.data.idx import AGAIN
+from mae_dist.data.shard_files import ChangedError
+
+Label = int | str
+NONE = -1
+"""The label of a sample that has none."""
+MOST_TEXT = 1000
+"""Bytes of a label that is a text."""
+MOST_BYTES = 2**24
+"""Bytes of a member that holds a label."""
+KEYS = ("key", "__key__", "file", "filename", "file_name", "image", "img", "image_id", "id", "name", "path")
+NAMES = ("label", "class", "cls", "target", "category", "class_id", "class_name", "label_id", "y")
+"""Words that head the columns of a list of labels: of keys, and of labels."""
+
+
+def of_text(content: bytes) -> Label:
+    """The class number or name in the content of a member; NONE for -1 and for nothing. Raises ValueError."""
+    short = f"{content[:20]!r}{'...' * (len(content) > 20)}"
+    try:
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"holds {short}, expected a class number like 7") from error
+    if text in ("", "-1"):
+        return NONE
+    if re.fullmatch(r"[0-9]+", text):
+        if len(text) > 20 or int(text) >= MOST_CLASSES:
+            raise ValueError(f"holds {short}, more than the number of any class (below {MOST_CLASSES:,})")
+        return int(text)
+    if re.fullmatch(r"[-+.\d][-+.,\deE\s]*", text) or len(text) > 200 or not text.isprintable():
+        raise ValueError(f"holds {short}, expected a class number like 7, or a name")
+    return text
+
+
+def of_json(content: bytes, field: str) -> Label:
+    """The label in a field of a JSON object; a.b is field b of the object a. NONE where there is no such field."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"holds no JSON ({str(error)[:60]})") from error
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return _of_value(value)
+
+
+def fields_of(content: bytes) -> tuple[str, ...]:
+    """The fields of a JSON object that hold a whole number or a text."""
+    try:
+        plain = json.loads(content)
+    except (ValueError, RecursionError):
+        return ()
+    kinds = {str(key): type(value) for key, value in plain.items()} if isinstance(plain, dict) else {}
+    return tuple(key for key, kind in kinds.items() if kind in (int, str))
+
+
+def of_folders(folders: Sequence[Sequence[Label]]) -> list[list[Label]]:
+    """The classes of samples in these folders, of several tars: the names of the first folders that are not common to
+    all; of a single folder, its own name.
+    """
+    every = sorted({folder for tar in folders for folder in tar if isinstance(folder, str)})
+    common = "" if not every else posixpath.dirname(every[0]) if len(every) == 1 else posixpath.commonpath(every)
+    depth = len(common.split("/")) if common else 0
+    names = {folder: (folder.split("/")[depth:] or [NONE])[0] for folder in every}
+    return [[names[folder] if isinstance(folder, str) else NONE for folder in tar] for tar in folders]
+
+
+def of_npy(content: bytes) -> Label:
+    """The label in an array: one whole number, or a one-hot vector."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
+        raise ValueError(f"holds no array ({str(error)[:60]})") from error
+    if array.size == 1:
+        return _of_value(array.item())
+    if array.ndim == 1 and np.count_nonzero(array) == 1 and array.max() == 1:
+        return int(array.argmax())
+    raise ValueError(f"holds an array of shape {array.shape}, expected one number or a one-hot vector")
+
+
+def of_file(path: Path) -> dict[str, Label]:
+    """Key, or file name, -> label, from a list: two columns (comma, tab or space), a CSV with a header, or JSON."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("{"):
+        rows = [(key, value) for key, value in _json_of(path, text).items()]
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        mark = next((mark for mark in ",\t;" if lines and mark in lines[0]), None)
+        table = list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
+        rows = _columns(path, table)
+    found: dict[str, Label] = {}
+    for key, value in rows:
+        label = _of_value(value.strip() if isinstance(value, str) else value, f"{path}: {key!r} ")
+        for form in dict.fromkeys((key, key.rpartition("/")[2])):
+            if found.setdefault(form, label) != label and form == key:
+                raise ValueError(f"{path}: gives two labels to {key[:40]!r}")
+    return found
+
+
+def names_of_file(path: Path) -> dict[str, int]:
+    """Class name -> number, from a list of a name a line, or a JSON list or object (name to number, or the reverse).
+
+    Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip()[:1] in ("{", "["):
+        plain = _json_of(path, text)
+        plain = dict(enumerate(plain)) if isinstance(plain, list) else plain
+        pairs = [(key, value) if isinstance(value, int) else (value, key) for key, value in plain.items()]
+    else:
+        pairs = [(line.strip(), number) for number, line in enumerate(text.splitlines()) if line.strip()]
+    try:
+        names = {str(name[0] if isinstance(name, list) else name): int(number) for name, number in pairs}
+        if sorted(names.values()) != list(range(len(names))):
+            raise ValueError("its numbers do not go from 0 without a gap")
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"--classes {path}: no list of class names ({str(error)[:80]})") from error
+    return names
+
+
+def numbered(
+    labels: Sequence[Sequence[Label]], known: dict[str, int] | None, fixed: bool
+) -> tuple[list[np.ndarray], list[str] | None]:
+    """The labels of several tars as numbers, int64, and the class names, if they have any.
+
+    Names have the numbers that are ``known``; others, unless those are ``fixed``, the next ones in alphabetical order.
+    Raises ValueError where some labels are names and others numbers.
+    """
+    every = {label for tar in labels for label in tar if label != NONE}
+    names = sorted(label for label in every if isinstance(label, str))
+    if not names:
+        if known is not None and (beyond := [label for label in every if label >= len(known)]):  # pyright: ignore
+            raise ValueError(f"label {beyond[0]} is none of the {len(known)} classes")
+        return [np.array(tar, dtype=np.int64) for tar in labels], None if known is None else list(known)
+    if len(names) < len(every):
+        number = next(label for label in every if not isinstance(label, str))
+        raise ValueError(f"some labels are names ({names[0]!r}) and some numbers ({number}); give one of them")
+    mapping = dict(known or {})
+    if fixed and (unknown := [name for name in names if name not in _with_first_words(mapping)]):
+        raise ValueError(f"class {unknown[0]!r} is none of the {len(mapping)} known ones")
+    lookup = _with_first_words(mapping)
+    for name in names:
+        if name not in lookup:
+            lookup[name] = mapping[name] = len(mapping)
+    values = [[label if isinstance(label, int) else lookup[label] for label in tar] for tar in labels]
+    return [np.array(tar, dtype=np.int64) for tar in values], sorted(mapping, key=mapping.__getitem__)
+
+
+def file_of(index: Path) -> Path:
+    """The file of labels beside an index."""
+    return index.with_suffix(".labels.npy")
+
+
+def write(index: Path, labels: np.ndarray) -> str:
+    """Write the file of labels beside an index, atomically; return its hash."""
+    stream = io.BytesIO()
+    np.save(stream, labels.astype("<i8"))
+    with replacing(file_of(index)) as work:
+        work.write_bytes(stream.getvalue())
+    return _hash(stream.getvalue())
+
+
+def read(index: Path, expected: str) -> np.ndarray:
+    """The labels beside an index, int64 (n,). Raises ChangedError when they have another hash."""
+    path = file_of(index)
+    content = path.read_bytes() if path.is_file() else b""
+    if _hash(content) != expected:
+        raise ChangedError(f"{path}: not the labels that dataset.json speaks of; {AGAIN}")
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _with_first_words(mapping: dict[str, int]) -> dict[str, int]:
+    return {name.split(maxsplit=1)[0]: number for name, number in mapping.items() if name} | mapping
+
+
+def _of_value(value: Any, origin: str = "") -> Label:
+    if value is None:
+        return NONE
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{origin}holds {str(value)[:20]!r}, expected a class number like 7, or a name")
+    try:
+        return of_text(str(value).encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise ValueError(f"{origin}{error}") from error
+
+
+def _json_of(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({str(error)[:60]})") from error
+
+
+def _columns(path: Path, table: list[list[str]]) -> list[tuple[str, str]]:
+    """The columns of keys and labels: those that the header names, else the two that there are."""
+    head = [cell.strip().lower() for cell in table[0]] if table else []
+    key = next((column for column, cell in enumerate(head) if cell in KEYS), None)
+    label = next((head.index(name) for name in NAMES if name in head), None)
+    body = table if label is None and key is None else table[1:]
+    if (key is None or label is None) and len(head) != 2:
+        raise ValueError(
+            f"{path}: expected two columns, key and label, or a header that names them (one of {', '.join(KEYS)}; one "
+            f"of {', '.join(NAMES)}), found {len(head)} columns"
+        )
+    key, label = key or 0, 1 if label is None else label
+    if short := next((row for row in body if len(row) <= max(key, label)), None):
+        raise ValueError(f"{path}: a line without a label: {' '.join(short)[:40]!r}")
+    return [(row[key].strip(), row[label]) for row in body]
