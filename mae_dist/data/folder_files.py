@@ -65,7 +65,8 @@ def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
     """All files below `root`. Links are followed, unless they lead back to a folder that they lie in. `tick` is called
     with the number of images found so far.
 
-    Raises ValueError for a folder that this user may not read, and MachineFault where the storage fails.
+    Raises ValueError for a folder that this user may not read, or a link to one that is not there, and MachineFault
+    where the storage fails.
     """
     found = Found()
     todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
@@ -100,7 +101,12 @@ def _look_at(entry: os.DirEntry[str], path: str, others: Counter[str]) -> File |
     except OSError as error:
         if not entry.is_symlink():
             raise from_os_error(error, f"{entry.path}: cannot be read ({error.strerror})") from error
-        return File(path, problem="broken link")
+        if is_image(path):
+            return File(path, problem="broken link")
+        if not kind_of(path):
+            raise ValueError(f"{entry.path}: a broken link, perhaps to a folder; repair or remove it") from error
+        others["broken links"] += 1
+        return "other"
     if stat.S_ISDIR(status.st_mode):
         return "folder"
     kind = kind_of(path)

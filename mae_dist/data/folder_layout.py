@@ -256,8 +256,9 @@ def _check_classes(source: Path, named: Named, by_list: set[str]) -> None:
 
 def _warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> None:
     """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
-    if unused := len(found.files) - sum(map(len, named.values())):
-        log.warning("%s: %d images are in no folder of a split and are left out", source, unused)
+    used = {f.path for files in named.values() for f, _ in files}
+    if unused := [f.path for f in found.files if f.path not in used]:
+        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), _listed(unused))
     classes = set().union(*map(_classes, named.values()))
     for split, files in named.items():
         here = _classes(files)

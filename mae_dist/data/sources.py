@@ -91,7 +91,7 @@ def from_folder(
     that shards are not sorted by class. Raises ValueError where there are no images, or a layout is not clear.
     """
     if not folder.is_dir():
-        raise ValueError(f"--source {folder}: no such folder")
+        raise ValueError(f"--source {folder}: {'is a file, no' if folder.exists() else 'no such'} folder")
     _check_share(test_share)
     found = folder_files.find(folder, lambda count: tick("find images", count, 0))
     layout = folder_layout.read(folder, found, splits, labels)

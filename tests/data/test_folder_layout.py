@@ -104,7 +104,7 @@ def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
     files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/2.jpg", "cover.jpg", "train/c/notes.txt")
     assert read(tmp_path)["val"] == {"a": 1, "in no class folder": 1}
     for said in (
-        "1 images are in no folder of a split",
+        "1 images, in no folder of a split, are left out: cover.jpg",
         "val has no image of 1 classes, b first",
         "no classes: train/c",
     ):
@@ -116,10 +116,13 @@ def test_folder_follows_links_but_no_loops(tmp_path: Path) -> None:
     files(tmp_path / "elsewhere", "2.jpg")
     (folder / "b").symlink_to(tmp_path / "elsewhere")
     (folder / "a" / "loop").symlink_to(folder)
-    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     found = folder_files.find(folder)
-    assert [(f.path, f.problem) for f in found.files] == [("a/1.jpg", ""), ("b/2.jpg", ""), ("gone", "broken link")]
+    assert [(f.path, f.problem) for f in found.files] == [("a/1.jpg", ""), ("b/2.jpg", ""), ("gone.jpg", "broken link")]
     assert found.loops == ["a/loop"]
+    (folder / "dogs").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="in/dogs: a broken link, perhaps to a folder"):
+        folder_files.find(folder)
 
 
 # --- lists of labels
