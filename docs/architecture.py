@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "environment"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals", "errors"},
-    {"setting_texts"},
+    {"image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},

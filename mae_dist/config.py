@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import hints, model_sizes, setting_texts
+from mae_dist import hints, image_settings, model_sizes, setting_texts
 from mae_dist.schema import (
     FREE_DATA,
     RESULT_SECTIONS,
@@ -191,16 +191,7 @@ def check(config: RunConfig) -> None:
     if isinstance(config, PretrainConfig) and config.model.pool == "avg" and config.model.name.startswith("vit_"):
         raise ValueError("model.pool=avg: takes away a ViT's last norm, which pretraining needs; choose it in probe, "
                          "knn or finetune")  # fmt: skip
-    for name in ("view.scale", "view.ratio"):
-        low, high = values.get(name, (1.0, 1.0))
-        if low > high:
-            raise ValueError(f"{name}=[{low}, {high}]: the first number must not be greater than the second")
-    policy = config.view.randaugment
-    if config.view.color_jitter and policy is not None and "3a" not in policy:
-        raise ValueError(
-            f"view.color_jitter={config.view.color_jitter:g}: is not applied beside view.randaugment={policy}, whose "
-            f"operations change colours too; leave one of them out, or take a 3a policy (rand-m9-t3a)"
-        )
+    image_settings.check(config)
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     if isinstance(config, ProbeConfig):

@@ -29,6 +29,7 @@ NAMES = {
     "data.test_split": "val_split validation_split eval_split",
     "data.shuffle_window": "shuffle shuffle_buffer buffer_size shuffle_size shuffle_buffer_size",
     "data.aug_repeats": "num_repeats repeated_aug repeat_aug repeated_augmentation repeats",
+    "data.channels": "in_chans in_channels num_channels",
     "data.mean": "img_mean image_mean pixel_mean",
     "data.std": "img_std image_std pixel_std",
     "view.crop": "train_crop_mode random_resized_crop crop_mode",
@@ -123,7 +124,6 @@ NO_SETTING = {
         "the loader pins memory and prefetches by itself; machine.workers is the number of its processes",
     "nb_classes num_classes n_classes num_labels": "the number of classes is read from the data's dataset.json",
     "patch_size patch": "the patch size is part of model.name: vit_b16 has patches of 16 x 16 pixels",
-    "in_chans in_channels num_channels": "images have the channels that the data have",
     "embed_dim hidden_size depth num_heads mlp_ratio num_layers hidden_dim":
         "the size of the backbone follows from model.name; `mae-dist models` lists all",
     "interpolation train_interpolation": "images are resized by antialiased bicubic interpolation",

@@ -68,11 +68,17 @@ def default_image_size(patch: int) -> int:
     return 32 if patch <= 4 else 224
 
 
-def num_parameters(name: str, image_size: int) -> int:
-    """Number of parameters of a backbone for RGB images, with fixed ones (ViT: class token, one last norm)."""
-    size = size_of(name)
-    patch, dim, tokens = size["patch"], size["dim"], (image_size // size["patch"]) ** 2
-    embedding = 3 * patch**2 * dim + dim
+def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image size, which is one side of a square or that pair."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def num_parameters(name: str, image_size: int | tuple[int, int], channels: int = 3) -> int:
+    """Number of parameters of a backbone, with fixed ones (ViT: class token, one last norm)."""
+    size, (height, width) = size_of(name), sides(image_size)
+    patch, dim = size["patch"], size["dim"]
+    tokens = (height // patch) * (width // patch)
+    embedding = channels * patch**2 * dim + dim
     if "token_hidden" in size:
         hidden, wide = size["token_hidden"], size["channel_hidden"]
         block = 2 * tokens * hidden + hidden + tokens + 2 * dim * wide + wide + dim + 4 * dim

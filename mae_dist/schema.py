@@ -56,18 +56,17 @@ class DataConfig:
         1, "repeated augmentation: how often an image is drawn in a row; an epoch shows 1 / aug_repeats of them",
         verbs=TRAINED, at_least=1,
     )  # fmt: skip
+    channels: int = setting(3, "channels of the images that the model gets, a grey image's or an array's", at_least=1)
     white: float | None = setting(None, "value that is white above 8 bits; none: 65535, or 1 for floats", above=0)
     max_pixels: int = setting(178_956_970, "pixels above which an image counts as unreadable", at_least=1)
     max_bad: float = setting(
         0.001, "fraction of the training samples above which unreadable ones end the run", at_least=0, at_most=1
     )
     accept_change: bool = setting(False, "resume the run although its data have changed since it began")
-    mean: tuple[float, float, float] | None = setting(
+    mean: tuple[float, ...] | None = setting(
         None, "channel means; none: those of init_from, else of dataset.json, else ImageNet's", at_least=0, at_most=1
     )
-    std: tuple[float, float, float] | None = setting(
-        None, "channel standard deviations; none: as data.mean", above=0, at_most=1
-    )
+    std: tuple[float, ...] | None = setting(None, "channel standard deviations; none: as data.mean", above=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,9 @@ class ModelConfig:
     """The backbone."""
 
     name: str = setting("???", "model, for example vit_b16; `mae-dist models` lists all")
-    image_size: int = setting(224, "height and width of the model's input, in pixels", at_least=1)
+    image_size: int | tuple[int, int] = setting(
+        224, "pixels of the model's input: the side of a square, or [height, width]", at_least=1
+    )
     pool: Literal["cls", "avg"] | None = setting(
         None, "what the head reads; cls: class token; avg: mean of the patch tokens; none: cls (ViT) or avg (Mixer)"
     )

@@ -19,7 +19,8 @@ from mae_dist.cli import Parser
 from mae_dist.commands import data_check, data_index, data_pack
 from mae_dist.commands.data_output import facts, print_splits, progress
 from mae_dist.data import index
-from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.decode import decode, own_channels, stored_size
+from mae_dist.data.pixels import Decoding
 from mae_dist.errors import DONE
 from mae_dist.schema import DataConfig
 
@@ -59,10 +60,12 @@ def _show(arguments: argparse.Namespace) -> None:
         for sample in range(len(data)):
             labels[sample] = data.label(sample)
             tick("labels", sample + 1, len(data))
+        channels = own_channels(data.read(0)) if dataset.mean is None else len(dataset.mean)
+        how = Decoding(channels, dataset.white)
         chosen = _evenly(np.arange(len(data)), NUM_SIZES)
         sizes: Counter[tuple[int, int] | None] = Counter()
         for number, sample in enumerate(chosen):
-            sizes[stored_size(data.read(int(sample)))] += 1
+            sizes[stored_size(data.read(int(sample)), how)] += 1
             tick("sizes", number + 1, len(chosen))
     print(f"{arguments.folder}: {dataset.name}, {facts(dataset)}")
     print_splits(dataset)
@@ -72,7 +75,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if target is None:
         target = (arguments.folder if os.access(arguments.folder, os.W_OK) else Path()) / f"sheet-{split}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(data, labels, dataset.classes).save(target)
+    _sheet(data, labels, dataset.classes, how).save(target)
     print(f"wrote {target}: samples of {split}")
     print(f"next: mae-dist pretrain CONFIG.yaml data.path={arguments.folder}")
 
@@ -109,7 +112,7 @@ def _known(sizes: Counter[tuple[int, int] | None]) -> Counter[tuple[int, int]]:
     return Counter({size: count for size, count in sizes.items() if size is not None})
 
 
-def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None) -> Image.Image:
+def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None, how: Decoding) -> Image.Image:
     """Draw ROWS samples of up to COLUMNS classes, a column per class; samples of all if most classes are smaller."""
     present = np.unique(labels[labels >= 0])
     if 0 < len(present) * ROWS <= len(data):
@@ -120,15 +123,15 @@ def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None
         columns, captions = np.array_split(_evenly(np.arange(len(data)), ROWS * COLUMNS), COLUMNS), []
     blank = np.full((1, 1, 3), 255, dtype=np.uint8)
     rows = [
-        [_pixels(data.read(int(column[row]))) if row < len(column) else blank for column in columns]
+        [_pixels(data.read(int(column[row])), how) if row < len(column) else blank for column in columns]
         for row in range(max(len(column) for column in columns))
     ]
     return image_grid.sheet(rows, captions, TILE)
 
 
-def _pixels(sample: index.Sample) -> np.ndarray:
-    """Decode a sample to uint8 (height, width, 3); a grey pixel if it is unreadable."""
+def _pixels(sample: index.Sample, how: Decoding) -> np.ndarray:
+    """Decode a sample; a grey pixel if it is unreadable."""
     try:
-        return np.asarray(decode(sample))
+        return np.asarray(decode(sample, how=how))
     except ValueError:
         return np.full((1, 1, 3), 128, dtype=np.uint8)

@@ -45,8 +45,8 @@ def facts(dataset: index.Dataset) -> str:
     if dataset.image_size is not None:
         known.append("{1} x {0} pixels".format(*dataset.image_size))
     if dataset.mean is not None and dataset.std is not None:
-        known.append("mean {:.4f} {:.4f} {:.4f}".format(*dataset.mean))
-        known.append("std {:.4f} {:.4f} {:.4f}".format(*dataset.std))
+        known += [f"{name} {' '.join(f'{n:.4f}' for n in values)}" for name, values in
+                  (("mean", dataset.mean), ("std", dataset.std))]  # fmt: skip
     return ", ".join(known)
 
 

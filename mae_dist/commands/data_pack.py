@@ -106,7 +106,7 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
     bad = f"largest share of the images of a split to leave out, where they are unreadable (default {MAX_BAD})"
     kind.add_argument("--max-bad", type=float, default=MAX_BAD, metavar="SHARE", help=bad)
     kind.set_defaults(run=_pack, open=opener, shard_size=None, short_side=None, format=None, quality=None)
-    kind.set_defaults(white=None, exif=False)
+    kind.set_defaults(channels=3, white=None, exif=False)
     if sizes:
         kind.add_argument("--shard-size", type=int, default=5000, help="samples a tar (default 5000)")
     if encodes:
@@ -117,12 +117,13 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
             "--format", choices=FORMATS, help="format to store; default: jpg with --short-side, else as is"
         )
         kind.add_argument("--quality", type=int, metavar="Q", help=f"of jpg and webp, 1 to 100 (default {QUALITY})")
+        kind.add_argument("--channels", type=int, metavar="N", help="data.channels: channels of the images (default 3)")
         kind.add_argument("--white", type=float, metavar="V", help="data.white: the value that is white, above 8 bits")
         kind.add_argument("--exif", action="store_true", help="turn images as their EXIF orientation says")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    how = Decoding(white=arguments.white, upright=arguments.exif)
+    how = Decoding(arguments.channels, arguments.white, arguments.exif)
     encoding = Encoding(arguments.short_side, arguments.format, arguments.quality, how)
     new_folder(arguments.out)  # before a source is read for minutes
     with progress() as tick:
@@ -143,7 +144,7 @@ def _gain(source: Source, packed: Packed, folder: Path, side: int, how: Decoding
         (picture,) = source.pictures(split, range(number, number + 1))
         return index.Sample(picture.key, picture.extension, picture.content, picture.label)
 
-    kept = Decoding(white=packed.dataset.white)
+    kept = Decoding(how.channels, packed.dataset.white)
     pairs = (original, how), (data.read, kept)
     before, after = (_images_per_second(read, numbers, side, how) for read, how in pairs)
     return (
@@ -163,11 +164,11 @@ def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], 
     from mae_dist.schema import ViewConfig
 
     torch.set_num_threads(1)
-    view = View(ViewConfig(), side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=0, training=True)
+    view = View(ViewConfig(), side, (0.0,) * how.channels, (1.0,) * how.channels, seed=0, training=True)
     sizes = [stored_size(read(number), how) or (1, 1) for number in numbers]
     ids = torch.tensor(numbers)
     boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))
-    out, memory = np.empty((side, side, 3), dtype=np.uint8), Memory()
+    out, memory = np.empty((side, side, how.channels), dtype=np.uint8), Memory()
 
     def decode_here(sample: index.Sample, shrink: int) -> np.ndarray:
         return decode(sample, shrink, memory, how)

@@ -107,8 +107,8 @@ def without_probe_heads(model: Model) -> tuple[Model, list[str]]:
 @torch.no_grad()
 def differences(first: Objective, second: Objective) -> dict[str, float]:
     """Return the largest absolute differences of two models' features, and logits or pixels, on the same images."""
-    size, zeros = first.backbone.image_size, torch.zeros(NUM_IMAGES, dtype=torch.int64)
-    images = torch.randn(NUM_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
+    shape, zeros = (first.backbone.channels, *first.backbone.image_size), torch.zeros(NUM_IMAGES, dtype=torch.int64)
+    images = torch.randn(NUM_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(images, zeros, torch.arange(NUM_IMAGES), zeros, zeros.bool())
     pairs = {"features": [objective.backbone(images) for objective in (first, second)]}
     if type(first) is type(second) and type(first) is not Objective:

@@ -15,6 +15,7 @@ import torch
 
 from mae_dist import dist, models, weights
 from mae_dist.cli import Parser
+from mae_dist.hints import given
 from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
@@ -34,20 +35,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run's folder")
     parser.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, help="mae.norm_pix of the decoder")
     for name in ("mean", "std"):
-        parser.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"data.{name}, in 0..1")
+        parser.add_argument(
+            f"--{name}", type=float, nargs="+", metavar="X", help=f"data.{name} of each channel, in 0..1"
+        )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="model.image_size of images that are not square",
+    )
     parser.add_argument("--decoder-heads", type=int, help="attention heads of the decoder")
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
     files.refuse_existing(arguments.out, "--out")
-    mean, std = (tuple(values) if values else None for values in (arguments.mean, arguments.std))
-    reading = read(arguments.file, Overrides(arguments.norm_pix, mean, std, arguments.decoder_heads))
+    lists = (tuple(values) if values else None for values in (arguments.mean, arguments.std, arguments.image_size))
+    mean, std, size = lists
+    reading = read(arguments.file, Overrides(arguments.norm_pix, mean, std, arguments.decoder_heads, size))
     make_run(reading, arguments.file, arguments.out)
     config = reading.model.config
     print(f"{arguments.out}: a {reading.model.verb} run from {arguments.file} ({reading.format})")
     for title, sentences in reading.notes.by_title().items():
         for sentence in sentences:
             print(f"  {title + ':':9s} {sentence}")
-    names = f"model.name={config.model.name} model.image_size={config.model.image_size} model.pool={reading.model.pool}"
+    names = f"model.name={config.model.name} model.pool={reading.model.pool} " + shlex.join(
+        [given("model.image_size", config.model.image_size).replace(" ", "")]
+        + [f"data.channels={config.data.channels}"] * (config.data.channels != 3)
+    )
     start, out = (shlex.quote(f"{name}={arguments.out}{more}") for name, more in (("init_from", ""), ("out", "-knn")))
     print(
         f"next: mae-dist knn {names} {start} {out} data.path=DATA  (a folder of `mae-dist data`; needs no config file)"
@@ -57,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError for numbers that cannot be image statistics or a number of heads."""
-    for name in ("mean", "std", "decoder_heads"):
+    for name in ("mean", "std", "decoder_heads", "image_size"):
         if (value := getattr(arguments, name)) is not None:
             checked(name, value, f"--{name.replace('_', '-')}")
 
@@ -104,7 +118,8 @@ def build_untrained(model: Model) -> Objective:
     """Build the objective of a model's settings without its tensors. ValueError for settings that contradict."""
     config, state = model.config, model.state
     chosen = {name: value for name in ("pool", "position") if (value := getattr(config.model, name)) is not None}
-    backbone = models.build(config.model.name, image_size=config.model.image_size, **chosen)
+    chosen |= {"image_size": config.model.image_size, "channels": config.data.channels}
+    backbone = models.build(config.model.name, **chosen)
     if model.has_decoder:
         return MAE(backbone, dataclasses.replace(config.mae, predict=1.0), config.train.seed)
     if "head.bias" not in state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,7 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="models (default: all), and settings like mae.predict=0.5"
     )
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: 32 for patches up to 4, else 224)")
+    parser.add_argument(
+        "--image-size", type=_size, metavar="N|HxW", help="pixels (default: 32 for patches up to 4, else 224)"
+    )
     options = parser.parse_intermixed_args(argv)
     names = [name for name in options.names if "=" not in name]
     settings = mae_settings([name for name in options.names if "=" in name])
@@ -75,18 +78,27 @@ def mae_settings(overrides: list[str]) -> MaeConfig:
     return config.load("pretrain", None, ["data.path=.", "out=.", "model.name=.", *overrides]).mae
 
 
-def row(name: str, settings: MaeConfig, size: dict[str, int]) -> list[str]:
+def row(name: str, settings: MaeConfig, size: dict[str, Any]) -> list[str]:
     """Cells of one model's row. Raises ValueError when it cannot be built or pretrained with these settings."""
     pretrain, finetune = pretraining(name, settings, **size), finetuning(name, **size)
     with torch.device("meta"):
         backbone = models.build(name, **size)
     counts = [pretrain.multiply_adds / 1e9, finetune.multiply_adds / 1e9]
     memory = [pretrain.activations / 1e6, finetune.activations / 1e6]
-    pixels, parameters = f"{backbone.image_size[0]}", f"{cost.num_parameters(backbone) / 1e6:.2f}"
+    pixels, parameters = (
+        " x ".join(map(str, dict.fromkeys(backbone.image_size))),
+        f"{cost.num_parameters(backbone) / 1e6:.2f}",
+    )
     return [name, pixels, parameters, *(f"{n:.3g}" if n < 100 else f"{n:.0f}" for n in counts + memory)]
 
 
-def finetuning(name: str, **overrides: int) -> Cost:
+def _size(text: str) -> int | tuple[int, int]:
+    """96x160 as (96, 160), 224 as a number."""
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
+
+
+def finetuning(name: str, **overrides: Any) -> Cost:
     """Cost of a forward pass of all patches through the backbone."""
 
     def measure(depth: int) -> Cost:
@@ -97,7 +109,7 @@ def finetuning(name: str, **overrides: int) -> Cost:
         return cost.of_depths(measure, models.build(name, **overrides).depth)
 
 
-def pretraining(name: str, settings: MaeConfig, **overrides: int) -> Cost:
+def pretraining(name: str, settings: MaeConfig, **overrides: Any) -> Cost:
     """Cost of a forward pass of masked autoencoding with its decoder."""
 
     def measure(depth: int, decoder_depth: int) -> Cost:

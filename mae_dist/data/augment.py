@@ -41,11 +41,11 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 class RandAugment:
     """timm's RandAugment (Cubuk et al. 2020) for a policy such as rand-m9-mstd0.5.
 
-    Translations reach 0.45 of the image's side, and pixels from outside have the mean colour, as in timm's training.
-    Raises ValueError for a policy that timm does not know.
+    Translations reach 0.45 of the image's shorter side `size`, and pixels from outside have the mean colour, as in
+    timm's training. Raises ValueError for a policy that timm does not know.
     """
 
-    def __init__(self, policy: str, size: int, mean: tuple[float, float, float], seed: int):
+    def __init__(self, policy: str, size: int, mean: tuple[float, ...], seed: int):
         from timm.data import auto_augment  # a second of imports that few runs need
 
         colour = tuple(min(255, round(255 * channel)) for channel in mean)

@@ -156,7 +156,7 @@ def decode_crop(
     side of `out`, so that the antialiased resize decides what is seen. Raises ValueError when the image cannot be
     decoded.
     """
-    (top, left, height, width), most = box, min(box[2:]) / (2 * len(out))
+    (top, left, height, width), most = box, min(box[2] / (2 * out.shape[0]), box[3] / (2 * out.shape[1]))
     inside = min(top, left) >= 0 and top + height <= stored[0] and left + width <= stored[1]
     shrink = next((shrink for shrink in SHRINKS if inside and shrink <= most), 1)
     pixels = decode(sample, shrink)

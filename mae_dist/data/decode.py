@@ -18,7 +18,19 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from mae_dist.data.index import Sample
-from mae_dist.data.pixels import RGB, Decoding, Pixels, eight_bits, from_image, layout, scaling, turned, with_channels
+from mae_dist.data.pixels import (
+    RGB,
+    ChannelsError,
+    Decoding,
+    Pixels,
+    eight_bits,
+    from_image,
+    layout,
+    mode_of,
+    scaling,
+    turned,
+    with_channels,
+)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may recognise in a file. Of all that it knows, others start programs (EPS) or fail in unforeseen ways."""
@@ -70,8 +82,11 @@ def decode(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: D
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def stored_size(sample: Sample, how: Decoding = RGB) -> tuple[int, int] | None:
-    """(height, width) of a sample's decoded image, from the header of its file; None if that is damaged."""
+def stored_size(sample: Sample, how: Decoding | None = None) -> tuple[int, int] | None:
+    """(height, width) of a sample's decoded image, from the header of its file; None if that is damaged. Without `how`
+    an array counts as an image of whatever channels it has.
+    """
+    how = how or Decoding(own_channels(sample))
     try:
         if sample.extension == "npy":
             shape, _, _ = _array_header(sample.image)
@@ -86,13 +101,27 @@ def stored_size(sample: Sample, how: Decoding = RGB) -> tuple[int, int] | None:
         return None
 
 
-def num_channels(sample: Sample) -> int | None:
-    """Channels of a stored array with channels, from its header: the fewer of its first and last axis; else None."""
+def own_channels(sample: Sample) -> int:
+    """Channels of a sample that `decode` gives without a word: 3, or those of an array that is neither grey nor RGB."""
     try:
         shape, _, _ = _array_header(sample.image) if sample.extension == "npy" else ((), False, None)
     except ValueError:
-        return None
-    return min(shape[0], shape[2]) if len(shape) == 3 else None
+        return 3
+    number = min(shape[0], shape[2]) if len(shape) == 3 else 3
+    return 3 if number == 1 else number
+
+
+def check_channels(sample: Sample, how: Decoding, name: str) -> None:
+    """Raise ValueError, which begins with `name`, for a file whose channels cannot become those of `how`."""
+    try:
+        if sample.extension == "npy":
+            layout(_array_header(sample.image)[0], how.channels)
+        else:
+            mode_of(how.channels)
+    except ChannelsError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except ValueError:  # damaged
+        return
 
 
 def changes(sample: Sample, how: Decoding = RGB) -> str:

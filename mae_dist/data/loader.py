@@ -66,14 +66,16 @@ def open_source(
     how: Decoding = RGB,
 ) -> ResidentSource | TarSource:
     """ResidentSource for a split that is kept in memory, otherwise TarSource; `how` says how images are decoded."""
-    kept = is_kept_in_memory(index, needs_pil, how.channels)
+    kept = is_kept_in_memory(index, needs_pil, how)
     return ResidentSource(index, device, quiet, how) if kept else TarSource(index, device, workers, how)
 
 
-def is_kept_in_memory(index: ShardIndex, needs_pil: bool, channels: int = 3) -> bool:
-    """Whether all images of a split have one size, fit in RESIDENT_BYTES and need no PIL."""
+def is_kept_in_memory(index: ShardIndex, needs_pil: bool, how: Decoding = RGB) -> bool:
+    """Whether all images of a split have one size, also when turned upright, fit in RESIDENT_BYTES and need no PIL."""
     size = index.dataset.image_size
-    return not needs_pil and size is not None and len(index) * size[0] * size[1] * channels <= RESIDENT_BYTES
+    if needs_pil or size is None or (how.upright and size[0] != size[1]):
+        return False
+    return len(index) * size[0] * size[1] * how.channels <= RESIDENT_BYTES
 
 
 class TarSource:
@@ -107,7 +109,7 @@ class ReadAhead:
         largest = max((len(ids) for _, ids in plan), default=0)
         self.free = deque(range(max(2 * workers, -(-READ_AHEAD * largest // CHUNK)) if workers else 1))
         self.sent, self.copied = deque[int](), deque[tuple[torch.cuda.Event, int]]()
-        self.rows = rows = _shared_rows(len(self.free) * CHUNK, view.image_size, reader.how.channels)
+        self.rows = rows = _shared_rows(len(self.free) * CHUNK, (*view.size, reader.how.channels))
         self.images = torch.from_numpy(rows.images)
 
         def work(task: tuple[int, np.ndarray, np.ndarray]) -> dict[int, str]:
@@ -183,8 +185,8 @@ def _places(slot: int, count: int) -> slice:
     return slice(slot * CHUNK, slot * CHUNK + count)
 
 
-def _shared_rows(count: int, size: int, channels: int) -> Rows:
-    images = shared_array((count, size, size, channels), np.uint8)
+def _shared_rows(count: int, shape: tuple[int, ...]) -> Rows:
+    images = shared_array((count, *shape), np.uint8)
     return Rows(images, shared_array((count,), np.int64), shared_array((count,), np.bool_))
 
 

@@ -196,7 +196,7 @@ def _begin(work: Path, source: Source, shard_size: int | None, encoding: Encodin
         "--short-side": encoding.short_side,
         "--format": encoding.format,
         "--quality": encoding.quality,
-        "--white or --exif": [encoding.how.white, encoding.how.upright],
+        "--channels, --white or --exif": [encoding.how.channels, encoding.how.white, encoding.how.upright],
         "Pillow or simplejpeg": [PIL.__version__, version("simplejpeg")],
     }
     file = work / "plan.json"

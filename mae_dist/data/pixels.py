@@ -21,6 +21,10 @@ DEEP = "of 16-bit values the upper 8 bits are taken"
 """What `scaling` says of them."""
 
 
+class ChannelsError(ValueError):
+    """A file has channels that cannot become those that are wanted."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """The rules for images of ``channels`` channels.
@@ -80,8 +84,8 @@ def scaling(kind: np.dtype, white: float | None) -> str:
 
 
 def layout(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """The order of axes that makes an array's last one its channels; () for one of two axes. Raises ValueError for an
-    array that is no image of `channels` channels, by the rules of `Decoding`.
+    """The order of axes that makes an array's last one its channels; () for one of two axes. Raises ChannelsError for
+    an array that is no image of `channels` channels, by the rules of `Decoding`.
     """
     if len(shape) == 2 and channels in (1, 3):
         return ()
@@ -92,7 +96,17 @@ def layout(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
             if shape[0] == number:
                 return (1, 2, 0)
     number = min(shape[0], shape[2]) if len(shape) == 3 else 1
-    raise ValueError(f"an array of shape {shape} is no image of data.channels={channels} channels; try {number}")
+    raise ChannelsError(
+        f"an array of shape {shape} is no image of {channels} channels; set data.channels={number} "
+        f"(data pack: --channels {number})"
+    )
+
+
+def mode_of(channels: int) -> str:
+    """Pillow's mode of images with this number of channels. Raises ChannelsError where there is none."""
+    if channels not in MODES:
+        raise ChannelsError(f"an image file has at most 4 channels, and data.channels={channels}; only .npy has more")
+    return MODES[channels]
 
 
 def with_channels(pixels: Pixels, channels: int) -> Pixels:
@@ -103,10 +117,8 @@ def with_channels(pixels: Pixels, channels: int) -> Pixels:
 
 
 def from_image(image: Image.Image, channels: int) -> Pixels:
-    """Pixels of an 8-bit image in any mode of Pillow, by the rules of `Decoding`. Raises ValueError."""
-    mode = MODES.get(channels)
-    if mode is None:
-        raise ValueError(f"an image file has at most 4 channels, and data.channels={channels}")
+    """Pixels of an 8-bit image in any mode of Pillow, by the rules of `Decoding`. Raises ChannelsError."""
+    mode = mode_of(channels)
     if image.has_transparency_data and channels % 2:
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image.convert("RGBA"))
     elif image.mode == "RGBX" and channels == 4:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mae_dist.data.decode import is_deep, orientation
+from mae_dist.data.decode import changes, is_deep, orientation
+from mae_dist.data.index import Sample
 from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
 
 FORMATS = ("jpg", "webp", "npy")
-"""Formats that images can be encoded in: JPEG, lossy WebP, and raw pixels as NumPy's uint8 (height, width, 3)."""
+"""Formats that images can be encoded in: JPEG, lossy WebP, and raw pixels as uint8 (height, width, channels)."""
+HOLDS = {"jpg": (1, 3), "webp": (3,)}
+"""Numbers of channels that a format can hold; npy holds any."""
 QUALITY = 90
 """Quality of jpg and webp, 1 to 100, where none is given."""
 
@@ -29,7 +32,7 @@ class Encoding:
 
     Images whose shorter side exceeds ``short_side`` pixels are resized to it; smaller ones are never enlarged.
     ``format`` is one of FORMATS (jpg, if another option is given), ``quality`` that of jpg and webp. A file that has
-    this format already and needs no resize keeps its bytes, unless a quality is given, or it is turned upright.
+    this format already and needs no resize keeps its bytes, unless a quality is given or decoding changes its values.
     ``how`` says what pixels a file has. Raises ValueError for options that make no sense.
     """
 
@@ -43,6 +46,12 @@ class Encoding:
             raise ValueError(f"--short-side {self.short_side}: must be 1 or more pixels, for example 256")
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"--format {self.format}: must be one of {', '.join(FORMATS)}")
+        holds = () if self.keeps_bytes else HOLDS.get(self.format or "jpg", ())
+        if holds and self.how.channels not in holds:
+            numbers = " or ".join(map(str, holds))
+            raise ValueError(
+                f"--channels {self.how.channels}: {self.format or 'jpg'} holds {numbers}; add --format npy"
+            )
         if self.how.white is not None and not self.how.white > 0:
             raise ValueError(f"--white {self.how.white:g}: must be greater than 0, for example 4095 for 12 bits")
         if self.how.upright and self.keeps_bytes:
@@ -72,9 +81,15 @@ class Encoding:
         target = self.format or "jpg"
         pixels, before = _resized(pixels, self.short_side), pixels
         same = pixels is before and self.quality is None and _format_of(extension, content) == target
-        if same and not (self.how.upright and extension != "npy" and orientation(content) > 1):
+        if same and not self._changes(extension, content):
             return target, content, pixels
         return target, _encoded(pixels, target, self.quality or QUALITY), pixels
+
+    def _changes(self, extension: str, content: bytes) -> bool:
+        """Whether decoding changes the values of an array, or turns an image."""
+        if extension == "npy":
+            return bool(changes(Sample("", extension, content, -1), self.how))
+        return self.how.upright and orientation(content) > 1
 
 
 def as_png(content: bytes) -> bytes | None:
@@ -120,7 +135,8 @@ def _encoded(pixels: np.ndarray, target: str, quality: int) -> bytes:
         if target == "npy":
             np.lib.format.write_array(stream, np.ascontiguousarray(pixels), allow_pickle=False)
         elif target == "jpg":
-            Image.fromarray(pixels).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
+            image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+            image.save(stream, "JPEG", quality=quality, subsampling="4:2:0")
         else:
             Image.fromarray(pixels).save(stream, "WEBP", quality=quality)
     except (ValueError, OSError) as error:  # Pillow raises either when an image is too large for the format

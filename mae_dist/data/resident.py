@@ -85,7 +85,7 @@ class ResidentSource:
             counts = [len(part) for _, part in drawn]
             parts = (part.split(counts) for part in (epochs, ids, *view.boxes(epochs, ids, size.expand(len(ids), 2))))
             for places, epoch, id_, box, flip in zip(drawn, *parts, strict=True):
-                images = show(self.images.index_select(0, id_), box, flip, view.image_size)
+                images = show(self.images.index_select(0, id_), box, flip, view.size)
                 yield Batch(view.finish(images, *places), self.labels[id_], id_, epoch, self.bad[id_])
 
     def _to_device(self, array: np.ndarray) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 NO_SIZE = (2**31, 2**31)
 """A size that every picture's is smaller than."""
-Triple = tuple[int, int, int]
+Sums = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Tally:
     smallest: tuple[int, int] = NO_SIZE
     largest: tuple[int, int] = (0, 0)
     num_pixels: int = 0
-    sums: Triple = (0, 0, 0)
-    squares: Triple = (0, 0, 0)
+    sums: Sums = ()
+    squares: Sums = ()
     changes: tuple[tuple[str, int], ...] = ()
     top_value: int = 0
 
@@ -50,17 +51,19 @@ class Tally:
             top_label=max(self.top_label, other.top_label),
             smallest=_each(min, self.smallest, other.smallest),
             largest=_each(max, self.largest, other.largest),
-            sums=_each(int.__add__, self.sums, other.sums),
-            squares=_each(int.__add__, self.squares, other.squares),
+            sums=_plus(self.sums, other.sums),
+            squares=_plus(self.squares, other.squares),
             changes=tuple(sorted((Counter(dict(self.changes)) + Counter(dict(other.changes))).items())),
             top_value=max(self.top_value, other.top_value),
         )
 
     @staticmethod
     def of(pixels: np.ndarray, label: int, changes: tuple[tuple[str, int], ...] = (), **counts: Any) -> Tally:
-        """The tally of one picture with these pixels, uint8 (height, width, 3), and these other counts."""
+        """The tally of one picture with these pixels, uint8 (height, width, channels), and these other counts."""
         size = pixels.shape[:2]
-        histogram, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)
+        planes = [pixels] if pixels.shape[2] == 3 else list(np.moveaxis(pixels, 2, 0))
+        counted = [Image.fromarray(np.ascontiguousarray(plane)).histogram() for plane in planes]
+        histogram, values = np.reshape(counted, (-1, 256)), np.arange(256)
         sums, squares = (tuple((histogram @ powers).tolist()) for powers in (values, values**2))
         return Tally(
             **counts, top_label=label, smallest=size, largest=size, num_pixels=size[0] * size[1],
@@ -78,13 +81,13 @@ class Tally:
         return self.largest if self.smallest == self.largest else None
 
     @property
-    def mean(self) -> tuple[float, float, float] | None:
+    def mean(self) -> tuple[float, ...] | None:
         """Mean of each channel over all pixels, in 0..1; None without pixels."""
         n = self.num_pixels
         return _each(lambda total: total / n / 255, self.sums) if n else None
 
     @property
-    def std(self) -> tuple[float, float, float] | None:
+    def std(self) -> tuple[float, ...] | None:
         """Standard deviation of each channel over all pixels, in 0..1; None without pixels."""
         n = self.num_pixels
         return _each(lambda s, q: (n * q - s**2) ** 0.5 / n / 255, self.sums, self.squares) if n else None
@@ -95,6 +98,11 @@ class Tally:
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
         values["changes"] = tuple((what, count) for what, count in values["changes"])
         return Tally(**values)
+
+
+def _plus(one: Sums, other: Sums) -> Sums:
+    """Channel by channel; without pictures there are no channels yet."""
+    return tuple(map(sum, zip_longest(one, other, fillvalue=0)))
 
 
 def _each(function: Any, *rows: Any) -> Any:

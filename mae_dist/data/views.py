@@ -22,23 +22,37 @@ from torch import Tensor
 
 from mae_dist import rng, schema
 from mae_dist.data import augment
+from mae_dist.data.pixels import Decoding
+from mae_dist.model_sizes import sides
 
 ATTEMPTS = 10
+
+
+def decoding(config: schema.RunConfig) -> Decoding:
+    """How stored values become pixels, by a run's settings."""
+    data = config.data
+    return Decoding(data.channels, data.white, config.view.exif, data.max_pixels)
 
 
 @dataclass(frozen=True)
 class View:
     """How samples are cropped, augmented and normalised.
 
-    ``settings`` is the section `view`, ``image_size`` the side in pixels, ``mean`` and ``std`` are per channel in 0..1.
+    ``settings`` is the section `view`, ``image_size`` the side in pixels or (height, width), ``mean`` and ``std`` are
+    per channel in 0..1.
     """
 
     settings: schema.ViewConfig
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    image_size: int | tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     seed: int
     training: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model sees."""
+        return sides(self.image_size)
 
     def boxes(
         self, epochs: Int[Tensor, " n"], ids: Int[Tensor, " n"], sizes: Int[Tensor, "n 2"]
@@ -48,10 +62,10 @@ class View:
         """
         kind = self.settings.crop
         if not self.training:
-            return center_boxes(sizes, self.settings.test_crop), torch.zeros_like(ids, dtype=torch.bool)
+            return self._center_boxes(sizes), torch.zeros_like(ids, dtype=torch.bool)
         flips = self._draw(rng.Purpose.FLIP, epochs, ids, 1)[:, 0] < self.settings.flip
         if kind == "center":
-            return center_boxes(sizes, self.settings.test_crop), flips
+            return self._center_boxes(sizes), flips
         if kind == "pad":
             return shifted_boxes(self._draw(rng.Purpose.CROP, epochs, ids, 2), sizes, self.settings.pad), flips
         attempts = 1 if kind == "resized_clamped" else ATTEMPTS
@@ -60,13 +74,16 @@ class View:
         return resized_boxes(draws, sizes, scale, ratio, clamp=kind == "resized_clamped"), flips
 
     def keeps_pixels(self, height: int, width: int) -> bool:
-        """Whether the box of every image of this size is `image_size` whole pixels, so that none is resized."""
-        size = self.image_size
+        """Whether the box of every image of this size is `size` whole pixels, so that none is resized."""
         if self.training and self.settings.crop == "pad":
-            return height == width == size
-        central = not self.training or self.settings.crop == "center"
-        side = self.settings.test_crop * min(height, width)
-        return central and side == size and (height - size) % 2 == (width - size) % 2 == 0
+            return (height, width) == self.size
+        if self.training and self.settings.crop != "center":
+            return False
+        top, left, *box = self._center_boxes(torch.tensor([[height, width]]))[0].tolist()
+        return (*box,) == self.size and top.is_integer() and left.is_integer()
+
+    def _center_boxes(self, sizes: Int[Tensor, "n 2"]) -> Float64[Tensor, "n 4"]:
+        return center_boxes(sizes, self.settings.test_crop, self.size)
 
     @property
     def needs_pil(self) -> bool:
@@ -77,7 +94,7 @@ class View:
         """RandAugment for the pixels of one crop, or None. Raises ValueError for a policy that timm does not know."""
         if not self.needs_pil:
             return None
-        return augment.RandAugment(self.settings.randaugment or "", self.image_size, self.mean, self.seed)
+        return augment.RandAugment(self.settings.randaugment or "", min(self.size), self.mean, self.seed)
 
     def finish(self, images: Float[Tensor, "b c h w"], epochs: np.ndarray, ids: np.ndarray) -> Float[Tensor, "b c h w"]:
         """Normalise pixels in 0..1, in place; in training with colour jitter before and random erasing after it."""
@@ -93,10 +110,15 @@ class View:
         return rng.uniform(self.seed, purpose, epochs, ids, num)
 
 
-def center_boxes(sizes: Int[Tensor, "n 2"], share: float) -> Float64[Tensor, "n 4"]:
-    """Central squares with `share` of the shorter side: "resize, then centre crop" as one box."""
-    side = share * sizes.amin(1, keepdim=True).double()
-    return torch.cat([(sizes - side) / 2, side, side], 1)
+def center_boxes(sizes: Int[Tensor, "n 2"], share: float, shape: tuple[int, int] = (1, 1)) -> Float64[Tensor, "n 4"]:
+    """The largest central boxes with the aspect ratio of `shape` (height, width), times `share`: "resize, then centre
+    crop" as one box.
+    """
+    height, width = sizes.double().unbind(1)
+    box = share * torch.stack(
+        [height.minimum(width * shape[0] / shape[1]), width.minimum(height * shape[1] / shape[0])], 1
+    )
+    return torch.cat([(sizes - box) / 2, box], 1)
 
 
 def shifted_boxes(draws: Float64[Tensor, "n 2"], sizes: Int[Tensor, "n 2"], pad: int) -> Float64[Tensor, "n 4"]:
@@ -109,7 +131,8 @@ def resized_boxes(
     draws: Float64[Tensor, "n attempts 4"], sizes: Int[Tensor, "n 2"], scale: tuple[float, float],
     ratio: tuple[float, float], clamp: bool,
 ) -> Float64[Tensor, "n 4"]:  # fmt: skip
-    """Boxes of random resized crops as in torchvision: area, log aspect ratio and place uniform, whole pixels.
+    """Boxes of random resized crops as in torchvision: area, log aspect ratio and place uniform, whole pixels. The
+    aspect ratio is the box's own, whatever shape it is resized to.
 
     `draws` are uniform in [0, 1). The first attempt that fits into the image is taken, else a centre crop of the
     nearest allowed aspect ratio. With `clamp` (the crop of MAE's linear probe) sides are cut to the image instead, so

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mae_dist.model_sizes import sides
 from mae_dist.models.layers import EPS, Block
 
 
@@ -43,6 +44,18 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
 
 
+def fit_channels(weight: Float[Tensor, "d c p q"], channels: int) -> Float[Tensor, "d n p q"]:
+    """A patch embedding's weight for another number of channels, by the rule of timm's adapt_input_conv: summed over
+    the old channels for a single new one, else repeated in turn and scaled by old / new.
+    """
+    old = weight.shape[1]
+    if channels == old:
+        return weight
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
+
+
 class Backbone(nn.Module):
     """A stack of `depth` blocks, `dim` wide, over a `grid` (rows, columns) of patches of `patch` x `patch` pixels.
 
@@ -59,7 +72,7 @@ class Backbone(nn.Module):
 
     def __init__(self, patch: int, dim: int, depth: int, image_size: int | tuple[int, int], channels: int, pool: str):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = sides(image_size)
         for side in (height, width):
             if side % patch or side < patch:
                 below, above = side // patch * patch, -(-side // patch) * patch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -13,6 +15,8 @@ from mae_dist.objectives.mae import MAE
 from mae_dist.schema import PretrainConfig
 from mae_dist.stages.setup import Setup, prepare_run
 from mae_dist.train import fit
+
+log = logging.getLogger(__name__)
 
 GALLERY = 8
 """Images in the gallery: the first of the test split, or of the training split, each with the mask of epoch 0."""
@@ -32,6 +36,8 @@ def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
     """Train the objective, with pictures and the test loss at every evaluation; write result.json."""
     train_source = setup.source(setup.train_split, training=True)
     test_source = setup.source(setup.test_split) if setup.test_split else None
+    if dist.is_main() and (channels := setup.backbone.channels) not in (1, 3):
+        log.info("pictures show the first %s of %d channels", "3" if channels > 3 else "one", channels)
 
     def evaluate_step(step: int) -> dict[str, float]:
         draw(setup, objective, test_source or train_source, step)

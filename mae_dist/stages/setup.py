@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,12 +18,12 @@ from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.cache import Cache
-from mae_dist.data.decode import changes
-from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.decode import changes, check_channels
+from mae_dist.data.index import Dataset, ShardIndex, open_split
 from mae_dist.data.order import Order, mixed, num_micro, plan
-from mae_dist.data.pixels import Decoding
 from mae_dist.data.places import evaluation_split, splits
-from mae_dist.models.backbone import Backbone
+from mae_dist.model_sizes import sides
+from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint
@@ -33,6 +33,11 @@ from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+EMBEDDINGS = (".patch_embed.proj.weight", ".stem.proj.weight")
+"""Ends of the names of patch embeddings, a ViT's and a Mixer's."""
+UNKNOWN_MEAN, UNKNOWN_STD = 0.5, 0.25
+"""Statistics of each channel where none are known and the channels are not those of colour images."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +71,19 @@ class Setup(Generic[C]):
         size = self.config.model.image_size
         return views.View(self.config.view, size, data.mean, data.std, self.config.train.seed, training)
 
-    @property
-    def decoding(self) -> Decoding:
-        """How stored values become pixels."""
-        data = self.config.data
-        return Decoding(3, data.white, self.config.view.exif, data.max_pixels)
-
     def source(self, split: ShardIndex, training: bool = False) -> loader.ResidentSource | loader.TarSource:
         """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
-        return loader.open_source(split, self.device, workers, view.needs_pil, not dist.is_main(), self.decoding)
+        return loader.open_source(
+            split, self.device, workers, view.needs_pil, not dist.is_main(), views.decoding(self.config)
+        )
 
     def with_micro_batch(self, objective: Objective) -> Setup[C]:
         """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
-        batch, channels, size = self.config.train.global_batch, self.backbone.channels, self.config.model.image_size
-        share, machine = -(-batch // dist.world()), self.config.machine
+        share, machine = -(-self.config.train.global_batch // dist.world()), self.config.machine
 
         def example(count: int) -> Batch:
-            images = torch.zeros(count, channels, size, size, device=self.device)
+            images = torch.zeros(count, self.backbone.channels, *self.backbone.image_size, device=self.device)
             zero = torch.zeros(count, dtype=torch.int64, device=self.device)
             return Batch(images, zero, torch.arange(count, device=self.device), zero, zero.bool())
 
@@ -149,7 +149,8 @@ class Setup(Generic[C]):
         Does nothing where init_from=random. A final norm that the other run's pooling lacks stays as initialised.
 
         A ViT for another image size gets the positions of that run resized (`vit.resize_positions`); fixed sin-cos
-        positions, where this run does not train them, are computed for its size instead.
+        positions, where this run does not train them, are computed for its size instead. For another number of channels
+        the patch embedding is that run's by `backbone.fit_channels`.
         """
         if self.initial_weights is None:
             return
@@ -160,16 +161,29 @@ class Setup(Generic[C]):
             key = checkpoint.trained(stored, f"backbone.{name}")
             if key in stored or not name.startswith(("norm.", "fc_norm.")):
                 wanted[key] = tensor
-        side = self.initial_weights.config.model.image_size // backbone.patch
-        grid = (side, side)
-        positions = next((key for key in wanted if key.endswith(".pos_embed")), None) if grid != backbone.grid else None
-        if positions is not None:
-            wanted[positions] = torch.empty(stored[positions])
+        height, width = sides(self.initial_weights.config.model.image_size)
+        grid = (height // backbone.patch, width // backbone.patch)
+        other = [key for key in wanted if key.endswith(".pos_embed") and grid != backbone.grid]
+        other += [key for key in wanted if key.endswith(EMBEDDINGS) and stored.get(key) != wanted[key].shape]
+        wanted |= {key: torch.empty(stored[key]) for key in other}
         checkpoint.load(path, wanted)
-        if positions is not None:
-            self._fit_positions(backbone, wanted[positions], grid)
+        for key in other:
+            if key.endswith(".pos_embed"):
+                self._fit_positions(backbone, wanted[key], grid)
+            else:
+                self._fit_channels(backbone, key.partition("backbone.")[2], wanted[key])
         if dist.is_main() and any(key.startswith(checkpoint.EMA) for key in wanted):
             log.info("init_from=%s: its averaged weights", self.config.origin)
+
+    def _fit_channels(self, backbone: Backbone, name: str, weight: torch.Tensor) -> None:
+        """Give a backbone the patch embedding that was trained for another number of channels."""
+        parallel.copy_into(backbone.get_parameter(name), fit_channels(weight, backbone.channels))
+        if dist.is_main():
+            how = "summed" if backbone.channels == 1 else "repeated and scaled"
+            log.info(
+                "init_from=%s: patch embedding of %d channels %s for %d (timm's rule)",
+                self.config.origin, weight.shape[1], how, backbone.channels,
+            )  # fmt: skip
 
     def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, grid: tuple[int, int]) -> None:
         """Give a ViT the positions that were trained for another grid of patches."""
@@ -218,7 +232,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     with parallel.meta_init(config.machine):
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
-        backbone = models.build(config.model.name, image_size=config.model.image_size, seed=config.train.seed, **given)
+        given |= {"image_size": config.model.image_size, "channels": config.data.channels}
+        backbone = models.build(config.model.name, seed=config.train.seed, **given)
     if config.model.train_blocks is not None:
         backbone.train_last(config.model.train_blocks)
     micro = config.machine.micro_batch
@@ -228,10 +243,21 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     if dist.is_main():
         warn_of_small_cache(train_split, config.data.shuffle_window)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
-    with suppress(ValueError, OSError):  # an unreadable sample is the loader's business
-        if dist.is_main() and (what := changes(train_split.read(0), setup.decoding)):
-            log.info("%s: %s", train_split.sample_name(0), what)
+    check_first_sample(setup)
     return setup
+
+
+def check_first_sample(setup: Setup) -> None:
+    """Log what decoding changes in the first training image; ValueError if it has other channels than wanted."""
+    split, name = setup.train_split, setup.train_split.sample_name(0)
+    try:
+        sample = split.read(0)
+    except (ValueError, OSError):  # an unreadable sample is the loader's business
+        return
+    how = views.decoding(setup.config)
+    check_channels(sample, how, name)
+    if dist.is_main() and (what := changes(sample, how)):
+        log.info("%s: %s", name, what)
 
 
 @dataclass(frozen=True)
@@ -265,24 +291,43 @@ def with_test_split(config: C, earlier: RunConfig | None) -> C:
 
 
 def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:
-    """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged)."""
-    mean, std = config.data.mean, config.data.std
+    """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged); and
+    with the data set's data.white, unless it is given. A standard deviation of 0 becomes 1, with a warning.
+    """
+    data, dataset = config.data, index.dataset
+    mean, std = data.mean, data.std
     if mean is None or std is None:
-        origin = earlier.data if earlier is not None else index.dataset
-        if origin.mean is None:
-            if dist.is_main():
-                log.info("the data set has no mean and std of its own: using ImageNet's (data.mean, data.std)")
-            mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-        mean, std = mean or origin.mean, std or origin.std
-    assert std is not None
+        use_earlier = earlier is not None and len(earlier.data.mean or ()) in (0, data.channels)
+        known = earlier.data if earlier is not None and use_earlier else of_channels(dataset, data.channels)
+        if (known.mean is None or known.std is None) and dist.is_main():
+            whose = "ImageNet's" if data.channels == 3 else f"{UNKNOWN_MEAN} and {UNKNOWN_STD}"
+            log.info("the data set has no mean and std of its own: using %s (data.mean, data.std)", whose)
+        colours = data.channels == 3
+        mean = mean or known.mean or (IMAGENET_MEAN if colours else (UNKNOWN_MEAN,) * data.channels)
+        std = std or known.std or (IMAGENET_STD if colours else (UNKNOWN_STD,) * data.channels)
     if 0 in std:
         if not any(std):
             raise ValueError("dataset.json: std is 0 in all channels, all pixels are the same; pack them again")
         if dist.is_main():
             log.warning("channel %d of the data set is constant (std 0): it is divided by 1", std.index(0))
         std = tuple(value or 1.0 for value in std)
-    white = config.data.white if config.data.white is not None else index.dataset.white
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std, white=white))
+    white = data.white if data.white is not None else dataset.white
+    return dataclasses.replace(config, data=dataclasses.replace(data, mean=mean, std=std, white=white))
+
+
+def of_channels(dataset: Dataset, channels: int) -> Dataset:
+    """A data set with its statistics for this number of channels: those of a grey one count for each of 3, and those of
+    3 equal channels for 1. Raises ValueError where the channels are others.
+    """
+    mean, std = dataset.mean, dataset.std
+    if mean is None or std is None or len(mean) == channels:
+        return dataset
+    if {len(mean), channels} != {1, 3} or len({*zip(mean, std, strict=True)}) > 1:
+        raise ValueError(
+            f"data.channels={channels}: the mean and std of {dataset.name} are those of {len(mean)} channels; set "
+            f"data.channels={len(mean)}, give data.mean and data.std, or pack it anew with --channels {channels}"
+        )
+    return dataclasses.replace(dataset, mean=mean[:1] * channels, std=std[:1] * channels)
 
 
 def warn_of_small_cache(index: ShardIndex, window: int) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from mae_dist import errors, models, parallel
 from mae_dist.batch import Batch
+from mae_dist.model_sizes import sides
 from mae_dist.objectives.mae import MAE
 from mae_dist.run.checkpoint import MANIFEST
 from mae_dist.run.directory import RunDir
@@ -260,7 +261,8 @@ def steps(
 def one_step(objective: MAE, settings: Any, device: torch.device) -> float:
     """Seconds of a forward and backward pass of a batch of noise."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    batch = noise(settings.train.global_batch, settings.model.image_size, device)
+    backbone = objective.backbone
+    batch = noise(settings.train.global_batch, backbone.image_size, device, backbone.channels)
     synchronize(device)
     began = clock()
     with parallel.autocast(settings.train.precision, device):
@@ -272,10 +274,11 @@ def one_step(objective: MAE, settings: Any, device: torch.device) -> float:
     return took
 
 
-def noise(count: int, side: int, device: torch.device) -> Batch:
+def noise(count: int, size: int | tuple[int, int], device: torch.device, channels: int = 3) -> Batch:
     """A batch of noise without labels, on the device; on the meta device with ids on the CPU, where masks are drawn."""
     ids = torch.arange(count, device="cpu" if device.type == "meta" else device)
-    return Batch(torch.randn(count, 3, side, side, device=device), -torch.ones_like(ids), ids, ids * 0, ids < 0)
+    images = torch.randn(count, channels, *sides(size), device=device)
+    return Batch(images, -torch.ones_like(ids), ids, ids * 0, ids < 0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,8 +22,8 @@ from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
 from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.index import Sample, ShardIndex, open_split
-from mae_dist.data.pixels import Pixels
-from mae_dist.data.views import View
+from mae_dist.data.pixels import Decoding, Pixels
+from mae_dist.data.views import View, decoding
 from mae_dist.objectives.mae import MAE
 from mae_dist.verify.benchmarks import one_step
 from mae_dist.verify.measurement import Measurement, Result, Runner
@@ -38,15 +38,17 @@ def data(runner: Runner) -> Result:
     """Images per second of each part of loading on one core, of the loader with its workers, and of the step."""
     settings, device = runner.settings, dist.setup()
     index = open_split(settings.data.path, settings.data.split)
-    view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
-    source = loader.open_source(index, device, settings.machine.workers, view.needs_pil)
+    channels, how = settings.data.channels, decoding(settings)
+    mean, std = (values if channels == 3 else values[:1] * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
+    view = View(settings.view, settings.model.image_size, mean, std, settings.train.seed, True)
+    source = loader.open_source(index, device, settings.machine.workers, view.needs_pil, how=how)
     resident = not isinstance(source, loader.TarSource)
     if runner.options["images"] < 2:
         raise ValueError("--images 1: the first batch starts the loader and does not count; give 2 or more")
     ids = np.arange(runner.options["images"], dtype=np.int64) % len(index)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    parts = {} if resident else parts_of_loading(index, view, ids, runner.options["rounds"])
+    parts = {} if resident else parts_of_loading(index, view, how, ids, runner.options["rounds"])
     torch.set_num_threads(threads)
     rates = [loader_rate(source, view, ids, settings.train.global_batch) for _ in range(runner.options["rounds"])]
     step = step_rate(settings, device)
@@ -74,15 +76,15 @@ def data(runner: Runner) -> Result:
 class Loading:
     """The parts of loading the samples `ids` of an index as a view shows them, each for all samples by one call."""
 
-    def __init__(self, index: ShardIndex, view: View, ids: np.ndarray):
-        self.index, self.view, self.ids, self.epochs = index, view, ids, np.zeros_like(ids)
+    def __init__(self, index: ShardIndex, view: View, how: Decoding, ids: np.ndarray):
+        self.index, self.view, self.how, self.ids, self.epochs = index, view, how, ids, np.zeros_like(ids)
         self.samples = [index.read(number) for number in ids.tolist()]
-        self.sizes = [stored_size(sample) or (1, 1) for sample in self.samples]
+        self.sizes = [stored_size(sample, how) or (1, 1) for sample in self.samples]
         drawn = view.boxes(torch.from_numpy(self.epochs), torch.from_numpy(ids), torch.tensor(self.sizes))
         self.boxes, self.flips = drawn[0].tolist(), drawn[1].tolist()
-        self.readable = [i for i, sample in enumerate(self.samples) if _readable(sample)]
-        self.augmentation, self.reader, self.memory = view.augment(), Reader(index, view), Memory()
-        self.out = np.empty((loader.CHUNK, view.image_size, view.image_size, 3), dtype=np.uint8)
+        self.readable = [i for i, sample in enumerate(self.samples) if _readable(sample, how)]
+        self.augmentation, self.reader, self.memory = view.augment(), Reader(index, view, how), Memory()
+        self.out = np.empty((loader.CHUNK, *view.size, how.channels), dtype=np.uint8)
 
     def read(self) -> None:
         """Read the bytes."""
@@ -95,7 +97,7 @@ class Loading:
             self._decode(self.samples[i], 1)
 
     def _decode(self, sample: Sample, shrink: int) -> Pixels:
-        return decode(sample, shrink, self.memory)
+        return decode(sample, shrink, self.memory, self.how)
 
     def decode_and_crop(self) -> None:
         """Decode, and resize the box."""
@@ -122,13 +124,13 @@ class Loading:
             self.view.finish(pixels.float().div_(255), self.epochs[:1], self.ids[:1])
 
 
-def parts_of_loading(index: ShardIndex, view: View, ids: np.ndarray, rounds: int) -> dict[str, float]:
+def parts_of_loading(index: ShardIndex, view: View, how: Decoding, ids: np.ndarray, rounds: int) -> dict[str, float]:
     """CPU seconds an image of each part of loading."""
-    parts = Loading(index, view, ids)
+    parts = Loading(index, view, how, ids)
     actions = (parts.read, parts.decode, parts.decode_and_crop, parts.augment, parts.fill, parts.finish)
-    read, decoding, cropping, augmenting, whole, finishing = (value / len(ids) for value in timed(actions, rounds))
+    read, decoded, cropping, augmenting, whole, finishing = (value / len(ids) for value in timed(actions, rounds))
     found = {
-        "read": read, "decode": decoding, "crop, resize, flip": cropping - decoding,
+        "read": read, "decode": decoded, "crop, resize, flip": cropping - decoded,
         "augment": augmenting if parts.augmentation else 0.0,
         "sizes, boxes, rest": whole - read - cropping - augmenting, "normalise, erase": finishing,
     }  # fmt: skip
@@ -146,9 +148,9 @@ def timed(actions: Sequence[Callable[[], None]], rounds: int) -> list[float]:
     return [median(values[1:]) for values in seconds]
 
 
-def _readable(sample: Any) -> bool:
+def _readable(sample: Any, how: Decoding) -> bool:
     try:
-        decode(sample)
+        decode(sample, how=how)
     except ValueError:
         return False
     return True
@@ -170,7 +172,10 @@ def step_rate(settings: Any, device: torch.device) -> float:
     """Images per second of forward and backward passes of MAE on batches in memory, without the optimizer."""
     images = min(settings.train.global_batch, STEP_IMAGES if device.type == "cuda" else STEP_IMAGES // 16)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, global_batch=images))
-    objective = MAE(models.build(settings.model.name, image_size=settings.model.image_size), settings.mae, seed=0)
+    objective = MAE(
+        models.build(settings.model.name, image_size=settings.model.image_size, channels=settings.data.channels),
+        settings.mae, seed=0,
+    )  # fmt: skip
     objective.to(device)
     one_step(objective, settings, device)
     return images / min(one_step(objective, settings, device) for _ in range(3))
@@ -187,7 +192,7 @@ def advice(rate: float, step: float, core: float, index: ShardIndex, view: View,
     if workers < needed <= cores:
         return f"The step waits for data: set machine.workers={needed} (this machine has {cores} cores)."
     sides = [min(stored_size(index.read(i)) or (0, 0)) for i in np.linspace(0, len(index) - 1, 50).astype(int).tolist()]
-    wanted = round(view.image_size * 8 / 7)
+    wanted = round(min(view.size) * 8 / 7)
     if median(sides) > 1.2 * wanted:
         return (
             f"The step waits for data, and {needed} free cores would be needed: pack the images smaller once, with "

@@ -28,6 +28,7 @@ from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.loader import CHUNK, TarSource, is_kept_in_memory
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import View
+from mae_dist.model_sizes import sides
 from mae_dist.verify.measurement import Measurement, Result, Runner
 
 BATCH, SMALL_BATCH = 64, 256
@@ -40,6 +41,8 @@ def loaders(runner: Runner) -> Result:
     """Images per second of CPU time of each loader, and how many times as fast ours is."""
     torch.set_num_threads(1)
     settings = runner.settings
+    if settings.model.image_size != min(sides(settings.model.image_size)) or settings.data.channels != 3:
+        raise ValueError("bench loaders: compares loaders of square images of 3 channels; `bench data` takes any")
     index = open_split(settings.data.path, settings.data.split)
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
     epochs: dict[str, Epoch] = {}
@@ -59,7 +62,7 @@ def loaders(runner: Runner) -> Result:
             epoch()
             rates[name].append(len(index) / (time.process_time() - began))
             print(f"round {number + 1}, {name}: {rates[name][-1]:,.0f} images/s", flush=True)
-    (ours, *others), size = rates, view.image_size
+    (ours, *others), size = rates, view.size[0]
     measurements = [Measurement(name, median(values), "images/s") for name, values in rates.items()]
     for name in others:
         ratio = median(a / b for a, b in zip(rates[ours], rates[name], strict=True))
@@ -69,8 +72,8 @@ def loaders(runner: Runner) -> Result:
 
 def until_gpu(index: ShardIndex, view: View) -> Epoch:
     """Our crops as 8-bit pixels in memory, from where a GPU copies and normalises them."""
-    reader, size = Reader(index, view), view.image_size
-    rows = Rows(np.empty((CHUNK, size, size, 3), np.uint8), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.bool_))
+    reader = Reader(index, view)
+    rows = Rows(np.empty((CHUNK, *view.size, 3), np.uint8), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.bool_))
 
     def epoch() -> None:
         for ids in chunks(index, CHUNK):
@@ -156,7 +159,7 @@ def cifar(index: ShardIndex, view: View) -> Epoch:
     """Pillow images of arrays in memory, as of torchvision's CIFAR100, through its transforms and a DataLoader."""
     from torchvision import transforms
 
-    size, bicubic = view.image_size, transforms.InterpolationMode.BICUBIC
+    size, bicubic = view.size[0], transforms.InterpolationMode.BICUBIC
     crop = {
         "pad": transforms.RandomCrop(size, padding=view.settings.pad),
         "resized": transforms.RandomResizedCrop(size, scale=view.settings.scale, interpolation=bicubic),
@@ -211,7 +214,7 @@ def dali(index: ShardIndex, view: View) -> Epoch:
     """NVIDIA DALI on the CPU, which decodes only the part of a JPEG that its crop needs."""
     from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
 
-    size, (low, high) = view.image_size, view.settings.scale
+    size, (low, high) = view.size[0], view.settings.scale
 
     def contents() -> Iterator[list[np.ndarray]]:
         while True:  # DALI asks for batches ahead
@@ -239,7 +242,7 @@ def spdl(index: ShardIndex, view: View) -> Epoch:
     """Meta's SPDL: FFmpeg decodes, crops, resizes and flips. Boxes are ours; normalised in torch."""
     import spdl.io  # pyright: ignore[reportMissingImports]
 
-    size = view.image_size
+    size = view.size[0]
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))
 
     def epoch() -> None:

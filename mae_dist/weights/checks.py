@@ -6,7 +6,7 @@ from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 MAX_NUMBER = 1e30
 """Limit of accepted numbers, so that float32 can compute with them."""
 
@@ -22,14 +22,23 @@ def is_count(value: Any) -> bool:
 
 
 def are_channels(value: Any) -> bool:
-    """Whether `value` is a list or tuple of three numbers from 0 to 1."""
-    return isinstance(value, list | tuple) and len(value) == 3 and all(is_number(n) and 0 <= n <= 1 for n in value)
+    """Whether `value` is a list or tuple of numbers from 0 to 1, one or more."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(is_number(n) and 0 <= n <= 1 for n in value)
+
+
+def is_size(value: Any) -> bool:
+    """Whether `value` is a size of images: the side of a square, or a list or tuple of height and width."""
+    return is_count(value) or (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_count, value)))
 
 
 FROM_BYTES = " (if they are for pixels from 0 to 255, divide by 255)"
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "mean": (f"three numbers from 0 to 1{FROM_BYTES}", are_channels),
-    "std": (f"three numbers greater than 0 and up to 1{FROM_BYTES}", lambda value: are_channels(value) and all(value)),
+    "mean": (f"a number from 0 to 1 for each channel{FROM_BYTES}", are_channels),
+    "std": (
+        f"a number greater than 0 and up to 1 for each channel{FROM_BYTES}",
+        lambda value: are_channels(value) and all(value),
+    ),
+    "image_size": ("the side of a square, or height and width", is_size),
     "norm_pix": ("true or false", lambda value: isinstance(value, bool)),
     "decoder_heads": ("a whole number from 1 on", is_count),
     "num_heads": ("a whole number from 1 on", is_count),

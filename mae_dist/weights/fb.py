@@ -17,8 +17,8 @@ from mae_dist.weights import timm
 from mae_dist.weights.identify import IMAGENET, Decoded, Model
 
 ARGUMENTS = {
-    "mean": "mean", "std": "std", "decoder_heads": "decoder_num_heads", "norm_pix": "norm_pix_loss",
-    "mask_ratio": "mask_ratio",
+    "mean": "mean", "std": "std", "image_size": "input_size", "decoder_heads": "decoder_num_heads",
+    "norm_pix": "norm_pix_loss", "mask_ratio": "mask_ratio",
 }  # fmt: skip
 """mae_dist's name of a value -> its name in `args`."""
 GUESSED = ": taken for a file of the official MAE code, because its weights are under the key model; timm's have 0.5"
@@ -61,7 +61,13 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
 def usage(model: Model, path: Path) -> str:
     """Return the Python line that loads the file at `path` with the official MAE code."""
     sizes, config = model.sizes, model.config.model
-    options = [f"img_size={config.image_size}", f"patch_size={sizes['patch']}", f"embed_dim={sizes['dim']}"]
+    channels = model.config.data.channels
+    options = [
+        f"img_size={config.image_size}",
+        *([] if channels == 3 else [f"in_chans={channels}"]),
+        f"patch_size={sizes['patch']}",
+        f"embed_dim={sizes['dim']}",
+    ]
     options += [f"depth={sizes['depth']}", f"num_heads={sizes['num_heads']}"]
     if "decoder_pred.weight" in encode(model)[0]:
         mae = model.config.mae

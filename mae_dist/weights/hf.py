@@ -25,7 +25,7 @@ STATISTICS = {"vit_mae": IMAGENET, "vit": HALF}
 """model_type -> default mean and std of its image processor."""
 SETTINGS: dict[str, tuple[str, Any]] = {
     "num_heads": ("num_attention_heads", 12), "decoder_heads": ("decoder_num_attention_heads", None),
-    "norm_pix": ("norm_pix_loss", False), "mask_ratio": ("mask_ratio", None),
+    "norm_pix": ("norm_pix_loss", False), "mask_ratio": ("mask_ratio", None), "image_size": ("image_size", None),
 }  # fmt: skip
 """mae_dist's name of a value -> (its name in config.json, its default)."""
 PROCESSOR = "preprocessor_config.json"
@@ -131,7 +131,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
         "architectures": [kind], "model_type": "vit", "hidden_size": sizes["dim"],
         "num_hidden_layers": sizes["depth"], "num_attention_heads": sizes["num_heads"],
         "intermediate_size": 4 * sizes["dim"], "hidden_act": "gelu", "layer_norm_eps": EPS, "qkv_bias": True,
-        "image_size": config.model.image_size, "patch_size": sizes["patch"], "num_channels": 3,
+        "image_size": config.model.image_size, "patch_size": sizes["patch"], "num_channels": config.data.channels,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dtype": "float32",
     }  # fmt: skip
     if kind == "ViTMAEForPreTraining":
@@ -144,9 +144,9 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     if model.num_classes:
         names = [f"LABEL_{number}" for number in range(model.num_classes)]
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
-    side = config.model.image_size
+    height, width = model.image_size
     processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": side, "width": side},
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
         "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": list(config.data.mean), "image_std": list(config.data.std),
     }  # fmt: skip

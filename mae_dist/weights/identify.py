@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mae_dist import models, schema
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
+from mae_dist.model_sizes import sides
 from mae_dist.models.vit import class_and_grid
-from mae_dist.weights.checks import Channels, checked
+from mae_dist.weights.checks import Channels, brief, checked
 
 Statistics = tuple[Channels, Channels]
 IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
@@ -39,6 +40,7 @@ class Overrides:
     mean: Channels | None = None
     std: Channels | None = None
     decoder_heads: int | None = None
+    image_size: tuple[int, int] | None = None
 
     def refuse_decoder(self, origin: str) -> None:
         """Raise ValueError if there are values for a decoder; called for a model that has none."""
@@ -120,10 +122,15 @@ class Model:
         """Outputs of a linear head that reads the features directly; 0 if there is none."""
         return len(self.state["head.bias"]) if "head.bias" in self.state and self.verb != "probe" else 0
 
-    def portable(self, decoder: bool) -> tuple[dict[str, Tensor], list[str]]:
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the model's input in pixels."""
+        return sides(self.config.model.image_size)
+
+    def portable(self, decoder: bool, only_rgb: bool = False) -> tuple[dict[str, Tensor], list[str]]:
         """Return (the tensors that other formats have a place for, sentences on what is left out).
 
-        ``decoder``: whether the format has a place for a decoder.
+        ``decoder``: whether the format has a place for a decoder, `only_rgb` for one of three channels only.
         """
         absent = NORMS[self.pool == "cls"] if self.is_vit else NORMS[1]
         kept = {n: t for n, t in self.state.items() if n.startswith("backbone.") and not n.startswith(absent)}
@@ -133,18 +140,22 @@ class Model:
         elif "head.bias" in self.state:
             left_out.append("the probe's head, because a batch norm precedes it")
         if self.has_decoder:
-            reason = self._why_not_portable() if decoder else "this format has no decoder"
+            reason = self._why_not_portable(only_rgb) if decoder else "this format has no decoder"
             if reason is None:
                 kept |= {n: t for n, t in self.state.items() if n.startswith(("decoder_", "mask_token"))}
             else:
                 left_out.append(f"the decoder ({reason}; --to safetensors keeps it)")
         return kept, left_out
 
-    def _why_not_portable(self) -> str | None:
+    def _why_not_portable(self, only_rgb: bool) -> str | None:
         """Why the MAE of no other codebase can hold this decoder; None if it can."""
         mae = self.config.mae
         if not self.is_vit:
             return "other codebases have no decoder for a Mixer"
+        if len({*self.image_size}) > 1:
+            return "in other codebases decoders are for square images"
+        if only_rgb and self.config.data.channels != 3:
+            return "in this format decoders are for 3 channels"
         if mae.decoder == "cross":
             return "mae.decoder=cross, which other codebases do not have"
         if mae.hidden == "token":
@@ -177,17 +188,25 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
         if name in state and state[name].ndim != ndim:
             shape = tuple(state[name].shape)
             raise ValueError(f"{origin}: {name.removeprefix('backbone.')} is {shape}, and must be {ndim}-dimensional")
-    name, image_size = architecture(state, decoded.value("num_heads", overrides)[0], origin)
+    recorded, _ = decoded.value("image_size", overrides)
+    name, image_size = architecture(state, decoded.value("num_heads", overrides)[0], origin, recorded)
+    channels = embedding_of(state, origin)[1].shape[1]
+    if overrides.image_size is not None and sides(image_size) != overrides.image_size:
+        raise ValueError(f"{origin}: has positions for {image_size} pixels, not for --image-size {recorded}")
     state, dropped = without_ignored(state, has_decoder)
     if dropped:
         notes.left_out.append(f"{', '.join(dropped)} (backbones here end with the features)")
     pool, position = None, None
     if "backbone.pos_embed" in state:
         pool = "avg" if any(n.startswith(NORMS[1]) for n in state) else "cls"
-        position = "sincos" if is_sincos(state["backbone.pos_embed"]) else "learned"
-    notes.found.append(f"{name} at {image_size} px" + (f", pool={pool}, {position} positions" if pool else ""))
+        patch = models.BACKBONES[name].keywords["patch"]
+        height, width = (side // patch for side in sides(image_size))
+        position = "sincos" if is_sincos(state["backbone.pos_embed"], (height, width)) else "learned"
+    shown = image_size if isinstance(image_size, int) else f"{image_size[0]} x {image_size[1]}"
+    of = "" if channels == 3 else f" of {channels} channels"
+    notes.found.append(f"{name} at {shown} px{of}" + (f", pool={pool}, {position} positions" if pool else ""))
     model = schema.ModelConfig(name=name, image_size=image_size, pool=pool, position=position)
-    data, steps = statistics(decoded, overrides, notes), schema.TrainConfig(steps=0)
+    data, steps = statistics(decoded, overrides, channels, notes), schema.TrainConfig(steps=0)
     if "head.bias" in state:
         num_classes = len(state["head.bias"])
         notes.found.append(f"a head of {num_classes} classes (export keeps it; init_from= starts from the backbone)")
@@ -200,13 +219,22 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
     return Reading(decoded.format, Model("pretrain", config, state), notes)
 
 
-def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -> tuple[str, int]:
-    """Return (name in models.BACKBONES, image size in pixels) of a state dict. ValueError if no backbone matches."""
-    family = {f"backbone.{module}.proj.weight": kind for module, kind in (("patch_embed", "vit"), ("stem", "mixer"))}
-    stem = next((name for name in family if name in state), None)
-    if stem is None:
-        raise ValueError(f"{origin}: holds neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)")
-    kind, (dim, channels, patch, width) = family[stem], state[stem].shape
+def embedding_of(state: dict[str, Tensor], origin: str) -> tuple[str, Tensor]:
+    """Return ("vit" or "mixer", the weight of the patch embedding). ValueError if it is neither."""
+    for module, kind in (("patch_embed", "vit"), ("stem", "mixer")):
+        if (weight := state.get(f"backbone.{module}.proj.weight")) is not None:
+            return kind, weight
+    raise ValueError(f"{origin}: holds neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)")
+
+
+def architecture(
+    state: dict[str, Tensor], num_heads: int | None, origin: str, recorded: int | tuple[int, int] | None = None
+) -> tuple[str, int | tuple[int, int]]:
+    """Return (name in models.BACKBONES, image size in pixels) of a state dict; ``recorded`` is the size that the file
+    records, which counts if it has as many patches. ValueError if no backbone matches.
+    """
+    kind, weight = embedding_of(state, origin)
+    dim, channels, patch, width = weight.shape
     if kind == "vit" and "backbone.cls_token" not in state:
         raise ValueError(f"{origin}: a ViT without class token (cls_token), and ViTs here need one; try another model")
     depth = num_blocks("backbone.blocks", state)
@@ -218,7 +246,7 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
         if name.startswith(kind) and [make.keywords[key] for key in ("dim", "depth", "patch")] == [dim, depth, patch]
         if num_heads in (None, make.keywords.get("num_heads"))
     ]
-    if not names or channels != 3 or patch != width:
+    if not names or patch != width:
         heads = f", {num_heads} heads" if num_heads else ""
         sizes = f"width {dim}, {depth} blocks{heads}, patches of {patch} x {width} pixels, {channels} channels"
         raise ValueError(f"{origin}: no model here is a {kind} of {sizes}; `mae-dist models` lists the models")
@@ -226,6 +254,8 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
     if positions not in state:
         raise ValueError(f"{origin}: lacks {positions.removeprefix('backbone.')}, so its image size is unknown")
     num = state[positions].shape[1] - (kind == "vit")
+    if recorded is not None and math.prod(side // patch for side in sides(recorded)) == num:
+        return names[0], recorded if len({*sides(recorded)}) > 1 else sides(recorded)[0]
     side = math.isqrt(max(num, 0))
     if side * side != num or not num:
         if kind == "vit" and num > 0 and (grid := math.isqrt(num + 1)) ** 2 == num + 1:
@@ -234,7 +264,7 @@ def architecture(state: dict[str, Tensor], num_heads: int | None, origin: str) -
                 f"{grid} x {grid} patches), and ViTs here have one; try another model"
             )
         which = f"{num} positions beside the class token's" if kind == "vit" else f"{num} positions"
-        raise ValueError(f"{origin}: {which} do not form a square, so its image size is unknown")
+        raise ValueError(f"{origin}: {which} do not form a square; give --image-size HEIGHT WIDTH")
     return names[0], side * patch
 
 
@@ -264,24 +294,30 @@ def without_ignored(state: dict[str, Tensor], has_decoder: bool) -> tuple[dict[s
     return {n: t for n, t in state.items() if n not in ignored}, sorted(names[n] for n in ignored)
 
 
-def is_sincos(positions: Tensor) -> bool:
-    """Whether position embeddings (1, 1 + n, dim) are the fixed sin-cos ones, up to rounding."""
-    side, dim = math.isqrt(positions.shape[1] - 1), positions.shape[2]
-    return dim % 4 == 0 and torch.allclose(positions, class_and_grid(dim, (side, side)), rtol=0, atol=1e-5)
+def is_sincos(positions: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether position embeddings (1, 1 + n, dim) are the fixed sin-cos ones of a grid, up to rounding."""
+    dim = positions.shape[2]
+    return dim % 4 == 0 and torch.allclose(positions, class_and_grid(dim, grid), rtol=0, atol=1e-5)
 
 
-def statistics(decoded: Decoded, overrides: Overrides, notes: Notes) -> schema.DataConfig:
-    """Return the data section, with mean and std as given, recorded or usual in the format; adds to `notes`."""
+def statistics(decoded: Decoded, overrides: Overrides, channels: int, notes: Notes) -> schema.DataConfig:
+    """Return the data section, with mean and std as given, recorded or usual in the format (for other than 3 channels
+    the average of these); adds to `notes`. ValueError if they are those of another number of channels.
+    """
     values = {}
     for name, usual in zip(("mean", "std"), decoded.usual, strict=True):
         value, source = decoded.value(name, overrides)
-        values[name] = value or usual
+        if value and len(value) != channels:
+            field = f"--{name}" if source else decoded.metadata[name][0]
+            need = f"must be {channels} numbers, one for each channel of the patch embedding; --{name} overrides it"
+            raise ValueError(f"{decoded.origin}: {field}={brief(list(value))}: {need}")
+        values[name] = value or (usual if channels == 3 else (sum(usual) / 3,) * channels)
         text = f"data.{name} {format_channels(values[name])}"
         if value:
             notes.found.append(text + source)
         else:
             notes.assumed.append(f"{text}, the format's usual values{decoded.guess} (--{name} overrides it)")
-    return schema.DataConfig(path="(imported)", **values)
+    return schema.DataConfig(path="(imported)", channels=channels, **values)
 
 
 def decoder(decoded: Decoded, state: dict[str, Tensor], overrides: Overrides, notes: Notes) -> schema.MaeConfig:
@@ -309,5 +345,5 @@ def decoder(decoded: Decoded, state: dict[str, Tensor], overrides: Overrides, no
 
 
 def format_channels(values: Channels) -> str:
-    """Format three numbers as on a command line."""
+    """Format numbers as on a command line."""
     return " ".join(f"{value:g}" for value in values)

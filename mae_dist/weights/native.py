@@ -37,7 +37,11 @@ def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, ov
     config = configuration.from_dict(verb, plain, f"{origin}: metadata")
     if not hasattr(config, "mae"):
         overrides.refuse_decoder(origin)
-    for section, names in (("data", ("mean", "std")), ("mae", ("norm_pix", "decoder_heads"))):
+    for section, names in (
+        ("data", ("mean", "std")),
+        ("model", ("image_size",)),
+        ("mae", ("norm_pix", "decoder_heads")),
+    ):
         given = {name: value for name in names if (value := getattr(overrides, name)) is not None}
         if given:
             changed = dataclasses.replace(getattr(config, section), **given)
@@ -73,12 +77,13 @@ def card(model: Model) -> str:
     """Return the model card in Markdown: sizes, normalisation of images, decoder, recipe, how to load it."""
     config, size = model.config, sum(tensor.numel() for tensor in model.state.values())
     backbone = sum(tensor.numel() for name, tensor in model.state.items() if name.startswith("backbone."))
-    side = config.model.image_size
+    height, width = model.image_size
+    colours = {1: "grey", 3: "RGB"}.get(config.data.channels, f"{config.data.channels} channels")
     rows = {
         "backbone": f"{config.model.name}, {', '.join(f'{k} {v}' for k, v in model.sizes.items())}",
         "feature": "class token" if model.pool == "cls" else "mean of the patch tokens",
         "parameters": f"{size:,}, of which {backbone:,} in the backbone",
-        "images": f"RGB, {side} x {side} px, scaled to 0..1, then (x - mean) / std",
+        "images": f"{colours}, {height} x {width} px, scaled to 0..1, then (x - mean) / std",
         "mean": format_channels(config.data.mean),
         "std": format_channels(config.data.std),
     }

@@ -112,6 +112,8 @@ def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
     """Convert a model to (Flax arrays, sentences on what is left out). ValueError for a ViT with mean pooling."""
     if model.is_vit and model.pool == "avg":
         raise ValueError("--to npz: has no fc_norm, but this run has model.pool=avg; try --to timm, fb or safetensors")
+    if model.config.data.channels not in (1, 3):
+        raise ValueError("--to npz: timm reads these files for 1 or 3 channels only; try --to timm or safetensors")
     kept, left_out = model.portable(decoder=False)
     table, num_heads = (TABLE if model.is_vit else MIXER_TABLE), model.sizes.get("num_heads", 1)
     arrays = {}
@@ -129,7 +131,7 @@ def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
             split = module.endswith(("/query", "/key", "/value"))
             arrays[f"{module}/bias"] = tensor.unflatten(0, (num_heads, -1)) if split else tensor
     data = model.config.data
-    if (data.mean, data.std) != HALF:
+    if {*data.mean, *data.std} != {0.5}:
         left_out.append(f"data.mean {list(data.mean)} and data.std {list(data.std)}, which you must pass on yourself")
     return arrays, left_out
 

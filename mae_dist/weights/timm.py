@@ -78,19 +78,21 @@ def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> D
         raise ValueError(f"{origin}: pretrained_cfg={brief(cfg)}: must be an object with mean and std, or left out")
     metadata = training_arguments(extras, {"mean": "mean", "std": "std"})
     metadata |= {name: (f"pretrained_cfg.{name}", cfg[name]) for name in metadata if cfg and cfg.get(name) is not None}
+    size = (cfg or {}).get("input_size")  # channels, height, width
+    metadata["image_size"] = ("pretrained_cfg.input_size", size[1:] if isinstance(size, list | tuple) else size)
     return Decoded("timm", origin, decode_tensors(tensors), HALF, metadata)
 
 
 def encode(model: Model, decoder: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """Convert a model to (timm's state dict, sentences on what is left out); `decoder` keeps MAE's decoder."""
-    kept, left_out = model.portable(decoder)
+    """Convert a model to (timm's state dict, sentences on what is left out); `decoder` keeps MAE's decoder of RGB."""
+    kept, left_out = model.portable(decoder, only_rgb=True)
     return {name.removeprefix("backbone."): tensor for name, tensor in kept.items()}, left_out
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     """Write the state dict, with the name of the architecture, mean and std beside it."""
     data, name = model.config.data, architecture(model)[0]
-    cfg = {"mean": list(data.mean), "std": list(data.std)}
+    cfg = {"mean": list(data.mean), "std": list(data.std), "input_size": [data.channels, *model.image_size]}
     if path.suffix == ".safetensors":
         save_file(tensors, path, {"format": "pt", "architecture": name, "pretrained_cfg": json.dumps(cfg)})
     else:
@@ -102,6 +104,7 @@ def architecture(model: Model) -> tuple[str, dict[str, Any]]:
     sizes, image_size = model.sizes, model.config.model.image_size
     kind, _, named = model.config.model.name.partition("_")
     options: dict[str, Any] = {} if image_size == 224 else {"img_size": image_size}
+    options |= {} if model.config.data.channels == 3 else {"in_chans": model.config.data.channels}
     if kind == "mixer":
         options["num_classes"] = model.num_classes
         if named in MIXERS:

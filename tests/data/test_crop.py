@@ -178,6 +178,19 @@ def test_crop_of_fractional_boxes_counts_pixels_around_them() -> None:
     assert np.array_equal(cropped(image, box, False, 32), np.asarray(expected))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+@pytest.mark.parametrize("box", [(4, 6, 50, 60), (-5, 9, 60, 80), (6.25, 16.25, 47.5, 31.5)])
+def test_crop_of_any_channels_is_that_of_each_alone(channels: int, box: tuple[float, ...]) -> None:
+    pixels = np.concatenate([photo(60, 80, seed) for seed in (0, 1)], 2)[:, :, :channels].copy()
+    found = np.zeros((24, 40, channels), dtype=np.uint8)
+    for flip in (False, True):
+        crop(pixels, box, flip, found)
+        for number in range(channels):
+            alone = np.zeros((24, 40, 3), dtype=np.uint8)
+            crop(np.repeat(pixels[:, :, number : number + 1], 3, 2), box, flip, alone)
+            assert np.array_equal(found[:, :, number], alone[:, :, 0])
+
+
 def test_crop_beyond_the_image_is_black() -> None:
     image = photo(32, 32)
     found = cropped(image, np.array([-3.0, 2, 32, 32]), False, 32)

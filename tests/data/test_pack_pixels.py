@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mae_dist.commands import data
-from mae_dist.data.index import Dataset
+from mae_dist.data.decode import decode
+from mae_dist.data.index import Dataset, open_split
+from mae_dist.data.loader import TarSource
+from mae_dist.data.pixels import Decoding
+from mae_dist.data.resident import ResidentSource
+from mae_dist.data.views import View
+from mae_dist.schema import ViewConfig
+
+CPU = torch.device("cpu")
 
 VALUES = np.linspace(0, 4095, 32 * 32).reshape(32, 32)
 
@@ -47,3 +56,46 @@ def test_pack_of_12_bit_images_says_what_it_does_and_white_makes_them_bright(
     assert dark.mean is not None
     assert bright.mean == pytest.approx([0.5] * 3, abs=0.001)
     assert dark.mean == pytest.approx([0.5 / 16] * 3, abs=0.003)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_pack_of_any_channels_measures_each_and_is_read_alike_from_memory_and_tars(
+    channels: int, tmp_path: Path
+) -> None:
+    generator, side = np.random.default_rng(channels), (20, 28)
+    stored = generator.random((3, *side, channels)).astype(np.float32) ** (1 + np.arange(channels))
+    known = pack(folder_of(list(stored), tmp_path), "--channels", str(channels))
+    assert known.mean == pytest.approx(stored.mean((0, 1, 2)).tolist(), abs=0.003)
+    assert known.std == pytest.approx(stored.std((0, 1, 2)).tolist(), abs=0.003)
+    split, how = open_split(str(tmp_path / "packed"), "train"), Decoding(channels)
+    plan = [(np.zeros(3, np.int64), np.arange(3))]
+    for crop, size in (("resized", (12, 16)), ("pad", side), ("center", (16, 12))):
+        view = View(ViewConfig(crop=crop), size, (0.5,) * channels, (0.25,) * channels, 3, True)  # pyright: ignore
+        sources = ResidentSource(split, CPU, True, how), TarSource(split, CPU, 0, how)
+        ((resident,), (streamed,)) = (list(source.batches(plan, view)) for source in sources)
+        assert resident.images.shape == streamed.images.shape == (3, channels, *size)
+        assert (resident.images - streamed.images).abs().max() < 4 * 2 / 255
+
+
+def test_pack_encodes_arrays_as_8_bits_and_refuses_formats_without_the_channels(tmp_path: Path) -> None:
+    images = folder_of([np.full((40, 60, 5), 1000 * number, np.uint16) for number in range(3)], tmp_path)
+    with pytest.raises(ValueError, match="--channels 5: jpg holds 1 or 3; add --format npy"):
+        pack(images, "--channels", "5", "--short-side", "20")
+    with pytest.raises(ValueError, match=r"set data\.channels=5 \(data pack: --channels 5\)"):
+        pack(images)
+    known = pack(images, "--channels", "5", "--short-side", "20", "--format", "npy", "--white", "2000")
+    assert (known.image_size, known.white) == ((20, 30), None)
+    split = open_split(str(tmp_path / "packed"), "train")
+    values = sorted(int(decode(split.read(i), how=Decoding(5))[3, 4, 2]) for i in range(3))
+    assert values == [0, 128, 255]
+
+
+def test_pack_of_grey_images_and_kinds_of_files_that_torchvision_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number, extension in enumerate(("png", "tif", "tiff", "bmp", "ppm", "pgm", "JPEG")):
+        Image.fromarray(np.full((8, 8), 100, np.uint8)).save(folder / f"{number}.{extension}")
+    known = pack(tmp_path / "images", "--channels", "1", "--format", "jpg")
+    assert known.mean == pytest.approx((100 / 255,))
+    assert known.std == (1.0,)
+    assert sum(shard.num_samples for shard in known.splits["train"]) == 7

@@ -93,6 +93,11 @@ def test_crop_center_boxes_are_central_squares() -> None:
     assert boxes.tolist() == [[6.25, 56.25, 87.5, 87.5], [22.5625, 2.5625, 35.875, 35.875]]
 
 
+def test_crop_center_boxes_have_the_aspect_ratio_of_the_model() -> None:
+    boxes = views.center_boxes(torch.tensor([[100, 200], [100, 100]]), 0.5, (96, 160))
+    assert boxes.tolist() == [[25, 100 - 125 / 3, 50, 250 / 3], [35, 25, 30, 50]]
+
+
 def view(crop: str, training: bool = True, **changes: Any) -> views.View:
     settings = schema.ViewConfig(crop=crop, **changes)  # pyright: ignore
     return views.View(settings, 16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), 9, training)

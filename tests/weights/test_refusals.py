@@ -312,7 +312,7 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
         (["export", diverged, "--to", "hf"], [f"{diverged}: backbone.blocks.1.norm1.bias contains NaN or inf"]),
         (["import", tmp_path / "lone.pth", "--norm-pix"], ["lone.pth", "has no decoder"]),
         (["import", fine, "--std", "0", "1", "1"], ["--std=[0.0, 1.0, 1.0]", "greater than 0"]),
-        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "three numbers from 0 to 1"]),
+        (["import", fine, "--mean", "nan", "0", "0"], ["--mean=[nan, 0.0, 0.0]", "a number from 0 to 1 for each"]),
         (["import", fine, "--mean", "123", "117", "104"], ["--mean=[123.0, 117.0, 104.0]", "divide by 255"]),
         (["import", fine, "--std", "58", "57", "57"], ["--std=[58.0, 57.0, 57.0]", "divide by 255"]),
         (["import", fine, "--decoder-heads", "5"], ["cannot have 5 heads"]),
