@@ -166,10 +166,10 @@ def pack(
 def new_folder(out: Path) -> Path:
     """The path of `out` with links followed. Raises ValueError if no rename can make it a new folder."""
     out = Path(os.path.realpath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if out in mount_points():
         raise ValueError(f"--out {out}: a file system is mounted there; choose a folder in it, such as {out}/data")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if out.is_dir() and out == Path.cwd():
         raise ValueError(f"--out {out}: is the working folder, which is to be replaced; start from another")
     return out
