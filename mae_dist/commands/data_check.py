@@ -16,6 +16,7 @@ from mae_dist.commands.data_output import progress
 from mae_dist.data import quarantine
 from mae_dist.data.check import Report, report_of
 from mae_dist.data.findings import KINDS, UNREADABLE, Checked, Facts, Finding, facts, findings
+from mae_dist.data.pack import LOST
 from mae_dist.data.places import Place, of_split, splits
 from mae_dist.data.workers import ordered_map
 from mae_dist.errors import DONE, FAILED
@@ -81,7 +82,7 @@ def _checked(places: list[Place], workers: int, split: str) -> Iterator[Checked]
     for folder in {place.idx.parent for place in places}:
         for line in quarantine.read(folder):
             left_out.setdefault(folder / line.idx, set()).add(line.image)
-    reports = ordered_map(work, range(len(places)), workers)
+    reports = ordered_map(work, range(len(places)), workers, LOST)
     with progress() as tick:
         for number, (place, report) in enumerate(zip(places, reports, strict=True), 1):
             yield Checked(place.tar, report, frozenset(left_out.get(place.idx, ())))
@@ -95,13 +96,13 @@ def _plain(found: Facts) -> dict[str, Any]:
 
 
 def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
-    print(f"{data}: {len(found)} findings" if found else f"{data}: nothing is wrong with it")
+    print(f"{data}: {len(found)} finding{'s' * (len(found) > 1)}" if found else f"{data}: nothing is wrong with it")
     for split, known in splits.items():
         print(f"  {split}: {', '.join(_described(known))}")
     for kind, meaning in KINDS.items():
         some = [finding for finding in found if finding.kind == kind]
         if some:
-            print(f"{len(some)} {meaning}:" if some[0].tar else f"{meaning}:")
+            print(f"{meaning} ({len(some)}):")
         for finding in islice(some, SHOWN):
             print(f"  {': '.join(filter(None, (finding.tar or finding.split, _shown(finding.image), finding.what)))}")
         if len(some) > SHOWN:

@@ -20,7 +20,8 @@ import numpy as np
 
 from mae_dist.atomic import replacing
 from mae_dist.data.cache import Cache
-from mae_dist.data.decode import decode
+from mae_dist.data.dataset import Dataset
+from mae_dist.data.decode import decode, num_channels
 from mae_dist.data.index import ShardIndex, shard_of
 from mae_dist.data.indexing import NO_LABELS, build
 from mae_dist.data.pixels import Decoding
@@ -102,13 +103,17 @@ def _local(place: Place) -> Iterator[Place]:
 def _key(place: Place) -> str:
     """A hash of what a report depends on: the tar and its index by size and time, and what dataset.json says."""
     files = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in (place.tar, place.idx) if f.is_file())]
-    shard, how = place.shard and asdict(place.shard), asdict(_decoding(place))
-    return hashlib.sha256(json.dumps([FORMAT, files, shard, how]).encode()).hexdigest()
+    known = place.shard and asdict(place.shard), place.dataset.mean, place.dataset.white
+    return hashlib.sha256(json.dumps([FORMAT, files, known]).encode()).hexdigest()
 
 
-def _decoding(place: Place) -> Decoding:
-    """How the images of a data set are decoded, as far as dataset.json says."""
-    return Decoding(channels=len(place.dataset.mean or ()) or 3, white=place.dataset.white)
+def _decoding(dataset: Dataset, data: ShardIndex) -> Decoding:
+    """How the images of a data set are decoded: as dataset.json says, else with the channels of the first one."""
+    channels = len(dataset.mean or ())
+    if not channels:
+        with suppress(ValueError):
+            channels = num_channels(data.read(0))
+    return Decoding(channels=channels or 3, white=dataset.white)
 
 
 def check(place: Place, key: str = "") -> Report:
@@ -124,7 +129,7 @@ def check(place: Place, key: str = "") -> Report:
     there = replace(data.shards[0], num_bytes=place.tar.stat().st_size, sha256="")  # if another size was listed
     data.files = ShardFiles([place.tar], [there], data.cache)
     unreadable, hashes, labels, tallies = {}, {}, {}, []
-    how = _decoding(place)
+    how = _decoding(place.dataset, data)
     for row, name in enumerate(names):
         try:
             sample = data.read(row)
@@ -150,7 +155,6 @@ def _faults(place: Place) -> Iterator[str]:
         yield f"{size} bytes, but dataset.json lists {shard.num_bytes}: it was changed or cut short"
     if not place.idx.is_file():
         yield "not indexed yet; run `mae-dist data index`"
-        return
     with TemporaryDirectory() as folder:
         new = Path(folder) / place.idx.name
         try:
@@ -160,6 +164,8 @@ def _faults(place: Place) -> Iterator[str]:
             return
         if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.sha256):
             yield "its content is not what it was when dataset.json was written (sha256)"
+        if not place.idx.is_file():
+            return
         rows, wanted = (set(file.read_bytes().splitlines()[1:]) for file in (place.idx, new))
         if rows != wanted:
             differ = f"{len(wanted - rows)} samples of the tar are not in it, {len(rows - wanted)} are not in the tar"

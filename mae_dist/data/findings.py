@@ -28,7 +28,7 @@ KINDS = {
     "channels": "channels",
 }
 """Kinds of findings, in the order in which they are printed."""
-SORTED = 0.5
+SORTED = 0.75
 """Classes that are shuffled together, as a share of those of shuffled data, below which tars count as sorted."""
 
 

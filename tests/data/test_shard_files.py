@@ -135,7 +135,7 @@ def test_read_refuses_a_tar_that_was_replaced_unless_its_checksum_is_the_same(tm
 
 def test_read_refuses_a_tar_that_was_replaced_since_another_process_read_it(tmp_path: Path) -> None:
     data, tar = files(tmp_path), tmp_path / "x-0.tar"
-    workers = Workers(lambda offset: data.read(0, offset, 1), 1)
+    workers = Workers[int, bytes](lambda offset: data.read(0, offset, 1), 1)
     workers.send(0)
     assert workers.wait() == b"\0"
     workers.stop()
