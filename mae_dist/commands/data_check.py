@@ -99,12 +99,15 @@ def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
     print(f"{data}: {len(found)} finding{'s' * (len(found) > 1)}" if found else f"{data}: nothing is wrong with it")
     for split, known in splits.items():
         print(f"  {split}: {', '.join(_described(known))}")
+        for what, (count, example) in known.notes.items():
+            print(f"  {split}: note: {what} ({count}; first {_shown(example)})")
     for kind, meaning in KINDS.items():
         some = [finding for finding in found if finding.kind == kind]
         if some:
             print(f"{meaning} ({len(some)}):")
         for finding in islice(some, SHOWN):
-            print(f"  {': '.join(filter(None, (finding.tar or finding.split, _shown(finding.image), finding.what)))}")
+            words = filter(None, (finding.tar or finding.split, finding.image, finding.what))
+            print(f"  {': '.join(map(_shown, words))}")
         if len(some) > SHOWN:
             print(f"  ... and {len(some) - SHOWN} more (--json prints all)")
 

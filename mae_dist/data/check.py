@@ -29,6 +29,7 @@ from mae_dist.data.places import Place
 from mae_dist.data.remote import Refused
 from mae_dist.data.shard_files import ChangedError, ShardFiles
 from mae_dist.data.tally import Tally
+from mae_dist.data.tar_reader import Notes
 
 FORMAT = "mae_dist check 1"
 """Changes when other things are checked, or when they are kept in another way."""
@@ -41,7 +42,7 @@ class Report:
 
     ``faults`` are of the tar as a whole. ``names`` are those of the images in its index, ``unreadable`` says of some
     why they cannot be used; of the others ``hashes`` has 64 bits of the BLAKE2 hash of the file, ``labels`` the label
-    (-1: none). ``tally`` sums over the readable ones.
+    (-1: none). ``tally`` sums over the readable ones; ``notes`` is what else indexing tells.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Report:
     hashes: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     tally: Tally = Tally()
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write it, whole or not at all. Raises OSError."""
@@ -118,7 +120,8 @@ def _decoding(dataset: Dataset, data: ShardIndex) -> Decoding:
 
 def check(place: Place, key: str = "") -> Report:
     """Read and decode all samples of one tar."""
-    faults = [*_faults(place)]
+    notes = Notes()
+    faults = [*_faults(place, notes)]
     if not (place.tar.is_file() and place.idx.is_file()):
         return Report(key, faults)
     try:
@@ -142,11 +145,11 @@ def check(place: Place, key: str = "") -> Report:
         else:
             hashes[name] = int.from_bytes(hashlib.blake2b(sample.image, digest_size=8).digest())
             labels[name] = sample.label
-    return Report(key, faults, names, unreadable, hashes, labels, sum(tallies, Tally()))
+    return Report(key, faults, names, unreadable, hashes, labels, sum(tallies, Tally()), notes)
 
 
-def _faults(place: Place) -> Iterator[str]:
-    """What is wrong with a tar and its index, without a look at its images."""
+def _faults(place: Place, notes: Notes) -> Iterator[str]:
+    """What is wrong with a tar and its index, without a look at its images; what else is worth telling: to `notes`."""
     if not place.tar.is_file():
         yield "there is no such file"
         return
@@ -158,11 +161,12 @@ def _faults(place: Place) -> Iterator[str]:
     with TemporaryDirectory() as folder:
         new = Path(folder) / place.idx.name
         try:
-            found = build(place.tar, new, NO_LABELS).shard
+            found = build(place.tar, new, NO_LABELS)
         except ValueError as error:
             yield str(error).removeprefix(f"{place.tar}: ")
             return
-        if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.sha256):
+        notes.update_from(found.notes)
+        if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.shard.sha256):
             yield "its content is not what it was when dataset.json was written (sha256)"
         if not place.idx.is_file():
             return

@@ -15,6 +15,7 @@ import numpy as np
 
 from mae_dist.data.check import Report
 from mae_dist.data.tally import Tally
+from mae_dist.data.tar_reader import Notes
 
 UNREADABLE = "unreadable"
 KINDS = {
@@ -52,7 +53,9 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a split holds, samples in quarantine and unreadable ones left out; ``classes`` maps label to images."""
+    """What a split holds, samples in quarantine and unreadable ones left out; ``classes`` maps label to images,
+    ``notes`` is what indexing tells beside findings.
+    """
 
     num_tars: int
     num_images: int
@@ -61,15 +64,18 @@ class Facts:
     num_unlabelled: int
     classes: dict[int, int]
     tally: Tally
+    notes: Notes
 
 
 def facts(tars: Sequence[Checked]) -> Facts:
     """Sums over the tars of a split."""
-    labels = Counter(label for tar in tars for _, label in _labels(tar))
+    labels, notes = Counter(label for tar in tars for _, label in _labels(tar)), Notes()
+    for tar in tars:
+        notes.update_from(Notes(tar.report.notes))
     return Facts(
         len(tars), labels.total(), sum(len(tar.report.unreadable.keys() - tar.quarantined) for tar in tars),
         sum(len(tar.quarantined) for tar in tars), labels.pop(-1, 0), dict(sorted(labels.items())),
-        sum((tar.report.tally for tar in tars), Tally()),
+        sum((tar.report.tally for tar in tars), Tally()), notes,
     )  # fmt: skip
 
 

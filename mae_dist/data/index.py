@@ -110,7 +110,14 @@ class ShardIndex:
             (shard, row) for shard, images in self.left_out.items()
             for row, name in enumerate(self._table(shard).names) if name in images
         ]  # fmt: skip
-        return sum(s.num_labelled for s in self.shards) - sum(self._label(*place) >= 0 for place in left_out)
+        return sum(s.num_labelled for s in self.shards) - sum(self._is_labelled(*place) for place in left_out)
+
+    def _is_labelled(self, shard: int, row: int) -> bool:
+        """Whether a sample has a label, if only one that cannot be read."""
+        try:
+            return self._label(shard, row) >= 0
+        except ValueError:
+            return True
 
     @property
     def fingerprint(self) -> str:

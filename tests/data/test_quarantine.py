@@ -59,3 +59,12 @@ def test_quarantine_holds_names_with_tabs_line_ends_quotes_and_bytes_that_are_no
     names = ["a\tb.png", "a\nb.png", 'a"b\\.png', "gr\u00f6\u00dfe.png", "\udcff.png"]
     quarantine.add(tmp_path, [Line("x.idx", name, "damaged") for name in names])
     assert [line.image for line in quarantine.read(tmp_path)] == names
+
+
+def test_quarantine_of_a_sample_whose_label_cannot_be_read(tars: Tars) -> None:
+    data = tars([3])
+    content = data.tars[0].read_bytes()
+    where = content.index(b"s0001.cls") + 512
+    data.tars[0].write_bytes(content[:where] + b"-" + content[where + 1 :])
+    less = reopened(data, ("x-0.idx", "s0001.png"))
+    assert (len(less), less.num_labelled, [less.label(i) for i in range(2)]) == (2, 2, [0, 2])
