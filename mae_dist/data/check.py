@@ -21,7 +21,7 @@ import numpy as np
 from mae_dist.atomic import replacing
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.decode import decode, num_channels
+from mae_dist.data.decode import decode, own_channels
 from mae_dist.data.index import ShardIndex, shard_of
 from mae_dist.data.indexing import NO_LABELS, build
 from mae_dist.data.pixels import Decoding
@@ -114,7 +114,7 @@ def _decoding(dataset: Dataset, data: ShardIndex) -> Decoding:
     channels = len(dataset.mean or ())
     if not channels:
         with suppress(ValueError):
-            channels = num_channels(data.read(0))
+            channels = own_channels(data.read(0))
     return Decoding(channels=channels or 3, white=dataset.white)
 
 
