@@ -263,10 +263,10 @@ def check_heads(config: ProbeConfig) -> None:
             raise ValueError(f"heads.{name}=[]: nothing to try; give at least one, or leave it out")
     if heads.attentive and not heads.adamw:
         raise ValueError("heads.attentive=true: these heads are trained by AdamW; give heads.adamw=[lr, ...]")
+    if config.data.weights and (heads.ridge or heads.knn):
+        raise ValueError("data.weights: heads.ridge and heads.knn take each image once; leave it out")
     if heads.active and config.train.clip_grad is not None:
-        raise ValueError(
-            f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; leave it out"
-        )
+        raise ValueError(f"train.clip_grad={config.train.clip_grad:g}: heads would clip each other; leave it out")
 
 
 def check_world(config: RunConfig, world: int) -> None:

@@ -97,7 +97,7 @@ def splits_in(tars: list[str]) -> list[str]:
 
 
 def _pieces(part: str) -> list[str]:
-    return [part] if os.path.exists(part) else part.split("::")
+    return [part] if os.path.exists(part) else re.split(r"::(?![^\[/]*\])", part)  # not within http://[::1]/
 
 
 def _names(piece: str) -> list[str]:

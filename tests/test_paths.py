@@ -102,3 +102,7 @@ def test_path_folder_is_all_tars_at_any_depth_of_one_split(tree: Path) -> None:
         paths.tars_in("B")
     with pytest.raises(ValueError, match="no tars there"):
         paths.tars_in("B/val/none")
+
+
+def test_paths_colons_of_an_address_are_no_list() -> None:
+    assert paths.names("http://[::1]:80/x.tar::s3://b/y.tar") == ["http://[::1]:80/x.tar", "s3://b/y.tar"]

@@ -76,7 +76,9 @@ def tars_of(urls: Sequence[str], split: str) -> dict[str, list[Tar]]:
         raise ValueError(f"{shown(folders[0])}: is no tar; name tars, or one folder with a {FILE}")
     dataset = listed(f"{folders[0].rstrip('/')}/{FILE}")
     if dataset is None:
-        raise ValueError(f"{shown(folders[0])}: no {FILE} there; name the tars in it, for example x-{{000..146}}.tar")
+        raise ValueError(
+            f"{shown(folders[0])}: is no .tar, nor a folder with a {FILE}; name tars, like x-{{000..146}}.tar"
+        )
     return {
         name: [Tar(s.tar if s.remote else f"{folders[0].rstrip('/')}/{quote(s.tar)}", s, dataset) for s in shards]
         for name, shards in dataset.splits.items()

@@ -99,6 +99,11 @@ class ShardIndex:
         return [shard.remote for shard in self.shards]
 
     @property
+    def local_tars(self) -> list[Path]:
+        """The tars that are files."""
+        return [tar for tar, remote in zip(self.tars, self.remotes, strict=True) if remote is None]
+
+    @property
     def counts_of_parts(self) -> list[np.ndarray]:
         """The numbers of samples in the shards of each data set; of one unless data.path is a list."""
         return np.split(self.counts, np.cumsum(self.parts.sizes)[:-1])

@@ -148,7 +148,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     options = {}
-    if url.startswith(("http:", "https:")):
+    if urlsplit(url).scheme in ("http", "https"):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)

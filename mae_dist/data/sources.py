@@ -218,7 +218,7 @@ def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> S
             yield Picture(sample.extension, sample.image, sample.label, key=sample.key, origin=origin, group=shard)
 
     known = next(iter(splits.values())).dataset
-    tars = [tar for data in splits.values() for tar in data.tars]
+    tars = [tar for data in splits.values() for tar in data.local_tars]
     return Source(
         known.name, known.classes, {name: len(samples) for name, (_, samples) in origins.items()}, pictures,
         fingerprint=" ".join([*(data.fingerprint for data in splits.values()), *map(_stamp, tars), str(test_share)]),

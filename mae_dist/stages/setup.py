@@ -240,8 +240,9 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
     setup = Setup(verb, config, run, device, train_split, test_split, needs_labels, backbone, initial, micro)
     setup.order({})  # raises now what is impossible in data.weights
-    if dist.is_main():
-        warn_of_small_cache(train_split, config.data.shuffle_window)
+    check_cache(train_split, config.data.shuffle_window)
+    if test_split is not None:
+        check_cache(test_split, 1)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
     check_first_sample(setup)
     return setup
@@ -330,18 +331,23 @@ def of_channels(dataset: Dataset, channels: int) -> Dataset:
     return dataclasses.replace(dataset, mean=mean[:1] * channels, std=std[:1] * channels)
 
 
-def warn_of_small_cache(index: ShardIndex, window: int) -> None:
-    """Log where remote tars are kept, and warn where those that are shuffled together do not fit there."""
-    sizes = sorted((remote.size for remote in index.remotes if remote is not None), reverse=True)
+def check_cache(index: ShardIndex, window: int) -> None:
+    """Log where remote tars are kept, and warn where those that are shuffled together do not fit there. Raises
+    ValueError where one of them does not.
+    """
+    sizes, cache = sorted((remote.size for remote in index.remotes if remote is not None), reverse=True), index.cache
     if not sizes:
         return
-    cache, needed = index.cache, sum(sizes[:window])
-    log.info("%d tars of %.4g GB are fetched into %s", len(sizes), sum(sizes) / 1e9, cache.folder)
-    if needed > cache.limit:
+    given, needed = f"data.cache_size={cache.limit / 1e9:g}GB", sum(sizes[:window])
+    if sizes[0] > cache.limit:
+        raise ValueError(f"{given}: the largest tar has {sizes[0] / 1e9:g} GB; raise it to that of {window} tars")
+    if dist.is_main():
+        log.info("%d tars of %.4g GB are fetched into %s", len(sizes), sum(sizes) / 1e9, cache.folder)
+    if dist.is_main() and needed > cache.limit:
         log.warning(
-            "data.cache_size=%.4gGB is less than %.4g GB, the tars that data.shuffle_window=%d shuffles together: each "
-            "is fetched again and again; raise it, or lower data.shuffle_window",
-            cache.limit / 1e9, needed / 1e9, window,
+            "%s: is less than %.4g GB, the tars that data.shuffle_window=%d shuffles together: each is fetched again "
+            "and again; raise it, or lower data.shuffle_window",
+            given, needed / 1e9, window,
         )  # fmt: skip
 
 

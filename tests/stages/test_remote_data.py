@@ -115,7 +115,7 @@ def test_index_of_urls_is_refused_in_one_sentence(
         ([f"{web.url}/x-0.tar"], "pass --out DIR"),
         ([f"{web.url}/x-0.tar", str(folder), out], "not together"),
         ([f"{web.url}/x-0.tar", f"{web.url}/x-0.tar", out], "named twice"),
-        ([f"{web.url}/sub", out], "no dataset.json there; name the tars"),
+        ([f"{web.url}/sub", out], "is no .tar, nor a folder with a dataset.json; name tars"),
         ([f"{web.url}/x-1.tar", out], r"x-1.tar: the .idx beside it ends at byte 100000009, the tar at \d+"),
     ):
         assert re.search(sentence, refused(capsys, "data", "index", *words)), sentence
