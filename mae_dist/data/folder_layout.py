@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist.data import label_list
+from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.folder_files import File, Found
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ SPLIT_WORDS = {
 }  # fmt: skip
 """Words in the names of folders that may be splits, so that the user is asked."""
 YEAR = re.compile(r"(19|20)\d\d")
-MAX_CLASSES = 1_000_000
-"""Largest number of classes that are numbers: a greater number is an id of something else."""
 TINY_IMAGENET = "val_annotations.txt"
 """The file with the labels of tiny-imagenet's validation images."""
 
@@ -285,7 +284,7 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
     if by_number and all(re.fullmatch(r"-1|0|[1-9]\d*", name) for name in names):
         labels, classes = {name: int(name) for name in names}, None
         num_classes = max(labels.values()) + 1 or None
-        if num_classes is not None and num_classes > MAX_CLASSES:
+        if num_classes is not None and num_classes > MOST_CLASSES:
             raise ValueError(f"--labels: the class number {num_classes - 1} is too large; numbers are classes from 0")
         if num_classes is not None and (empty := num_classes - len(names - {"-1"})):
             log.warning("of the %d classes 0 to %d, %d have no image", num_classes, num_classes - 1, empty)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
@@ -10,11 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mae_dist.data import folder_files
+from mae_dist.data import folder_files, labels
 
-FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "image_name", "imageid", "img", "id", "path")
-LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "predictionstring")
-"""Headers of the two columns (in lower case) in files of more than two."""
 BOXES = re.compile(r"(n\d{8})(?: -?\d+){4}.*")
 """A synset with boxes behind it, as in LOC_val_solution.csv of ImageNet's localisation task."""
 
@@ -64,41 +60,22 @@ def read(file: Path) -> LabelList:
     Raises ValueError for what is no such file.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        table = labels.table(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"--labels {file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason})") from error
-    if not lines:
+    if not table:
         raise ValueError(f"--labels {file}: is empty; expected rows like cat/1.jpg,cat")
-    if delimiter := next((sign for sign in ",\t;" if sign in lines[0]), None):
-        table = [[word.strip() for word in row] for row in csv.reader(lines, delimiter=delimiter)]
-    else:
-        table = [line.rsplit(maxsplit=1) for line in lines]
-    widths = {len(row) for row in table}
-    if widths == {1}:
-        return LabelList(file, None, [label for (label,) in table])
-    if len(widths) > 1:
-        raise ValueError(
-            f"--labels {file}: has rows of {min(widths)} and of {max(widths)} columns; expected file,label"
-        )
-    name_at, label_at = _columns(file, table[0])
-    if folder_files.is_image(table[-1][label_at]):
-        raise ValueError(f"--labels {file}: has files where labels should be ({table[-1][label_at]}); write file,label")
-    return LabelList(file, [row[name_at] for row in table], [_plain(row[label_at]) for row in table])
-
-
-def _columns(file: Path, first: list[str]) -> tuple[int, int]:
-    if len(first) == 2 or file.name == "val_annotations.txt":
-        return 0, 1
-    header = [word.lower() for word in first]
-    found = [[header.index(name) for name in names if name in header] for names in (FILE_COLUMNS, LABEL_COLUMNS)]
-    if not all(found):
-        raise ValueError(
-            f"--labels {file}: has {len(first)} columns ({', '.join(first)[:80]}), but none called file or label; "
-            f"give these names to two of them"
-        )
-    return found[0][0], found[1][0]
+    if all(len(row) == 1 for row in table):
+        return LabelList(file, None, [label.strip() for (label,) in table])
+    try:
+        rows = labels.columns(file, [row[:2] for row in table] if file.name == "val_annotations.txt" else table)
+    except ValueError as error:
+        raise ValueError(f"--labels {error}") from error
+    if folder_files.is_image(rows[-1][1]):
+        raise ValueError(f"--labels {file}: has files where labels should be ({rows[-1][1]}); write file,label")
+    return LabelList(file, [name for name, _ in rows], [_plain(label.strip()) for _, label in rows])
 
 
 def _plain(label: str) -> str:

@@ -105,10 +105,7 @@ def of_file(path: Path) -> dict[str, Label]:
     if text.lstrip().startswith("{"):
         rows = [(key, value) for key, value in _json_of(path, text).items()]
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        mark = next((mark for mark in ",\t;" if lines and mark in lines[0]), None)
-        table = list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
-        rows = _columns(path, table)
+        rows = columns(path, table(text))
     found: dict[str, Label] = {}
     for key, value in rows:
         label = _of_value(value.strip() if isinstance(value, str) else value, f"{path}: {key!r} ")
@@ -116,6 +113,13 @@ def of_file(path: Path) -> dict[str, Label]:
             if found.setdefault(form, label) != label and form == key:
                 raise ValueError(f"{path}: gives two labels to {key[:40]!r}")
     return found
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of each line that is not empty, separated by commas, tabs, semicolons, or the last space."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    mark = next((mark for mark in ",\t;" if lines and mark in lines[0]), None)
+    return list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
 
 
 def names_of_file(path: Path) -> dict[str, int]:
@@ -218,7 +222,7 @@ def _json_of(path: Path, text: str) -> Any:
         raise ValueError(f"{path}: no JSON ({str(error)[:60]})") from error
 
 
-def _columns(path: Path, table: list[list[str]]) -> list[tuple[str, str]]:
+def columns(path: Path, table: list[list[str]]) -> list[tuple[str, str]]:
     """The columns of keys and labels: those that the header names, else the two that there are."""
     head = [cell.strip().lower() for cell in table[0]] if table else []
     key = next((column for column, cell in enumerate(head) if cell in KEYS), None)

@@ -183,8 +183,8 @@ def test_folder_labels_of_imagenets_flat_validation_images_belong_to_class_folde
     ("rows", "message"),
     [
         ("", "is empty"), ("7.jpg,cat\n", "its 1 rows name no image"), ("cat\n", "its 1 labels are not as many"),
-        ("1.jpg,a\n1.jpg,b\n", "1.jpg has two labels, a and b"), ("1.jpg,a\n2.jpg\n", "rows of 1 and of 2 columns"),
-        ("1.jpg,a,b\n", "3 columns .* but none called file or label"), ("same,a\n", "same may be .* write paths"),
+        ("1.jpg,a\n1.jpg,b\n", "1.jpg has two labels, a and b"), ("1.jpg,a\n2.jpg\n", "a line without a label"),
+        ("1.jpg,a,b\n", "expected two columns, .* found 3 columns"), ("same,a\n", "same may be .* write paths"),
         ("1 val/1.jpg\n2 val/2.jpg\n", "has files where labels should be .val/2.jpg."),
         ("val/1.jpg,3\n", "labels of split val .3. are no class folders of the others .n01."),
     ],
