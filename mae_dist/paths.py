@@ -65,7 +65,7 @@ def absolute(text: str) -> str:
 
 def is_url(name: str) -> bool:
     """Whether a name is that of a file elsewhere, such as s3://bucket/x.tar."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None
+    return "://" in name and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None
 
 
 def names(part: str) -> list[str]:

@@ -68,6 +68,8 @@ def tars_of(urls: Sequence[str], split: str) -> dict[str, list[Tar]]:
     """
     if twice := [url for number, url in enumerate(urls) if url in urls[:number]]:
         raise ValueError(f"{shown(twice[0])}: is named twice")
+    if any(url != shown(url) for url in urls):
+        log.warning("%s keeps the URLs with what stands before @ and after ?, which may be secrets", FILE)
     folders = [url for url in urls if not urlsplit(url).path.lower().endswith(".tar")]
     listed = functools.cache(_listed)
     if not folders:

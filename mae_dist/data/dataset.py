@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,12 +45,12 @@ class Shard:
     @property
     def index_name(self) -> str:
         """The name of its index beside dataset.json."""
-        return self.index or f"{Path(self.file_name).stem}.idx"
+        return self.index or f"{os.path.splitext(self.file_name)[0]}.idx"
 
     @property
     def file_name(self) -> str:
         """The name of the tar, without folder."""
-        return name_of(self.tar) if is_url(self.tar) else Path(self.tar).name
+        return name_of(self.tar) if is_url(self.tar) else os.path.basename(self.tar)
 
     @property
     def remote(self) -> Remote | None:

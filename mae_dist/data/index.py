@@ -234,7 +234,7 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
         status = None if shard is not None and shard.remote else _status(tar)
         if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
             raise ValueError(f"data.path={path}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
-        if not index.is_file():
+        if not os.path.isfile(index):
             raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
         if shard is not None and status is not None and status.st_size != shard.num_bytes:
             raise ValueError(

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -65,7 +65,7 @@ def shown(url: str) -> str:
 
 def name_of(url: str) -> str:
     """The name of the file of a URL, without folder and query."""
-    return PurePosixPath(unquote(urlsplit(url).path)).name
+    return unquote(urlsplit(url).path).rstrip("/").rpartition("/")[2]
 
 
 def beside(url: str, name: str) -> str:

@@ -65,7 +65,7 @@ def test_mixture_merges_classes_by_name_and_pools_statistics(parts: tuple[Path, 
     assert b.dataset.classes is not None
     names = [a.dataset.classes[a.label(i)] for i in range(40)] + [b.dataset.classes[b.label(i)] for i in range(60)]
     assert data.dataset.classes == a.dataset.classes
-    assert [data.dataset.classes[data.label(i)] for i in range(100)] == names
+    assert [a.dataset.classes[data.label(i)] for i in range(100)] == names
     assert data.dataset.mean is not None
     assert data.dataset.std is not None
     mean, std = np.array(a.dataset.mean), np.array(a.dataset.std)
