@@ -145,6 +145,15 @@ def test_cache_evicts_what_was_not_used_for_the_longest_time(web: Web, tmp_path:
     os.close(first)
 
 
+def test_cache_fetch_evicts_nothing_that_is_kept(web: Web, tmp_path: Path) -> None:
+    cache, files = Cache(tmp_path / "cache", 2 * SIZE), [file(web, number) for number in range(3)]
+    names = {remote.name for remote in files}
+    assert [cache.fetch(remote, names) for remote in files] == [True, True, False]
+    assert whole(cache) == [".room", "0.tar", "1.tar"]
+    assert cache.fetch(files[2], names - {files[0].name})
+    assert whole(cache) == [".room", "1.tar", "2.tar"]
+
+
 def test_cache_fetches_a_damaged_file_again(web: Web, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", 3 * SIZE)
     content(cache, file(web, 0))
@@ -186,7 +195,7 @@ def test_cache_smaller_than_what_several_processes_read_at_once_still_serves_the
 
 
 def test_cache_download_killed_by_sigkill_is_not_taken_for_whole(web: Web, tmp_path: Path) -> None:
-    hang, cache = Fault(cut=SIZE // 2, hang=True), Cache(tmp_path / "cache", 2 * SIZE)
+    hang, cache = Fault(cut=SIZE // 2, hang=True), Cache(tmp_path / "cache", SIZE)
     web.fault = lambda request: hang if request.name == "1.tar" and request.before == 0 else Fault()
     process = multiprocessing.get_context("fork").Process(target=cache.open, args=(file(web, 1),))
     process.start()
