@@ -62,6 +62,10 @@ class DataConfig:
     max_bad: float = setting(
         0.001, "fraction of the training samples above which unreadable ones end the run", at_least=0, at_most=1
     )
+    accept: tuple[Literal["unseen_classes", "overlap"], ...] = setting(
+        (), "what is wrong with the test split and accepted; unseen_classes: classes that training lacks, whose images "
+        "count as errors; overlap: tars of the training split",
+    )  # fmt: skip
     accept_change: bool = setting(False, "resume the run although its data have changed since it began")
     mean: tuple[float, ...] | None = setting(
         None, "channel means; none: those of init_from, else of dataset.json, else ImageNet's", at_least=0, at_most=1

@@ -159,7 +159,8 @@ def _merge(
     _report_twins(shards, split, others)
     num_classes = max(1 + max(int(value.max()) for value in values), len(classes or ()))
     data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
-    return _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
+    dataset = _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
+    return replace(dataset, label_counts=before.label_counts | {split: labels.counts(values)})
 
 
 def _with_split(
@@ -187,6 +188,7 @@ def _with_split(
         mean=before.mean if split != "train" else None,
         std=before.std if split != "train" else None,
         white=before.white,
+        label_counts={name: counts for name, counts in before.label_counts.items() if name != split},
     )
 
 

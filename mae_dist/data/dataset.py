@@ -64,7 +64,8 @@ class Dataset:
 
     ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
     when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1; ``white`` is
-    the stored value that is white, where pixels have more than 8 bits and packing was told so.
+    the stored value that is white, where pixels have more than 8 bits and packing was told so; ``label_counts`` is how
+    many samples of a split have each label, from 0 on.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Dataset:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     white: float | None = None
+    label_counts: dict[str, list[int]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`, atomically."""
@@ -170,6 +172,8 @@ def _parsed(plain: Any) -> Dataset:
     _check(len(dataset.mean or ()) == len(dataset.std or ()), "std", "as many numbers as mean")
     _check(dataset.num_classes is None or 0 < dataset.num_classes <= MOST_CLASSES, "num_classes", "a number of classes")
     _check(all(isinstance(name, str) for name in dataset.classes or ()), "classes", "a list of names")
+    counts = [count for numbers in dataset.label_counts.values() for count in numbers]
+    _check(all(type(count) is int and count >= 0 for count in counts), "label_counts", "numbers of samples by split")
     return dataset
 
 

@@ -153,7 +153,8 @@ class ShardIndex:
         numbers = {name: number for number, name in enumerate(classes)}
         if missing := [name for name in own if name not in numbers]:
             raise ValueError(
-                f"{self.dataset.name}: its class {missing[0]} is none of the {len(classes)} classes that are trained"
+                f"{self.dataset.name}: its class {missing[0]} is none of the {len(classes)} classes that are trained; "
+                f"data.accept=[unseen_classes] accepts it"
             )
         table = np.array([numbers[name] for name in own], dtype=np.int64)
         labels: list[np.ndarray | None] = [table if known is None else table[known] for known in self.parts.labels]
@@ -162,6 +163,10 @@ class ShardIndex:
             self.parts._replace(labels=labels),
         )
         return ShardIndex(self.tars, self.indexes, self.shards, dataset, self.left_out, self.cache, parts)
+
+    def described_by(self, dataset: Dataset) -> ShardIndex:
+        """This split with other facts of its data set."""
+        return ShardIndex(self.tars, self.indexes, self.shards, dataset, self.left_out, self.cache, self.parts)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row of its index) of a sample id."""

@@ -171,6 +171,12 @@ def numbered(
     return [np.array(tar, dtype=np.int64) for tar in values], sorted(mapping, key=mapping.__getitem__)
 
 
+def counts(labels: Sequence[Sequence[Any] | np.ndarray]) -> list[int]:
+    """How many samples have each label from 0 on, over several tars."""
+    every = np.concatenate([np.asarray(tar, dtype=np.int64) for tar in labels] or [np.zeros(0, dtype=np.int64)])
+    return np.bincount(every[every >= 0]).tolist()
+
+
 def file_of(index: Path) -> Path:
     """The file of labels beside an index."""
     return index.with_suffix(".labels.npy")

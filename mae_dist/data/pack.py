@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -223,16 +224,18 @@ def _write(
 ) -> Packed:  # fmt: skip
     splits: dict[str, list[index.Shard]] = {}
     tallies: dict[str, Tally] = {}
+    counts: dict[str, list[int]] = {}
     for split, total in source.counts.items():
         with ShardWriter(work, split, shard_size) as writer:
             _fill(writer, source, split, encoding, workers, tick, max_bad)
         splits[split] = [finished.shard for finished in writer.finished]
+        counts[split] = [sum(column) for column in zip_longest(*(f.label_counts for f in writer.finished), fillvalue=0)]
         tallies[split] = sum((finished.tally for finished in writer.finished), Tally())
         if bad := tallies[split].bad:
             log.warning("split %s: left out %s", split, _counted(bad, total))
         if len(kinds := tallies[split].kinds) > 1:
-            counts = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
-            log.warning("split %s: stores %s; programs that read one kind need --format", split, counts)
+            listed = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
+            log.warning("split %s: stores %s; programs that read one kind need --format", split, listed)
     every = sum(tallies.values(), Tally())
     _say_changes(every)
     train = tallies.get("train", Tally())
@@ -247,6 +250,7 @@ def _write(
         mean=source.mean if known else train.mean,
         std=_without_zeros(source.std if known else train.std),
         white=encoding.how.white if encoding.keeps_bytes else None,
+        label_counts=counts,
     )
     dataset.save(work / "data")
     _save_timm_info(dataset, work / "data")

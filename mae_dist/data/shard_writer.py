@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mae_dist.atomic import replacing
-from mae_dist.data import index, indexing
+from mae_dist.data import index, indexing, labels
 from mae_dist.data.tally import Tally
 
 SHARD_BYTES = 3e9
@@ -25,12 +25,13 @@ SHARD_BYTES = 3e9
 @dataclass(frozen=True)
 class Finished:
     """A complete tar, the number of the first picture behind it, and the sums over the pictures before that which are
-    not in earlier tars.
+    not in earlier tars. ``label_counts`` is how many of its samples have each label from 0 on.
     """
 
     shard: index.Shard
     end: int
     tally: Tally
+    label_counts: list[int]
 
 
 class ShardWriter:
@@ -77,7 +78,8 @@ class ShardWriter:
         if self._tar is None:
             return
         path = self._tar.close()
-        done = Finished(indexing.build(path, path.with_suffix(".idx")).shard, end, self._tally)
+        built = indexing.build(path, path.with_suffix(".idx"))
+        done = Finished(built.shard, end, self._tally, labels.counts([built.labels]))
         with replacing(_note(self.work, self.split, len(self.finished))) as note:
             note.write_text(json.dumps(asdict(done)))
         self.finished.append(done)
@@ -121,7 +123,8 @@ def _finished(work: Path, split: str) -> Iterator[Finished]:
     number = 0
     while (note := _note(work, split, number)).is_file():
         plain = json.loads(note.read_text())
-        done = Finished(index.Shard(**plain["shard"]), plain["end"], Tally.from_json(plain["tally"]))
+        shard, tally = index.Shard(**plain["shard"]), Tally.from_json(plain["tally"])
+        done = Finished(shard, plain["end"], tally, plain["label_counts"])
         tar = work / "data" / done.shard.tar
         if not tar.is_file() or tar.stat().st_size != done.shard.num_bytes:
             return

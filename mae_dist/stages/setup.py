@@ -16,7 +16,7 @@ import torch
 from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from mae_dist.data import loader, views
+from mae_dist.data import loader, split_checks, views
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import changes, check_channels
 from mae_dist.data.index import Dataset, ShardIndex, open_split
@@ -228,6 +228,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
         refuse_unlabelled(split, verb)
     if initial is not None:
         configuration.check_same_model(config, initial.config)
+    if test_split is not None:
+        train_split = check_splits(config, train_split, test_split, needs_labels)
     config = with_statistics(config, before or (initial.config if initial else None), train_split)
     with parallel.meta_init(config.machine):
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
@@ -362,7 +364,27 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
     if data.test_path is None and not known:
         raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
     test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
-    return test.numbered_as(train.dataset.classes) if required else test
+    if not required:
+        return test
+    names, own = train.dataset.classes, test.dataset.classes
+    if names is None or own is None:
+        if (names or own) and dist.is_main():
+            log.warning("only one of the training and the test split has class names: numbers are taken as they are")
+        return test
+    unseen = [name for name in own if name not in names] if split_checks.UNSEEN in data.accept else []
+    return test.numbered_as([*names, *unseen])
+
+
+def check_splits(config: RunConfig, train: ShardIndex, test: ShardIndex, needs_labels: bool) -> ShardIndex:
+    """Refuse a test split that shares tars with the training split, or has classes that it lacks (ValueError), unless
+    data.accept has the word for that; the training split, with all classes.
+    """
+    for word, problem in dist.run_on_rank0(lambda: split_checks.problems(train, test, needs_labels)).items():
+        if word not in config.data.accept:
+            raise ValueError(f"{problem}; data.accept=[{word}] accepts it")
+        if dist.is_main():
+            log.warning("%s, accepted", problem)
+    return split_checks.with_classes_of(train, test) if needs_labels else train
 
 
 def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
