@@ -16,12 +16,11 @@ import torch
 from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from mae_dist.data import loader, split_checks, views
+from mae_dist.data import loader, views
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import changes, check_channels
 from mae_dist.data.index import Dataset, ShardIndex, open_split
 from mae_dist.data.order import Order, mixed, num_micro, plan
-from mae_dist.data.places import evaluation_split, splits
 from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
@@ -29,6 +28,7 @@ from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
+from mae_dist.stages.splits import check_splits, find_test_split, refuse_unlabelled, with_test_split
 from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
@@ -282,17 +282,6 @@ def find_initial_weights(path: str) -> InitialWeights:
     return InitialWeights(run.settings()[2], newest)
 
 
-def with_test_split(config: C, earlier: RunConfig | None) -> C:
-    """The config with the name of the split to evaluate on: as given, else as in `earlier`, else what there is."""
-    data = config.data
-    given = earlier.data.test_split if earlier is not None and data.test_split == "auto" else data.test_split
-    path = data.test_path or data.path
-    split = evaluation_split(path, given)
-    if data.test_split == "auto" and split in splits(path) and dist.is_main():
-        log.info("evaluation on split %s (data.test_split)", split)
-    return dataclasses.replace(config, data=dataclasses.replace(data, test_split=split))
-
-
 def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:
     """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged); and
     with the data set's data.white, unless it is given. A standard deviation of 0 becomes 1, with a warning.
@@ -351,52 +340,6 @@ def check_cache(index: ShardIndex, window: int) -> None:
             "and again; raise it, or lower data.shuffle_window",
             given, needed / 1e9, window,
         )  # fmt: skip
-
-
-def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> ShardIndex | None:
-    """The test split, from data.test_path or beside the training split, with classes numbered as in training; None
-    where there is none and none is needed.
-    """
-    data = config.data
-    known = splits(data.path) if data.test_path is None else []
-    if data.test_path is None and not required and data.test_split not in known:
-        return None
-    if data.test_path is None and not known:
-        raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
-    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
-    if not required:
-        return test
-    names, own = train.dataset.classes, test.dataset.classes
-    if names is None or own is None:
-        if (names or own) and dist.is_main():
-            log.warning("only one of the training and the test split has class names: numbers are taken as they are")
-        return test
-    unseen = [name for name in own if name not in names] if split_checks.UNSEEN in data.accept else []
-    return test.numbered_as([*names, *unseen])
-
-
-def check_splits(config: RunConfig, train: ShardIndex, test: ShardIndex, needs_labels: bool) -> ShardIndex:
-    """Refuse a test split that shares tars with the training split, or has classes that it lacks (ValueError), unless
-    data.accept has the word for that; the training split, with all classes.
-    """
-    for word, problem in dist.run_on_rank0(lambda: split_checks.problems(train, test, needs_labels)).items():
-        if word not in config.data.accept:
-            raise ValueError(f"{problem}; data.accept=[{word}] accepts it")
-        if dist.is_main():
-            log.warning("%s, accepted", problem)
-    return split_checks.with_classes_of(train, test) if needs_labels else train
-
-
-def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
-    """Every sample must have a label, and those of several data sets must go together."""
-    assert index is not None
-    if index.parts.problem:
-        raise ValueError(f"data.path: {index.parts.problem}")
-    missing = len(index) - index.num_labelled
-    if missing:
-        raise ValueError(
-            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label (KEY.cls), which {verb} needs"
-        )
 
 
 def num_classes(*indexes: ShardIndex) -> int:

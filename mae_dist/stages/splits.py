@@ -1,0 +1,71 @@
+"""The splits that a run is trained and evaluated on: which there are, and whether they go together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from mae_dist import dist
+from mae_dist.data import split_checks
+from mae_dist.data.index import ShardIndex, open_split
+from mae_dist.data.places import evaluation_split, splits
+from mae_dist.schema import C, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def with_test_split(config: C, earlier: RunConfig | None) -> C:
+    """The config with the name of the split to evaluate on: as given, else as in `earlier`, else what there is."""
+    data = config.data
+    given = earlier.data.test_split if earlier is not None and data.test_split == "auto" else data.test_split
+    path = data.test_path or data.path
+    split = evaluation_split(path, given)
+    if data.test_split == "auto" and split in splits(path) and dist.is_main():
+        log.info("evaluation on split %s (data.test_split)", split)
+    return dataclasses.replace(config, data=dataclasses.replace(data, test_split=split))
+
+
+def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> ShardIndex | None:
+    """The test split, from data.test_path or beside the training split, with classes numbered as in training; None
+    where there is none and none is needed.
+    """
+    data = config.data
+    known = splits(data.path) if data.test_path is None else []
+    if data.test_path is None and not required and data.test_split not in known:
+        return None
+    if data.test_path is None and not known:
+        raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
+    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
+    if not required:
+        return test
+    names, own = train.dataset.classes, test.dataset.classes
+    if names is None or own is None:
+        if (names or own) and dist.is_main():
+            log.warning("only one of the training and the test split has class names: numbers are taken as they are")
+        return test
+    unseen = [name for name in own if name not in names] if split_checks.UNSEEN in data.accept else []
+    return test.numbered_as([*names, *unseen])
+
+
+def check_splits(config: RunConfig, train: ShardIndex, test: ShardIndex, needs_labels: bool) -> ShardIndex:
+    """Refuse a test split that shares tars with the training split, or has classes that it lacks (ValueError), unless
+    data.accept has the word for that; the training split, with all classes.
+    """
+    for word, problem in dist.run_on_rank0(lambda: split_checks.problems(train, test, needs_labels)).items():
+        if word not in config.data.accept:
+            raise ValueError(f"{problem}; data.accept=[{word}] accepts it")
+        if dist.is_main():
+            log.warning("%s, accepted", problem)
+    return split_checks.with_classes_of(train, test) if needs_labels else train
+
+
+def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
+    """Every sample must have a label, and those of several data sets must go together."""
+    assert index is not None
+    if index.parts.problem:
+        raise ValueError(f"data.path: {index.parts.problem}")
+    missing = len(index) - index.num_labelled
+    if missing:
+        raise ValueError(
+            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label (KEY.cls), which {verb} needs"
+        )
