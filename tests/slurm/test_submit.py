@@ -40,7 +40,7 @@ def test_failed_job_names_its_reason_and_is_not_requeued(launch: Launch, tmp_pat
     assert "failed: " in output.splitlines()[0]
     assert "exit status 2" in output
     for text in (output.splitlines()[0], mae_dist("runs", launched.run)):
-        assert "samples could not be read, more than data.max_bad" in text
+        assert "samples could not be read: more than data.max_bad" in text
     assert launched.num_starts() == 1
 
 
