@@ -295,8 +295,9 @@ def check_same_model(config: RunConfig, origin: RunConfig) -> None:
         )
     if model.image_size != other.image_size and "num_heads" not in model_sizes.size_of(model.name):
         raise ValueError(
-            f"model.image_size={model.image_size}: the run init_from={config.origin} has {other.image_size}, and "
-            f"{model.name} is bound to its grid; set model.image_size={other.image_size}"
+            f"{hints.given('model.image_size', model.image_size)}: the run init_from={config.origin} has "
+            f"{hints.shown(other.image_size)}, and {model.name} is bound to its grid; set "
+            f"{hints.given('model.image_size', other.image_size)}"
         )
 
 
@@ -380,7 +381,9 @@ def _explain(error: Exception, layer: Any, schema: type[Any], origin: str) -> st
     for name, value in hints.leaves(OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer):
         text = ""
         if name in known:
-            text = hints.wrong_value(name, value, choices_of(known[name].kind))
+            text = hints.wrong_value(name, value, choices_of(known[name].kind)) or image_settings.wrong_size(
+                name, value
+            )
         elif value != {} and not any(name.startswith(f"{setting}.") for setting in known):  # no key below a setting
             text = hints.wrong_name(name, value, meanings, verbs)
         if text:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mae_dist import hints
 from mae_dist.schema import RunConfig
 
@@ -24,3 +26,11 @@ def check(config: RunConfig) -> None:
             f"view.color_jitter={view.color_jitter:g}: is not applied beside view.randaugment={policy}, whose "
             f"operations change colours too; leave one of them out, or take a 3a policy (rand-m9-t3a)"
         )
+
+
+def wrong_size(name: str, value: Any) -> str:
+    """What is wrong with a value of model.image_size that is neither a number nor two; empty if nothing is."""
+    sides = hints.parts(value)
+    if name != "model.image_size" or (len(sides) == 1 + isinstance(value, list) and {*map(type, sides)} == {int}):
+        return ""
+    return f"{hints.given(name, value)}: must be the side of a square, or [height, width], for example [96, 160]"

@@ -127,6 +127,11 @@ class ModelConfig:
         None, "last blocks to train, beside the last norm and the head (0.5: only a block's MLP); none: all", FINETUNE
     )
 
+    def __post_init__(self) -> None:
+        """A square given as [N, N] is N, so that both are one size wherever sizes are compared."""
+        if isinstance(self.image_size, tuple) and len({*self.image_size}) == 1:
+            object.__setattr__(self, "image_size", self.image_size[0])
+
 
 @dataclass(frozen=True)
 class MaeConfig:

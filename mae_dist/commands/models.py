@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -94,8 +95,11 @@ def row(name: str, settings: MaeConfig, size: dict[str, Any]) -> list[str]:
 
 def _size(text: str) -> int | tuple[int, int]:
     """96x160 as (96, 160), 224 as a number."""
-    height, _, width = text.partition("x")
-    return (int(height), int(width)) if width else int(height)
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of pixels, or HEIGHTxWIDTH like 96x160")
+    height, width = map(int, (sides * 2)[:2])
+    return height if height == width else (height, width)
 
 
 def finetuning(name: str, **overrides: Any) -> Cost:

@@ -201,7 +201,7 @@ def load(path: Path, key: str) -> Pixels:
         raise Unusable("there is no such file yet") from None
     except (OSError, SafetensorError) as error:
         raise Unusable(f"damaged ({error})") from error
-    raise Unusable("its tars have changed")
+    raise Unusable("its tars have changed, or settings of data that decide their pixels")
 
 
 def write(path: Path, key: str, pixels: Pixels) -> None:

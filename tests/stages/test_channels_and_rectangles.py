@@ -17,6 +17,7 @@ from mae_dist.__main__ import main
 from mae_dist.data.index import Dataset
 from mae_dist.models.backbone import fit_channels
 from mae_dist.run.directory import RunDir
+from mae_dist.schema import ModelConfig
 
 TINY = [
     "model.name=vit_demo4", "train.global_batch=4", "train.steps=1", "train.precision=fp32", "machine.processes=1",
@@ -104,7 +105,8 @@ def test_export_to_npz_refuses_five_channels(
     [
         ("data.channels=3", "set data.channels=5"), ("data.mean=[0.5,0.5,0.5]", "data.channels=5 numbers"),
         ("view.color_jitter=0.4", "is for 3 channels"), ("view.randaugment=rand-m9", "is for 3 channels"),
-        ("model.image_size=[96,150]", "not divisible"),
+        ("model.image_size=[96,150]", "not divisible"), ("model.image_size=96x160", "for example [96, 160]"),
+        ("model.image_size=[96]", "for example [96, 160]"), ("model.image_size=[96,0]", "must be at least 1"),
     ],
 )  # fmt: skip
 def test_settings_of_other_channels_or_sizes_are_refused(
@@ -141,3 +143,7 @@ def test_fit_channels_follows_timm(channels: int) -> None:
     expected = timm.models.adapt_input_conv(channels, weight)
     assert torch.allclose(fit_channels(weight, channels), expected)
     assert torch.allclose(fit_channels(weight, channels).sum(1), weight.sum(1)) == (channels in (1, 3))
+
+
+def test_square_as_a_pair_is_the_square() -> None:
+    assert ModelConfig(image_size=(32, 32)) == ModelConfig(image_size=32)
