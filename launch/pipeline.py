@@ -117,6 +117,8 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
         raise ValueError(f"pipeline {file}: must have `out: FOLDER` and `stages:` with a name and a `run:` each")
     if not isinstance(plain["out"], str) or not plain["out"]:
         raise ValueError(f"pipeline {file}: out: {plain['out']}: must be the path of a folder")
+    if not plain["out"].isprintable():
+        raise ValueError(f"pipeline {file}: out: {plain['out']!r}: has a line end or another control character")
     out, stages = Path(plain["out"]).absolute(), {}
     for name, given in ((str(key), value) for key, value in plain["stages"].items()):
         try:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from typing import IO, Any
 def replacing(target: Path) -> Iterator[Path]:
     """Give a hidden path beside `target` to write to; rename it to `target` at the end, remove it after an error.
 
-    Its suffix is that of `target`, by which some writers choose a format. A process that is killed may leave the hidden
-    path, which `leftovers` finds, never a part of `target`.
+    Its suffix is that of `target`, by which some writers choose a format; the rest of its name cannot be foreseen, so
+    nobody can have put a link there. A process that is killed may leave it, which `leftovers` finds, never a part of
+    `target`.
     """
-    work = target.with_name(f".{os.getpid()}-{target.name}")
+    work = target.with_name(f".{secrets.token_hex(8)}-{target.name}")
     try:
         yield work
         os.replace(work, target)

@@ -182,6 +182,8 @@ def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
     if isinstance(config.machine.micro_batch, str) and config.machine.micro_batch != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
+    if not config.out.isprintable():
+        raise ValueError(f"out={config.out!r}: has a line end or another control character; choose a plain name")
     check_ranges(config)
     values = {name: item.value for name, item in settings(config).items() if item.value is not None}
     read_here = settings_of(next(verb for verb, schema in SCHEMAS.items() if schema is type(config)))

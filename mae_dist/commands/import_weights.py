@@ -46,12 +46,14 @@ def main(argv: list[str]) -> int:
         help="model.image_size of images that are not square",
     )
     parser.add_argument("--decoder-heads", type=int, help="attention heads of the decoder")
+    parser.add_argument("--key", help="where in a file with several models: teacher, or a prefix of names")
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
     files.refuse_existing(arguments.out, "--out")
     lists = (tuple(values) if values else None for values in (arguments.mean, arguments.std, arguments.image_size))
     mean, std, size = lists
-    reading = read(arguments.file, Overrides(arguments.norm_pix, mean, std, arguments.decoder_heads, size))
+    overrides = Overrides(arguments.norm_pix, mean, std, arguments.decoder_heads, size)
+    reading = read(arguments.file, overrides, arguments.key)
     make_run(reading, arguments.file, arguments.out)
     config = reading.model.config
     print(f"{arguments.out}: a {reading.model.verb} run from {arguments.file} ({reading.format})")
@@ -76,9 +78,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             checked(name, value, f"--{name.replace('_', '-')}")
 
 
-def read(path: Path, overrides: Overrides) -> Reading:
+def read(path: Path, overrides: Overrides, key: str | None = None) -> Reading:
     """Read a checkpoint file or folder. ValueError, one sentence, unless it has every tensor of a model of mae_dist."""
-    reading = weights.read(path, overrides)
+    reading = weights.read(path, overrides, key)
     build(reading.model, str(path))
     return reading
 
@@ -133,9 +135,11 @@ def make_run(reading: Reading, source: Path, out: Path) -> None:
     """Write the run's folder atomically: settings, one checkpoint, and in result.json the source file with its hash."""
     model, device = reading.model, dist.setup()
     config = dataclasses.replace(model.config, out=str(out))
-    with weights.locate(source)[0].open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    origin = {"from": str(source), "format": reading.format, "sha256": digest} | reading.notes.by_title()
+    digest = hashlib.sha256()
+    for part in weights.locate(source)[0]:
+        with part.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    origin = {"from": str(source), "format": reading.format, "sha256": digest.hexdigest()} | reading.notes.by_title()
     with files.atomic_output(out, "--out") as temporary:
         run = RunDir(temporary)
         run.open(model.verb, config, model.data_fingerprint, model.step)

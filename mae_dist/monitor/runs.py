@@ -6,7 +6,9 @@ Reads only the end of each metrics.jsonl and calls SLURM once for all jobs, so a
 
 from __future__ import annotations
 
+import html
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -34,6 +36,8 @@ LINE_BYTES = 250
 """Length of a line of metrics.jsonl, or more."""
 UNREADABLE = "unreadable"
 """Shown as the verb of a run whose config.yaml is damaged or of an older layout."""
+MARKUP = re.compile(r"[\\`*\[\]|!]")
+"""Characters that mean something in markdown wherever they stand, beside those of HTML."""
 NUMBERS = ("top1", "top5", "test_loss", "loss")
 """Final numbers for --results, the most important first."""
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "requeued": "magenta"}
@@ -185,7 +189,7 @@ def write_results(tops: list[Path], file: Path) -> int:
         raise ValueError(f"none of the {len(rows)} runs is finished; see mae-dist runs" if rows else no_runs(tops))
     text = markdown({name_of(row.path, tops): row for row in finished})
     others = [
-        f"{name_of(row.path, tops)} ({UNREADABLE if row.verb == UNREADABLE else row.status})"
+        plain(f"{name_of(row.path, tops)} ({UNREADABLE if row.verb == UNREADABLE else row.status})")
         for row in rows
         if row not in finished
     ]
@@ -221,8 +225,14 @@ def _markdown(verb: str, rows: dict[str, Row]) -> str:
     for name in ranked:
         values = [_text(settings[name].get(key)) for key in varied]
         lines.append([name, *values, *(_text(rows[name].result.get(key)) for key in shown)])
-    cells: Iterable[str] = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    cells: Iterable[str] = (" | ".join(line) for line in [*lines[:2], *([*map(plain, line)] for line in lines[2:])])
     return f"## {verb}\n\n" + "".join(f"| {line} |\n" for line in cells)
+
+
+def plain(text: str) -> str:
+    """Text as markdown shows it: in one line, with nothing that could be a link, a tag or the end of a cell."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return MARKUP.sub(r"\\\g<0>", html.escape(text, quote=False))
 
 
 def _rank(result: dict[str, Any]) -> tuple[float, float]:

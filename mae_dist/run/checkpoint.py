@@ -78,13 +78,17 @@ def save(path: Path, step: int, state: dict[str, Tensor], group: Any = None) -> 
 
 
 def verify(path: Path) -> str | None:
-    """What is damaged in a checkpoint, or None where the size and sha256 of every file are as in its manifest."""
+    """What is damaged in a checkpoint, or None where its files are those of its manifest, by name, size and sha256."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST}: {error}"
     if not files or not isinstance(files, dict):
         return f"{MANIFEST}: names no files"
+    own = {MANIFEST, *files}
+    for file in sorted(path.iterdir()):  # all safetensors files of a folder are read, so none may come from elsewhere
+        if file.name not in own and (file.suffix == ".safetensors" or not file.name.startswith(".")):
+            return f"{file.name} is not in {MANIFEST}: this save did not write it"
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -31,7 +31,7 @@ def acquire(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if run.absolute() in _locks:
             return
-        lock = (run / LOCK).open("a+")
+        lock = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
         raise from_os_error(error, f"out={run}: cannot be written ({error.strerror}); choose another folder") from error
     deadline, warned = time.monotonic() + WAIT_FOR_LOCK, False
@@ -44,7 +44,8 @@ def acquire(run: Path) -> None:
             log.warning("%s: %s is writing to this run; waiting %g s for it to exit", run, holder, WAIT_FOR_LOCK)
             warned = True
         time.sleep(0.2)
-    lock.truncate(0)
+    lock.seek(0)
+    lock.truncate()
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
     _locks[run.absolute()] = lock

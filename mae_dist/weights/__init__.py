@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mae_dist.weights import fb, files, hf, native, npz, timm
+from mae_dist.weights import fb, files, hf, native, npz, state_dicts, timm
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
 
@@ -29,48 +29,74 @@ FORMATS: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, 
 __all__ = ["FORMATS", "Decoded", "Model", "Overrides", "Reading", "read"]
 
 
-def read(path: Path, overrides: Overrides) -> Reading:
-    """Read the model in a checkpoint file or folder of any format; ``overrides`` replace what the file records.
+def read(path: Path, overrides: Overrides, key: str | None = None) -> Reading:
+    """Read the model in a checkpoint file or folder of any format; ``overrides`` replace what the file records, and
+    ``key`` chooses between several models in one file.
 
     Raises ValueError with one sentence if `path` is no checkpoint, would execute code, has an architecture that is not
     in `models.BACKBONES`, or records a value that is invalid.
     """
-    file, config = locate(path)
-    origin, kind = str(path), files.detect(file)
+    parts, config = locate(path)
+    origin, kind = str(path), files.detect(parts[0])
     if kind == "npz":
-        return identify(npz.decode(files.read_npz(file), origin), overrides)
+        return identify(npz.decode(files.read_npz(parts[0]), origin), overrides)
     if kind == "pth":
-        tensors, extras = timm.unwrap(files.read_pth(file), origin)
+        found = state_dicts.choose(files.read_pth(parts[0]), key, origin)
+        for part in parts[1:]:
+            found.tensors.update(state_dicts.choose(files.read_pth(part), None, str(part)).tensors)
     else:
-        tensors, extras = files.read_safetensors(file)
+        tensors, extras = files.read_safetensors(parts[0])
         if native.MARK in extras:
             return native.decode(tensors, extras, origin, overrides)
+        for part in parts[1:]:
+            tensors |= files.read_safetensors(part)[0]
+        found = state_dicts.StateDict(tensors, extras, [], [])
+    found = state_dicts.without_prefix(found, key, origin)
+    codec = _codec(found, config, path)
+    if codec is hf:
+        processor = files.read_json(parts[0].with_name(hf.PROCESSOR))
+        reading = identify(hf.decode(found.tensors, config, processor, origin), overrides)
+    else:
+        reading = identify(codec.decode(found.tensors, found.extras | config, origin), overrides)
+    reading.notes.found.extend(found.found)
+    reading.notes.left_out.extend(found.left_out)
+    return reading
+
+
+def _codec(found: state_dicts.StateDict, config: dict[str, Any], path: Path) -> ModuleType:
+    """The format of a state dict: transformers' by its names or the config.json beside it, else the official code's or
+    timm's. Raises ValueError for transformers' weights without a model type that is known.
+    """
     model_type = config.get("model_type")
     if str(model_type) in hf.STATISTICS:
-        processor = files.read_json(file.with_name(hf.PROCESSOR))
-        return identify(hf.decode(tensors, config, processor, origin), overrides)
-    if hf.recognises(tensors) and config:
+        return hf
+    if hf.recognises(found.tensors) and config:
         problem = f"model_type={brief(model_type)}: must be vit_mae or vit; try another model"
         raise ValueError(f"{path}: config.json: {problem}")
-    if hf.recognises(tensors):
+    if hf.recognises(found.tensors):
         raise ValueError(
             f"{path}: weights of transformers without their config.json; give the folder that holds both, config.json "
             f"and {' or '.join(files.WEIGHT_FILES)}"
         )
-    codec = fb if fb.recognises(tensors, extras) else timm
-    return identify(codec.decode(tensors, extras | config, origin), overrides)
+    return fb if fb.recognises(found.tensors, found.extras) else timm
 
 
-def locate(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file with the tensors of a file or folder, and the content of the config.json beside it (or {})."""
+def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The file with the tensors of a file or folder, or the files of a sharded one, and the content of the config.json
+    beside it (or {}).
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
-        has_config = path.name in files.WEIGHT_FILES
-        return path, files.read_json(path.with_name("config.json")) if has_config else {}
+        name = path.name.removesuffix(files.INDEX)
+        if name != path.name:
+            return files.shards(path), files.read_json(path.with_name("config.json"))
+        return [path], files.read_json(path.with_name("config.json")) if name in files.WEIGHT_FILES else {}
     for name in files.WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name, files.read_json(path / "config.json")
+        index = path / (name + files.INDEX)
+        if (path / name).is_file() or index.is_file():
+            parts = [path / name] if (path / name).is_file() else files.shards(index)
+            return parts, files.read_json(path / "config.json")
     if (path / "config.yaml").is_file():
         raise ValueError(f"{path}: is already a run of mae-dist; init_from={path} starts from it")
     raise ValueError(f"{path}: a folder without {' or '.join(files.WEIGHT_FILES)}; give a checkpoint file")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import pathlib
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,15 @@ from mae_dist.weights.checks import brief
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the file with the tensors in a checkpoint that is a folder."""
+
+INDEX = ".index.json"
+"""End of the name of the file that lists the parts of a sharded checkpoint, as transformers writes it."""
+INERT = (
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, datetime.datetime, datetime.timedelta, Counter,
+    defaultdict, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
+    *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"),
+)  # fmt: skip
+"""Types that lie beside weights and execute nothing when they are read."""
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
 """Suffixes of checkpoints that are a single file."""
@@ -44,7 +56,7 @@ def detect(path: Path) -> str:
 def read_pth(path: Path) -> Any:
     """Read what torch.save wrote, if it is tensors and plain values. ValueError if reading it would execute code."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([*INERT]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:  # raised by weights_only alone
         try:
@@ -73,6 +85,18 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     ):
         arrays = {name: archive[name] for name in archive.files}
         return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+
+
+def shards(index: Path) -> list[Path]:
+    """The files of a sharded checkpoint, from its index. ValueError where one is missing or outside its folder."""
+    names = parse_json(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: has no weight_map, so it lists no parts of a checkpoint")
+    parts = [*dict.fromkeys(str(name) for name in names.values())]
+    for name in parts:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index}: lists {brief(name)}, and there is no such file beside it")
+    return [index.parent / name for name in parts]
 
 
 @contextmanager

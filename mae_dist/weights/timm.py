@@ -28,28 +28,6 @@ MIXERS = ("s16", "s32", "b16", "b32", "l16", "l32")
 SUFFIXES = (".pth", ".safetensors")
 
 
-def unwrap(content: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split what torch.save wrote into (state dict, everything beside it).
-
-    The state dict is bare or under a key, averaged weights first, as timm chooses. The key is kept as "key". Raises
-    ValueError if there are no tensors, or tensors that are not plain.
-    """
-    extras: dict[str, Any] = {}
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            extras = {name: value for name, value in content.items() if name != key} | {"key": key}
-            content = content[key]
-            break
-    state = content if isinstance(content, dict) else {}
-    tensors = {str(name).removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
-    if not tensors:
-        raise ValueError(f"{origin}: has no state dict, neither bare nor under the key model or state_dict")
-    for name, t in tensors.items():
-        if t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_complex():
-            raise ValueError(f"{origin}: {name} is sparse, quantised, complex or empty; use a file of plain floats")
-    return tensors, extras
-
-
 def decode_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert a state dict of timm or of the official MAE code to mae_dist's names."""
     outside = ("decoder_", "mask_token", "head.")

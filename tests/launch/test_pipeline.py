@@ -125,7 +125,7 @@ def test_malformed_pipeline_file_is_refused(text: str, message: str, tmp_path: P
         ("  a: {run: report x, nods: 2}", "stage a: nods: there is no such key; did you mean nodes"),
         ("  a: {run: report x, sweep: seed=1}", "stage a: sweep: report has no settings to sweep"),
         ("  a: {run: pretrain}", "stage a: pretrain needs data.path=..., model.name=..."),
-        ("  a: {run: pretrain data.path=nowhere model.name=vit_demo4}", "stage a: data.path=nowhere: no such folder"),
+        ("  a: {run: pretrain data.path=nowhere model.name=vit_demo4}", "stage a: data.path=nowhere: nowhere: no such folder or file"),
     ],
 )
 def test_invalid_pipeline_stage_is_refused(text: str, message: str, tmp_path: Path) -> None:

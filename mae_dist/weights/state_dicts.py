@@ -1,0 +1,104 @@
+"""Which tensors of a checkpoint are its model's: the state dict among other things, and its names without a prefix.
+
+Trainers keep a model's tensors under a key of their own (``state_dict``, ``module``, ``teacher``) and put a prefix
+before all names (``module.`` of DDP, ``_orig_mod.`` of torch.compile, ``backbone.``, ``encoder.``). A file with several
+models is never guessed about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+AVERAGED = ("state_dict_ema", "model_ema")
+"""Keys of averaged weights, which are taken before the others, as timm does."""
+USUAL = (*AVERAGED, "state_dict", "model")
+"""Keys under which a model is taken whatever else is in the file."""
+DEPTH = 3
+"""Keys within keys in which models are looked for."""
+STEM = re.compile(
+    r"(.*?)(?:patch_embed\.proj\.weight|stem\.proj\.weight|(?:vit\.)?embeddings\.patch_embeddings\.projection\.weight)"
+)
+"""Name of the first layer of each model that mae_dist reads, after a prefix."""
+LISTED = 3
+
+
+class StateDict(NamedTuple):
+    """A model's tensors by name, what lies beside them in the file (with "key", the key of the tensors), and sentences
+    on what was found and left out on the way.
+    """
+
+    tensors: dict[str, Tensor]
+    extras: dict[str, Any]
+    found: list[str]
+    left_out: list[str]
+
+
+def choose(content: Any, key: str | None, origin: str) -> StateDict:
+    """The state dict in what torch.save wrote: the one at `key` (with dots: within others), else the bare one, else the
+    one of a usual key, else the only one. A `key` that is none of them is left to `without_prefix`. Raises ValueError
+    where there is none, or several to choose from.
+    """
+    there = dict(state_dicts(content))
+    usual = next((name for name in ("", *USUAL) if name in there), None)
+    if key not in there:  # not given, or a prefix of names
+        if usual is None and len(there) > 1:
+            raise ValueError(f"{origin}: has several state dicts, {_listed(list(there))}; choose one with --key")
+        key = usual if usual is not None else next(iter(there), None)
+    if key is None:
+        raise ValueError(f"{origin}: has no state dict: tensors by name, alone or under a key such as model")
+    tensors = {str(name): value for name, value in there[key].items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise ValueError(f"{origin}: {name} is sparse, quantised, complex or empty; use a file of plain floats")
+    extras = {name: value for name, value in content.items() if name != key} | ({"key": key} if key else {})
+    others = [name for name in there if name != key and key in USUAL]
+    left_out = [f"other state dicts of the file: {_listed(others)} (--key takes one)"] if others else []
+    return StateDict(tensors, extras, [f"its weights under the key {key}"] if key else [], left_out)
+
+
+def state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
+    """The dictionaries in `content` that hold tensors and the first layer of a model, by key; "" for itself."""
+    if not isinstance(content, dict):
+        return
+    if any(isinstance(value, Tensor) for value in content.values()):
+        yield key, content
+        return
+    for name, value in content.items():
+        if depth < DEPTH and isinstance(name, str) and not name.startswith("optim"):
+            yield from state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
+
+
+def without_prefix(found: StateDict, key: str | None, origin: str) -> StateDict:
+    """The tensors of one model without the prefix that its names share. Tensors beside it, a projection head or another
+    network, are left out and named. Raises ValueError where several models lie beside each other.
+    """
+    stems = {match[1] for name in found.tensors if (match := STEM.fullmatch(name))}
+    if key is not None and found.extras.get("key") != key:
+        others, stems = stems, {stem for stem in stems if stem.rstrip(".") == key}
+        if not stems:
+            names = [stem.rstrip(".") for stem in sorted(others) if stem]
+            there = f"; it has the prefixes {_listed(names)}" if names else ""
+            raise ValueError(f"--key {key}: {origin} has no model under this key or prefix{there}")
+    if len(stems) > 1:
+        names = [stem.rstrip(".") or "(no prefix)" for stem in sorted(stems)]
+        raise ValueError(f"{origin}: has several models, with the prefixes {_listed(names)}; choose one with --key")
+    prefix = next(iter(stems), "")
+    if not prefix:
+        return found
+    kept = {name.removeprefix(prefix): value for name, value in found.tensors.items() if name.startswith(prefix)}
+    others = [name for name in found.tensors if not name.startswith(prefix)]
+    left_out = [f"tensors beside {prefix}*: {_listed(others)}"] if others else []
+    sentence = (
+        f"all names without their prefix {prefix}" if not others else f"the tensors {prefix}*, without this prefix"
+    )
+    return found._replace(tensors=kept, found=[*found.found, sentence], left_out=[*found.left_out, *left_out])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED + 1 else ""
+    return ", ".join(names[: LISTED if more else None]) + more
