@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist import model_sizes
+from mae_dist.data import split_checks
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.run import jobs, layout, slurm_cli
 from mae_dist.schema import FinetuneConfig, PretrainConfig, RunConfig
@@ -36,8 +37,11 @@ def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
 def splits_used(verb: str, config: RunConfig) -> list[ShardIndex]:
     """The splits on which the result of a run depends."""
     data = config.data
-    train = open_split(data.path, data.split)
-    return [train] if verb == "pretrain" else [train, open_split(data.test_path or data.path, data.test_split)]
+    train = open_split(data.path, data.split, merging=data.merge_labels)
+    if verb == "pretrain":
+        return [train]
+    test = open_split(data.test_path or data.path, data.test_split, merging=data.merge_labels)
+    return [train, split_checks.numbered_like(train, test, data.accept)]
 
 
 def check_ranks(config: RunConfig, cluster: Cluster) -> None:

@@ -260,12 +260,13 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
 
 def _left_out(indexes: list[Path], shards: list[Shard]) -> dict[int, set[str]]:
     """Shard -> images of samples that quarantine.txt beside its index names. Raises ValueError for unknown ones."""
-    numbers = {index: number for number, index in enumerate(indexes)}
+    folders = dict.fromkeys(os.path.dirname(index) for index in indexes)
+    lines = [(Path(folder) / line.idx, line.image) for folder in folders for line in quarantine.read(Path(folder))]
+    numbers = {index: number for number, index in enumerate(indexes)} if lines else {}  # hashing many paths takes long
     found: dict[int, set[str]] = {}
-    for folder in dict.fromkeys(index.parent for index in indexes):
-        for line in quarantine.read(folder):
-            if (number := numbers.get(folder / line.idx)) is not None:  # that of another split is not there
-                found.setdefault(number, set()).add(line.image)
+    for index, image in lines:
+        if (number := numbers.get(index)) is not None:  # that of another split is not there
+            found.setdefault(number, set()).add(image)
     for number, images in found.items():
         if unknown := images.difference(_read_table(indexes[number], shards[number]).names):
             file = indexes[number].with_name(quarantine.FILE)

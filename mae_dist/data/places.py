@@ -42,7 +42,7 @@ def of_split(path: str, split: str) -> list[list[Place]]:
     try:
         parts = [paths.names(part) for part in paths.parts(path)]
     except ValueError as error:
-        raise ValueError(f"data.path={path}: {error}") from error
+        raise ValueError(f"data.path={path}: {str(error).removeprefix(f'{path}: ')}") from error
     listed_in = functools.cache(_listed_in)
     return [[*_of_split(names, split, listed_in)] for names in parts]
 

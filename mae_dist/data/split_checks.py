@@ -65,6 +65,15 @@ def present_labels(index: ShardIndex) -> set[int] | None:
     return found - {-1}
 
 
+def numbered_like(train: ShardIndex, test: ShardIndex, accept: tuple[str, ...]) -> ShardIndex:
+    """The test split with its classes numbered as in training, by name; as it is where one of them has no names."""
+    names, own = train.dataset.classes, test.dataset.classes
+    if names is None or own is None:
+        return test
+    unseen = [name for name in own if name not in names] if UNSEEN in accept else []
+    return test.numbered_as([*names, *unseen])
+
+
 def with_classes_of(train: ShardIndex, test: ShardIndex) -> ShardIndex:
     """`train` with as many classes as the test split has, so that a head has outputs for all of them."""
     numbers = [index.dataset.num_classes or 0 for index in (train, test)]

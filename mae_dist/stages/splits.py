@@ -38,13 +38,9 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
     test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
     if not required:
         return test
-    names, own = train.dataset.classes, test.dataset.classes
-    if names is None or own is None:
-        if (names or own) and dist.is_main():
-            log.warning("only one of the training and the test split has class names: numbers are taken as they are")
-        return test
-    unseen = [name for name in own if name not in names] if split_checks.UNSEEN in data.accept else []
-    return test.numbered_as([*names, *unseen])
+    if (train.dataset.classes is None) != (test.dataset.classes is None) and dist.is_main():
+        log.warning("only one of the training and the test split has class names: numbers are taken as they are")
+    return split_checks.numbered_like(train, test, data.accept)
 
 
 def check_splits(config: RunConfig, train: ShardIndex, test: ShardIndex, needs_labels: bool) -> ShardIndex:

@@ -127,7 +127,7 @@ def test_malformed_pipeline_file_is_refused(text: str, message: str, tmp_path: P
         ("  a: {run: pretrain}", "stage a: pretrain needs data.path=..., model.name=..."),
         (
             "  a: {run: pretrain data.path=nowhere model.name=vit_demo4}",
-            "stage a: data.path=nowhere: nowhere: no such folder or file",
+            "stage a: data.path=nowhere: no such folder or file",
         ),
     ],
 )
