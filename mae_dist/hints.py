@@ -21,7 +21,7 @@ SECTIONS = {
 NAMES = {
     "out": "output_dir out_dir outdir output log_dir logdir save_dir default_root_dir dump_folder experiment exp_name "
            "run_name logging_dir dirpath work_dir run_dir",
-    "init_from": "from start finetune pretrained initial_checkpoint checkpoint_path ckpt_path ckpt load_from weights "
+    "init_from": "from start finetune pretrained initial_checkpoint checkpoint_path ckpt_path ckpt load_from "
                  "model_name_or_path pretrained_checkpoint init_checkpoint initial_load_path checkpoint",
     "data.path": "data data_path data_dir dataset dataset_path dataset_name train_dir train_path root data_root",
     "data.split": "train_split",

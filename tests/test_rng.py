@@ -91,5 +91,5 @@ def test_rng_golden_numbers() -> None:
     assert {p.name: p.value for p in Purpose} == {
         "SHARDS": 1, "SAMPLES": 2, "CROP": 3, "FLIP": 4, "MASK": 5, "DROP_PATH": 6, "SYNTHETIC": 7, "BLOCKS": 8,
         "AUGMENT": 9, "ERASE": 10, "MIX": 11, "HELD_OUT": 12, "BOOTSTRAP": 13, "ERASE_PIXELS": 14,
-        "COLOR_JITTER": 15,
+        "COLOR_JITTER": 15, "PARTS": 16,
     }  # fmt: skip

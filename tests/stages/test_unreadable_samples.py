@@ -19,7 +19,7 @@ STEPS = 14
 
 def words(data: Path, out: Path) -> list[str]:
     return ["pretrain", f"data.path={data}", f"out={out}", "data.max_bad=0.01", "view.crop=resized", *SETTINGS, *MAE,
-            f"train.steps={STEPS}", "machine.workers=0", "data.test_split=train"]  # fmt: skip
+            f"train.steps={STEPS}", "machine.workers=0", "data.test_split=train", "data.accept=[overlap]"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -59,7 +59,14 @@ def test_knn_and_probe_leave_unreadable_test_images_out_of_all_counts(tars: Tars
     folder = tars([6, 6], size=None, broken=broken).tars[0].parent
     for verb, more in (("knn", ["knn.k=1"]), ("probe", ["train.steps=1"]), ("probe", ["heads.ridge=true"])):
         out = tmp_path / f"{verb}{len(more[0])}"
-        settings = ["init_from=random", f"data.path={folder}", "data.test_split=train", "data.max_bad=1", f"out={out}"]
+        settings = [
+            "init_from=random",
+            f"data.path={folder}",
+            "data.test_split=train",
+            "data.accept=[overlap]",
+            "data.max_bad=1",
+            f"out={out}",
+        ]
         assert main([verb, *settings, *more, *SETTINGS]) == 0
         result = json.loads((out / "result.json").read_text())
         assert (result["num_test_images"], result["num_unreadable"]) == (8, 4)
