@@ -268,7 +268,7 @@ def check_heads(config: ProbeConfig) -> None:
     if config.data.weights and (heads.ridge or heads.knn):
         raise ValueError("data.weights: heads.ridge and heads.knn take each image once; leave it out")
     if heads.active and config.train.clip_grad is not None:
-        raise ValueError(f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; leave it out")
+        raise ValueError(f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; omit it")
 
 
 def check_world(config: RunConfig, world: int) -> None:
