@@ -31,7 +31,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
-       mae-dist bench {resume,order,save,scaling,mixer,decoder,heads,data,loaders} [section.key=value ...]
+       mae-dist bench {resume,order,save,scaling,mixer,decoder,heads,data,loaders,gpu} [section.key=value ...]
 
 verbs:
 """
