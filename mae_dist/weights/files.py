@@ -27,9 +27,12 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 INDEX = ".index.json"
 """End of the name of the file that lists the parts of a sharded checkpoint, as transformers writes it."""
-INERT = (
+SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+"""The functions by which pickle makes NumPy's scalars and arrays of bytes."""
+INERT: tuple[Any, ...] = (
     argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, datetime.datetime, datetime.timedelta, Counter,
-    defaultdict, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
+    defaultdict, np.dtype, np.ndarray, SCALAR, ARRAY, (SCALAR, "numpy.core.multiarray.scalar"),
+    (ARRAY, "numpy.core.multiarray._reconstruct"),
     *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"),
 )  # fmt: skip
 """Types that lie beside weights and execute nothing when they are read."""
