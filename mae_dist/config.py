@@ -159,7 +159,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
-        yield f"{override}: ", layer, {}
+        yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
 
 
 def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:

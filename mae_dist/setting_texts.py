@@ -5,12 +5,16 @@ refers to another one or to the environment. Imports no torch.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mae_dist import hints, paths
 from mae_dist.schema import PATHS
+
+UNUSUAL = re.compile(r"[-+]?(0[0-9xob_].*|[0-9][0-9_]*[_:][0-9_:.]*)")
+"""Numbers that YAML reads in base 8, 16, 2 or 60, or without their underscores."""
 
 
 def is_text(kind: Any) -> bool:
@@ -42,6 +46,8 @@ def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any],
             continue
         if name in kinds and is_text(kinds[name]) and isinstance(text, str) and value is not None:
             value = text
+        elif name in kinds and isinstance(text, str) and not isinstance(value, str) and UNUSUAL.fullmatch(text):
+            raise ValueError(f"{_where(origin, name)}{name}={text}: write a plain number (YAML would read {value})")
         if name in PATHS and isinstance(value, str | list):
             value = value if isinstance(value, str) else paths.listed([str(path) for path in value])
             try:

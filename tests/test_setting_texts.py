@@ -67,3 +67,11 @@ def test_interpolation_in_a_file_and_in_the_settings_of_a_run_is_refused(tmp_pat
     plain["track"]["project"] = "${oc.env:HOME}"
     with pytest.raises(ValueError, match=r"run: track\.project=.*is not read"):
         config.from_dict("pretrain", plain, "run")
+
+
+@pytest.mark.parametrize("text", ["010", "1_0", "1:30", "0x10", "-012"])
+def test_setting_numbers_that_yaml_would_change_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"train.seed={text}: write a plain number"):
+        config.load("pretrain", None, ["data.path=x", "out=y", "model.name=vit_demo4", f"train.seed={text}"])
+    plain = ["data.path=x", "out=y", "model.name=vit_demo4", "train.seed=10", "optim.base_lr=0.05", "train.epochs=1e2"]
+    assert config.load("pretrain", None, plain).train.seed == 10

@@ -150,6 +150,7 @@ def _merge(
         found.append(indexing.build(tar, folder / name, source, listed))
         tick("index", number + 1, len(tars))
     _report_notes(found)
+    _refuse_mixed_labels(found, before, others, arguments.classes)
     values, classes = _numbers(found, before.classes if others else None, source, arguments.classes)
     _report_labels(found, values, split, classes, source)
     shards = [
@@ -161,6 +162,21 @@ def _merge(
     data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
     dataset = _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
     return replace(dataset, label_counts=before.label_counts | {split: labels.counts(values)})
+
+
+def _refuse_mixed_labels(
+    found: Sequence[Indexed], before: index.Dataset, others: dict[str, list[index.Shard]], classes: Path | None
+) -> None:
+    """Raise ValueError where these labels are names and those of another split numbers; warn of the reverse."""
+    labelled = {name: shards for name, shards in others.items() if any(shard.num_labelled for shard in shards)}
+    names = [label for item in found for label in item.labels if isinstance(label, str)]
+    if names and labelled and before.classes is None and classes is None:
+        raise ValueError(
+            f"{found[0].shard.tar}: its labels are names ({names[0][:40]!r}), and those of split "
+            f"{next(iter(labelled))} are numbers; list the names in the order of the numbers with --classes FILE"
+        )
+    if before.classes and not names and any(s.labels for known in labelled.values() for s in known):
+        log.warning("labels that are numbers are taken as places in the list of classes of %s", index.FILE)
 
 
 def _with_split(

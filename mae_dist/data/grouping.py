@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable
 from mae_dist.data.idx import Entry, Members
 from mae_dist.data.tar_reader import Member, Notes
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm")
-"""Extensions that hold an image, in order of preference: torchvision's, and npy."""
+IMAGES = (
+    "jpg", "jpeg", "png", "webp", "npy", "tif", "tiff", "bmp", "ppm", "pgm", "pnm", "pbm", "gif", "jpe", "jfif",
+)  # fmt: skip
+"""Extensions that hold an image, in order of preference."""
+LABEL_WORDS = ("cls", "label", "labels", "target", "class")
+"""Words before .npy of an array that is no image."""
 LABEL = "cls"
 LABELS = (LABEL, "cls.txt")
 """Extensions that hold a label, also behind more words (output.cls), in order of preference."""
@@ -35,7 +39,13 @@ def split_at_last_dot(name: str) -> tuple[str, str]:
 def image_of(members: Members) -> str | None:
     """The extension of a sample's image: a plain one, else the first of several words."""
     plain = next((extension for extension in IMAGES if extension in members), None)
-    return plain or next((extension for extension in members if extension.rpartition(".")[2] in IMAGES), None)
+    return plain or next((extension for extension in members if _is_image(extension)), None)
+
+
+def _is_image(extension: str) -> bool:
+    """Whether a member is an image, by its extension and the words before it."""
+    words, _, kind = extension.rpartition(".")
+    return kind in IMAGES and not (kind == "npy" and words.rpartition(".")[2] in LABEL_WORDS)
 
 
 def label_of(members: Members) -> str | None:
@@ -51,8 +61,10 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
     ValueError when a sample has a member twice.
     """
     samples = _grouped(members, split_name)
-    merged = [s for s in samples.values() if len(_images(s)) > 1 and not any(image in s for image in IMAGES)]
-    if merged and not _are_views(list(samples.values())):
+    merged = [sample for sample in samples.values() if len(_images(sample)) > 1]
+    plain = [any(image in sample for image in IMAGES) for sample in samples.values()]
+    dotted = any(map(_has_dotted_names, merged)) or (merged and not any(plain))
+    if dotted and not _are_views(list(samples.values())):
         whole = samples
         samples = _grouped(members, split_at_last_dot)
         for (archive, key), sample in samples.items():  # clip.cls is the label of clip.0001.png, too
@@ -64,9 +76,10 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
         listed = ", ".join(_images(merged[0]))
         what = "samples have several images, of which one is taken"
         notes.add(what, f"{image_of(merged[0])} of {listed}", len(merged))
+    beside = {extension for sample in samples.values() if any(i in sample for i in IMAGES) for extension in sample}
     kept: dict[str, Members] = {}
     for (archive, key), sample in samples.items():
-        if image_of(sample) is None:
+        if (image := image_of(sample)) is None or (image not in IMAGES and image in beside):  # a mask without its image
             notes.add("samples have no image and are left out", key)
         else:
             kept[key if key not in kept else f"{key}#{archive}"] = sample
@@ -87,7 +100,13 @@ def _grouped(members: Iterable[Member], split: Callable[[str], tuple[str, str]])
 
 
 def _images(sample: Members) -> list[str]:
-    return [extension for extension in sample if extension.rpartition(".")[2] in IMAGES]
+    return [extension for extension in sample if _is_image(extension)]
+
+
+def _has_dotted_names(sample: Members) -> bool:
+    """Whether images of a sample are numbered, or have labels of their own, so that they are several samples."""
+    words = [extension.rpartition(".")[0] for extension in _images(sample)]
+    return any(word.rpartition(".")[2].isdigit() or (word and f"{word}.{LABEL}" in sample) for word in words)
 
 
 def _are_views(samples: list[Members]) -> bool:

@@ -104,13 +104,14 @@ def _from_members(source: str, stream: BinaryIO) -> Callable[[str, Members], Lab
 
 
 def _from_list(listed: Mapping[str, Label], notes: Notes) -> Callable[[str, Members], Label]:
-    """What finds the label of a sample in a list, by key or file name, whole or without folders."""
+    """What finds the label of a sample in a list, by file name or key, whole or without the first of its folders."""
 
     def read(key: str, sample: Members) -> Label:
         name = sample[grouping.image_of(sample) or ""].name.removeprefix("./")
-        for form in (name, key, posixpath.basename(name), posixpath.basename(key)):
-            if form in listed:
-                return listed[form]
+        for start in [0, *(place + 1 for place, letter in enumerate(name) if letter == "/")]:
+            for form in (name[start:], key[start:]):
+                if form in listed:
+                    return listed[form]
         notes.add("samples are not in the list of labels and have none", key)
         return labels.NONE
 

@@ -100,19 +100,22 @@ def of_npy(content: bytes) -> Label:
 
 
 def of_file(path: Path) -> dict[str, Label]:
-    """Key, or file name, -> label, from a list: two columns (comma, tab or space), a CSV with a header, or JSON."""
+    """Key -> label, from a list: two columns (comma, tab or space), a CSV with a header, or JSON; also by the name
+    behind the last / of a key, where that says which label.
+    """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("{"):
         rows = [(key, value) for key, value in _json_of(path, text).items()]
     else:
         rows = columns(path, table(text))
     found: dict[str, Label] = {}
+    short: dict[str, set[Label]] = {}
     for key, value in rows:
         label = _of_value(value.strip() if isinstance(value, str) else value, f"{path}: {key!r} ")
-        for form in dict.fromkeys((key, key.rpartition("/")[2])):
-            if found.setdefault(form, label) != label and form == key:
-                raise ValueError(f"{path}: gives two labels to {key[:40]!r}")
-    return found
+        if found.setdefault(key, label) != label:
+            raise ValueError(f"{path}: gives two labels to {key[:40]!r}")
+        short.setdefault(key.rpartition("/")[2], set()).add(label)
+    return {name: labels.pop() for name, labels in short.items() if len(labels) == 1} | found
 
 
 def table(text: str) -> list[list[str]]:
@@ -239,7 +242,9 @@ def columns(path: Path, table: list[list[str]]) -> list[tuple[str, str]]:
             f"{path}: expected two columns, key and label, or a header that names them (one of {', '.join(KEYS)}; one "
             f"of {', '.join(NAMES)}), found {len(head)} columns"
         )
-    key, label = key or 0, 1 if label is None else label
+    if key is None:  # of two columns, the other one
+        key = 0 if label is None else 1 - label
+    label = 1 - key if label is None else label
     if short := next((row for row in body if len(row) <= max(key, label)), None):
         raise ValueError(f"{path}: a line without a label: {' '.join(short)[:40]!r}")
     return [(row[key].strip(), row[label]) for row in body]

@@ -111,16 +111,16 @@ def _end_of_zeros(stream: BinaryIO, offset: int) -> int:
 
 def _linked(tar: Path, found: list[tuple[tarfile.TarInfo, int]], notes: Notes) -> list[Member]:
     """The files among the headers, and the links with the bytes of the files that they lead to."""
-    files = {posixpath.normpath(info.name): info for info, _ in found if info.isreg() and not info.issparse()}
-    links = {posixpath.normpath(info.name): _target(info) for info, _ in found if info.issym() or info.islnk()}
+    files = {(k, posixpath.normpath(i.name)): i for i, k in found if i.isreg() and not i.issparse()}
+    links = {(k, posixpath.normpath(i.name)): _target(i) for i, k in found if i.issym() or i.islnk()}
     result = []
     for info, number in found:
         name = posixpath.normpath(info.name)
         if info.isdir():
             continue
         for _ in range(MOST_LINKS):
-            name = name if name in files else links.get(name, name)
-        target = info if info.isreg() and not info.issparse() else files.get(name)
+            name = name if (number, name) in files else links.get((number, name), name)
+        target = info if info.isreg() and not info.issparse() else files.get((number, name))
         if target is None:
             kind = "sparse members are" if info.issparse() else "links to what is not in their tar, and devices, are"
             notes.add(f"{kind} left out", f"{info.name} in {tar.name}")
