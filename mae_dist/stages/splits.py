@@ -32,9 +32,19 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
     data = config.data
     known = splits(data.path) if data.test_path is None else []
     if data.test_path is None and not required and data.test_split not in known:
+        if dist.is_main():
+            log.info(
+                "no test loss: data.path has no split %s in all its places, and data.test_path is not given",
+                data.test_split,
+            )
         return None
     if data.test_path is None and not known:
         raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
+    if data.test_path is None and data.test_split not in known:
+        raise ValueError(
+            f"data.path={data.path}: has no split {data.test_split!r} to evaluate on, only {', '.join(known)}; give "
+            f"data.test_path or data.test_split, or pack again with --test-share 0.1"
+        )
     test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
     if not required:
         return test
