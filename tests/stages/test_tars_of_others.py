@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import webdataset
-from conftest import encoded
+from image_files import image_file
 from running import MAE, SETTINGS, losses
 
 from mae_dist.__main__ import main
@@ -13,13 +12,13 @@ from mae_dist.__main__ import main
 
 def test_imagenet_tars_of_timm_by_brace_range_are_indexed_and_trained(tmp_path: Path) -> None:
     """Members .jpg, .cls and .json, as in timm/imagenet-1k-wds."""
-    generator, folder = np.random.default_rng(0), tmp_path / "wds"
+    folder = tmp_path / "wds"
     folder.mkdir()
     for split, count in (("train", 2), ("validation", 1)):
         for shard in range(count):
             with webdataset.TarWriter(str(folder / f"imagenet1k-{split}-{shard:04d}.tar")) as writer:  # pyright: ignore
                 for i in range(12):
-                    image = encoded(generator.integers(0, 256, (40, 48, 3), dtype=np.uint8), "jpg")
+                    image = image_file(tmp_path / "x.jpg", 20 * i, (48, 40), "JPEG").read_bytes()
                     facts = json.dumps({"label": i % 3, "class_name": "tench", "width": 48}).encode()
                     name = f"n0{i % 3}_{shard}_{i}"
                     writer.write({"__key__": name, "jpg": image, "cls": str(i % 3).encode(), "json": facts})
