@@ -98,9 +98,6 @@ def dispatch(verb: str, argv: list[str]) -> int:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
     settings = config.load(verb, *config.split_words(verb, argv))
     os.environ.update(environment.of_ranks(os.environ))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if ranks > 1 or environment.quota() is not None:  # else torch counts the cores right
-        os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads(os.environ, ranks)))
     with no_garbage_collection():
         from mae_dist import dist, launcher
 
@@ -114,6 +111,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
     if stage is None:
         config.check_world(settings, processes)
         return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
+    launcher.limit_threads(dist.local_world())
     stage.run(settings)
     if dist.is_main():
         print_result(verb, settings.out)

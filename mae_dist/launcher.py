@@ -36,6 +36,14 @@ def processes_here(wanted: int | None) -> int:
     return wanted or max(1, torch.cuda.device_count())
 
 
+def limit_threads(ranks: int) -> None:
+    """Give this process, one of `ranks` of this machine, its share of the cores, unless OMP_NUM_THREADS is set. Where
+    it is alone and has no quota, torch counts the cores right.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and (ranks > 1 or environment.quota() is not None):
+        torch.set_num_threads(environment.threads(os.environ, ranks))
+
+
 def spawn(argv: list[str], processes: int, restarts: int) -> int:
     """Run `python -m mae_dist ARGV` on several ranks of this machine, and return the exit status.
 

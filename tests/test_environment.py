@@ -1,5 +1,6 @@
 """Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from running import MAE, SETTINGS, command, environment, losses, refused
 
 from mae_dist import environment as place
+from mae_dist import launcher
+from mae_dist.__main__ import main
 
 SRUN = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1",
@@ -127,3 +130,16 @@ def test_quota_is_the_least_of_the_control_groups(
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text)
     assert place.quota(tmp_path / "groups", tmp_path / "own") == cores
+
+
+def test_ranks_of_a_launcher_share_the_quota_of_their_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    monkeypatch.setattr(os, "environ", own)  # a launcher changes it
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(place, "quota", lambda: 4.0)
+    monkeypatch.setattr(place.os, "sched_getaffinity", lambda _: set(range(64)))
+    given = []
+    monkeypatch.setattr(launcher, "run", lambda *_: given.append(os.environ["OMP_NUM_THREADS"]) or 0)
+    words = [setting for setting in SETTINGS if not setting.startswith("machine.processes")]
+    assert main(["pretrain", "data.path=x", "out=y", *words, *MAE, "machine.processes=2"]) == 0
+    assert given == ["2"]
