@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -36,6 +37,25 @@ def replacing(target: Path) -> Iterator[Path]:
 def leftovers(folder: Path, suffix: str) -> Iterator[Path]:
     """Hidden paths of `replacing` in a folder, for targets with this suffix; those of living processes, too."""
     return folder.glob(f".*-*{suffix}")
+
+
+def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """Open the file of a lock, which is made where there is none; no link is followed. Raises OSError."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "r+b")
+
+
+def sign(lock: IO[bytes]) -> None:
+    """Write into a locked file which process has it, for `holder_of`."""
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+    lock.flush()
+
+
+def holder_of(lock: IO[bytes]) -> str:
+    """The process that has signed a lock, for messages."""
+    lock.seek(0)
+    return lock.read().decode(errors="replace").strip() or "another process"
 
 
 def try_lock(stream: IO[Any]) -> bool:

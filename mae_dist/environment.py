@@ -1,4 +1,4 @@
-"""What this process is told by its environment: which rank of how many it is, and how many cores it may use.
+"""What the environment says of this process: which rank of how many it is, and how many cores it may use.
 
 torchrun sets RANK, WORLD_SIZE and others. The tasks of `srun` and of MPI launchers have variables of their own, which
 `of_ranks` translates, so that they become ranks too. Imports no torch.

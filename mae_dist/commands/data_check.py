@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mae_dist import paths
+from mae_dist import environment, paths
 from mae_dist.commands.data_output import progress
 from mae_dist.data import quarantine
 from mae_dist.data.check import Report, report_of
@@ -28,7 +27,7 @@ SHOWN = 10
 
 def add_parser(actions: Any) -> None:
     """Add `check` to the actions of `mae-dist data`."""
-    cores = len(os.sched_getaffinity(0))
+    cores = environment.cores()
     parser = actions.add_parser("check", help="find what is wrong with a data set; status 1 where something is")
     parser.add_argument("data", metavar="TARS", help="folder with a dataset.json, or tars, as in data.path")
     parser.add_argument("--test", metavar="TARS", help="tars of the test split, as in data.test_path")

@@ -6,7 +6,6 @@ Imports torch only to measure the speed.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_dist import environment
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import Memory, decode, stored_size
@@ -100,7 +100,7 @@ def _add_test_share(kind: argparse.ArgumentParser) -> None:
 
 def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, encodes: bool = False) -> None:
     """Add what kinds of sources have in common, and how shards are cut and images encoded, where there is a choice."""
-    cores = len(os.sched_getaffinity(0))
+    cores = environment.cores()
     kind.add_argument("--out", type=Path, required=True, help="the folder to make")
     kind.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
     bad = f"largest share of the images of a split to leave out, where they are unreadable (default {MAX_BAD})"

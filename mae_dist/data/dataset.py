@@ -64,7 +64,7 @@ class Dataset:
 
     ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
     when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1; ``white`` is
-    the stored value that is white, where pixels have more than 8 bits and packing was told so; ``label_counts`` is how
+    the stored value that is white, where pixels have more than 8 bits and packing was given it; ``label_counts`` is how
     many samples of a split have each label, from 0 on.
     """
 

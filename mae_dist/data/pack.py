@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ import numpy as np
 import PIL
 
 from mae_dist import rng
-from mae_dist.atomic import mount_points, replacing, try_lock
+from mae_dist.atomic import holder_of, mount_points, open_lock, replacing, sign, try_lock
 from mae_dist.data import grouping, index
 from mae_dist.data.decode import changes, decode
 from mae_dist.data.pixels import DEEP
@@ -179,13 +178,10 @@ def new_folder(out: Path) -> Path:
 @contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
     """Hold the lock of the hidden folder, which the kernel releases when this process ends."""
-    with (work / "lock").open("a+") as lock:
+    with open_lock(work / "lock") as lock:
         if not try_lock(lock):
-            lock.seek(0)
-            raise ValueError(f"--out {out}: {lock.read().strip() or 'another process'} is packing into it; wait for it")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+            raise ValueError(f"--out {out}: {holder_of(lock)} is packing into it; wait for it")
+        sign(lock)
         yield
 
 

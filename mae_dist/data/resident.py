@@ -32,7 +32,8 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mae_dist.atomic import leftovers, replacing, try_lock
+from mae_dist import environment
+from mae_dist.atomic import leftovers, open_lock, replacing, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
 from mae_dist.data.crop import Reader, Rows, name_unreadable
@@ -115,7 +116,7 @@ def _open(index: ShardIndex, path: Path, key: str, quiet: bool, how: Decoding) -
         return load(path, key)
     lock_path = path.with_name(f".{path.name}.lock")
     try:
-        lock = lock_path.open("a")
+        lock = open_lock(lock_path)
     except OSError as error:
         _warn(index, path, error)
         return decode(index, quiet, how)
@@ -127,7 +128,7 @@ def _open(index: ShardIndex, path: Path, key: str, quiet: bool, how: Decoding) -
                 lock_path.unlink()
 
 
-def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet: bool, how: Decoding) -> Pixels:
+def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[bytes], quiet: bool, how: Decoding) -> Pixels:
     """Load the file that another process has made, or make it."""
     alone = _wait_for(lock, path)
     try:
@@ -150,7 +151,7 @@ def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[str], quiet:
         return pixels
 
 
-def _wait_for(lock: IO[str], path: Path) -> bool:
+def _wait_for(lock: IO[bytes], path: Path) -> bool:
     """Wait for a lock; whether this process has it now."""
     deadline = time.monotonic() + WAIT_FOR_LOCK
     if locked := try_lock(lock):
@@ -232,7 +233,7 @@ def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixel
         ids = np.arange(first, min(first + CHUNK, len(index)))
         return (reader.fill(np.zeros_like(ids), ids, rows.part(first, len(ids))),)
 
-    starts, number = range(0, len(index), CHUNK), min(len(os.sched_getaffinity(0)), len(index) // WORTH_A_WORKER)
+    starts, number = range(0, len(index), CHUNK), min(environment.cores(), len(index) // WORTH_A_WORKER)
     done, hidden = ordered_map(work, starts, max(1, number)), quiet or not sys.stderr.isatty()
     named = set[int]()
     for unreadable in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):

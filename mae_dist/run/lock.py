@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import time
 from pathlib import Path
 from typing import IO
 
-from mae_dist.atomic import try_lock
+from mae_dist.atomic import holder_of, open_lock, sign, try_lock
 from mae_dist.errors import from_os_error
 from mae_dist.run.layout import LOCK
 
@@ -17,7 +15,7 @@ log = logging.getLogger(__name__)
 
 WAIT_FOR_LOCK = 100.0
 """Seconds to wait for another process to exit; NFS keeps the locks of a dead machine for 90 s."""
-_locks: dict[Path, IO[str]] = {}
+_locks: dict[Path, IO[bytes]] = {}
 """Locked files by run. They stay open, since closing one releases its lock."""
 
 
@@ -31,21 +29,17 @@ def acquire(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if run.absolute() in _locks:
             return
-        lock = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        lock = open_lock(run / LOCK)
     except OSError as error:
         raise from_os_error(error, f"out={run}: cannot be written ({error.strerror}); choose another folder") from error
     deadline, warned = time.monotonic() + WAIT_FOR_LOCK, False
     while not try_lock(lock):
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = holder_of(lock)
         if time.monotonic() > deadline:
             raise ValueError(f"out={run}: {holder} is writing to this run; stop it, or choose another folder")
         if not warned:
             log.warning("%s: %s is writing to this run; waiting %g s for it to exit", run, holder, WAIT_FOR_LOCK)
             warned = True
         time.sleep(0.2)
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} on {platform.node()}\n")
-    lock.flush()
+    sign(lock)
     _locks[run.absolute()] = lock

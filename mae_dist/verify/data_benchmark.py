@@ -7,7 +7,6 @@ batches are in memory already: the rate at which the step could go, and what sta
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae_dist import dist, models
+from mae_dist import dist, environment, models
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
@@ -187,7 +186,7 @@ def advice(rate: float, step: float, core: float, index: ShardIndex, view: View,
         return f"The loader is fast enough, {rate / step:.1f} times the rate of the step: nothing here needs a change."
     if workers is None:
         return "The data are in memory already; the step waits for the crops, which are computed where it is computed."
-    cores = len(os.sched_getaffinity(0))
+    cores = environment.cores()
     needed = int(-(-ENOUGH * step // core))
     if workers < needed <= cores:
         return f"The step waits for data: set machine.workers={needed} (this machine has {cores} cores)."

@@ -62,7 +62,7 @@ def choose(content: Any, key: str | None, origin: str) -> StateDict:
 
 
 def state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
-    """The dictionaries in `content` that hold tensors and the first layer of a model, by key; "" for itself."""
+    """The dictionaries in `content` that hold tensors, by key; "" for itself. Those of an optimizer are none."""
     if not isinstance(content, dict):
         return
     if any(isinstance(value, Tensor) for value in content.values()):
