@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -71,6 +71,18 @@ def _rank(argv: list[str], environment: dict[str, str], log: Path) -> None:
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     sys.exit(main(argv))
+
+
+def kill_ranks_when(ranks: Sequence[BaseProcess], reached: Callable[[], bool], log: Path, timeout: float = 120) -> None:
+    """Send SIGKILL to all ranks as soon as `reached()`; none may end before."""
+    deadline = time.monotonic() + timeout
+    while not reached():
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks), log.read_text()
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
 
 
 def finish_ranks(ranks: Sequence[BaseProcess], log: Path, check: int = 0, timeout: float = 120) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from running import finish_ranks, losses, refused, start_ranks, weights
+from running import finish_ranks, kill_ranks_when, losses, refused, start_ranks, weights
 from torch import nn
 
 from mae_dist import evaluate, models, optim, schema
@@ -387,15 +386,8 @@ def test_probe_heads_are_elastic_and_resume_after_sigkill(data: Path, tmp_path: 
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(argv(data, one, *shared, "machine.processes=1")) == 0
     log, full = tmp_path / "log", argv(data, two, *shared)
-    ranks, deadline = start_ranks(2, *full, log=log), time.monotonic() + 120
     saved = two / "checkpoints/step-000000004"  # written in the background, so it may be there later than step 6
-    while not (saved.is_dir() and len(losses(two)) >= 6):
-        assert time.monotonic() < deadline
-        assert all(rank.is_alive() for rank in ranks), log.read_text()
-        time.sleep(0.01)
-    for rank in ranks:
-        rank.kill()
-        rank.join()
+    kill_ranks_when(start_ranks(2, *full, log=log), lambda: saved.is_dir() and len(losses(two)) >= 6, log)
     assert not (two / "result.json").exists()
     log.unlink()
     finish_ranks(start_ranks(2, *full, log=log), log)

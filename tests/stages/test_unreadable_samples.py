@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
-from running import MAE, SETTINGS, finish_ranks, records, start_ranks
+from running import MAE, SETTINGS, finish_ranks, kill_ranks_when, records, start_ranks
 from shared_types import Tars
 
 from mae_dist.__main__ import main
@@ -36,14 +35,8 @@ def test_run_over_one_percent_of_broken_samples_counts_each_on_any_ranks_and_aft
     whole, killed, log = (tmp_path / name for name in ("whole", "killed", "log"))
     assert main(words(folder, whole)) == 0
     ranks = start_ranks(3, *words(folder, killed), "checkpoint.every=3", log=log)
-    deadline = time.monotonic() + 120
-    while not (any((killed / "checkpoints").glob("step-*")) and len(records(killed)) > 4):
-        assert time.monotonic() < deadline
-        assert all(rank.is_alive() for rank in ranks), log.read_text()
-        time.sleep(0.01)
-    for rank in ranks:
-        rank.kill()
-        rank.join()
+    saved = (killed / "checkpoints").glob
+    kill_ranks_when(ranks, lambda: any(saved("step-*")) and len(records(killed)) > 4, log)
     finish_ranks(start_ranks(3, *words(folder, killed), log=log), log)
     for run in (whole, killed):
         assert {r["step"]: r.get("bad", 0) for r in records(run) if r["kind"] == "step"} == planned
