@@ -34,7 +34,7 @@ from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist.cli import VERBS
 from mae_dist.data.index import open_split
-from mae_dist.run import jobs, layout
+from mae_dist.run import identity, jobs, layout
 from mae_dist.schema import SCHEMAS, RunConfig
 
 KEYS = {"run", "sweep", "at_once"}
@@ -65,7 +65,7 @@ class Run:
             return False
         same = Path(self.stamp[0]).read_text() == self.stamp[1]
         exists = self.output is None or self.output.exists()
-        return same and exists and (self.config is None or layout.result(self.folder) is not None)
+        return same and exists and (self.config is None or preflight.finished(self.argv[0], self.config))
 
 
 @dataclass(frozen=True)
@@ -192,16 +192,23 @@ def run_of(name: str, own: Path, verb: str, config_file: str | None, settings: l
 
 def with_stamp(run: Run, out: Path, written_out: str, needs: list[Stage]) -> Run:
     """A copy of the run with its stamp. Its fingerprint covers the settings on which its result depends and the
-    fingerprints of the stages that it needs. Data that no stage makes count by their own fingerprint.
+    fingerprints of the stages that it needs. Data that no stage makes count by their own fingerprint; where those of a
+    finished run are gone, its stamp stays as it is.
     """
+    file = out / jobs.PIPELINE / run.name / "done"
     what: list[Any] = [word.replace(str(out), written_out) for word in run.argv]
     if run.config is not None:
         what = [run.argv[0], configuration.result_settings(run.config) | {"init_from": None}]
         if Path(run.config.data.path) not in [made.output for need in needs for made in need.runs]:
-            what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
+            try:
+                what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
+            except ValueError:
+                if not (file.is_file() and identity.finished(run.folder, run.argv[0], run.config)):
+                    raise
+                return dataclasses.replace(run, stamp=(str(file), file.read_text()))
     text = json.dumps([what, [need.fingerprint for need in needs]], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16] + "\n"
-    return dataclasses.replace(run, stamp=(str(out / jobs.PIPELINE / run.name / "done"), fingerprint))
+    return dataclasses.replace(run, stamp=(str(file), fingerprint))
 
 
 def substitute(

@@ -4,7 +4,6 @@ initial weights, folder and disk. Each raises ValueError with one sentence. Impo
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from mae_dist import config as configuration
 from mae_dist import model_sizes
 from mae_dist.data import split_checks
 from mae_dist.data.index import ShardIndex, open_split
-from mae_dist.run import jobs, layout, slurm_cli
+from mae_dist.run import identity, jobs, layout, slurm_cli
 from mae_dist.schema import FinetuneConfig, PretrainConfig, RunConfig
 
 DISK_MARGIN = 2**30
@@ -78,15 +77,20 @@ def check_folder(verb: str, config: RunConfig) -> None:
 
 
 def finished(verb: str, config: RunConfig) -> bool:
-    """Whether this run, with these settings and data, is finished. ValueError if its folder holds anything else."""
+    """Whether this run, with these settings, data and initial weights, is finished; what is gone is not compared.
+    ValueError if its folder holds anything else.
+    """
     out = Path(config.out)
     if (out / layout.CONFIG).is_file():
-        old = layout.settings(out)[2].data
-        split = old.test_split if config.data.test_split == "auto" else config.data.test_split
-        mean, std = config.data.mean or old.mean, config.data.std or old.std
-        data = dataclasses.replace(config.data, mean=mean, std=std, test_split=split)
-        config = dataclasses.replace(config, data=data)
-    layout.refuse_others(out, verb, config, "-".join(index.fingerprint for index in splits_used(verb, config)))
+        config = identity.completed(config, layout.settings(out)[2])
+    try:
+        fingerprint = "-".join(index.fingerprint for index in splits_used(verb, config))
+        check_initial_weights(config)
+    except ValueError:
+        if identity.finished(out, verb, config):
+            return True
+        raise
+    identity.refuse_others(out, verb, config, fingerprint)
     return layout.result(out) is not None
 
 

@@ -34,7 +34,7 @@ from launch.pipeline import Run, Stage
 from launch.task_runner import JobSpec
 from mae_dist import config as configuration
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
-from mae_dist.run import jobs, layout
+from mae_dist.run import identity, jobs, layout
 from mae_dist.schema import SCHEMAS, C
 
 DESCRIPTION = """\
@@ -281,7 +281,7 @@ def write_settings(stage: Stage, cluster: Cluster, code: Path) -> None:
         if run.config is not None:
             file = settings_file(code, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(configuration.dump(layout.absolute(with_save_interval(run.config, cluster))))
+            file.write_text(configuration.dump(identity.absolute(with_save_interval(run.config, cluster))))
 
 
 def enqueue(stage: Stage, cluster: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:

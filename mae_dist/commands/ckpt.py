@@ -18,9 +18,8 @@ from rich.table import Table
 
 from mae_dist.cli import Parser, duration
 from mae_dist.run import checkpoint
-from mae_dist.run.checkpoint import MANIFEST
 from mae_dist.run.directory import RunDir
-from mae_dist.run.layout import step_of
+from mae_dist.run.layout import MANIFEST, step_of
 
 
 def main(argv: list[str]) -> int:

@@ -21,10 +21,10 @@ class Incident(NamedTuple):
     what: str
 
 
-def of(recorded: list[Event]) -> list[Incident]:
-    """All incidents of a run, oldest first, from its events and those of its jobs."""
+def of(recorded: list[Event], run: Path) -> list[Incident]:
+    """All incidents of the run in the folder `run`, oldest first, from its events and those of its jobs."""
     found = []
-    for job in jobs.submissions_in(recorded):
+    for job in jobs.submissions_in(recorded, run):
         of_task_0 = jobs.events(Path(job.logs), job.job).get(0, [])
         found += [event for event in of_task_0 if event["event"] == "stop_requested"]
     first = next((event for event in recorded if event["event"] == "start"), None)

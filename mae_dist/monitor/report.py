@@ -165,7 +165,7 @@ def _read_run(path: Path, name: str, style: int) -> Run:
         config_text=file.read_text("utf-8"), total_steps=layout.read_config(path)["total_steps"], result=_result(path),
         num_unreadable=sum(num_unreadable),
         metrics=[line for line in metrics if _finite(line.get("step"))],
-        starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded),
+        starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded, path),
     )  # fmt: skip
 
 

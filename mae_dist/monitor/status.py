@@ -66,7 +66,7 @@ def run_status(run: Path, states: Mapping[str, str], quiet: float = QUIET) -> Ru
     seconds, else stopped: its processes may be another machine's, so they are not searched for.
     """
     finished, recorded = (run / layout.RESULT).is_file(), events.read(run)
-    submissions = jobs.submissions_in(recorded)
+    submissions = jobs.submissions_in(recorded, run)
     if not submissions:
         return RunStatus("finished") if finished else _recorded_status(recorded) or RunStatus(_state_by_age(run, quiet))
     newest = submissions[-1]

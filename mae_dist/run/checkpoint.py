@@ -21,10 +21,10 @@ from torch import Tensor
 from mae_dist import dist
 from mae_dist.errors import MachineFault
 from mae_dist.run import jsonl
+from mae_dist.run.layout import MANIFEST
 
 MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
 """Prefixes of the names in a checkpoint: parameters and buffers, moments and averages of parameters, the loss scale."""
-MANIFEST = "manifest.json"
 PIECE = 2**25
 """Largest file in bytes. Writing a file holds Python's lock, which a save in the background must release soon."""
 

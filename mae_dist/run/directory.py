@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mae_dist import config as configuration
 from mae_dist import dist, errors
-from mae_dist.run import checkpoint, events, jsonl, layout, lock
+from mae_dist.run import checkpoint, events, identity, jsonl, layout, lock
 from mae_dist.run.layout import step_of
 from mae_dist.schema import RunConfig
 from mae_dist.signals import Stopped
@@ -50,16 +50,22 @@ class RunDir:
             raise ValueError(f"{field}={path}: {what}; give the out= folder of an earlier run")
         return run
 
-    def open(self, verb: str, config: RunConfig, data_fingerprint: str, total_steps: int = 0) -> bool:
+    def open(
+        self, verb: str, config: RunConfig, data_fingerprint: str, total_steps: int = 0, start: Path | None = None
+    ) -> bool:
         """Start or resume a run with these settings in this folder; False where the run is already finished.
 
-        ``total_steps``: 0 for a verb that trains nothing. Raises ValueError, on every rank alike, where the folder
-        holds another run or other files, another process writes to it, or it cannot be written.
+        ``total_steps``: 0 for a verb that trains nothing; ``start``: the checkpoint of init_from. Raises ValueError, on
+        every rank alike, where the folder holds another run or other files, another process writes to it, or it cannot
+        be written.
         """
-        dist.run_on_rank0(lambda: layout.refuse_others(self.path, verb, config, data_fingerprint))
+        dist.run_on_rank0(lambda: identity.refuse_others(self.path, verb, config, data_fingerprint))
         if dist.run_on_rank0(self.result):
             return False
         head = {"format": layout.FORMAT, "verb": verb, "data_fingerprint": data_fingerprint, "total_steps": total_steps}
+        if start is not None:
+            began = identity.started_from(self.path) if self.checkpoints() else None
+            head[layout.STARTED_FROM] = began or identity.of_checkpoint(start)
         dist.run_on_rank0(lambda: lock.acquire(self.path))
         dist.run_on_rank0(lambda: self._prepare(head, config))
         return True

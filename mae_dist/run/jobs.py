@@ -14,6 +14,7 @@ where each task is a rank; a start by the number of requeues before it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,20 +43,21 @@ class Submission:
 
 
 def record_submission(run: Path, submission: Submission) -> None:
-    """Append a submission to the run's events.jsonl."""
-    run_events.append(run, "submit", **asdict(submission))
+    """Append a submission to the run's events.jsonl, with the folder of its logs as seen from the run's."""
+    run_events.append(run, "submit", **asdict(submission) | {"logs": os.path.relpath(submission.logs, run)})
 
 
 def submissions(run: Path) -> list[Submission]:
     """All submissions of a run, oldest first."""
-    return submissions_in(run_events.read(run))
+    return submissions_in(run_events.read(run), run)
 
 
-def submissions_in(recorded: Iterable[run_events.Event]) -> list[Submission]:
-    """The submissions among the events of a run, in their order."""
+def submissions_in(recorded: Iterable[run_events.Event], run: Path) -> list[Submission]:
+    """The submissions among the events of the run in the folder `run`, in their order."""
     names = [field.name for field in fields(Submission)]
     submits = (event for event in recorded if event["event"] == "submit")
-    return [Submission(**{name: event[name] for name in names}) for event in submits]
+    chosen = ({name: event[name] for name in names} | {"logs": str(run / event["logs"])} for event in submits)
+    return [Submission(**values) for values in chosen]
 
 
 def record(logs: Path, job: str, task: int, event: str, start: int, **values: Any) -> None:

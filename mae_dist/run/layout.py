@@ -1,7 +1,8 @@
 """What a run's folder holds, read without torch, as login nodes, launchers and tables need it.
 
 RUN/
-  config.yaml        format (version of this layout), verb, fingerprint of the data, total_steps, every setting
+  config.yaml        format (version of this layout), verb, fingerprint of the data, total_steps, every setting, and the
+                     checkpoint that the run started from
   events.jsonl       what happened to the run: starts, stops, failures, rewinds, submissions, see `events`
   metrics.jsonl      one line a step and one an evaluation, see `tracker`
   ids.jsonl          with track.ids: the samples of each step
@@ -21,9 +22,7 @@ RUN/
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 import re
 import subprocess
 from pathlib import Path
@@ -32,14 +31,13 @@ from typing import Any
 import yaml
 
 from mae_dist import config as configuration
-from mae_dist import paths
-from mae_dist.run import events, jobs, jsonl
-from mae_dist.schema import C, RunConfig
-
-log = logging.getLogger(__name__)
+from mae_dist.run import events, jobs
 
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
 CODE, REVISION = "code", "REVISION"
+MANIFEST = "manifest.json"
+STARTED_FROM = "started_from"
+"""Key of config.yaml: `identity.of_checkpoint` of what init_from gave the run."""
 CHECKPOINT = re.compile(r"step-[0-9]{9,}")
 """Name of a checkpoint's folder."""
 FORMAT = 2
@@ -73,6 +71,7 @@ def settings(path: Path) -> tuple[str, str, Any]:
     plain, file = read_config(path), path / CONFIG
     try:
         verb, data_fingerprint, _, _ = (plain.pop(k) for k in ("verb", "data_fingerprint", "total_steps", "format"))
+        plain.pop(STARTED_FROM, None)
     except KeyError as error:
         raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
     return verb, data_fingerprint, configuration.from_dict(verb, plain, str(file))
@@ -95,43 +94,6 @@ def checkpoints(path: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step-"))
-
-
-def absolute(config: C) -> C:
-    """The settings with absolute paths, which are valid in any working directory."""
-    data = config.data
-    test_path = data.test_path and paths.absolute(data.test_path)
-    data = dataclasses.replace(data, path=paths.absolute(data.path), test_path=test_path)
-    start = {} if config.origin is None else {"init_from": str(Path(config.origin).absolute())}
-    return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
-
-
-def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
-    """Raise ValueError where the folder `path` holds another run, or files that are no run's. A run that has made no
-    step yet may be started again with other settings.
-    """
-    if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_THE_RUN):
-        return
-    if not (path / CONFIG).is_file():
-        raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
-    if not (checkpoints(path) or jsonl.tail(path / METRICS) or result(path)):
-        return
-    old_verb, old_data, old = settings(path)
-    if old_verb != verb:
-        changes = [f"verb: {old_verb} -> {verb}"]
-    else:
-        changes = configuration.differences(absolute(old), absolute(config))
-        if old_data != data_fingerprint and not config.data.accept_change:
-            changes.append(
-                f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
-            )
-    if changes:
-        raise ValueError(
-            f"out={path}: holds a run with other settings ({'; '.join(changes)}); "
-            f"choose another out= or give the old values"
-        )
-    if old_data != data_fingerprint:
-        log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
 
 
 def revision() -> str | None:

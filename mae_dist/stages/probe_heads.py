@@ -29,8 +29,8 @@ from mae_dist.data.features import Features
 from mae_dist.data.loader import Source
 from mae_dist.objectives.probe_heads import Head, ProbeHeads, held_out
 from mae_dist.run import jsonl
-from mae_dist.run.checkpoint import MANIFEST
-from mae_dist.stages.setup import Setup, build_setup, num_classes
+from mae_dist.run.layout import MANIFEST
+from mae_dist.stages.setup import Setup, num_classes, prepare_run
 from mae_dist.train import fit
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,11 @@ class HeadGroup:
 def run(config: schema.ProbeConfig) -> None:
     """Train all heads, choose one, test it; the same call resumes."""
     machine = dataclasses.replace(config.machine, strategy="ddp", shards=None)  # heads are small: nothing to share
-    setup = build_setup("probe", dataclasses.replace(config, machine=machine), needs_labels=True)
-    objective = build(setup)
-    held, rest = divide(setup)
-    total = configuration.total_steps(setup.config.train, len(setup.train_split))
-    if not setup.run.open("probe", setup.config, setup.data_fingerprint, total):
+    config = dataclasses.replace(config, machine=machine)
+    opened = prepare_run("probe", config, needs_labels=True, build=lambda setup: (build(setup), *divide(setup)))
+    if opened is None:
         return
+    setup, (objective, held, rest) = opened
     with setup.recorded():
         train_and_compare(setup, objective, held, rest)
 

@@ -25,7 +25,7 @@ from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
-from mae_dist.run import checkpoint
+from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
 from mae_dist.stages.splits import check_splits, find_test_split, refuse_unlabelled, with_test_split
@@ -204,10 +204,18 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
     setup, what `build` made of it), or None when the folder holds a finished run. Raises ValueError on every rank
     alike.
     """
-    setup = build_setup(verb, config, needs_labels)
-    built = build(setup)
+    try:
+        setup = build_setup(verb, config, needs_labels)
+        built = build(setup)
+    except ValueError as error:
+        if not identity.finished(Path(config.out), verb, config):
+            raise
+        if dist.is_main():
+            log.warning("out=%s: is finished; its data and initial weights were not compared (%s)", config.out, error)
+        return None
     total = 0 if verb == "knn" else configuration.total_steps(setup.config.train, len(setup.train_split))
-    return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total) else None
+    start = None if setup.initial_weights is None else setup.initial_weights.path
+    return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total, start) else None
 
 
 def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
@@ -219,11 +227,12 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     configuration.check_world(config, dist.world())
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
+    began = identity.started_from(run.path)
     cache = Cache.of(config.data.cache, config.data.cache_size)
     train_split = open_split(config.data.path, config.data.split, cache, config.data.merge_labels)
     config = with_test_split(config, before)
     test_split = find_test_split(config, needs_labels, train_split)
-    initial = find_initial_weights(config.origin) if config.origin is not None else None
+    initial = find_initial_weights(config.origin, began) if config.origin is not None else None
     for split in (train_split, test_split) if needs_labels else ():
         refuse_unlabelled(split, verb)
     if initial is not None:
@@ -265,16 +274,23 @@ def check_first_sample(setup: Setup) -> None:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """An earlier run to start from: its settings, and the folder of its newest undamaged checkpoint."""
+    """An earlier run to start from: its settings, and the folder of one of its checkpoints."""
 
     config: RunConfig
     path: Path
 
 
-def find_initial_weights(path: str) -> InitialWeights:
-    """The run that `init_from` names. Raises ValueError when it is no run or has no checkpoint."""
+def find_initial_weights(path: str, began: str | None) -> InitialWeights:
+    """The run that `init_from` names: its newest undamaged checkpoint, or that with which this run `began`, where it is
+    still there. Raises ValueError when it is no run or has no checkpoint.
+    """
     run = RunDir.existing(path, "init_from")
-    newest = dist.run_on_rank0(run.newest)
+
+    def choose() -> Path | None:
+        same = identity.find_checkpoint(run.path, began) if began else None
+        return same if same and checkpoint.verify(same) is None else run.newest()
+
+    newest = dist.run_on_rank0(choose)
     if newest is None:
         raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
     if dist.is_main() and run.result() is None:

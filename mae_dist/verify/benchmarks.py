@@ -24,8 +24,8 @@ from mae_dist import errors, models, parallel
 from mae_dist.batch import Batch
 from mae_dist.model_sizes import sides
 from mae_dist.objectives.mae import MAE
-from mae_dist.run.checkpoint import MANIFEST
 from mae_dist.run.directory import RunDir
+from mae_dist.run.layout import MANIFEST
 from mae_dist.verify import processes
 from mae_dist.verify.measurement import Measurement, Result, Runner
 

@@ -14,7 +14,7 @@ from fake_slurm import CLUSTER_FILE, ROOT, SMALL, command, write_config
 
 from launch import preflight, snapshot, submit
 from mae_dist import config
-from mae_dist.run import jobs, layout
+from mae_dist.run import identity, jobs
 
 
 def test_help_and_dry_run_need_no_torch_and_no_slurm(data: Path, tmp_path: Path) -> None:
@@ -86,14 +86,14 @@ def test_init_from_is_compared_as_an_absolute_path(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     words = [*SMALL, "data.path=set", "out=run"]
     chosen = config.load("probe", None, [*words, "init_from=start"])
-    frozen = layout.absolute(chosen)
+    frozen = identity.absolute(chosen)
     assert frozen.init_from == str(tmp_path / "start")
     write_config(tmp_path / "run", "probe", frozen, "x")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
-    layout.refuse_others(tmp_path / "run", "probe", chosen, "x")
+    identity.refuse_others(tmp_path / "run", "probe", chosen, "x")
     with pytest.raises(ValueError, match="init_from: .*/start -> .*/other"):
-        layout.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "init_from=other"]), "x")
-    assert layout.absolute(config.load("probe", None, [*words, "init_from=random"])).init_from == "random"
+        identity.refuse_others(tmp_path / "run", "probe", config.load("probe", None, [*words, "init_from=other"]), "x")
+    assert identity.absolute(config.load("probe", None, [*words, "init_from=random"])).init_from == "random"
 
 
 def test_job_inherits_no_variable_of_the_allocation_it_is_submitted_from(

@@ -16,7 +16,7 @@ from opened import DATA, opened, settings
 
 from mae_dist import config
 from mae_dist.errors import RankLost, WorkerLost
-from mae_dist.run import directory, events, layout, lock
+from mae_dist.run import directory, events, identity, layout, lock
 from mae_dist.run.directory import RunDir
 from mae_dist.signals import Stopped
 
@@ -110,10 +110,10 @@ def test_run_starts_in_a_folder_that_its_launcher_has_prepared(tmp_path: Path) -
     for name in ("jobs", "code"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "something").write_text("of the launcher")
-    layout.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
+    identity.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="exists and is no run of mae-dist"):
-        layout.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
+        identity.refuse_others(tmp_path, "pretrain", settings(tmp_path), DATA)
     (tmp_path / "thesis.tex").unlink()
     run = opened(tmp_path)
     assert run.settings() == layout.settings(tmp_path)

@@ -1,0 +1,131 @@
+"""Whether the folder of a run holds the run that a command describes: by its settings, and by what its data and initial
+weights are, wherever they lie. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from mae_dist import config as configuration
+from mae_dist import paths
+from mae_dist.run import jsonl, layout
+from mae_dist.schema import C, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
+    """Raise ValueError where the folder `path` holds another run, or files that are no run's. A run that has made no
+    step yet may be started again with other settings.
+    """
+    if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= layout.BEFORE_THE_RUN):
+        return
+    if not (path / layout.CONFIG).is_file():
+        raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
+    if not (layout.checkpoints(path) or jsonl.tail(path / layout.METRICS) or layout.result(path)):
+        return
+    old_verb, old_data, old = layout.settings(path)
+    if old_verb != verb:
+        changes = [f"verb: {old_verb} -> {verb}"]
+    else:
+        changes = differences(old, config, same_start(old, config, started_from(path)))
+        if old_data != data_fingerprint and not config.data.accept_change:
+            changes.append(
+                f"content of data.path: {old_data} -> {data_fingerprint}, data.accept_change=true accepts it"
+            )
+    if changes:
+        raise ValueError(
+            f"out={path}: holds a run with other settings ({'; '.join(changes)}); "
+            f"choose another out= or give the old values"
+        )
+    if old_data != data_fingerprint:
+        log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
+
+
+def finished(path: Path, verb: str, config: RunConfig) -> bool:
+    """Whether the folder `path` holds a finished run of these settings. Data and initial weights are not compared, so
+    they may be gone.
+    """
+    if not (path / layout.CONFIG).is_file() or layout.result(path) is None:
+        return False
+    old_verb, _, old = layout.settings(path)
+    return old_verb == verb and not differences(old, completed(config, old), same_start=True)
+
+
+def completed(config: C, old: RunConfig) -> C:
+    """The config of a command, and what it leaves open as an earlier start has found it."""
+    data, known = config.data, old.data
+    data = dataclasses.replace(
+        data, mean=data.mean or known.mean, std=data.std or known.std,
+        white=known.white if data.white is None else data.white,
+        test_split=known.test_split if data.test_split == "auto" else data.test_split,
+    )  # fmt: skip
+    return dataclasses.replace(config, data=data)
+
+
+def differences(old: RunConfig, new: RunConfig, same_start: bool) -> list[str]:
+    """The result-changing settings in which two configs differ, as 'field: old -> new'. ``same_start``: their initial
+    weights are the same, though init_from may name another folder.
+    """
+    old, new = absolute(old), absolute(new)
+    if same_start and None not in (old.origin, new.origin):
+        new = dataclasses.replace(new, **{"init_from": old.origin})
+    return configuration.differences(old, new)
+
+
+def absolute(config: C) -> C:
+    """The settings with absolute paths, which are valid in any working directory."""
+    data = config.data
+    test_path = data.test_path and paths.absolute(data.test_path)
+    data = dataclasses.replace(data, path=paths.absolute(data.path), test_path=test_path)
+    start = {} if config.origin is None else {"init_from": str(Path(config.origin).absolute())}
+    return dataclasses.replace(config, out=str(Path(config.out).absolute()), data=data, **start)
+
+
+# Initial weights
+
+
+def same_start(old: RunConfig, new: RunConfig, recorded: str | None) -> bool:
+    """Whether a run of settings `old`, which began with the checkpoint `recorded`, has the initial weights that `new`
+    names: its init_from has that checkpoint; or it is the same folder, whose run has gone on since, or is gone.
+    """
+    if old.origin is None or new.origin is None:
+        return old.origin == new.origin
+    in_place = Path(old.origin).absolute() == Path(new.origin).absolute()
+    if recorded is None or find_checkpoint(Path(new.origin), recorded):
+        return in_place or recorded is not None
+    there = layout.checkpoints(Path(new.origin))
+    return in_place and (not there or layout.step_of(there[-1]) > layout.step_of(Path(recorded.split()[0])))
+
+
+def of_checkpoint(path: Path) -> str:
+    """What a checkpoint is, wherever it lies: its name and a short hash of the names and sha256 of its files. Raises
+    ValueError where its manifest is damaged.
+    """
+    try:
+        files = json.loads((path / layout.MANIFEST).read_text())["files"]
+        text = json.dumps([(name, files[name]["sha256"]) for name in sorted(files)])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / layout.MANIFEST}: no manifest of a checkpoint ({error})") from error
+    return f"{path.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def started_from(path: Path) -> str | None:
+    """`of_checkpoint` of what init_from gave the run in the folder `path`; None where it has not begun, or began with
+    random weights.
+    """
+    return layout.read_config(path).get(layout.STARTED_FROM) if (path / layout.CONFIG).is_file() else None
+
+
+def find_checkpoint(run: Path, wanted: str) -> Path | None:
+    """The checkpoint `wanted` (as `of_checkpoint` gives it) of the run in the folder `run`, where it still has it."""
+    for checkpoint in layout.checkpoints(run):
+        with suppress(ValueError):
+            if of_checkpoint(checkpoint) == wanted:
+                return checkpoint
+    return None
