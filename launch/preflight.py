@@ -37,6 +37,7 @@ def splits_used(verb: str, config: RunConfig) -> list[ShardIndex]:
     """The splits on which the result of a run depends."""
     data = config.data
     train = open_split(data.path, data.split, merging=data.merge_labels)
+    split_checks.refuse_mixed(train, f"data.path={data.path}")
     if verb == "pretrain":
         return [train]
     test = open_split(data.test_path or data.path, data.test_split, merging=data.merge_labels)

@@ -89,11 +89,14 @@ def tars_in(folder: str) -> list[str]:
     return found
 
 
+def splits_of(text: str) -> list[str]:
+    """The splits (train, val, test) that a text speaks of, in its order."""
+    return [SPLITS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in SPLITS]
+
+
 def splits_in(tars: list[str]) -> list[str]:
-    """The splits (train, val, test) that the names of tars speak of, each once; of several in a name the last."""
-    words = (re.findall(r"[a-z]+", tar.lower()) for tar in tars)
-    kinds = ([SPLITS[word] for word in found if word in SPLITS] for found in words)
-    return list(dict.fromkeys(kind[-1] for kind in kinds if kind))
+    """The splits that the names of tars speak of, each once; of several in a name the last."""
+    return list(dict.fromkeys(found[-1] for tar in tars if (found := splits_of(tar))))
 
 
 def _pieces(part: str) -> list[str]:

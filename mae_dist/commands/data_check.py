@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -77,14 +78,14 @@ def _checked(places: list[Place], workers: int, split: str) -> Iterator[Checked]
     def work(number: int) -> tuple[Report]:
         return (report_of(places[number]),)
 
-    left_out: dict[Path, set[str]] = {}
-    for folder in {place.idx.parent for place in places}:
-        for line in quarantine.read(folder):
-            left_out.setdefault(folder / line.idx, set()).add(line.image)
+    left_out: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(place.idx) for place in places}:
+        for line in quarantine.read(Path(folder)):
+            left_out.setdefault(os.path.join(folder, line.idx), set()).add(line.image)
     reports = ordered_map(work, range(len(places)), workers, LOST)
     with progress() as tick:
         for number, (place, report) in enumerate(zip(places, reports, strict=True), 1):
-            yield Checked(place.tar, report, frozenset(left_out.get(place.idx, ())))
+            yield Checked(Path(place.tar), report, frozenset(left_out.get(place.idx, ())))
             tick(f"check {split}", number, len(places))
 
 
@@ -131,7 +132,7 @@ def _described(known: Facts) -> Iterator[str]:
 
 
 def _put_in_quarantine(places: list[Place], unusable: list[Finding], quiet: bool) -> None:
-    indexes = {str(place.tar): place.idx for place in places}
+    indexes = {place.tar: Path(place.idx) for place in places}
     lines: dict[Path, list[quarantine.Line]] = {}
     for finding in unusable:
         idx = indexes[finding.tar]

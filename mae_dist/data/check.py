@@ -75,7 +75,8 @@ def report_of(place: Place) -> Report:
 
     Raises MachineFault or OSError when the storage fails.
     """
-    key, file = _key(place), place.idx.parent / FOLDER / f"{place.idx.name}.json"
+    folder, name = os.path.split(place.idx)
+    key, file = _key(place), Path(folder, FOLDER, f"{name}.json")
     report = Report.load(file, key)
     if report is None:
         try:
@@ -96,15 +97,15 @@ def _local(place: Place) -> Iterator[Place]:
         return
     descriptor = Cache.of(None).open(place.shard.remote)
     try:
-        tar = Path(f"/proc/self/fd/{descriptor}")  # stays readable if another process makes room
-        yield place._replace(tar=tar, shard=replace(place.shard, tar=place.tar.name))
+        tar = f"/proc/self/fd/{descriptor}"  # stays readable if another process makes room
+        yield place._replace(tar=tar, shard=replace(place.shard, tar=os.path.basename(place.tar)))
     finally:
         os.close(descriptor)
 
 
 def _key(place: Place) -> str:
     """A hash of what a report depends on: the tar and its index by size and time, and what dataset.json says."""
-    files = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in (place.tar, place.idx) if f.is_file())]
+    files = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.isfile, (place.tar, place.idx)))]
     known = place.shard and asdict(place.shard), place.dataset.mean, place.dataset.white
     return hashlib.sha256(json.dumps([FORMAT, files, known]).encode()).hexdigest()
 
@@ -121,16 +122,17 @@ def _decoding(dataset: Dataset, data: ShardIndex) -> Decoding:
 def check(place: Place, key: str = "") -> Report:
     """Read and decode all samples of one tar."""
     notes = Notes()
+    tar, index = Path(place.tar), Path(place.idx)
     faults = [*_faults(place, notes)]
-    if not (place.tar.is_file() and place.idx.is_file()):
+    if not (tar.is_file() and index.is_file()):
         return Report(key, faults)
     try:
-        data = ShardIndex([place.tar], [place.idx], [place.shard or shard_of(place.tar, place.idx)], place.dataset)
+        data = ShardIndex([tar], [index], [place.shard or shard_of(tar, index)], place.dataset)
         names = [data.image_name(row) for row in range(len(data))]
     except ValueError as error:
         return Report(key, [*faults, f"its index cannot be read ({error})"])
-    there = replace(data.shards[0], num_bytes=place.tar.stat().st_size, sha256="")  # if another size was listed
-    data.files = ShardFiles([place.tar], [there], data.cache)
+    there = replace(data.shards[0], num_bytes=tar.stat().st_size, sha256="")  # if another size was listed
+    data.files = ShardFiles([tar], [there], data.cache)
     unreadable, hashes, labels, tallies = {}, {}, {}, []
     how = _decoding(place.dataset, data)
     for row, name in enumerate(names):
@@ -150,27 +152,28 @@ def check(place: Place, key: str = "") -> Report:
 
 def _faults(place: Place, notes: Notes) -> Iterator[str]:
     """What is wrong with a tar and its index, without a look at its images; what else is worth telling: to `notes`."""
-    if not place.tar.is_file():
+    tar, index = Path(place.tar), Path(place.idx)
+    if not tar.is_file():
         yield "there is no such file"
         return
-    size, shard = place.tar.stat().st_size, place.shard
+    size, shard = tar.stat().st_size, place.shard
     if shard is not None and size != shard.num_bytes:
         yield f"{size} bytes, but dataset.json lists {shard.num_bytes}: it was changed or cut short"
-    if not place.idx.is_file():
+    if not index.is_file():
         yield "not indexed yet; run `mae-dist data index`"
     with TemporaryDirectory() as folder:
-        new = Path(folder) / place.idx.name
+        new = Path(folder) / index.name
         try:
-            found = build(place.tar, new, NO_LABELS)
+            found = build(tar, new, NO_LABELS)
         except ValueError as error:
-            yield str(error).removeprefix(f"{place.tar}: ")
+            yield str(error).removeprefix(f"{tar}: ")
             return
         notes.update_from(found.notes)
         if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.shard.sha256):
             yield "its content is not what it was when dataset.json was written (sha256)"
-        if not place.idx.is_file():
+        if not index.is_file():
             return
-        rows, wanted = (set(file.read_bytes().splitlines()[1:]) for file in (place.idx, new))
+        rows, wanted = (set(file.read_bytes().splitlines()[1:]) for file in (index, new))
         if rows != wanted:
             differ = f"{len(wanted - rows)} samples of the tar are not in it, {len(rows - wanted)} are not in the tar"
             yield f"its index is not that of this tar ({differ}); run `mae-dist data index` again"

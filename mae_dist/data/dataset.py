@@ -25,7 +25,7 @@ MOST_CLASSES = 10**7
 """Classes that a data set may have: a number beyond is that of something else."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar file: ``tar`` is its path, relative to dataset.json or absolute, or a URL; ``sha256`` is empty if not
     computed.
@@ -50,7 +50,7 @@ class Shard:
     @property
     def file_name(self) -> str:
         """The name of the tar, without folder."""
-        return name_of(self.tar) if is_url(self.tar) else os.path.basename(self.tar)
+        return name_of(self.tar) if is_url(self.tar) else self.tar.rpartition("/")[2]
 
     @property
     def remote(self) -> Remote | None:
@@ -106,12 +106,14 @@ class Dataset:
 
 class Parts(NamedTuple):
     """How several data sets make one split: the number of shards of each; for each shard the new numbers of its classes
-    (None: they stay); and why their labels cannot be used together (empty: they can).
+    (None: they stay); why their labels cannot be used together (empty: they can); and of which splits its tars are,
+    where data.path may have caught several by mistake (see `places.mixed_splits`).
     """
 
     sizes: list[int]
     labels: list[np.ndarray | None]
     problem: str = ""
+    mixed: Sequence[str] = ()
 
 
 def united(
@@ -159,7 +161,8 @@ def _pooled(
 def _parsed(plain: Any) -> Dataset:
     if plain.pop("format") != FORMAT:
         raise ValueError("another format")
-    plain["splits"] = {name: [_shard(**shard) for shard in shards] for name, shards in plain["splits"].items()}
+    plain["splits"] = {name: [Shard(**shard) for shard in shards] for name, shards in plain["splits"].items()}
+    _check_shards([shard for shards in plain["splits"].values() for shard in shards])
     for name in ("image_size", "mean", "std"):
         plain[name] = None if plain[name] is None else tuple(plain[name])
     dataset = Dataset(**plain)
@@ -177,14 +180,18 @@ def _parsed(plain: Any) -> Dataset:
     return dataset
 
 
-def _shard(**plain: Any) -> Shard:
-    shard = Shard(**plain)
-    texts = shard.tar, shard.sha256, shard.index, shard.labels
-    numbers = shard.num_samples, shard.num_labelled, shard.num_bytes
-    _check(all(type(text) is str for text in texts) and shard.tar != "", "splits", "shards whose tar is a path")
-    _check(all(type(number) is int and number >= 0 for number in numbers), "splits", "whole numbers of samples")
-    _check(shard.num_samples <= MOST_SAMPLES, f"num_samples of {shard.tar}", f"at most {MOST_SAMPLES}")
-    return shard
+def _check_shards(shards: list[Shard]) -> None:
+    """Check them column by column, as there may be 10^5."""
+    columns = {name: [getattr(shard, name) for shard in shards] for name in Shard.__slots__}
+    texts = [columns[name] for name in ("tar", "sha256", "index", "labels")]
+    numbers = [columns[name] for name in ("num_samples", "num_labelled", "num_bytes")]
+    _check(all({*map(type, column)} <= {str} for column in texts), "splits", "shards whose tar is a path")
+    _check(all(columns["tar"]), "splits", "shards whose tar is a path")
+    _check(all({*map(type, column)} <= {int} for column in numbers), "splits", "whole numbers of samples")
+    _check(all(min(column, default=0) >= 0 for column in numbers), "splits", "whole numbers of samples")
+    largest = max(shards, key=lambda shard: shard.num_samples, default=None)
+    if largest is not None:
+        _check(largest.num_samples <= MOST_SAMPLES, f"num_samples of {largest.tar}", f"at most {MOST_SAMPLES}")
 
 
 def _check(holds: bool, name: str, expected: str) -> None:

@@ -15,7 +15,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,9 +26,11 @@ from mae_dist.data.cache import Cache
 from mae_dist.data.classes import Merging
 from mae_dist.data.dataset import FILE, Dataset, Parts, Shard, united
 from mae_dist.data.grouping import image_of, label_of
+from mae_dist.data.places import Paths
 from mae_dist.data.remote import Remote
 from mae_dist.data.shard_files import ChangedError, ShardFiles, persistently
 from mae_dist.errors import from_os_error
+from mae_dist.paths import is_url
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +65,14 @@ class ShardIndex:
     """
 
     def __init__(
-        self, tars: list[Path], indexes: list[Path], shards: list[Shard], dataset: Dataset,
+        self, tars: Sequence[str | Path], indexes: Sequence[str | Path], shards: list[Shard], dataset: Dataset,
         left_out: dict[int, set[str]] | None = None, cache: Cache | None = None, parts: Parts | None = None,
     ):  # fmt: skip
-        self.tars, self.indexes, self.shards, self.dataset = tars, indexes, shards, dataset
+        self.tars, self.indexes, self.shards, self.dataset = Paths(tars), Paths(indexes), shards, dataset
         self.left_out, self.cache = left_out or {}, cache or Cache.of(None)
         self.parts = parts or Parts([len(shards)], [None] * len(shards))
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
-        self.files = ShardFiles(tars, shards, self.cache)
+        self.files = ShardFiles(self.tars, shards, self.cache)
         self._table = functools.lru_cache(maxsize=256)(self._read_table)
         self._rows = functools.lru_cache(maxsize=256)(self._kept_rows)
         for shard in self.left_out:
@@ -99,9 +101,9 @@ class ShardIndex:
         return [shard.remote for shard in self.shards]
 
     @property
-    def local_tars(self) -> list[Path]:
+    def local_tars(self) -> Paths:
         """The tars that are files."""
-        return [tar for tar, remote in zip(self.tars, self.remotes, strict=True) if remote is None]
+        return Paths(tar for tar, remote in zip(self.tars.texts, self.remotes, strict=True) if remote is None)
 
     @property
     def counts_of_parts(self) -> list[np.ndarray]:
@@ -130,9 +132,12 @@ class ShardIndex:
         how data sets are put together; independent of folders, but for those of tars that share a name and have no
         known sha256.
         """
-        uses = Counter(tar.name for tar in self.tars)
-        alike = [not s.sha256 and uses[tar.name] > 1 for s, tar in zip(self.shards, self.tars, strict=True)]
-        names = [f"{tar.parent.name}/{tar.name}" if a else tar.name for a, tar in zip(alike, self.tars, strict=True)]
+        names = [os.path.basename(tar) for tar in self.tars.texts]
+        uses = Counter(names)
+        names = [
+            f"{self.tars[shard].parent.name}/{name}" if uses[name] > 1 and not self.shards[shard].sha256 else name
+            for shard, name in enumerate(names)
+        ]
         rows = [
             f"{name} {s.num_samples} {s.num_bytes} {s.sha256}{s.labels and ' ' + s.labels}"
             for name, s in zip(names, self.shards, strict=True)
@@ -233,23 +238,13 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
     fetched through `cache`. Raises ValueError when a file is missing or changed, or is named twice.
     """
     split = places.evaluation_split(path, split)
-    parts, shards, seen = places.of_split(path, split), [], {}
+    parts = places.of_split(path, split)
     found = [place for part in parts for place in part]
-    for tar, index, shard, _ in found:
-        status = None if shard is not None and shard.remote else _status(tar)
-        if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
-            raise ValueError(f"data.path={path}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
-        if not os.path.isfile(index):
-            raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
-        if shard is not None and status is not None and status.st_size != shard.num_bytes:
-            raise ValueError(
-                f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
-                f"restore it or index it again with `mae-dist data index`"
-            )
-        shards.append(shard or shard_of(tar, index))
+    _check_files(path, found)
+    shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]
     left_out = _left_out([place.idx for place in found], shards)
     dataset, maps, problem = united([place.dataset for place in found] or [Dataset("")], shards, merging)
-    together = Parts([len(part) for part in parts], maps, problem)
+    together = Parts([len(part) for part in parts], maps, problem, places.mixed_splits(path, found))
     index = ShardIndex([p.tar for p in found], [p.idx for p in found], shards, dataset, left_out, cache, together)
     if left_out:
         log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)
@@ -258,25 +253,44 @@ def open_split(path: str, split: str, cache: Cache | None = None, merging: Mergi
     return index
 
 
-def _left_out(indexes: list[Path], shards: list[Shard]) -> dict[int, set[str]]:
+def _check_files(path: str, found: Sequence[places.Place]) -> None:
+    """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar."""
+    seen, files = {}, places.Files()
+    for tar, index, shard, *_ in found:
+        status = None if shard is not None and is_url(shard.tar) else _status(tar)
+        if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
+            raise ValueError(f"data.path={path}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
+        if index not in files:
+            raise ValueError(f"{tar}: not indexed yet; run `mae-dist data index '{path}'`")
+        if shard is not None and status is not None and status.st_size != shard.num_bytes:
+            raise ValueError(
+                f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
+                f"restore it or index it again with `mae-dist data index`"
+            )
+
+
+def _left_out(indexes: Sequence[str], shards: list[Shard]) -> dict[int, set[str]]:
     """Shard -> images of samples that quarantine.txt beside its index names. Raises ValueError for unknown ones."""
     folders = dict.fromkeys(os.path.dirname(index) for index in indexes)
-    lines = [(Path(folder) / line.idx, line.image) for folder in folders for line in quarantine.read(Path(folder))]
-    numbers = {index: number for number, index in enumerate(indexes)} if lines else {}  # hashing many paths takes long
+    lines = [
+        (os.path.join(folder, line.idx), line.image) for folder in folders for line in quarantine.read(Path(folder))
+    ]
+    numbers = {index: number for number, index in enumerate(indexes)} if lines else {}
     found: dict[int, set[str]] = {}
     for index, image in lines:
         if (number := numbers.get(index)) is not None:  # that of another split is not there
             found.setdefault(number, set()).add(image)
     for number, images in found.items():
-        if unknown := images.difference(_read_table(indexes[number], shards[number]).names):
-            file = indexes[number].with_name(quarantine.FILE)
-            raise ValueError(f"{file}: {indexes[number].name} has no image {min(unknown)!r}; remove that line")
+        index = Path(indexes[number])
+        if unknown := images.difference(_read_table(index, shards[number]).names):
+            file = index.with_name(quarantine.FILE)
+            raise ValueError(f"{file}: {index.name} has no image {min(unknown)!r}; remove that line")
     return found
 
 
-def _status(tar: Path) -> os.stat_result:
+def _status(tar: str) -> os.stat_result:
     try:
-        status = tar.stat()
+        status = os.stat(tar)
     except OSError as error:
         raise from_os_error(error, f"{tar}: cannot be read ({error.strerror or error})") from error
     if not stat.S_ISREG(status.st_mode):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +15,56 @@ from mae_dist.data.remote import shown
 
 
 class Place(NamedTuple):
-    """Where a tar of a split lies: its path, that of its index, what is known of it, and its data set."""
+    """Where a tar of a split lies: its path, that of its index, what is known of it, its data set, and, of a tar that
+    data.path names by itself, the split that dataset.json or its name say (empty: none).
+    """
 
-    tar: Path
-    idx: Path
+    tar: str
+    idx: str
     shard: Shard | None
     dataset: Dataset
+    split: str = ""
+
+
+class Paths(Sequence[Path]):
+    """Paths that are kept as texts, as there may be 10^5: each becomes a Path when it is asked for."""
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.texts = paths.texts if isinstance(paths, Paths) else [os.fspath(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, number: int) -> Path:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Path(self.texts[number])
+
+
+class Files:
+    """Which files there are, from one listing of each folder instead of a question a file."""
+
+    def __init__(self):
+        self._listed = functools.cache(_files_in)
+
+    def __contains__(self, path: str) -> bool:
+        folder, slash, name = path.rpartition("/")
+        listed = self._listed(folder or slash or ".")
+        return os.path.isfile(path) if listed is None else name in listed
+
+
+def _files_in(folder: str) -> set[str] | None:
+    """The names of the files in a folder; None where it cannot be listed."""
+    try:
+        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+    except OSError:
+        return None
 
 
 def splits(path: str) -> list[str]:
     """The splits that all folders in `path` have; none where it names tars. ValueError for what is not there."""
-    folders = [Path(name) for part in paths.parts(path) for name in paths.names(part)]
-    if not all((folder / FILE).is_file() for folder in folders):
+    folders = [name for part in paths.parts(path) for name in paths.names(part)]
+    if not all(os.path.isfile(os.path.join(folder, FILE)) for folder in folders):
         return []
-    first, *others = [Dataset.load(folder).splits for folder in folders]
+    first, *others = [Dataset.load(Path(folder)).splits for folder in folders]
     return [name for name in first if all(name in other for other in others)]
 
 
@@ -43,12 +81,23 @@ def of_split(path: str, split: str) -> list[list[Place]]:
         parts = [paths.names(part) for part in paths.parts(path)]
     except ValueError as error:
         raise ValueError(f"data.path={path}: {str(error).removeprefix(f'{path}: ')}") from error
-    listed_in = functools.cache(_listed_in)
-    return [[*_of_split(names, split, listed_in)] for names in parts]
+    if not any(parts):
+        raise ValueError(f"data.path={path}: names no data; give a folder, tars, or a list of them")
+    files, listed_in = Files(), functools.cache(_listed_in)
+    return [[*_of_split(names, split, files, listed_in)] for names in parts]
+
+
+def mixed_splits(path: str, found: Iterable[Place]) -> list[str]:
+    """The splits of tars that a pattern in `path` has caught, if these are several, so that it may have caught more
+    than it was meant to. None where the text has the words of all of them, as `d/{train,val}-*.tar`.
+    """
+    several = sorted({place.split for place in found} - {""})
+    meant = {*paths.splits_of(path)}.issuperset(several) or not any(map(glob.has_magic, paths.parts(path)))
+    return several if len(several) > 1 and not meant else []
 
 
 def _of_split(
-    names: list[str], split: str, listed_in: Callable[[Path], tuple[Dataset, dict[Path, Shard]]]
+    names: list[str], split: str, files: Files, listed_in: Callable[[str], tuple[Dataset, dict[str, tuple[str, Shard]]]]
 ) -> Iterator[Place]:
     for name in names:
         if paths.is_url(name):
@@ -56,25 +105,29 @@ def _of_split(
                 f"data.path={shown(name)}: a URL is indexed first: `mae-dist data index URL --out DIR`, then "
                 f"data.path=DIR"
             )
-        folder = Path(name)
-        if not (folder / FILE).is_file():
-            for tar in map(Path, paths.tars_in(name) if folder.is_dir() else [name]):
-                dataset, listed = listed_in(tar.parent)
-                shard = listed.get(tar)
-                index = tar.with_suffix(".idx") if shard is None else tar.parent / shard.index_name
-                yield Place(tar, index, shard, dataset)
+        name = str(Path(name))
+        if name in files or not os.path.isfile(os.path.join(name, FILE)):
+            for tar in [name] if name in files or not os.path.isdir(name) else paths.tars_in(name):
+                folder, file = os.path.split(tar)
+                dataset, listed = listed_in(folder)
+                known, shard = listed[file] if file in listed else ("".join(paths.splits_of(file)[-1:]), None)
+                index = f"{os.path.splitext(tar)[0]}.idx" if shard is None else os.path.join(folder, shard.index_name)
+                yield Place(tar, index, shard, dataset, known)
             continue
-        dataset = Dataset.load(folder)
+        dataset = Dataset.load(Path(name))
         if split not in dataset.splits:
-            raise ValueError(f"{folder / FILE}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}")
+            raise ValueError(
+                f"{os.path.join(name, FILE)}: has no split {split!r}, only {', '.join(sorted(dataset.splits))}"
+            )
+        folder = os.path.join(name, "")
         for shard in dataset.splits[split]:
-            tar = Path(shown(shard.tar)) if shard.remote else folder / shard.tar
-            yield Place(tar, folder / shard.index_name, shard, dataset)
+            tar = shown(shard.tar) if paths.is_url(shard.tar) else os.path.join(folder, shard.tar)
+            yield Place(tar, folder + shard.index_name, shard, dataset)
 
 
-def _listed_in(folder: Path) -> tuple[Dataset, dict[Path, Shard]]:
-    """The data set of a folder, and what it knows of each tar."""
-    if not (folder / FILE).is_file():
-        return Dataset(name=str(folder)), {}
-    dataset = Dataset.load(folder)
-    return dataset, {folder / shard.tar: shard for listed in dataset.splits.values() for shard in listed}
+def _listed_in(folder: str) -> tuple[Dataset, dict[str, tuple[str, Shard]]]:
+    """The data set of a folder, and what it knows of each tar: its split, and its shard."""
+    if not os.path.isfile(os.path.join(folder, FILE)):
+        return Dataset(name=folder or "."), {}
+    dataset = Dataset.load(Path(folder))
+    return dataset, {shard.tar: (name, shard) for name, listed in dataset.splits.items() for shard in listed}

@@ -187,7 +187,7 @@ def key_of(index: ShardIndex, how: Decoding = RGB) -> str:
     """A hash of all that the file depends on: of the index, how images are decoded, and the size and modification time
     of each tar.
     """
-    tars = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, index.local_tars)]
+    tars = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, index.local_tars.texts)]
     facts = [FORMAT, index.fingerprint, index.dataset.image_size, astuple(how), tars]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -231,6 +231,8 @@ def _opened(path: str, split: str | None) -> dict[str, index.ShardIndex]:
     splits = places.splits(path)
     if not splits:
         data = index.open_split(path, "")
+        if data.parts.mixed:
+            log.warning("%s: the names of these tars speak of several splits, which become one", path)
         return {split or _listed_split(data): data}
     if split is not None:
         raise ValueError(f"--split {split}: {path}/{index.FILE} names the splits; leave --split out")

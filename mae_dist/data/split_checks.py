@@ -5,6 +5,7 @@ Images that are in both splits are found by `mae-dist data check`, which reads t
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,6 +17,17 @@ MOST_READ = 50_000
 """Samples whose labels are read where dataset.json does not count them."""
 SHOWN = 5
 """Classes and tars that a message lists."""
+
+
+def refuse_mixed(index: ShardIndex, setting: str) -> None:
+    """Raise ValueError where a pattern has caught tars of several splits, which are named nowhere in it."""
+    if mixed := index.parts.mixed:
+        folder, name = os.path.split(index.tars.texts[0])
+        raise ValueError(
+            f"{setting}: the tars in it are of several splits by name or dataset.json ({', '.join(mixed)}; {name} "
+            f"first); name those of one, or, to use all as one split, each by a word, like "
+            f"'{folder}/*{{{','.join(mixed)}}}*.tar'"
+        )
 
 
 def problems(train: ShardIndex, test: ShardIndex, needs_labels: bool) -> dict[str, str]:
@@ -34,8 +46,10 @@ def problems(train: ShardIndex, test: ShardIndex, needs_labels: bool) -> dict[st
 
 def shared_tars(train: ShardIndex, test: ShardIndex) -> list[str]:
     """Names of the tars of `test` that have the sha256, or, where that is not known, the path, of one of `train`."""
-    known = {shard.sha256 for shard in train.shards} - {""} | {str(tar) for tar in train.tars}
-    return [tar.name for tar, s in zip(test.tars, test.shards, strict=True) if known & {s.sha256, str(tar)}]
+    known = {shard.sha256 for shard in train.shards} - {""} | {*train.tars.texts}
+    return [
+        os.path.basename(tar) for tar, s in zip(test.tars.texts, test.shards, strict=True) if known & {s.sha256, tar}
+    ]
 
 
 def unseen_classes(train: ShardIndex, test: ShardIndex) -> set[int]:

@@ -19,7 +19,7 @@ from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import changes, check_channels
-from mae_dist.data.index import Dataset, ShardIndex, open_split
+from mae_dist.data.index import Dataset, ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
@@ -28,7 +28,13 @@ from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
-from mae_dist.stages.splits import check_splits, find_test_split, refuse_unlabelled, with_test_split
+from mae_dist.stages.splits import (
+    check_splits,
+    find_test_split,
+    open_train_split,
+    refuse_unlabelled,
+    with_test_split,
+)
 from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
@@ -229,7 +235,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
     cache = Cache.of(config.data.cache, config.data.cache_size)
-    train_split = open_split(config.data.path, config.data.split, cache, config.data.merge_labels)
+    train_split = open_train_split(config, cache)
     config = with_test_split(config, before)
     test_split = find_test_split(config, needs_labels, train_split)
     initial = find_initial_weights(config.origin, began) if config.origin is not None else None

@@ -7,6 +7,7 @@ import logging
 
 from mae_dist import dist
 from mae_dist.data import split_checks
+from mae_dist.data.cache import Cache
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.places import evaluation_split, splits
 from mae_dist.schema import C, RunConfig
@@ -23,6 +24,16 @@ def with_test_split(config: C, earlier: RunConfig | None) -> C:
     if data.test_split == "auto" and split in splits(path) and dist.is_main():
         log.info("evaluation on split %s (data.test_split)", split)
     return dataclasses.replace(config, data=dataclasses.replace(data, test_split=split))
+
+
+def open_train_split(config: RunConfig, cache: Cache | None = None) -> ShardIndex:
+    """The training split of data.path. Raises ValueError as `open_split`, and where tars of several splits are in it
+    that data.path does not name.
+    """
+    data = config.data
+    train = open_split(data.path, data.split, cache, data.merge_labels)
+    split_checks.refuse_mixed(train, f"data.path={data.path}")
+    return train
 
 
 def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> ShardIndex | None:
@@ -46,6 +57,7 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
             f"data.test_path or data.test_split, or pack again with --test-share 0.1"
         )
     test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
+    split_checks.refuse_mixed(test, f"data.test_path={data.test_path}")
     if not required:
         return test
     if (train.dataset.classes is None) != (test.dataset.classes is None) and dist.is_main():

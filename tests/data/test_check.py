@@ -42,7 +42,7 @@ def test_check_of_clean_data_has_status_0_and_reads_only_tars_that_changed_a_sec
     real = check.check
 
     def noted(place: Place, key: str) -> Report:
-        read.append(place.tar.name)
+        read.append(Path(place.tar).name)
         return real(place, key)
 
     monkeypatch.setattr(check, "check", noted)

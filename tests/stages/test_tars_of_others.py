@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import webdataset
 from image_files import image_file
 from running import MAE, SETTINGS, losses
@@ -34,3 +35,26 @@ def test_imagenet_tars_of_timm_by_brace_range_are_indexed_and_trained(tmp_path: 
     assert (
         main(["pretrain", f"data.path={folder}", "data.split=train", *shared[2:], *MAE, f"out={tmp_path / 'all'}"]) == 0
     )
+
+
+def test_run_refuses_a_pattern_that_catches_tars_of_several_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names of the tars, or the dataset.json that lists them, say the splits; words in a path are meant."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a-train-0", "a-train-1", "b-val-0"):
+        with webdataset.TarWriter(str(folder / f"{name}.tar")) as writer:  # pyright: ignore
+            for i in range(8):
+                image = image_file(tmp_path / "x.png", 20 * i + len(name), (32, 32), "PNG").read_bytes()
+                writer.write({"__key__": f"{name}{i}", "png": image, "cls": b"0"})
+        assert main(["data", "index", f"{folder}/{name}.tar", f"--split={'all' if name < 'b' else 'val'}"]) == 0
+    run = ["pretrain", *SETTINGS, "train.steps=1", "machine.workers=0", *MAE, f"out={tmp_path / 'run'}"]
+    for listed in (True, False):
+        capsys.readouterr()
+        assert main([*run, f"data.path={folder}/*.tar"]) == 2
+        assert "of several splits" in capsys.readouterr().err
+        if listed:
+            (folder / "dataset.json").unlink()
+    assert main(["data", "pack", "tars", f"--source={folder}/*.tar", f"--out={tmp_path / 'packed'}"]) == 0
+    assert main([*run, f"data.path={folder}/*{{train,val}}*.tar"]) == 0
