@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 
-from mae_dist.data.decode import Memory, decode, stored_size
+from mae_dist.data.decode import Decoded, Memory, decoded, stored_size
 from mae_dist.data.index import Sample, ShardIndex
 from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
 from mae_dist.data.shard_files import ChangedError
@@ -40,6 +40,15 @@ class Rows(NamedTuple):
         return Rows(*(array[first : first + count] for array in self))
 
 
+class Met(NamedTuple):
+    """What reading has met: unreadable samples by id, with the reason; and what decoding has changed, with the number
+    of images and the id of one.
+    """
+
+    unreadable: dict[int, str]
+    changes: dict[str, tuple[int, int]]
+
+
 class Reader:
     """Reads samples of an index, decoded as `how` says, cropped and augmented as `view` says; None: whole, which all
     have one size. Each image is a function of its (epoch, id) alone.
@@ -49,11 +58,10 @@ class Reader:
         self.index, self.view, self.augment, self.how = index, view, view.augment() if view else None, how
         self.memory = Memory()
         self.unreadable: dict[int, str] = {}
-        self.decoded: tuple[Sample, int, Pixels] | None = None
+        self.decoded: tuple[Sample, int, Decoded] | None = None
 
-    def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> dict[int, str]:
-        """Write images, labels and marks of n samples into `rows`; give the ids of unreadable samples that were met,
-        each with the reason.
+    def fill(self, epochs: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], rows: Rows) -> Met:
+        """Write images, labels and marks of n samples into `rows`, and say what was met.
 
         An unreadable sample is replaced (`ShardIndex.neighbours`) and `bad` set. Raises ValueError where none of these
         can be read, where the tar has changed (`ShardFiles`), or where an image has another size than `rows`, and
@@ -61,7 +69,7 @@ class Reader:
         """
         places, left = ids.copy(), np.argsort(ids, kind="stable")  # copies of a sample follow each other
         others: dict[int, Iterator[int]] = {}
-        met: dict[int, str] = {}
+        met = Met({}, {})
         while len(left):
             samples = [self._read(place) for place in places[left].tolist()]
             sizes = [self._size(sample) for sample in samples]
@@ -76,10 +84,12 @@ class Reader:
                         raise sample
                     self._write(sample, size, box, flip, rows.images[row])
                     rows.labels[row] = sample.label
+                    for what in self.decoded[2].changes if self.decoded else ():
+                        met.changes[what] = met.changes.get(what, (0, 0))[0] + 1, place
                 except ChangedError as error:
                     raise ValueError(f"{self.index.sample_name(place)}: {error}") from error
                 except ValueError as error:
-                    met[place] = self.unreadable[place] = str(error)
+                    met.unreadable[place] = self.unreadable[place] = str(error)
                     places[row] = self._next(others.setdefault(row, self.index.neighbours(place)), place)
                     unreadable.append(row)
             left = np.array(unreadable, dtype=np.int64)
@@ -117,8 +127,8 @@ class Reader:
         """See `decode`. The pixels stay until the next call, and for a copy of the same sample (data.aug_repeats)."""
         if self.decoded is None or self.decoded[:2] != (sample, shrink):
             self.decoded = None  # its pixels lie in the same memory
-            self.decoded = sample, shrink, decode(sample, shrink, self.memory, self.how)
-        return self.decoded[2]
+            self.decoded = sample, shrink, decoded(sample, shrink, self.memory, self.how)
+        return self.decoded[2].pixels
 
     def _read(self, place: int) -> Sample | ValueError:
         """The stored sample, or why it is unreadable."""
@@ -138,11 +148,19 @@ class Reader:
         return found
 
 
-def name_unreadable(index: ShardIndex, met: Mapping[int, str], named: set[int]) -> None:
+def log_unreadable(index: ShardIndex, unreadable: Mapping[int, str], named: set[int | str]) -> None:
     """Log the samples that `Reader.fill` could not read, each once: those that are not in `named`, which grows."""
-    for sample in met.keys() - named:
-        log.error("unreadable: %s (%s)", index.sample_name(sample), met[sample])  # every rank prints errors
-    named.update(met)
+    for sample in unreadable.keys() - named:
+        log.error("unreadable: %s (%s)", index.sample_name(sample), unreadable[sample])  # every rank prints errors
+    named.update(unreadable)
+
+
+def log_changes(index: ShardIndex, changes: Mapping[str, tuple[int, int]], named: set[int | str]) -> None:
+    """Log each kind of change that `Reader.fill` has met once: those that are not in `named`, which grows."""
+    for what, (_, sample) in changes.items():
+        if what not in named:
+            log.warning("%s: %s (others like it are not named)", index.sample_name(sample), what)
+    named.update(changes)
 
 
 def decode_crop(

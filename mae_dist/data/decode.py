@@ -10,16 +10,23 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mae_dist.data.index import Sample
 from mae_dist.data.pixels import (
+    DEEP,
+    FIRST,
+    NOT_TURNED,
     RGB,
+    TURNED,
+    Changes,
     ChannelsError,
     Decoding,
     Pixels,
@@ -27,19 +34,24 @@ from mae_dist.data.pixels import (
     from_image,
     layout,
     mode_of,
-    scaling,
     turned,
     with_channels,
 )
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may recognise in a file. Of all that it knows, others start programs (EPS) or fail in unforeseen ways."""
-DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")
+"""Formats in which a file may have several images."""
+ONE_CHANNEL = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of one channel with more than 8 bits."""
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+"""TIFF tags: bits of a value; 0 where 0 is white; 2 where each channel is a plane; 2 for signed integers."""
 MAX_HEADER = 10_000
 """Largest header of an array in bytes, as in NumPy."""
 ORIENTATION = 0x0112
 """EXIF tag: 1 is upright; 2 to 8 name the mirroring and the quarter turns that make an image so."""
+JPEG, EXIF, EXIF_WITHIN = b"\xff\xd8", b"Exif\0\0", 2**16
+"""What a JPEG begins with, what EXIF data in it begin with (two bytes of their length before), and where they lie."""
 
 
 class Memory:
@@ -57,7 +69,19 @@ class Memory:
         return self.bytes if size <= self.LARGEST else None
 
 
+class Decoded(NamedTuple):
+    """The pixels of an image, and what decoding has changed in them."""
+
+    pixels: Pixels
+    changes: Changes
+
+
 def decode(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: Decoding = RGB) -> Pixels:
+    """The pixels of `decoded`."""
+    return decoded(sample, shrink, memory, how).pixels
+
+
+def decoded(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: Decoding = RGB) -> Decoded:
     """Decode a sample's image to uint8 (height, width, how.channels), by the rules of `Decoding`.
 
     With `shrink` (2, 4 or 8) a JPEG is decoded at that fraction of its size, rounded up, by leaving out its highest
@@ -69,11 +93,9 @@ def decode(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: D
             return _decode_array(sample.image, how)
         size = _jpeg_size(sample.image) if how.channels in (1, 3) else None
         if size is None:
-            pixels = _decode_by_pillow(sample.image, how)
-        else:
-            how.check_size(*size)
-            pixels = _decode_jpeg(sample.image, -(-size[0] // shrink), -(-size[1] // shrink), memory, how)
-        return turned(pixels, orientation(sample.image)) if how.upright else pixels
+            return _decode_by_pillow(sample.image, how)
+        how.check_size(*size)
+        return _decode_jpeg(sample.image, -(-size[0] // shrink), -(-size[1] // shrink), memory, how)
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -124,23 +146,6 @@ def check_channels(sample: Sample, how: Decoding, name: str) -> None:
         return
 
 
-def changes(sample: Sample, how: Decoding = RGB) -> str:
-    """What `decode` changes in the pixels of a file, as a phrase; "" where it changes nothing worth a word."""
-    try:
-        if sample.extension == "npy":
-            return scaling(_array_header(sample.image)[2], how.white)
-        with _opened(sample.image) as image:
-            if image.mode in DEEP:
-                return scaling(np.dtype(np.float32 if image.mode == "F" else np.uint16), how.white)
-            if is_deep(image):
-                return scaling(np.dtype(np.uint16), None)
-            if image.has_transparency_data and how.channels % 2:
-                return "transparency is drawn on white"
-            return "EXIF orientation is ignored" if not how.upright and orientation(sample.image) > 1 else ""
-    except Exception:  # as in `decode`
-        return ""
-
-
 def _array_header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, order of columns, and type of an array, after a check that it is an image that lies in its file whole."""
     start = _start(content)
@@ -174,15 +179,16 @@ def _parsed(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, by_columns, kind
 
 
-def _decode_array(content: bytes, how: Decoding) -> Pixels:
+def _decode_array(content: bytes, how: Decoding) -> Decoded:
     shape, by_columns, kind = _array_header(content)
     axes = layout(shape, how.channels)
     values = np.frombuffer(content, kind, math.prod(shape), _start(content))
     values = values.reshape(shape, order="F" if by_columns else "C")
     values = values.transpose(axes) if axes else values[:, :, None]
     how.check_size(*values.shape[:2])
-    pixels = eight_bits(values, how.white)
-    return with_channels(np.array(pixels, order="C", copy=True if pixels is values else None), how.channels)
+    pixels, changes = eight_bits(values, how.white)
+    pixels = np.array(pixels, order="C", copy=True if pixels is values else None)
+    return Decoded(with_channels(pixels, how.channels), changes)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -194,43 +200,118 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     return (int(height), int(width)) if colours in ("YCbCr", "Gray") else None
 
 
-def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None, how: Decoding) -> Pixels:
+def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None, how: Decoding) -> Decoded:
     buffer = memory.of(height * width * how.channels) if memory else None
     colours = "RGB" if how.channels == 3 else "Gray"
     try:
-        return simplejpeg.decode_jpeg(content, colours, min_height=height, min_width=width, min_factor=1, buffer=buffer)
+        pixels = simplejpeg.decode_jpeg(
+            content, colours, min_height=height, min_width=width, min_factor=1, buffer=buffer
+        )
     except ValueError:  # simplejpeg refuses any damage, Pillow only what makes an image incomplete
         return _decode_by_pillow(content, how)
+    return _upright(Decoded(pixels, ()), orientation(content), how)
 
 
-def _decode_by_pillow(content: bytes, how: Decoding) -> Pixels:
+def _decode_by_pillow(content: bytes, how: Decoding) -> Decoded:
     with _opened(content) as image:
         how.check_size(image.height, image.width)
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        deep, several, white, changes = is_deep(image), has_several(image), how.white or own_white(image), ()
+        if several and image.format == "TIFF":
             raise ValueError("a TIFF of several pages; store each as a file of its own")
-        if image.mode in DEEP:
-            values = np.asarray(image)
-            values = values.astype(np.uint16) if image.format == "PPM" else values  # Pillow holds them in 32 bits
-            image = Image.fromarray(eight_bits(values, how.white))
-        elif how.white is not None and is_deep(image):
-            raise ValueError("16-bit colours, of which only the upper 8 bits can be read: data.white needs .npy files")
-        return from_image(image, how.channels)
+        values, number = _deep_values(image, content), _orientation(image)
+        if values is not None:
+            pixels, changes = eight_bits(values, white if white != 65535 else how.white)
+            image = Image.fromarray(255 - pixels if is_white_zero(image) else pixels)
+        elif deep:
+            if how.white is not None:
+                raise ValueError("16-bit colours, of which the upper 8 bits can be read: data.white needs .npy files")
+            changes = (DEEP,)
+        pixels, converted = from_image(image, how.channels)
+    return _upright(Decoded(pixels, (*changes, *converted, *([FIRST] if several else []))), number, how)
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether a file that was only opened has colours of 16 bits, of which Pillow reads the upper 8."""
-    return any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+def _upright(found: Decoded, number: int, how: Decoding) -> Decoded:
+    """An image that has an EXIF orientation, turned where that is wanted."""
+    if number == 1:
+        return found
+    if not how.upright:
+        return Decoded(found.pixels, (*found.changes, NOT_TURNED))
+    return Decoded(turned(found.pixels, number), (*found.changes, TURNED))
+
+
+def _deep_values(image: ImageFile.ImageFile, content: bytes) -> np.ndarray | None:
+    """The stored values of more than 8 bits, (h, w) or (h, w, 3), or None. Those of a PNM file are read here, since
+    Pillow scales them, and to 8 bits if they are colours. Raises ValueError for a TIFF that Pillow reads wrongly.
+    """
+    tags = _tags(image)
+    if image.mode == "L" and 2 in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)):
+        raise ValueError("signed 8-bit values; store them unsigned")
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (1,))) > 8 and image.mode not in ONE_CHANNEL:
+        raise ValueError("16-bit colours in planes; store them pixel by pixel, or as .npy")
+    if image.format != "PPM" or (own_white(image) or 0) <= 255:
+        return np.asarray(image) if image.mode in ONE_CHANNEL else None
+    codec, _, start, _ = image.tile[0]
+    shape = (image.height, image.width, 3)[: 3 if image.mode == "RGB" else 2]
+    body, count = content[start:], math.prod(shape)
+    values = np.array(body.split()[:count], int) if codec == "ppm_plain" else np.frombuffer(body, ">u2", count)
+    return values.astype(np.uint16).reshape(shape)
+
+
+def own_white(image: ImageFile.ImageFile) -> int | None:
+    """The value that is white by the header of a file that was only opened: of PNM, and of TIFF with 12 bits."""
+    if image.format == "PPM" and image.mode in ("I", "L", "RGB"):
+        arguments = image.tile[0][3]
+        return arguments[1] if isinstance(arguments, tuple) else 65535 if arguments == "I;16B" else 255
+    return 4095 if _tags(image).get(BITS) == (12,) else None
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """The tags of a TIFF; none of other files."""
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+
+
+def is_white_zero(image: Image.Image) -> bool:
+    """Whether 0 is white in a file of more than 8 bits, which Pillow does not heed; with fewer bits it does."""
+    return image.mode in ONE_CHANNEL and _tags(image).get(PHOTOMETRIC) == 0
+
+
+def has_several(image: Image.Image) -> bool:
+    """Whether a file that was only opened has several images or pages."""
+    return image.format in SEVERAL and getattr(image, "is_animated", False)
+
+
+def is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether a file that was only opened has values of 16 bits; of colours Pillow reads the upper 8."""
+    return any(";16" in str(tile) for tile in image.tile) or (image.format == "PPM" and (own_white(image) or 0) > 255)
 
 
 def orientation(content: bytes) -> int:
     """The EXIF orientation of an image file, 1 to 8; 1 where it has none. Raises what Pillow raises."""
-    with _opened(content) as image:
-        found = image.getexif().get(ORIENTATION, 1)
+    if not content.startswith(JPEG):
+        with _opened(content) as image:
+            return _orientation(image)
+    start, exif = content.find(EXIF, 0, EXIF_WITHIN), Image.Exif()
+    if start < 0:
+        return 1
+    with suppress(Exception):  # damaged EXIF data are none
+        exif.load(content[start : start + int.from_bytes(content[start - 2 : start])])
+        return _one_of_8(exif)
+    return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    with suppress(SyntaxError, struct.error):  # damaged EXIF data are none
+        return 1 if image.format == "TIFF" else _one_of_8(image.getexif())  # Pillow turns a TIFF itself
+    return 1
+
+
+def _one_of_8(exif: Image.Exif) -> int:
+    found = exif.get(ORIENTATION, 1)
     return found if found in range(1, 9) else 1
 
 
 @contextmanager
-def _opened(content: bytes) -> Iterator[Image.Image]:
+def _opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
     """An image file with its header read, by one of FORMATS; its size has no limit of Pillow's meanwhile."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:

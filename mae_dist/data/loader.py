@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mae_dist.batch import Batch
 from mae_dist.data.cache import fetch_ahead
-from mae_dist.data.crop import Reader, Rows, name_unreadable
+from mae_dist.data.crop import Met, Reader, Rows, log_changes, log_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.pixels import RGB, Decoding
@@ -82,7 +82,7 @@ class TarSource:
     """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
     def __init__(self, index: ShardIndex, device: torch.device, workers: int, how: Decoding = RGB):
-        self.index, self.device, self.workers, self.how, self.named = index, device, workers, how, set[int]()
+        self.index, self.device, self.workers, self.how, self.named = index, device, workers, how, set[int | str]()
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The workers read ahead from this call on."""
@@ -94,10 +94,12 @@ class ReadAhead:
     memory that they share with this rank.
 
     The memory has room for READ_AHEAD batches like the first. A chunk is copied straight to its place in its batch on
-    the device, on a GPU asynchronously. ``named``: samples whose unreadability has been logged.
+    the device, on a GPU asynchronously. ``named``: unreadable samples and kinds of changes that have been logged.
     """
 
-    def __init__(self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, named: set[int]):
+    def __init__(
+        self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, named: set[int | str]
+    ):
         self.index, self.view, self.device, self.named = reader.index, view, device, named
         plan = list(itertools.islice(first := iter(plan), 1))
         self.taken = shared_array((1,), np.int64)
@@ -112,7 +114,7 @@ class ReadAhead:
         self.rows = rows = _shared_rows(len(self.free) * CHUNK, (*view.size, reader.how.channels))
         self.images = torch.from_numpy(rows.images)
 
-        def work(task: tuple[int, np.ndarray, np.ndarray]) -> dict[int, str]:
+        def work(task: tuple[int, np.ndarray, np.ndarray]) -> Met:
             slot, epochs, ids = task
             return reader.fill(epochs, ids, rows.part(slot * CHUNK, len(ids)))
 
@@ -153,7 +155,9 @@ class ReadAhead:
         self, images: UInt8[Tensor, "n h w c"] | Float[Tensor, "n h w c"], labels: np.ndarray, bad: np.ndarray
     ) -> None:
         """Wait for the next chunk and copy it."""
-        name_unreadable(self.index, self.workers.wait(), self.named)
+        met = self.workers.wait()
+        log_unreadable(self.index, met.unreadable, self.named)
+        log_changes(self.index, met.changes, self.named)
         slot = self.sent.popleft()
         here = _places(slot, len(labels))
         images.copy_(self.images[here], non_blocking=True)

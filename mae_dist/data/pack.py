@@ -28,9 +28,9 @@ import PIL
 from mae_dist import rng
 from mae_dist.atomic import holder_of, mount_points, open_lock, replacing, sign, try_lock
 from mae_dist.data import grouping, index
-from mae_dist.data.decode import changes, decode
+from mae_dist.data.decode import decoded
 from mae_dist.data.pixels import DEEP
-from mae_dist.data.reencode import Encoding
+from mae_dist.data.reencode import Encoding, as_png
 from mae_dist.data.shard_writer import ShardWriter
 from mae_dist.data.tally import Tally
 from mae_dist.data.workers import ordered_map
@@ -65,7 +65,8 @@ class Picture:
     ``extension`` is its format (lower case, no dot), ``content`` its bytes, ``label`` its class (-1: none). ``name`` is
     the end of its key, which begins with split and number; ``key`` is the whole key, if it is not empty. ``origin``
     names it in messages. Pictures of different ``group`` are never in one tar. One with a ``problem`` is left out, and
-    counted under what stands before its colon.
+    counted under what stands before its colon. With ``to_png`` it is stored as PNG where its bytes could stay and PNG
+    can hold it.
     """
 
     extension: str
@@ -76,6 +77,7 @@ class Picture:
     origin: str = ""
     group: int = 0
     problem: str = ""
+    to_png: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,7 @@ def _write(
 def _say_changes(tally: Tally) -> None:
     """Log what decoding changes in images, and 16-bit values that use little of their range."""
     for what, count in tally.changes:
-        if what:
-            log.warning("%d images: %s", count, what)
+        log.warning("%d images: %s", count, what)
     if DEEP in dict(tally.changes) and tally.top_value < DARK:
         log.warning("no 16-bit value exceeds %d of 65535; try --white with the largest", 256 * tally.top_value + 255)
 
@@ -320,17 +321,19 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
             if picture.problem:
                 raise ValueError(picture.problem)
             sample = index.Sample(picture.key, picture.extension, picture.content, picture.label)
-            before = np.asarray(decode(sample, how=encoding.how))
-            extension, content, pixels = encoding.store(picture.extension, picture.content, before)
+            found = decoded(sample, how=encoding.how)
+            extension, content, pixels = encoding.store(picture.extension, picture.content, found)
         except ValueError as error:
             problem = picture.problem or f"unreadable: {error}"
             yield _Prepared(replace(picture, content=b"", problem=problem), Tally(bad={problem.partition(":")[0]: 1}))
             continue
+        if picture.to_png and encoding.keeps_bytes and (png := as_png(content)) is not None:
+            extension, content = "png", png
         extension = EXTENSIONS.get(extension, extension)
         tally = Tally.of(
             pixels, picture.label, kinds={extension: 1}, source_bytes=len(picture.content), stored_bytes=len(content),
-            num_resized=int(pixels is not before), num_encoded=int(content is not picture.content),
-            changes=((changes(sample, encoding.how), 1),),
+            num_resized=int(pixels is not found.pixels), num_encoded=int(content is not picture.content),
+            changes=tuple((what, 1) for what in found.changes),
         )  # fmt: skip
         yield _Prepared(replace(picture, extension=extension, content=content), tally)
 

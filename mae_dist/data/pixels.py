@@ -1,6 +1,6 @@
 """The rules by which stored values become 8-bit pixels of a number of channels. Knows no file format, imports no torch.
 
-Nothing is clipped or guessed: what the rules do not say is refused.
+Nothing is guessed: what the rules do not say is refused, and what they change is told beside the pixels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ MAX_PIXELS = 178_956_970
 """Default of `Decoding.max_pixels`: the size above which Pillow refuses an image as a decompression bomb."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Number of channels -> Pillow's mode of an image that has them."""
+VIA = {"La": "LA", "LAB": "RGB"}
+"""Pillow's modes that it does not convert to all others -> the mode on the way."""
 WHITE = (255, 255, 255, 255)
+Changes = tuple[str, ...]
+"""What decoding has changed in an image, each as a phrase."""
 DEEP = "of 16-bit values the upper 8 bits are taken"
-"""What `scaling` says of them."""
+CUT = "values above"
+"""How the phrase begins that says that values were larger than white."""
+TURNED, NOT_TURNED = "turned as the EXIF orientation says", "EXIF orientation is ignored"
+ON_WHITE, FIRST = "transparency is drawn on white", "the first of several images in a file is taken"
 
 
 class ChannelsError(ValueError):
@@ -30,15 +37,17 @@ class Decoding:
     """The rules for images of ``channels`` channels.
 
     8-bit values stay. Of 16-bit values the upper 8 bits are taken, and floats must be in 0..1 and are multiplied by
-    255. With ``white``, values of more than 8 bits are multiplied by 255 / white instead, and larger ones are white.
-    Other integers, negative and non-finite values are refused.
+    255. With ``white``, values of more than 8 bits are multiplied by 255 / white instead, and larger ones are white;
+    without it the white of a PNM file is what its header says, and that of a TIFF with 12 bits is 4095. Other integers,
+    negative and non-finite values are refused.
 
     In image files grey is repeated for 3 channels and colour weighted to its luma for 1; transparency is drawn on
     white, or is the last of 2 or 4 channels. Arrays are (h, w), or have their channels last or first; these must be as
     many as ``channels``, except that 1 and 3 are converted as in image files.
 
-    ``upright`` turns an image as its EXIF orientation says, which is ignored otherwise, as in the official code. Images
-    of more than ``max_pixels`` pixels are refused before they are decoded.
+    ``upright`` turns an image as its EXIF orientation says, which is ignored otherwise, as in the official code; a TIFF
+    is always upright. Of several images in a file the first is taken; a TIFF of several pages is refused. So are images
+    of more than ``max_pixels`` pixels, before they are decoded.
     """
 
     channels: int = 3
@@ -55,32 +64,27 @@ class Decoding:
 RGB = Decoding()
 
 
-def eight_bits(values: np.ndarray, white: float | None) -> np.ndarray:
-    """Stored values as uint8, by the rules of `Decoding`; uint8 itself is not copied. Raises ValueError."""
+def eight_bits(values: np.ndarray, white: float | None) -> tuple[np.ndarray, Changes]:
+    """Stored values as uint8, by the rules of `Decoding`, and what that changes; uint8 itself is not copied. Raises
+    ValueError.
+    """
     kind = values.dtype
     if kind == np.uint8:
-        return values
+        return values, ()
     if kind.kind == "b":
-        return values * np.uint8(255)
+        return values * np.uint8(255), ()
     if kind.kind not in "iuf":
         raise ValueError(f"values of type {kind}: expected integers or floats")
     if white is None and kind.kind == "u" and kind.itemsize == 2:
-        return (values >> 8).astype(np.uint8)
+        return (values >> 8).astype(np.uint8), (DEEP,)
     low, high = float(values.min()), float(values.max())
     top = 1.0 if white is None and kind.kind == "f" else white
     if top is None or not (low >= 0 and high < np.inf) or (white is None and high > top):
         advice = "data.white=V says which value is white" if low >= 0 else "store them as 8 or 16 bits, or in 0..1"
         raise ValueError(f"{kind} values from {low:g} to {high:g}: {advice}")
-    return np.rint(np.minimum(values, top).astype(np.float32) * np.float32(255 / top)).astype(np.uint8)
-
-
-def scaling(kind: np.dtype, white: float | None) -> str:
-    """What `eight_bits` does with values of a type, as a phrase; "" where it changes nothing."""
-    if kind.itemsize == 1:
-        return ""
-    if white is not None:
-        return f"{kind.name} values are multiplied by 255 / {white:g}"
-    return "floats are multiplied by 255" if kind.kind == "f" else DEEP
+    pixels = np.rint(np.minimum(values, top).astype(np.float32) * np.float32(255 / top)).astype(np.uint8)
+    scaled = f"{kind.name} values are multiplied by 255 / {top:g}" if top != 1 else "floats are multiplied by 255"
+    return pixels, (scaled, f"values above {top:g} are cut to it")[: 1 + (high > top)]
 
 
 def layout(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
@@ -113,18 +117,25 @@ def with_channels(pixels: Pixels, channels: int) -> Pixels:
     """Pixels with grey repeated for 3 channels, or with colour weighted to its luma for 1; others unchanged."""
     if pixels.shape[2] == channels:
         return pixels
-    return from_image(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), channels)
+    return from_image(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), channels)[0]
 
 
-def from_image(image: Image.Image, channels: int) -> Pixels:
-    """Pixels of an 8-bit image in any mode of Pillow, by the rules of `Decoding`. Raises ChannelsError."""
-    mode = mode_of(channels)
+def from_image(image: Image.Image, channels: int) -> tuple[Pixels, Changes]:
+    """Pixels of an 8-bit image in any mode of Pillow, by the rules of `Decoding`, and what that changes. Raises
+    ChannelsError.
+    """
+    mode, changes = mode_of(channels), ()
+    if image.mode in VIA:
+        image = image.convert(VIA[image.mode])
     if image.has_transparency_data and channels % 2:
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image.convert("RGBA"))
+        changes = (ON_WHITE,)
     elif image.mode == "RGBX" and channels == 4:
-        return np.array(image)
+        return np.array(image), ()
+    elif image.mode == "CMYK":
+        changes = ("CMYK colours become RGB without their profile",)
     pixels = np.array(image.convert(mode))
-    return pixels[:, :, None] if channels == 1 else pixels
+    return (pixels[:, :, None] if channels == 1 else pixels), changes
 
 
 def turned(pixels: Pixels, orientation: int) -> Pixels:

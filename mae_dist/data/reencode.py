@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mae_dist.data.decode import changes, is_deep, orientation
-from mae_dist.data.index import Sample
-from mae_dist.data.pixels import RGB, Decoding, Pixels, resize
+from mae_dist.data.decode import Decoded, is_deep, is_white_zero, own_white
+from mae_dist.data.pixels import RGB, TURNED, Decoding, Pixels, resize
 
 FORMATS = ("jpg", "webp", "npy")
 """Formats that images can be encoded in: JPEG, lossy WebP, and raw pixels as uint8 (height, width, channels)."""
@@ -72,38 +71,33 @@ class Encoding:
         """Whether all files are stored as they are."""
         return self.short_side is None and self.format is None
 
-    def store(self, extension: str, content: bytes, pixels: Pixels) -> tuple[str, bytes, Pixels]:
-        """Extension and content of the file to store for an image file and its `pixels`, and the pixels that were
+    def store(self, extension: str, content: bytes, found: Decoded) -> tuple[str, bytes, Pixels]:
+        """Extension and content of the file to store for an image file that was decoded, and the pixels that were
         encoded. Raises ValueError for an image that the format cannot hold.
         """
+        pixels, changes = found
         if self.keeps_bytes:
             return extension, content, pixels
         target = self.format or "jpg"
         pixels, before = _resized(pixels, self.short_side), pixels
         same = pixels is before and self.quality is None and _format_of(extension, content) == target
-        if same and not self._changes(extension, content):
+        if same and not (changes if extension == "npy" else TURNED in changes):
             return target, content, pixels
         return target, _encoded(pixels, target, self.quality or QUALITY), pixels
-
-    def _changes(self, extension: str, content: bytes) -> bool:
-        """Whether decoding changes the values of an array, or turns an image."""
-        if extension == "npy":
-            return bool(changes(Sample("", extension, content, -1), self.how))
-        return self.how.upright and orientation(content) > 1
 
 
 def as_png(content: bytes) -> bytes | None:
     """A BMP, GIF, PPM or TIFF file as PNG with the same pixels, of an animated GIF the first image; None where PNG
-    cannot hold them, and for damaged files and those of several pages.
+    cannot hold them, and for damaged files.
     """
     stream = io.BytesIO()
     try:
         with Image.open(io.BytesIO(content), formats=("BMP", "GIF", "PPM", "TIFF")) as image:
             held = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") and not is_deep(image)
-            if not (held or image.mode in ("I;16", "I;16B")) or (
-                image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
-            ):
+            grey = image.mode in ("I;16", "I;16B") and own_white(image) is None and not is_white_zero(image)
+            if not (held or grey):
                 return None
+            image.load()  # turns a TIFF upright, whose orientation is then none of its EXIF data
             image.save(stream, "PNG", compress_level=1, exif=image.getexif())
     except MemoryError:
         raise

@@ -1,6 +1,7 @@
 """Resident splits: images of one size that are kept in memory, from a file into which they are decoded once.
 
-    DIR/train.resident   beside dataset.json: safetensors, see `Pixels`; for a glob of tars DIR/tars-HASH.resident
+    DIR/train.resident   beside dataset.json: safetensors, see `Pixels`; for a glob of tars DIR/tars-HASH.resident.
+                         Images that are decoded otherwise (data.channels, data.white, ...): DIR/train-HASH.resident
 
 The file is written whole or not at all, by one process while the others wait, and all processes of a machine map it
 read-only into memory. It is made anew when a tar has changed since, or when its header or length is damaged (its pixels
@@ -19,7 +20,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -36,7 +38,7 @@ from mae_dist import environment
 from mae_dist.atomic import leftovers, open_lock, replacing, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
-from mae_dist.data.crop import Reader, Rows, name_unreadable
+from mae_dist.data.crop import Met, Reader, Rows, log_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.views import View
@@ -44,7 +46,7 @@ from mae_dist.data.workers import ordered_map, shared_array
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mae_dist resident 2"
+FORMAT = "mae_dist resident 3"
 """Changes when other pixels are decoded from the same tars, or when they are stored in another way."""
 CHUNK = 64
 """Images that a worker decodes at once."""
@@ -56,16 +58,28 @@ DRAWN_TOGETHER = 8
 """Batches whose boxes are drawn at once: the cost of a draw is that of its many small operations."""
 
 
+TENSORS = {"labels": "I64", "bad": "BOOL", "images": "U8"}
+"""The tensors in the file, with their types."""
+
+
 class Unusable(Exception):
     """A file of a resident split that is missing, stale or damaged."""
 
 
 class Pixels(NamedTuple):
-    """All images of a split, their labels (-1: none), and whether another sample replaces an unreadable one (bad)."""
+    """All images of a split, their labels (-1: none), whether another sample replaces an unreadable one (bad), and in
+    how many images decoding has changed what.
+    """
 
     labels: Int[Tensor, " n"]
     bad: Bool[Tensor, " n"]
     images: UInt8[Tensor, "n c h w"]
+    changes: Mapping[str, int]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Labels, bad and images by name."""
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 class ResidentSource:
@@ -74,7 +88,7 @@ class ResidentSource:
     def __init__(self, index: ShardIndex, device: torch.device, quiet: bool = False, how: Decoding = RGB):
         self.index, self.device = index, device
         pixels = open_resident(index, quiet, how)
-        self.labels, self.bad, self.images = (tensor.to(device) for tensor in pixels)
+        self.labels, self.bad, self.images = (tensor.to(device) for tensor in pixels.tensors.values())
 
     def batches(self, plan: Iterable[tuple[np.ndarray, np.ndarray]], view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The host never waits for the device."""
@@ -100,7 +114,7 @@ def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -
     Where the file cannot be written, or another process does not finish it within WAIT_FOR_LOCK s, they are decoded
     into memory, with a warning. Raises what `Reader.fill` raises.
     """
-    path, key = path_of(index), key_of(index, how)
+    path, key = path_of(index, how), key_of(index, how)
     pixels = _open(index, path, key, quiet, how)
     if num_bad := int(pixels.bad.sum()):
         first = index.sample_name(int(pixels.bad.byte().argmax()))
@@ -108,6 +122,8 @@ def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -
             "%s: %d of %d images are unreadable, %s first",
             index.dataset.name, num_bad, len(index), first,
         )  # fmt: skip
+    for what, count in pixels.changes.items():
+        log.warning("%s: %d of %d images: %s", index.dataset.name, count, len(index), what)
     return pixels
 
 
@@ -171,16 +187,17 @@ def _warn(index: ShardIndex, path: Path, error: OSError) -> None:
     )  # fmt: skip
 
 
-def path_of(index: ShardIndex) -> Path:
+def path_of(index: ShardIndex, how: Decoding = RGB) -> Path:
     """The file of a split of a dataset.json beside it, SPLIT.resident; for other tars tars-HASH.resident beside the
-    first one's index, by a hash of all paths.
+    first one's index, by a hash of all paths. Each other way of decoding has a file of its own.
     """
     folder = index.indexes[0].parent
     name = next((name for name, shards in index.dataset.splits.items() if shards == index.shards), "")
     if not re.fullmatch(r"\w[\w.-]*", name):
         tars = "\n".join(os.path.relpath(tar, folder) for tar in index.tars)
         name = f"tars-{hashlib.sha256(tars.encode()).hexdigest()[:16]}"
-    return folder / f"{name}.resident"
+    decoded = "" if how == RGB else f"-{hashlib.sha256(json.dumps(astuple(how)).encode()).hexdigest()[:8]}"
+    return folder / f"{name}{decoded}.resident"
 
 
 def key_of(index: ShardIndex, how: Decoding = RGB) -> str:
@@ -196,27 +213,29 @@ def load(path: Path, key: str) -> Pixels:
     """Map the file of a split. Raises Unusable when it is missing, damaged, or has another key."""
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return Pixels(*(file.get_tensor(name) for name in Pixels._fields))
+            known = file.metadata() or {}
+            if known.get("key") == key:
+                labels, bad, images = (file.get_tensor(name) for name in TENSORS)
+                return Pixels(labels, bad, images, json.loads(known["changes"]))
     except FileNotFoundError:
         raise Unusable("there is no such file yet") from None
     except (OSError, SafetensorError) as error:
         raise Unusable(f"damaged ({error})") from error
-    raise Unusable("its tars have changed, or settings of data that decide their pixels")
+    raise Unusable("its tars or their index have changed")
 
 
 def write(path: Path, key: str, pixels: Pixels) -> None:
     """Write the file of a split, whole or not at all. Raises OSError."""
-    header: dict[str, object] = {"__metadata__": {"key": key}}
+    header: dict[str, object] = {"__metadata__": {"key": key, "changes": json.dumps(pixels.changes)}}
     end = 0
-    for (name, tensor), kind in zip(pixels._asdict().items(), ("I64", "BOOL", "U8"), strict=True):
+    for name, tensor in pixels.tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
+        header[name] = {"dtype": TENSORS[name], "shape": [*tensor.shape], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as work, work.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in pixels:
+        for tensor in pixels.tensors.values():
             stream.write(tensor.numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -229,13 +248,15 @@ def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixel
     images = shared_array((len(index), how.channels, *index.dataset.image_size), np.uint8)
     reader, rows = Reader(index, None, how), Rows(images.transpose(0, 2, 3, 1), labels, bad)
 
-    def work(first: int) -> tuple[dict[int, str]]:
+    def work(first: int) -> tuple[Met]:
         ids = np.arange(first, min(first + CHUNK, len(index)))
         return (reader.fill(np.zeros_like(ids), ids, rows.part(first, len(ids))),)
 
     starts, number = range(0, len(index), CHUNK), min(environment.cores(), len(index) // WORTH_A_WORKER)
     done, hidden = ordered_map(work, starts, max(1, number)), quiet or not sys.stderr.isatty()
-    named = set[int]()
-    for unreadable in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
-        name_unreadable(index, unreadable, named)
-    return Pixels(*(torch.from_numpy(array) for array in (labels, bad, images)))
+    named, changes = set[int | str](), Counter[str]()
+    for met in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
+        log_unreadable(index, met.unreadable, named)
+        changes.update({what: count for what, (count, _) in met.changes.items()})
+    tensors = map(torch.from_numpy, (labels, bad, images))
+    return Pixels(*tensors, changes=dict(sorted(changes.items())))

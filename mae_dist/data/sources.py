@@ -15,7 +15,6 @@ from PIL import Image
 
 from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, synthetic
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
-from mae_dist.data.reencode import as_png
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def from_folder(
 
 
 def _picture(folder: Path, file: folder_files.File, label: int) -> Picture:
-    """Read an image file, as it will be stored if the format may stay."""
+    """Read an image file."""
     path, kind = folder / file.path, file.kind
     picture = Picture(kind, b"", label, name=path.stem, origin=str(path), problem=file.problem)
     if file.problem:
@@ -125,9 +124,7 @@ def _picture(folder: Path, file: folder_files.File, label: int) -> Picture:
         return replace(picture, problem="no permission to read it")
     except OSError as error:
         raise _unreadable(path, error) from error
-    if kind in folder_files.TO_PNG and (png := as_png(content)) is not None:
-        return replace(picture, content=png, extension="png")
-    return replace(picture, content=content)
+    return replace(picture, content=content, to_png=kind in folder_files.TO_PNG)
 
 
 def _log_left_out(folder: Path, found: folder_files.Found) -> None:
@@ -142,10 +139,7 @@ def _log_left_out(folder: Path, found: folder_files.Found) -> None:
     if num_png := sum(f.kind in folder_files.TO_PNG and not f.problem for f in found.files):
         kinds = ", .".join(folder_files.TO_PNG)
         log.info(
-            "%s: %d files (.%s) become PNG, where it can hold their pixels; of a GIF the first image",
-            folder,
-            num_png,
-            kinds,
+            "%s: %d files (.%s) become PNG, where bytes may stay and it can hold their pixels", folder, num_png, kinds
         )
 
 

@@ -18,7 +18,7 @@ from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader, views
 from mae_dist.data.cache import Cache
-from mae_dist.data.decode import changes, check_channels
+from mae_dist.data.decode import check_channels
 from mae_dist.data.index import Dataset, ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.model_sizes import sides
@@ -266,16 +266,13 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
 
 
 def check_first_sample(setup: Setup) -> None:
-    """Log what decoding changes in the first training image; ValueError if it has other channels than wanted."""
+    """Raise ValueError where the first training image has other channels than wanted."""
     split, name = setup.train_split, setup.train_split.sample_name(0)
     try:
         sample = split.read(0)
     except (ValueError, OSError):  # an unreadable sample is the loader's business
         return
-    how = views.decoding(setup.config)
-    check_channels(sample, how, name)
-    if dist.is_main() and (what := changes(sample, how)):
-        log.info("%s: %s", name, what)
+    check_channels(sample, views.decoding(setup.config), name)
 
 
 @dataclass(frozen=True)

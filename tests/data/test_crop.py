@@ -13,7 +13,7 @@ from shared_types import Tars
 
 from mae_dist import schema
 from mae_dist.data.crop import Reader, Rows, crop, decode_crop
-from mae_dist.data.decode import Memory, decode, stored_size
+from mae_dist.data.decode import Decoded, Memory, decode, decoded, stored_size
 from mae_dist.data.index import Sample
 from mae_dist.data.pixels import Decoding
 from mae_dist.data.views import View
@@ -211,17 +211,17 @@ def test_reader_decodes_copies_of_a_sample_once_and_crops_each(tars: Tars, monke
     alone = [Rows(np.empty((1, 24, 24, 3), np.uint8), np.empty(1, np.int64), np.empty(1, np.bool_)) for _ in ids]
     for i, row in enumerate(alone):
         reader.fill(epochs[i : i + 1], ids[i : i + 1], row)
-    decoded: list[str] = []
+    keys: list[str] = []
 
-    def noted(sample: Sample, shrink: int, memory: Memory, how: Decoding) -> np.ndarray:
-        decoded.append(sample.key)
-        return decode(sample, shrink, memory, how)
+    def noted(sample: Sample, shrink: int, memory: Memory, how: Decoding) -> Decoded:
+        keys.append(sample.key)
+        return decoded(sample, shrink, memory, how)
 
-    monkeypatch.setattr("mae_dist.data.crop.decode", noted)
+    monkeypatch.setattr("mae_dist.data.crop.decoded", noted)
     rows = Rows(np.empty((8, 24, 24, 3), np.uint8), np.empty(8, np.int64), np.empty(8, np.bool_))
     reader.fill(epochs, ids, rows)
     for found, expected in zip(rows, zip(*alone, strict=True), strict=True):
         assert np.array_equal(found, np.concatenate(expected))
     assert len({image.tobytes() for image in rows.images}) == 8
     assert rows.bad.tolist() == [False] * 6 + [True] * 2
-    assert [key for key in decoded if key != "s0006"] == ["s0004", "s0005", "s0007"]
+    assert [key for key in keys if key != "s0006"] == ["s0004", "s0005", "s0007"]

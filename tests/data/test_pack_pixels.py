@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from mae_dist.commands import data
 from mae_dist.data.decode import decode
 from mae_dist.data.index import Dataset, open_split
 from mae_dist.data.loader import TarSource
-from mae_dist.data.pixels import Decoding
-from mae_dist.data.resident import ResidentSource
+from mae_dist.data.pixels import DEEP, FIRST, NOT_TURNED, ON_WHITE, Decoding
+from mae_dist.data.resident import ResidentSource, open_resident
 from mae_dist.data.views import View
 from mae_dist.schema import ViewConfig
 
@@ -99,3 +100,66 @@ def test_pack_of_grey_images_and_kinds_of_files_that_torchvision_reads(tmp_path:
     assert known.mean == pytest.approx((100 / 255,))
     assert known.std == (1.0,)
     assert sum(shard.num_samples for shard in known.splits["train"]) == 7
+
+
+def save_changed(folder: Path) -> dict[str, int]:
+    """Images that decoding changes in several ways: in how many of them what."""
+    folder.mkdir(parents=True)
+    plain, turned = Image.fromarray(VALUES.astype(np.uint8)), Image.Exif()
+    turned[0x0112] = 6
+    for number in range(2):
+        Image.fromarray((16 * VALUES).astype(np.uint16)).save(folder / f"deep{number}.png")
+        plain.save(folder / f"films{number}.gif", save_all=True, append_images=[Image.new("L", (32, 32), 9)])
+    Image.new("RGBA", (32, 32), (9, 9, 9, 100)).save(folder / "clear.png")
+    plain.save(folder / "turned.jpg", exif=turned)
+    plain.save(folder / "plain.png")
+    return {DEEP: 2, FIRST: 2, ON_WHITE: 1, NOT_TURNED: 1}
+
+
+def test_pack_says_each_change_with_its_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = save_changed(tmp_path / "images" / "a")
+    pack(tmp_path / "images")
+    said = [record.message for record in caplog.records]
+    assert [line for line in said if " images: " in line] == sorted(
+        (f"{count} images: {what}" for what, count in expected.items()), key=lambda line: line[2:]
+    )
+
+
+def test_runs_say_each_change_once_from_tars_and_with_counts_from_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "images" / "a"
+    expected = save_changed(folder)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, file in enumerate(sorted(folder.iterdir())):
+            tar.add(file, f"{number:04d}{file.suffix}")
+    data.main(["index", str(tmp_path / "x.tar")])
+    split = open_split(str(tmp_path), "train")
+    view = View(ViewConfig(), 16, (0.5,) * 3, (0.25,) * 3, 3, True)
+    plan = [(np.zeros(7, np.int64), np.arange(7))] * 2
+    caplog.clear()
+    source = TarSource(split, CPU, 0)
+    for _ in range(2):
+        list(source.batches(plan, view))
+    for what in expected:
+        assert caplog.text.count(f"{what} (others like it are not named)") == 1
+    for _ in range(2):
+        caplog.clear()
+        ResidentSource(split, CPU, True)
+        for what, count in expected.items():
+            assert caplog.text.count(f"{count} of 7 images: {what}") == 1
+
+
+def test_resident_files_of_two_ways_of_decoding_live_beside_each_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack(folder_of([VALUES.astype(np.uint16)] * 3, tmp_path))
+    split = open_split(str(tmp_path / "packed"), "train")
+    ways = Decoding(), Decoding(white=4095.0), Decoding(channels=1)
+    caplog.set_level(logging.INFO)
+    first = []
+    for _ in range(2):
+        first = [open_resident(split, True, how).images.clone() for how in ways]
+    assert caplog.text.count("images into it, once") == 3
+    assert len(list((tmp_path / "packed").glob("train*.resident"))) == 3
+    assert (first[0].max(), first[1].max(), first[2].shape[1]) == (15, 255, 1)

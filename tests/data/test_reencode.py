@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_dist.data.decode import decode
+from mae_dist.data.decode import decode, decoded
 from mae_dist.data.index import Sample
 from mae_dist.data.pixels import Decoding
 from mae_dist.data.reencode import Encoding
@@ -33,7 +33,7 @@ def pixels_of(extension: str, content: bytes) -> np.ndarray:
 
 def store(encoding: Encoding, extension: str, content: bytes) -> tuple[str, bytes, np.ndarray]:
     """Extension, content and pixels of the stored file; the pixels that `store` returns are those of lossless files."""
-    extension, stored, pixels = encoding.store(extension, content, pixels_of(extension, content))
+    extension, stored, pixels = encoding.store(extension, content, decoded(Sample("k", extension, content, 0)))
     if extension == "npy":
         np.testing.assert_array_equal(pixels_of(extension, stored), pixels)
     return extension, stored, pixels_of(extension, stored)
@@ -111,8 +111,7 @@ def test_encoding_turns_images_upright_and_then_has_no_orientation_left() -> Non
     exif[0x0112] = 6
     content = file_of(image, "JPEG", exif=exif)
     encoding = Encoding(format="jpg", how=Decoding(upright=True))
-    pixels = decode(Sample("k", "jpg", content, 0), how=encoding.how)
-    _, stored, _ = encoding.store("jpg", content, pixels)
+    _, stored, _ = encoding.store("jpg", content, decoded(Sample("k", "jpg", content, 0), how=encoding.how))
     assert Image.open(io.BytesIO(stored)).size == (20, 30)
     assert 0x0112 not in Image.open(io.BytesIO(stored)).getexif()
-    assert encoding.store("jpg", stored, pixels)[1] is stored
+    assert encoding.store("jpg", stored, decoded(Sample("k", "jpg", stored, 0), how=encoding.how))[1] is stored
