@@ -17,10 +17,12 @@ import numpy as np
 from mae_dist import paths
 from mae_dist.commands import data_remote
 from mae_dist.commands.data_output import progress, report
-from mae_dist.data import index, indexing, labels
+from mae_dist.data import folder_words, index, indexing, label_list, labels
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
-from mae_dist.data.indexing import AUTO, FOLDER, JSON, NO_LABELS, Indexed
+from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, NO_LABELS, Indexed
+from mae_dist.data.label_list import Image, LabelList
+from mae_dist.data.labels import Label
 from mae_dist.data.pack import ProgressCallback
 from mae_dist.data.remote import shown
 from mae_dist.data.tar_reader import Notes
@@ -43,8 +45,8 @@ def add_parser(actions: Any) -> None:
     parser.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     parser.add_argument(
         "--labels", default=AUTO, metavar="SOURCE",
-        help="where labels are: folder (in the tar), json:FIELD, the extension of members (txt, npy), a FILE of keys "
-        "and labels, none (default: .cls members)",
+        help="where labels are: folder (in the tar; folder:1 the first, folder:-1 the last), json:FIELD, the extension "
+        "of members (txt, npy), a FILE of names and labels, none (default: .cls members)",
     )  # fmt: skip
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names in the order of their numbers")
     parser.add_argument("--whole", action="store_true", help="read tars at URLs although an .idx lies beside them")
@@ -142,16 +144,23 @@ def _merge(
     split, source = arguments.split, arguments.labels
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
-    listed = labels.of_file(Path(source)) if os.path.isfile(source) else None
+    listed = label_list.read(Path(source)) if os.path.isfile(source) else None
     if listed is None and "/" in source:
         raise ValueError(f"--labels {source}: no such file")
-    found = []
+    by_folder = source.partition(":")[0] == FOLDER
+    level, found, known = labels.level_of(source) if by_folder else None, [], before.classes if others else None
     for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
-        found.append(indexing.build(tar, folder / name, source, listed))
+        found.append(indexing.build(tar, folder / name, LIST if listed else FOLDER if by_folder else source))
         tick("index", number + 1, len(tars))
     _report_notes(found)
+    if listed is not None:
+        found = _with_labels(found, _of_list(listed, tars, found))
+    elif by_folder:
+        found = _with_labels(found, labels.of_folders([item.labels for item in found], level, known or ()))
+        if level is None and arguments.classes is None and known is None:
+            _refuse_doubtful_folders(found)
     _refuse_mixed_labels(found, before, others, arguments.classes)
-    values, classes = _numbers(found, before.classes if others else None, source, arguments.classes)
+    values, classes = _numbers(found, known, arguments.classes)
     _report_labels(found, values, split, classes, source)
     shards = [
         _shard(item.shard, tar, folder, name, value, item.plain)
@@ -162,6 +171,29 @@ def _merge(
     data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
     dataset = _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
     return replace(dataset, label_counts=before.label_counts | {split: labels.counts(values)})
+
+
+def _with_labels(found: Sequence[Indexed], values: Sequence[list[Label]]) -> list[Indexed]:
+    return [replace(item, labels=value) for item, value in zip(found, values, strict=True)]
+
+
+def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed]) -> list[list[Label]]:
+    """The labels that a list gives to the images of the tars."""
+    images = [Image(f"{tar}/{name}", str(name)) for tar, item in zip(tars, found, strict=True) for name in item.labels]
+    rows = listed.rows_of(images)
+    listed.check(images, rows, "these tars")
+    values = iter([labels.NONE if row is None else listed.number_or_name(row) for row in rows])
+    return [[*itertools.islice(values, len(item.labels))] for item in found]
+
+
+def _refuse_doubtful_folders(found: Sequence[Indexed]) -> None:
+    """Raise ValueError where folders may be splits, or parts of samples, and not classes."""
+    names = {label for item in found for label in item.labels if isinstance(label, str)}
+    if doubt := folder_words.doubt(names):
+        raise ValueError(
+            f"--labels {FOLDER}: {doubt}; write --labels {FOLDER}:N if the folder at level N is the class (1 the "
+            f"first in the tar, -1 the last), or name the tars of one split, or other labels"
+        )
 
 
 def _refuse_mixed_labels(
@@ -209,12 +241,10 @@ def _with_split(
 
 
 def _numbers(
-    found: Sequence[Indexed], known: list[str] | None, source: str, file: Path | None
+    found: Sequence[Indexed], known: list[str] | None, file: Path | None
 ) -> tuple[list[np.ndarray], list[str] | None]:
     """The labels of the tars as numbers, and the names of the classes, if they have any."""
     raw = [item.labels for item in found]
-    if source == FOLDER:
-        raw = labels.of_folders(raw)
     named = file is not None or any(isinstance(label, str) for tar in raw for label in tar)
     numbers = labels.names_of_file(file) if file else {name: number for number, name in enumerate(known or ())}
     return labels.numbered(raw, numbers if named else None, fixed=file is not None)

@@ -47,7 +47,10 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         help="which folders in SOURCE are splits, for example train=training,test=heldout; none: they are classes "
         "(default: those called train, val, valid, validation and test)",
     )
-    folder.add_argument("--labels", type=Path, metavar="FILE", help="text file of rows IMAGE,LABEL, instead of classes")
+    folder.add_argument(
+        "--labels", metavar="FILE|folder:N",
+        help="list of rows IMAGE,LABEL; or the class is the folder at level N: 1 the first (default), -1 the last",
+    )  # fmt: skip
     _add_test_share(folder)
     _complete(
         folder, lambda given, tick: from_folder(given.source, given.test_share, given.splits, given.labels, tick),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -18,20 +19,13 @@ from pathlib import Path
 from mae_dist.data import label_list
 from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.folder_files import File, Found
+from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like
+from mae_dist.data.label_list import TINY_IMAGENET, Image, LabelList, Row
+from mae_dist.data.labels import class_in, level_of
 
 log = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Names of folders (in any case) that are splits, and the names of these splits."""
-SPLIT_WORDS = {
-    "train", "training", "trainset", "val", "valid", "validation", "test", "testing", "testset", "dev", "eval",
-    "evaluation", "holdout", "labeled", "labelled", "unlabeled", "unlabelled", "fold", "split", "imagestr", "imagests",
-}  # fmt: skip
-"""Words in the names of folders that may be splits, so that the user is asked."""
 YEAR = re.compile(r"(19|20)\d\d")
-TINY_IMAGENET = "val_annotations.txt"
-"""The file with the labels of tiny-imagenet's validation images."""
-
 Named = dict[str, list[tuple[File, str | None]]]
 """The images of each split, each with the name of its class (None: no label)."""
 
@@ -47,42 +41,60 @@ class Labelled:
     num_classes: int | None
 
 
-def read(source: Path, found: Found, answer: str | None = None, labels: Path | None = None) -> Labelled:
+def read(source: Path, found: Found, answer: str | None = None, labels: str | Path | None = None) -> Labelled:
     """The splits and labels of what lies below `source`.
 
-    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER'. `labels` is a file that `label_list` reads;
-    it decides in splits whose images it names, and folders in others. Raises ValueError where something is not clear.
+    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER'. `labels` is the option --labels: a file that
+    `label_list` reads, which decides in splits whose images it names, or 'folder:N' (see `labels.level_of`). Raises
+    ValueError where something is not clear.
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
         raise ValueError(f"--source {source}: no images below it" + (f", only {others}" if others else ""))
+    by_level = labels is not None and re.fullmatch(r"folder(:.*)?", str(labels)) is not None
+    level = level_of(str(labels)) if by_level else None
+    option = None if labels is None or by_level else label_list.read(Path(labels))
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
-    listed = None if labels is None else label_list.read(labels)
+    named, by_list = _named(source, found, folders, option, level)
+    _check_classes(source, named, by_list)
+    _unlabel_lone_folders(named, by_list)
+    if answer is None and level is None:
+        _ask_about_parts(source, folders, {split: files for split, files in named.items() if split not in by_list})
+    _warn(source, found, folders, named)
+    return _numbered(named, by_number=by_list >= {split for split in named if _classes(named[split])})
+
+
+def _named(
+    source: Path, found: Found, folders: dict[str, str], option: LabelList | None, level: int | None
+) -> tuple[Named, set[str]]:
+    """The images of each split with the names of their classes, and the splits that have these from a list."""
     named: Named = {}
-    by_list: set[str] = set()
+    by_list: dict[str, list[tuple[Image, Row | None]]] = {}
     for split, folder in folders.items():
         files = _files_of(found.files, folder, folders.values())
         if not files:
             raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folder or '.'}")
-        if table := _table(source / folder, folder, files, listed):
-            log.info(
-                "split %s: labels of %d of %d images are from %s",
-                split,
-                len(table),
-                len(files),
-                labels or TINY_IMAGENET,
+        images = [Image(f.path, f.path[len(folder) + bool(folder) :]) for f in files]
+        table, rows = _rows(source / folder, images, option)
+        if table is None:
+            named[split] = _by_folder(split, folder, files, level)
+            continue
+        log.info("split %s: labels of %d images are from %s", split, sum(map(bool, rows)), table.source)
+        by_list[split] = [*zip(images, rows, strict=True)]
+        named[split] = [(f, (row.label or None) if row else None) for f, row in zip(files, rows, strict=True)]
+        if option is None:
+            table.check(images, rows, f"split {split}")
+    if option is not None:
+        if not by_list:
+            what = (
+                "rows name no image" if option.files is not None else "labels are not as many as the images of a split"
             )
-            by_list.add(split)
-        named[split] = [(f, table.get(f.path)) for f in files] if table else _by_folder(split, folder, files)
-    if listed is not None and not by_list:
-        what = "rows name no image" if listed.files is not None else "labels are not as many as the images of a split"
-        raise ValueError(f"--labels {labels}: its {len(listed.labels)} {what} of {source}")
-    if listed is not None and listed.files is None and len(by_list) > 1:
-        raise ValueError(f"--labels {labels}: fits the splits {_listed(by_list)}; write rows IMAGE,LABEL")
-    _check_classes(source, named, by_list)
-    _unlabel_lone_folders(named, by_list)
-    _warn(source, found, folders, named)
-    return _numbered(named, by_number=by_list >= {split for split in named if _classes(named[split])})
+            raise ValueError(f"--labels {option.source}: its {len(option.labels)} {what} of {source}")
+        if option.files is None and len(by_list) > 1:
+            raise ValueError(f"--labels {option.source}: fits the splits {listed(by_list)}; write rows IMAGE,LABEL")
+        pairs = [pair for some in by_list.values() for pair in some]
+        option.check([image for image, _ in pairs], [row for _, row in pairs], f"the splits {listed(by_list)}")
+    return named, set(by_list)
 
 
 # --- splits
@@ -99,19 +111,19 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
     if not named:
         if base:
             raise ValueError(
-                f"--source {source}: all images are in {base}, with folders {_listed(tops)}; give --source "
+                f"--source {source}: all images are in {base}, with folders {listed(tops)}; give --source "
                 f"{source / base}, or --splits none to make {base.split('/')[0]} the only class"
             )
-        if doubt := _doubt(tree):
-            raise _question(source, doubt, tops)
+        if why := _doubt(tree):
+            raise _question(source, why, base, tops)
         return {"train": ""}
     if others := [top for top in tops if top.lower() not in SPLITS]:
-        doubt = f"{_listed(map(os.path.basename, named))} named like a split, but {_listed(others)} beside it not"
-        raise _question(source, doubt, tops)
+        why = f"{listed(map(os.path.basename, named))} named like a split, but {listed(others)} beside it not"
+        raise _question(source, why, base, tops)
     splits = {name: [f for f in named if SPLITS[os.path.basename(f).lower()] == name] for name in SPLITS.values()}
     if twins := next((f for f in splits.values() if len(f) > 1), None):
         raise ValueError(
-            f"--source {source}: {_listed(twins)} are both {SPLITS[os.path.basename(twins[0]).lower()]!r}; "
+            f"--source {source}: {listed(twins)} are both {SPLITS[os.path.basename(twins[0]).lower()]!r}; "
             f"choose with --splits train=FOLDER,val=FOLDER,test=FOLDER"
         )
     if base:
@@ -131,31 +143,47 @@ def _tree(files: list[File], base: str) -> dict[str, set[str]]:
 
 
 def _doubt(tree: dict[str, set[str]]) -> str:
-    """Why the folders of this tree may be something else than classes; '' if there is no reason to think so."""
+    """Why the folders of this tree may be splits, and not classes; '' if there is no reason to think so."""
     tops = sorted(tree.keys() - {""})
-    like_splits = [top for top in tops if SPLIT_WORDS & set(re.split("[^a-z]+", top.lower()))]
-    if like_splits and 2 * len(like_splits) >= len(tops):
-        return f"{_listed(like_splits)} may be splits or classes"
+    if (like := [top for top in tops if split_like(top) is not None]) and 2 * len(like) >= len(tops):
+        return doubt(tops)
     if len(tops) < 2 or any("" in inner for inner in tree.values()):
         return ""
     counts = Counter(name for top in tops for name in tree[top])
     shared = {name for name, count in counts.items() if count > 1 and not name.isdigit()}
     if sum(len(tree[top] & shared) > 1 for top in tops) * 2 >= len(tops):
-        return f"{_listed(tops)} have folders of the same names ({_listed(sorted(shared))}), so they may be splits"
+        return f"{listed(tops)} have folders of the same names ({listed(sorted(shared))}), so they may be splits"
     if all(YEAR.fullmatch(top) for top in tops) and not all(name.isdigit() for name in counts):
-        return f"{_listed(tops)} may be splits or classes"
+        return f"{listed(tops)} may be splits or classes"
     return ""
 
 
-def _question(source: Path, doubt: str, tops: list[str]) -> ValueError:
-    splits: dict[str, str] = {}
-    for top in tops:
-        words = {"val": "val", "test": "test", "tr": "train"}
-        splits.setdefault(next((split for word, split in words.items() if word in top.lower()), top), top)
+def _question(source: Path, doubt: str, base: str, tops: list[str]) -> ValueError:
+    """What to ask, with an example in which each folder has the split that its name speaks of."""
+    guesses = {split: _join(base, top) for top in reversed(tops) if (split := split_like(top))}
+    guesses = guesses or {split: _join(base, top) for split, top in zip(("train", "test"), tops, strict=False)}
+    splits = {"train": base or "."} | guesses
     return ValueError(
         f"--source {source}: {doubt}; add --splits none if its folders are classes, or --splits SPLIT=FOLDER,... if "
-        f"they are splits, for example --splits {','.join(f'{split}={top}' for split, top in [*splits.items()][:3])}"
+        f"they are splits, for example {_option(splits)}"
     )
+
+
+def _option(splits: dict[str, str]) -> str:
+    """The option --splits that names these folders."""
+    return f"--splits {shlex.quote(','.join(f'{split}={folder}' for split, folder in splits.items()))}"
+
+
+def _ask_about_parts(source: Path, folders: dict[str, str], named: Named) -> None:
+    """Raise ValueError where the classes are called like parts of samples, as images and masks."""
+    names = set().union(*map(_classes, named.values()))
+    if why := doubt(names):
+        images = sorted(filter(is_images, names)) or sorted(names)
+        chosen = {split: _join(folder, images[0]) for split, folder in folders.items()}
+        raise ValueError(
+            f"--source {source}: {why}; add --labels folder:1 if they are classes, or name the folder of images, for "
+            f"example {_option(chosen)}"
+        )
 
 
 def _answered_splits(source: Path, answer: str) -> dict[str, str]:
@@ -186,34 +214,42 @@ def _files_of(files: list[File], folder: str, claimed: Iterable[str]) -> list[Fi
 # --- classes
 
 
-def _table(path: Path, folder: str, files: list[File], listed: label_list.LabelList | None) -> dict[str, str]:
-    """The labels by path that a list gives to the images of this split; empty if it is not about them."""
-    if listed is None and (path / TINY_IMAGENET).is_file():
-        listed = label_list.read(path / TINY_IMAGENET)
-    if listed is None or (listed.files is None and any("/" in f.path[len(folder) + 1 :] for f in files)):
-        return {}  # a list without files is for a folder without folders
-    return listed.of([f.path for f in files], folder)
+def _rows(path: Path, images: list[Image], option: LabelList | None) -> tuple[LabelList | None, list[Row | None]]:
+    """The list that is about the images of this split, and the row of each; None and no rows if there is none."""
+    table = option
+    if table is None and (path / TINY_IMAGENET).is_file():
+        table = label_list.read(path / TINY_IMAGENET)
+    if table is None or (table.files is None and any("/" in image.inner for image in images)):
+        return None, []  # a list without files is for a folder without folders
+    rows = table.rows_of(images)
+    return (table, rows) if any(rows) else (None, [])
 
 
-def _by_folder(split: str, folder: str, files: list[File]) -> list[tuple[File, str | None]]:
-    """The files, each with the first folder below `folder` as its class; files beside class folders have a problem."""
-    inner = [f.path[len(folder) + bool(folder) :].split("/") for f in files]
-    if all(len(parts) == 1 for parts in inner):
+def _by_folder(split: str, folder: str, files: list[File], level: int | None) -> list[tuple[File, str | None]]:
+    """The files, each with the folder below `folder` as its class that is at `level` (see `labels.level_of`), or the
+    first; files beside class folders have a problem.
+    """
+    above = [f.path[len(folder) + bool(folder) :].split("/")[:-1] for f in files]
+    if not any(above):
         return [(f, None) for f in files]
-    by_letter = len({parts[0] for parts in inner}) > 1 and all(
-        len(parts) > 2 and len(parts[0]) == 1 and parts[1][0].lower() == parts[0].lower() for parts in inner
-    )
+    by_letter = level is None and len({names[0] for names in above if names}) > 1 and all(
+        len(names) > 1 and len(names[0]) == 1 and names[1][0].lower() == names[0].lower() for names in above
+    )  # fmt: skip
     if by_letter:
         log.info(
             "split %s: its folders are first letters, as in Places365, so the folders in them are the classes", split
         )
-    elif deep := sum(len(parts) > 2 for parts in inner):
-        log.info("split %s: %d images in deeper folders belong to the class of the first", split, deep)
+    elif level is None and (deep := sum(len(names) > 1 for names in above)):
+        log.info(
+            "split %s: %d images in deeper folders belong to the class of the first; --labels folder:-1 takes the last",
+            split,
+            deep,
+        )
+    classes = ["/".join(names) if by_letter else class_in(names, level or 1) for names in above]
     return [
-        (f._replace(problem=f.problem or "in no class folder"), None) if len(parts) == 1
-        else (f, "/".join(parts[:-1]) if by_letter else parts[0])
-        for f, parts in zip(files, inner, strict=True)
-    ]  # fmt: skip
+        (f, name) if name is not None else (f._replace(problem=f.problem or "in no class folder"), None)
+        for f, name in zip(files, classes, strict=True)
+    ]
 
 
 def _classes(files: list[tuple[File, str | None]]) -> set[str]:
@@ -241,15 +277,15 @@ def _check_classes(source: Path, named: Named, by_list: set[str]) -> None:
             spellings[unicodedata.normalize("NFC", name).casefold()][name].add(split)
     for ways in (ways for ways in spellings.values() if len(ways) > 1):
         if not set.intersection(*ways.values()):
-            where = " and ".join(f"{name!r} in {_listed(sorted(splits))}" for name, splits in ways.items())
+            where = " and ".join(f"{name!r} in {listed(sorted(splits))}" for name, splits in ways.items())
             raise ValueError(f"--source {source}: one class has two names, {where}; rename one of them")
-        log.warning("%s: classes whose names are almost equal stay apart: %s", source, _listed(map(repr, ways)))
+        log.warning("%s: classes whose names are almost equal stay apart: %s", source, listed(map(repr, ways)))
     by_folder = set().union(*(_classes(files) for split, files in named.items() if split not in by_list))
     for split in by_list:
-        if by_folder and not (listed := _classes(named[split])) & by_folder and listed:
+        if by_folder and (given := _classes(named[split])) and not given & by_folder:
             raise ValueError(
-                f"--labels: labels of split {split} ({_listed(sorted(listed))}) are no class folders of the others "
-                f"({_listed(sorted(by_folder))}); write the folders' names into the list"
+                f"--labels: labels of split {split} ({listed(sorted(given))}) are no class folders of the others "
+                f"({listed(sorted(by_folder))}); write the folders' names into the list"
             )
 
 
@@ -257,7 +293,7 @@ def _warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> 
     """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
     used = {f.path for files in named.values() for f, _ in files}
     if unused := [f.path for f in found.files if f.path not in used]:
-        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), _listed(unused))
+        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
     classes = set().union(*map(_classes, named.values()))
     for split, files in named.items():
         here = _classes(files)
@@ -271,7 +307,7 @@ def _warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> 
         inside = {f for f in found.folders if f and os.path.dirname(f) == folders[split]} - set(folders.values())
         full = {_join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
         if empty := sorted(inside - full):
-            log.warning("%s: folders without images are no classes: %s", source, _listed(empty))
+            log.warning("%s: folders without images are no classes: %s", source, listed(empty))
     if len(classes) == 1:
         log.warning("%s: all labelled images have one class, %s", source, *classes)
 
@@ -299,9 +335,3 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
 
 def _join(base: str, name: str) -> str:
     return f"{base}/{name}" if base else name
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names for a message, at most five of them."""
-    names = [*names]
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,13 +17,16 @@ from mae_dist.data.labels import Label
 from mae_dist.data.shard_files import sha256
 from mae_dist.data.tar_reader import Notes, members
 
-AUTO, NO_LABELS, FOLDER, JSON = "auto", "none", "folder", "json:"
-"""Where labels are from: .cls members, nowhere, the folders in the tar, or a field of .json members (json:FIELD)."""
+AUTO, NO_LABELS, FOLDER, JSON, LIST = "auto", "none", "folder", "json:", "a list/"
+"""Where labels are from: .cls members, nowhere, the folders in the tar, a field of .json members (json:FIELD), or rows
+of a list, which are found by the names of images.
+"""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """An indexed tar: its Shard, the labels of its samples (of FOLDER: the folder), whether they stand in .cls members
+    """An indexed tar: its Shard, the labels of its samples (of FOLDER: the folder, of LIST: the name of the image; see
+    `data_index`), whether they stand in .cls members
     as plain numbers, and what is worth telling. ``others`` counts the members that are neither image nor label by
     extension; ``fields`` are those of its first .json that could hold labels; ``folders`` those of its samples.
     """
@@ -37,9 +40,9 @@ class Indexed:
     folders: frozenset[str] = frozenset()
 
 
-def build(tar: Path, index: Path, source: str = AUTO, listed: Mapping[str, Label] | None = None) -> Indexed:
-    """Index one tar and write the index file atomically. Labels are from `source`: AUTO, NO_LABELS, FOLDER, JSON with a
-    field, or the extension of members; or they are ``listed`` by key or file name.
+def build(tar: Path, index: Path, source: str = AUTO) -> Indexed:
+    """Index one tar and write the index file atomically. Labels are from `source`: AUTO, NO_LABELS, FOLDER, LIST, JSON
+    with a field, or the extension of members.
 
     Raises ValueError when the file is no uncompressed tar, is cut short, holds no sample or a label that is none.
     """
@@ -50,7 +53,7 @@ def build(tar: Path, index: Path, source: str = AUTO, listed: Mapping[str, Label
         if not samples:
             raise ValueError(f"holds no samples (files named KEY.{', .'.join(grouping.IMAGES)})")
         with tar.open("rb") as stream:
-            read = _from_list(listed, notes) if listed is not None else _from_members(source, stream)
+            read = _label_reader(source, stream)
             chosen = [read(key, sample) for key, sample in samples.items()]
             fields = _fields(next((sample["json"] for sample in samples.values() if "json" in sample), None), stream)
     except ValueError as error:
@@ -61,7 +64,7 @@ def build(tar: Path, index: Path, source: str = AUTO, listed: Mapping[str, Label
         tar.name, len(samples), sum(label != labels.NONE for label in chosen), tar.stat().st_size, sha256(tar)
     )
     has_members = any(grouping.label_of(sample) for sample in samples.values())
-    plain = not has_members if source == NO_LABELS else source == AUTO and listed is None
+    plain = not has_members if source == NO_LABELS else source == AUTO
     return Indexed(
         shard, chosen, plain and not any(isinstance(label, str) for label in chosen), notes,
         Counter(extension for sample in samples.values() for extension in others(sample)), fields,
@@ -79,7 +82,7 @@ def other_members(index: Path) -> Counter[str]:
     return Counter(extension for sample in idx.read(index) for extension in others(sample))
 
 
-def _from_members(source: str, stream: BinaryIO) -> Callable[[str, Members], Label]:
+def _label_reader(source: str, stream: BinaryIO) -> Callable[[str, Members], Label]:
     """What finds the label of a sample by its key and members."""
 
     def read(key: str, sample: Members) -> Label:
@@ -87,6 +90,8 @@ def _from_members(source: str, stream: BinaryIO) -> Callable[[str, Members], Lab
             return labels.NONE
         if source == FOLDER:
             return posixpath.dirname(key) or labels.NONE
+        if source == LIST:
+            return sample[grouping.image_of(sample) or ""].name
         wanted = "json" if source.startswith(JSON) else source.lower().lstrip(".")
         extension = grouping.label_of(sample) if source == AUTO else _extension(sample, wanted)
         if extension is None:
@@ -99,21 +104,6 @@ def _from_members(source: str, stream: BinaryIO) -> Callable[[str, Members], Lab
             return labels.of_npy(content) if extension.endswith("npy") else labels.of_text(content)
         except ValueError as error:
             raise ValueError(f"{entry.name} {error}") from error
-
-    return read
-
-
-def _from_list(listed: Mapping[str, Label], notes: Notes) -> Callable[[str, Members], Label]:
-    """What finds the label of a sample in a list, by file name or key, whole or without the first of its folders."""
-
-    def read(key: str, sample: Members) -> Label:
-        name = sample[grouping.image_of(sample) or ""].name.removeprefix("./")
-        for start in [0, *(place + 1 for place, letter in enumerate(name) if letter == "/")]:
-            for form in (name[start:], key[start:]):
-                if form in listed:
-                    return listed[form]
-        notes.add("samples are not in the list of labels and have none", key)
-        return labels.NONE
 
     return read
 

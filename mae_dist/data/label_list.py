@@ -1,83 +1,231 @@
-"""Labels of images from a text file: rows `file,label`, or a label a line for sorted files. Imports no torch."""
+"""Labels of images from a list in a file, and which image each row is about, in folders and in tars alike.
+
+A list is a table whose columns are separated by tabs, commas, semicolons or the last space, with or without a header; a
+label a line, for sorted files; or JSON: an object from file to label, or an object a row. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
+import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mae_dist.data import folder_files, labels
+from mae_dist.data import folder_files
+from mae_dist.data.labels import ABSENT, NAMES, Label, of_text
 
+log = logging.getLogger(__name__)
+
+KEYS = ("file", "filename", "file_name", "path", "image", "img", "image_id", "key", "__key__", "name", "id")
+"""Words that head the column of files, the best first."""
 BOXES = re.compile(r"(n\d{8})(?: -?\d+){4}.*")
 """A synset with boxes behind it, as in LOC_val_solution.csv of ImageNet's localisation task."""
+TINY_IMAGENET = "val_annotations.txt"
+"""The file with the labels of tiny-imagenet's validation images, whose first two of six columns are read."""
+
+
+class Image(NamedTuple):
+    """An image: its whole path, that of its tar included, and its path within its tar or the folder of its split."""
+
+    path: str
+    inner: str
+
+
+class Row(NamedTuple):
+    """What a list says of an image: the file in its row, its label (empty: none), and whether that is elsewhere."""
+
+    file: str
+    label: str
+    elsewhere: bool = False
 
 
 class LabelList(NamedTuple):
-    """The labels of a file, a row each in its order: the files that they are of (None: it has labels alone)."""
+    """The labels of a file, a row each in its order (empty: none); the files that they are of (None: it has labels
+    alone).
+    """
 
     source: Path
     files: list[str] | None
     labels: list[str]
 
-    def of(self, paths: Sequence[str], below: str) -> dict[str, str]:
-        """The labels of those of the images at these `paths` that it names; of a list without files those of all
-        images, sorted by path, if there are as many.
+    def rows_of(self, images: Sequence[Image]) -> list[Row | None]:
+        """The row of each image; None where it has none. Of a list without files all images, sorted by path, have rows,
+        if there are as many.
 
-        A row names a file by its path, by its path below `below`, by its name, or by its name without extension. Raises
-        ValueError when rows contradict each other, or a row fits two files.
+        A row is that of the image whose path is the end of its path, or the reverse, each with or without extension;
+        else that with the longest common end, if no other has it. Raises ValueError when rows contradict.
         """
         if self.files is None:
-            return dict(zip(sorted(paths), self.labels, strict=True)) if len(paths) == len(self.labels) else {}
-        known: dict[str, str] = {}
+            lines = {path: f"line {n}" for n, path in enumerate(sorted(image.path for image in images), 1)}
+            known = dict(zip(lines.values(), self.labels, strict=True)) if len(lines) == len(self.labels) else {}
+            return [Row(lines[path], known[lines[path]]) if known else None for path, _ in images]
+        known = {}
         for file, label in zip(map(os.path.normpath, self.files), self.labels, strict=True):
             if known.setdefault(file, label) != label:
                 raise ValueError(f"--labels {self.source}: {file} has two labels, {known[file]} and {label}")
-        named = {path: name for path in paths if (name := _name_in(known, path, below)) is not None}
-        twice = [name for name, count in Counter(named.values()).items() if count > 1]
-        if twice:
-            both = [path for path, name in named.items() if name == twice[0]]
-            raise ValueError(
-                f"--labels {self.source}: {twice[0]} may be {both[0]} or {both[1]}; write paths in the rows"
-            )
-        return {path: known[name] for path, name in named.items() if known[name]}
+        rows = [*map(_finder(known), images)]
+        taken = {row.file for row in rows if row is not None and not row.elsewhere}
+        return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
+
+    def number_or_name(self, row: Row) -> Label:
+        """The label of a row as a class number or name. Raises ValueError where it is neither."""
+        try:
+            return of_text(row.label.encode("utf-8", "surrogateescape"))
+        except ValueError as error:
+            raise ValueError(f"--labels {self.source}: {row.file!r} {error}") from error
+
+    def check(self, images: Sequence[Image], rows: Sequence[Row | None], what: str) -> None:
+        """Raise ValueError where two images have one row; log how many images and rows find no other, how many rows
+        have no label, and how many other folders. ``what`` has the images.
+        """
+        used: dict[str, str] = {}
+        for image, row in zip(images, rows, strict=True):
+            if row is not None and (twin := used.setdefault(row.file, image.path)) is not image.path:
+                raise ValueError(
+                    f"--labels {self.source}: {row.file} may be {twin} or {image.path}; write paths in the rows"
+                )
+        num_images, files = len(images), [os.path.normpath(file) for file in self.files or ()]
+        pairs = [(image.path, row) for image, row in zip(images, rows, strict=True)]
+        alone = [path for path, row in pairs if row is None]
+        unused = [file for file in files if file not in used]
+        empty = [path for path, row in pairs if row is not None and not row.label]
+        elsewhere = [path for path, row in pairs if row is not None and row.elsewhere]
+        for names, total, sentence in (
+            (alone, num_images, f"images of {what} are in none of its rows, and get no label"),
+            (unused, len(files), f"of its rows are of no image of {what}"),
+            (empty, num_images, f"images have a row without a label (empty{', '.join(ABSENT)})"),
+            (elsewhere, num_images, "images are in other folders than their row"),
+        ):
+            if names:
+                log.warning("%s: %d of %d %s (first %s)", self.source, len(names), total, sentence, names[0])
 
 
-def _name_in(known: dict[str, str], path: str, below: str) -> str | None:
-    """How a path is written among the known files."""
-    inner = path.removeprefix(f"{below}/")
-    name = os.path.basename(path)
-    written = (path, inner, os.path.splitext(inner)[0], name, os.path.splitext(name)[0])
-    return next((way for way in written if way in known), None)
+def _finder(known: dict[str, str]) -> Callable[[Image], Row | None]:
+    """What finds the row of an image among the labels by file."""
+    forms = {file: _forms(file) if folder_files.is_image(file) else [file] for file in known}
+    whole = _by_form((form, file) for file in known for form in forms[file])
+    ends = _by_form((end, file) for file in known for form in forms[file] for end in _ends(form))
+
+    def find(image: Image) -> Row | None:
+        longer = ((whole, form, image.inner) for end in _ends(image.path) for form in _forms(end))
+        shorter = ((ends, form, end) for end in _ends(image.inner) for form in _forms(end))
+        for table, form, end in chain(longer, shorter):
+            if form in table:
+                file = table[form]
+                return None if file is None else Row(file, known[file], end != image.inner)
+        return None
+
+    return find
+
+
+def _by_form(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:
+    """Form -> the file that is written so; None where it is that of several, unless one is written so in full."""
+    table: dict[str, str | None] = {}
+    for form, file in pairs:
+        if form == file or table.setdefault(form, file) == file:
+            table[form] = file
+        elif table[form] != form:
+            table[form] = None
+    return table
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A path, and then without the first of its folders, without the first two, ..."""
+    yield path
+    while "/" in path:
+        path = path.partition("/")[2]
+        yield path
+
+
+def _forms(name: str) -> list[str]:
+    """A name, and without its extension: what is behind the last dot, and behind the first."""
+    folder, slash, last = name.rpartition("/")
+    return [name, os.path.splitext(name)[0], f"{folder}{slash}{last.partition('.')[0]}"]
+
+
+# --- reading
 
 
 def read(file: Path) -> LabelList:
-    """Read a text file whose columns are separated by commas, tabs, semicolons or spaces, with or without a header.
-
-    Of more than two columns the header must name file and label; val_annotations.txt of tiny-imagenet needs none.
-    Raises ValueError for what is no such file.
-    """
+    """Read a list. Of more than two columns the header must name file and label. Raises ValueError for what is none."""
     try:
-        table = labels.table(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"--labels {file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason})") from error
-    if not table:
-        raise ValueError(f"--labels {file}: is empty; expected rows like cat/1.jpg,cat")
-    if all(len(row) == 1 for row in table):
-        return LabelList(file, None, [label.strip() for (label,) in table])
     try:
-        rows = labels.columns(file, [row[:2] for row in table] if file.name == "val_annotations.txt" else table)
-    except ValueError as error:
-        raise ValueError(f"--labels {error}") from error
-    if folder_files.is_image(rows[-1][1]):
-        raise ValueError(f"--labels {file}: has files where labels should be ({rows[-1][1]}); write file,label")
-    return LabelList(file, [name for name, _ in rows], [_plain(label.strip()) for _, label in rows])
+        rows = _json_rows(text) if text.lstrip()[:1] in ("{", "[") else table(text)
+        if not rows:
+            raise ValueError("is empty; expected rows like cat/1.jpg,cat")
+        if all(len(row) == 1 for row in rows):
+            return LabelList(file, None, [_plain(label) for (label,) in rows])
+        pairs = columns(file, [row[:2] for row in rows] if file.name == TINY_IMAGENET else rows)
+        if pairs and folder_files.is_image(pairs[-1][1]):
+            raise ValueError(f"has files where labels should be ({pairs[-1][1]}); write file,label")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--labels {file}: {error}") from error
+    return LabelList(file, [name for name, _ in pairs], [_plain(label) for _, label in pairs])
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of each line that is not empty, separated by tabs, commas, semicolons, or the last space."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    mark = next((mark for mark in "\t,;" if lines and mark in lines[0]), None)
+    return list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
+
+
+def _json_rows(text: str) -> list[list[str]]:
+    """The cells of an object from file to label, or of objects that are rows, in a list or a line each."""
+    try:
+        plain = json.loads(text)
+    except json.JSONDecodeError:
+        plain = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(plain, list) and plain and all(isinstance(row, dict) for row in plain):
+        head = list(dict.fromkeys(key for row in plain for key in row))
+        return [head, *([_cell(row.get(key)) for key in head] for row in plain)]
+    if isinstance(plain, list):
+        return [[_cell(label)] for label in plain]
+    if any(isinstance(label, dict | list) for label in plain.values()):
+        raise ValueError("expected an object from file to label, or an object a row")
+    return [["file", "label"], *([file, _cell(label)] for file, label in plain.items())]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value)
 
 
 def _plain(label: str) -> str:
+    """A label without blanks and boxes; empty if it says that there is none."""
+    label = label.strip()
     boxes = BOXES.fullmatch(label)
-    return boxes[1] if boxes else label
+    return "" if label.lower() in ABSENT else boxes[1] if boxes else label
+
+
+def columns(file: Path, table: list[list[str]]) -> list[tuple[str, str]]:
+    """The columns of files and labels: those that the header names best, else the two that there are."""
+    head = [cell.strip().lower() for cell in table[0]]
+    keys, classes = ([name for name in words if name in head] for words in (KEYS, NAMES))
+    body = table[1:] if keys or classes else table
+    if not (keys and classes) and len(head) != 2:
+        raise ValueError(
+            f"expected two columns, file and label, or a header that names them (one of {', '.join(KEYS)}; one "
+            f"of {', '.join(NAMES)}), found {len(head)} columns"
+        )
+    label = head.index(classes[0]) if classes else 1 - head.index(keys[0]) if keys else 1
+    key = head.index(keys[0]) if keys else 1 - label
+    if unread := [*keys[1:], *classes[1:]]:
+        log.warning(
+            "%s: reads files from column %s and labels from column %s, not %s; take out columns to choose others",
+            file, head[key], head[label], ", ".join(unread),
+        )  # fmt: skip
+    if short := next((row for row in body if len(row) <= max(key, label)), None):
+        raise ValueError(f"a line without a label: {' '.join(short)[:40]!r}")
+    return [(row[key].strip(), row[label]) for row in body]

@@ -7,13 +7,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,20 @@ MOST_TEXT = 1000
 """Bytes of a label that is a text."""
 MOST_BYTES = 2**24
 """Bytes of a member that holds a label."""
-KEYS = ("key", "__key__", "file", "filename", "file_name", "image", "img", "image_id", "id", "name", "path")
 NAMES = ("label", "class", "cls", "target", "category", "class_id", "class_name", "label_id", "y")
-"""Words that head the columns of a list of labels: of keys, and of labels."""
+"""Names of columns and fields of labels, the best first."""
+ABSENT = ("", "-1", "nan", "none", "null", "<na>")
+"""Labels, in lower case, that say that there is none."""
 
 
 def of_text(content: bytes) -> Label:
-    """The class number or name in the content of a member; NONE for -1 and for nothing. Raises ValueError."""
+    """The class number or name in the content of a member; NONE for what says that there is none. Raises ValueError."""
     short = f"{content[:20]!r}{'...' * (len(content) > 20)}"
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"holds {short}, expected a class number like 7") from error
-    if text in ("", "-1"):
+    if text.lower() in ABSENT:
         return NONE
     if re.fullmatch(r"[0-9]+", text):
         if len(text) > 20 or int(text) >= MOST_CLASSES:
@@ -75,14 +75,35 @@ def fields_of(content: bytes) -> tuple[str, ...]:
     return tuple(key for key, kind in kinds.items() if kind in (int, str))
 
 
-def of_folders(folders: Sequence[Sequence[Label]]) -> list[list[Label]]:
-    """The classes of samples in these folders, of several tars: the names of the first folders that are not common to
-    all; of a single folder, its own name.
+def level_of(source: str) -> int | None:
+    """N of the text `folder:N`: the folder that is the class, 1 for the first, -1 for the last. None for `folder`."""
+    _, colon, number = source.partition(":")
+    if colon and not re.fullmatch(r"-?[1-9]\d?", number):
+        raise ValueError(
+            f"--labels {source}: write folder:1 for the first folder, folder:2, ..., or folder:-1 for the last"
+        )
+    return int(number) if colon else None
+
+
+def class_in(folders: Sequence[str], level: int) -> str | None:
+    """The folder that is the class (see `level_of`) among those above an image; None where there are not so many."""
+    place = level - 1 if level > 0 else level
+    return folders[place] if -len(folders) <= place < len(folders) else None
+
+
+def of_folders(
+    folders: Sequence[Sequence[Label]], level: int | None = None, known: Collection[str] = ()
+) -> list[list[Label]]:
+    """The classes of samples in these folders, of several tars, by `level`; without it the names of the first folders
+    that are not common to all, or of the first that are all ``known`` classes; of a single folder, its own name.
     """
     every = sorted({folder for tar in folders for folder in tar if isinstance(folder, str)})
-    common = "" if not every else posixpath.dirname(every[0]) if len(every) == 1 else posixpath.commonpath(every)
-    depth = len(common.split("/")) if common else 0
-    names = {folder: (folder.split("/")[depth:] or [NONE])[0] for folder in every}
+    if level is None and every:
+        common = posixpath.dirname(every[0]) if len(every) == 1 else posixpath.commonpath(every)
+        first = len(common.split("/")) + 1 if common else 1
+        depths = range(1, 2 + max(folder.count("/") for folder in every))
+        level = next((d for d in depths if {class_in(f.split("/"), d) for f in every}.issubset(known)), first)
+    names = {folder: class_in(folder.split("/"), level or 1) or NONE for folder in every}
     return [[names[folder] if isinstance(folder, str) else NONE for folder in tar] for tar in folders]
 
 
@@ -97,32 +118,6 @@ def of_npy(content: bytes) -> Label:
     if array.ndim == 1 and np.count_nonzero(array) == 1 and array.max() == 1:
         return int(array.argmax())
     raise ValueError(f"holds an array of shape {array.shape}, expected one number or a one-hot vector")
-
-
-def of_file(path: Path) -> dict[str, Label]:
-    """Key -> label, from a list: two columns (comma, tab or space), a CSV with a header, or JSON; also by the name
-    behind the last / of a key, where that says which label.
-    """
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("{"):
-        rows = [(key, value) for key, value in _json_of(path, text).items()]
-    else:
-        rows = columns(path, table(text))
-    found: dict[str, Label] = {}
-    short: dict[str, set[Label]] = {}
-    for key, value in rows:
-        label = _of_value(value.strip() if isinstance(value, str) else value, f"{path}: {key!r} ")
-        if found.setdefault(key, label) != label:
-            raise ValueError(f"{path}: gives two labels to {key[:40]!r}")
-        short.setdefault(key.rpartition("/")[2], set()).add(label)
-    return {name: labels.pop() for name, labels in short.items() if len(labels) == 1} | found
-
-
-def table(text: str) -> list[list[str]]:
-    """The cells of each line that is not empty, separated by commas, tabs, semicolons, or the last space."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    mark = next((mark for mark in ",\t;" if lines and mark in lines[0]), None)
-    return list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
 
 
 def names_of_file(path: Path) -> dict[str, int]:
@@ -211,17 +206,14 @@ def _with_first_words(mapping: dict[str, int]) -> dict[str, int]:
     return {name.split(maxsplit=1)[0]: number for name, number in mapping.items() if name} | mapping
 
 
-def _of_value(value: Any, origin: str = "") -> Label:
+def _of_value(value: Any) -> Label:
     if value is None:
         return NONE
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{origin}holds {str(value)[:20]!r}, expected a class number like 7, or a name")
-    try:
-        return of_text(str(value).encode("utf-8", "surrogateescape"))
-    except ValueError as error:
-        raise ValueError(f"{origin}{error}") from error
+        raise ValueError(f"holds {str(value)[:20]!r}, expected a class number like 7, or a name")
+    return of_text(str(value).encode("utf-8", "surrogateescape"))
 
 
 def _json_of(path: Path, text: str) -> Any:
@@ -229,22 +221,3 @@ def _json_of(path: Path, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({str(error)[:60]})") from error
-
-
-def columns(path: Path, table: list[list[str]]) -> list[tuple[str, str]]:
-    """The columns of keys and labels: those that the header names, else the two that there are."""
-    head = [cell.strip().lower() for cell in table[0]] if table else []
-    key = next((column for column, cell in enumerate(head) if cell in KEYS), None)
-    label = next((head.index(name) for name in NAMES if name in head), None)
-    body = table if label is None and key is None else table[1:]
-    if (key is None or label is None) and len(head) != 2:
-        raise ValueError(
-            f"{path}: expected two columns, key and label, or a header that names them (one of {', '.join(KEYS)}; one "
-            f"of {', '.join(NAMES)}), found {len(head)} columns"
-        )
-    if key is None:  # of two columns, the other one
-        key = 0 if label is None else 1 - label
-    label = 1 - key if label is None else label
-    if short := next((row for row in body if len(row) <= max(key, label)), None):
-        raise ValueError(f"{path}: a line without a label: {' '.join(short)[:40]!r}")
-    return [(row[key].strip(), row[label]) for row in body]

@@ -80,7 +80,7 @@ def from_cifar100(archive: Path | None = None, tick: ProgressCallback = no_progr
 
 
 def from_folder(
-    folder: Path, test_share: float = 0.0, splits: str | None = None, labels: Path | None = None,
+    folder: Path, test_share: float = 0.0, splits: str | None = None, labels: str | Path | None = None,
     tick: ProgressCallback = no_progress,
 ) -> Source:  # fmt: skip
     """Images in folder/SPLIT/CLASS/** (ImageNet's layout) or folder/CLASS/**, classes sorted by name, or unlabelled.

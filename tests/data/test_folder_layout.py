@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ def files(folder: Path, *paths: str, content: str = "x") -> Path:
 
 def read(folder: Path, answer: str | None = None, labels: str | None = None) -> Splits:
     found = folder_files.find(folder)
-    layout = folder_layout.read(folder, found, answer, None if labels is None else folder / labels)
+    option = labels if labels is None or labels.startswith("folder") else folder / labels
+    layout = folder_layout.read(folder, found, answer, option)
     names = layout.classes or [*map(str, range(layout.num_classes or 0))]
     splits: Splits = {}
     for split, rows in layout.splits.items():
@@ -63,7 +66,14 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*test=testing,train=training"),
+        ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*train=training,test=testing"),
+        ("traindata/1.jpg testdata/1.jpg", "testdata, traindata may be.*--splits train=traindata,test=testdata"),
+        ("truck/1.jpg oval/1.jpg contest/1.jpg test/1.jpg", "beside it not.*for example --splits train=.,test=test$"),
+        ("d/train/a/1.jpg d/held_test/a/1.jpg", "train=d/train,test=d/held_test"),
+        ("images/1.jpg masks/1.png", "images, masks may be parts.*--labels folder:1.* or name.*--splits train=images"),
+        ("train/images/1.jpg val/images/1.jpg train/labels/1.txt", "--splits train=train/images,val=val/images"),
+        ("JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png Annotations/1.xml", "train=JPEGImages"),
+        ("images+1/1.jpg masks+1/1.png", "--splits 'train=images 1'"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
         ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
         ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),
@@ -81,8 +91,19 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
     ],
 )  # fmt: skip
 def test_folder_layouts_that_are_not_certain_are_asked_about(tmp_path: Path, paths: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read(files(tmp_path, *paths.split(" ")))
+    with pytest.raises(ValueError, match=message) as error:
+        read(files(tmp_path, *(path.replace("+", " ") for path in paths.split(" "))))
+    if example := re.search(r"for example --splits (.*)", str(error.value)):
+        read(tmp_path, shlex.split(example[1])[0])
+
+
+def test_folder_labels_option_says_which_folder_is_the_class(tmp_path: Path) -> None:
+    folder = files(tmp_path, "a/x/1.jpg", "a/y/z/2.jpg", "b/x/3.jpg", "b/4.jpg", "masks/x/1.jpg", "images/x/1.jpg")
+    assert read(folder, labels="folder:1") == {"train": {"a": 2, "b": 2, "masks": 1, "images": 1}}
+    assert read(folder, labels="folder:2") == {"train": {"x": 4, "y": 1, "in no class folder": 1}}
+    assert read(folder, labels="folder:-1") == {"train": {"x": 4, "z": 1, "b": 1}}
+    with pytest.raises(ValueError, match="--labels folder:0: write folder:1 for the first"):
+        read(folder, labels="folder:0")
 
 
 def test_folder_splits_option_answers(tmp_path: Path) -> None:

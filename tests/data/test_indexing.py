@@ -176,7 +176,7 @@ def test_index_labels_from_other_places(
         (["--labels", "txt"], "--labels txt: gives no sample a label; perhaps --labels json:label"),
         (["--labels", "d/none.csv"], "--labels d/none.csv: no such file"),
         (["--labels", "three.csv"], "three.csv: expected two columns"),
-        (["--labels", "two.csv"], "three.csv|two.csv: gives two labels to 'a'"),
+        (["--labels", "two.csv"], "three.csv|two.csv: a has two labels, 1 and 2"),
         (["--labels", "other.csv"], "--labels other.csv: gives no sample a label"),
         (["--labels", "json:label", "--classes", "names.txt"], "label 3 is none of the 2 classes"),
         (["--classes", "bad.json"], "--classes bad.json: no list of class names"),

@@ -12,7 +12,7 @@ from test_index import png, write_tar
 from test_indexing import PNG, indexed, npy
 
 from mae_dist.commands.data import main
-from mae_dist.data import index, labels
+from mae_dist.data import folder_files, folder_layout, index, label_list
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_labels_of_a_list_follow_folders_and_columns(tmp_path: Path) -> None:
     names = [f"train/{folder}/{number}.png" for folder in "ab" for number in range(2)]
     (tmp_path / "l.csv").write_text("label,where\n" + "".join(f"{name[6] == 'b':d},{name[6:]}\n" for name in names))
     assert indexed(tmp_path, [(name, PNG) for name in names], "--labels", str(tmp_path / "l.csv"))[1] == [0, 0, 1, 1]
-    assert labels.columns(Path("x"), [["other", "label"], ["a.png", "3"]]) == [("a.png", "3")]
+    assert label_list.columns(Path("x"), [["other", "label"], ["a.png", "3"]]) == [("a.png", "3")]
 
 
 def test_names_after_numbers_of_another_split_are_refused(tmp_path: Path) -> None:
@@ -67,3 +67,95 @@ def test_links_in_joined_tars_lead_to_their_own_tar(tmp_path: Path) -> None:
     main(["index", str(tmp_path / "joined" / "x.tar")])
     data = index.open_split(str(tmp_path / "joined"), "train")
     assert [data.read(i).image for i in range(4)] == [png(0), png(0), png(10), png(10)]
+
+
+LISTS = {
+    "l.csv": "class_id,id,file_name,class_name\n1,0,train/cat/1.png,cat\n0,1,train/dog/1.png,dog\n9,2,no.png,x\n",
+    "l.tsv": "/data/train/cat/1.png\t1\n/data/train/dog/1.JPEG\t0\n7.png\t0\n",
+    "l.json": '{"cat/1": 1, "dog/1": 0, "cow/1": null, "none": 3}',
+    "l.jsonl": '{"file_name": "cat/1.png", "label": 1}\n{"file_name": "dog/1.png", "label": 0.0}\n{"file_name": "_"}',
+    "rows": '[{"image": "x/cat/1", "label": 1, "w": 3}, {"image": "x/dog/1", "label": 0}, {"image": "y", "label": 4}]',
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_labels_of_a_list_are_the_same_in_folders_and_in_tars(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows and images without each other are counted in both; so are columns that are not read."""
+    (tmp_path / name).write_text(LISTS[name])
+    images = ["train/cat/1.png", "train/cow/1.png", "train/dog/1.png", "train/dog/2.png"]
+    for image in images:
+        (tmp_path / "in" / image).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / image).write_bytes(PNG)
+    layout = folder_layout.read(tmp_path / "in", folder_files.find(tmp_path / "in"), labels=tmp_path / name)
+    in_folders, told = [label for _, label in layout.splits["train"]], caplog.text
+    caplog.clear()
+    assert in_folders == indexed(tmp_path, [(i, PNG) for i in images], "--labels", str(tmp_path / name))[1]
+    assert in_folders == [1, -1, 0, -1]
+    for text in (told, caplog.text):
+        assert "1 of 4 images" in text if name == "l.json" else "2 of 4 images" in text
+        assert f"{name}: 1 of {4 if name == 'l.json' else 3} of its rows are of no image of" in text
+        assert ("a row without a label" in text) == (name == "l.json")
+        assert ("files from column file_name and labels from column class_id, not id, class_name" in text) == (
+            name == "l.csv"
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "members", "message"),
+    [
+        ("1.png,3\n", ["a/1.png", "b/1.png"], "1.png may be .*x.tar/a/1.png or .*x.tar/b/1.png; write paths"),
+        ("1.png,3.5\n", ["1.png"], "'1.png' holds b'3.5', expected a class number"),
+        ("cat\ndog\n", ["1.png"], "gives no sample a label"),
+        ('{"cat": ["1.png"]}', ["1.png"], "expected an object from file to label"),
+        ("[1, 2", ["1.png"], "--labels .*l.csv: "),
+    ],
+)
+def test_labels_of_a_list_in_doubt_are_refused(tmp_path: Path, rows: str, members: list[str], message: str) -> None:
+    (tmp_path / "l.csv").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        indexed(tmp_path, [(name, PNG) for name in members], "--labels", str(tmp_path / "l.csv"))
+
+
+def test_labels_of_a_list_with_words_for_none_and_other_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["nan", "None", "", "NULL", "-1", "nano"]
+    (tmp_path / "l.csv").write_text("file,label\n" + "".join(f"d/{i}.png,{word}\n" for i, word in enumerate(words)))
+    names = [f"other/{i}.png" for i in range(6)]
+    assert indexed(tmp_path, [(n, PNG) for n in names], "--labels", str(tmp_path / "l.csv"))[1] == [-1] * 5 + [0]
+    assert "5 of 6 images have a row without a label" in caplog.text
+    assert "6 of 6 images are in other folders than their row" in caplog.text
+    assert index.Dataset.load(tmp_path).classes == ["nano"]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["images/1.png", "masks/1.png"], "folder", "images, masks may be parts of samples"),
+        (["d/traindata/1.png", "d/testdata/1.png"], "folder", "testdata, traindata may be splits"),
+        (["train/a/1.png", "val/a/1.png"], "folder", "train, val may be splits"),
+        (["images/1.png", "masks/1.png"], "folder:1", [0, 1]),
+        (["train/a/1.png", "val/b/1.png"], "folder:2", [0, 1]),
+        (["a/x/1.png", "b/y/x/1.png", "c.png"], "folder:-1", [0, 0, -1]),
+        (["a/1.png"], "folder:", "write folder:1 for the first"),
+    ],
+)  # fmt: skip
+def test_labels_from_folders_that_may_be_no_classes_are_asked_about(
+    tmp_path: Path, names: list[str], labels: str, expected: str | list[int]
+) -> None:
+    members = [(name, PNG) for name in names]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"--labels {labels}: .*{expected}"):
+            indexed(tmp_path, members, "--labels", labels)
+    else:
+        assert indexed(tmp_path, members, "--labels", labels)[1] == expected
+
+
+def test_labels_from_folders_of_a_second_split_are_at_the_level_of_known_classes(tmp_path: Path) -> None:
+    indexed(tmp_path, [("train/cat/1.png", PNG), ("train/dog/1.png", PNG)], "--labels", "folder")
+    write_tar(tmp_path / "v.tar", [("val/dog/a/1.png", PNG), ("val/dog/b/1.png", PNG)])
+    main(["index", str(tmp_path / "v.tar"), "--split", "val", "--labels", "folder"])
+    data = index.open_split(str(tmp_path), "val")
+    assert [data.label(i) for i in range(2)] == [1, 1]

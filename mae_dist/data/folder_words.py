@@ -1,0 +1,57 @@
+"""What the names of folders say: that they are splits, or parts of samples (images, masks) and no classes.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Names of folders (in any case) that are splits, and the names of these splits."""
+LIKE = {
+    "train": "train", "tr": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test",
+    "ts": "test", "evaluation": "test", "eval": "test", "holdout": "test", "labelled": "", "labeled": "",
+    "unlabelled": "", "unlabeled": "", "fold": "", "split": "",
+}  # fmt: skip
+"""Words in the names of folders that may be splits, and the splits that they may be, if that can be known."""
+PICTURES = r"(?:images?|imgs?|photos?|pictures?|pics?|data)"
+LIKE_SPLIT = re.compile(rf"(?:{PICTURES}|labels)?({'|'.join(LIKE)})(?:ing|set|files|{PICTURES})?")
+IMAGES = re.compile(r"(?:jpe?g|png|rgb|train|val|test)?(?:images?|imgs?)(?:files)?")
+OTHER_PARTS = re.compile(
+    r"(?:train|val|test|images?|seg)?(?:masks?|labels?|annotations?|annots?|segmentation[a-z]*|gt|groundtruth|depths?|"
+    r"trimaps?|thumbs|thumbnails?|previews?)(?:images?|maps?|files)?"
+)
+
+
+def split_like(name: str) -> str | None:
+    """The split that a folder may be; '' where it may be one without a known name, None where it is like none."""
+    words = (LIKE_SPLIT.fullmatch(word) for word in re.split("[^a-z]+", name.lower()))
+    return next((LIKE[word[1]] for word in words if word and word[0] not in ("tr", "ts")), None)
+
+
+def is_images(name: str) -> bool:
+    """Whether a folder is called images, or the like."""
+    return IMAGES.fullmatch(re.sub("[^a-z]", "", name.lower())) is not None
+
+
+def _is_part(name: str) -> bool:
+    return is_images(name) or OTHER_PARTS.fullmatch(re.sub("[^a-z]", "", name.lower())) is not None
+
+
+def doubt(names: Collection[str]) -> str:
+    """Why folders of these names may be no classes, in a phrase; '' if there is no reason to think so."""
+    splits = sorted(name for name in names if split_like(name) is not None)
+    if splits and 2 * len(splits) >= len(names):
+        return f"{listed(splits)} may be splits or classes"
+    parts = sorted(filter(_is_part, names))
+    if parts and (len(parts) == len(names) or (len(parts) > 1 and 2 * len(parts) >= len(names))):
+        return f"{listed(parts)} may be parts of samples, as images and their masks, or classes"
+    return ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, at most five of them."""
+    names = [*names]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
