@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment"},
+    {"setting", "environment", "interfaces"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals", "errors"},
     {"image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mae_dist import interfaces
 from mae_dist.environment import MEETING_FILE
-from mae_dist.errors import MachineFault, RankLost, from_os_error
+from mae_dist.errors import MachineFault, RankError, RankLost, from_os_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,6 +36,8 @@ GLOO_MESSAGES = ("gloo", "pair closure", "connection", "timed out", "timeout", "
 """Words in a plain RuntimeError of a failed gloo collective, for which torch has no type (it has one for NCCL and the
 store). They decide only whether the rank prints who is lost or a traceback: its exit status is FAILED either way.
 """
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable: the network interface on which gloo listens."""
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=10)
 
@@ -55,16 +59,34 @@ def setup(timeout: float = 600.0) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         _timeout = timedelta(seconds=timeout)
         if launched():
             store, number, count = _meet()
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_timeout)
+        _connect(store, number, count, device)
         atexit.register(shutdown)
     return device
+
+
+def _connect(store: dist.Store, number: int, count: int, device: torch.device) -> None:
+    """Make the process group, with its connections on CPUs and GPUs. Raises RankLost where the ranks cannot connect."""
+    cuda = device.type == "cuda"
+    bound = device if cuda and count > 1 else None  # NCCL connects now, and not in the first step
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=_timeout,
+            device_id=bound,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if count == 1:
+            raise
+        name, text = os.environ.get(INTERFACE, "the address of its host name"), " ".join(str(error).split())
+        raise RankLost(
+            f"rank {number} on {socket.gethostname()} could not connect with the others over {name} ({text:.300}); set "
+            f"{INTERFACE} (with GPUs also NCCL_SOCKET_IFNAME) to the network interface that all machines share"
+        ) from error
 
 
 def _meet() -> tuple[dist.Store, int, int]:
@@ -77,7 +99,9 @@ def _meet() -> tuple[dist.Store, int, int]:
             store.set_timeout(patience)
         else:
             store, number, count = next(dist.rendezvous("env://", timeout=patience))
-        return _of_this_attempt(store, number, count), number, count
+        store = _of_this_attempt(store, number, count)
+        _choose_interface(store, number, count)
+        return store, number, count
     except dist.DistError as error:
         here = os.environ["RANK"]
         what = f"rank {here} did not meet the others within {patience.total_seconds():g} s of its start"
@@ -106,6 +130,25 @@ def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
             return dist.PrefixStore(name, store)
         time.sleep(0.05)
     raise RankLost(f"rank 0 does not answer rank {number} at the start; start again")
+
+
+def _choose_interface(store: dist.Store, number: int, count: int) -> None:
+    """Have gloo listen on the interface that leads to the other ranks, unless GLOO_SOCKET_IFNAME names one: that from
+    which this machine reaches rank 0's; on rank 0's own machine, by whose name it may reach itself alone, that from
+    which it reaches another one.
+    """
+    own = interfaces.LOCALHOST
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(count):
+        own = interfaces.address_towards(os.environ["MASTER_ADDR"])
+        store.set(f"address/{number}", own)
+        if interfaces.is_loopback(own):
+            there = [address.decode() for address in store.multi_get([f"address/{n}" for n in range(count)])]
+            own = next((interfaces.address_towards(a) for a in there if not interfaces.is_loopback(a)), own)
+    if (given := os.environ.get(INTERFACE)) is None:
+        os.environ |= {INTERFACE: name} if (name := interfaces.with_address(own)) else {}
+    elif missing := [name for name in given.split(",") if name not in interfaces.names()]:
+        here, host = ", ".join(interfaces.names()), socket.gethostname()
+        raise RankError(f"environment variable {INTERFACE}={given}: {host} has no {missing[0]}, only {here}")
 
 
 def shutdown() -> None:
@@ -224,21 +267,23 @@ def _is_collective_failure(error: RuntimeError) -> bool:
 def _find_missing_ranks(what: str) -> str:
     """A sentence that names the ranks that do not report within ROLL_CALL; empty on all survivors but the first."""
     here, everyone = rank(), world()
-    answered = {here}
     with suppress(RuntimeError):
         shutdown()  # closes connections, so that a rank that waits for this one notices now
     try:
         assert _store is not None
         _store.set(f"here/{here}", what)
-        deadline = time.monotonic() + ROLL_CALL
-        while time.monotonic() < deadline and len(answered) < everyone:
-            answered |= {number for number in range(everyone) if _store.check([f"here/{number}"])}
+        answered, deadline = _store.add("here", 1), time.monotonic() + ROLL_CALL
+        while time.monotonic() < deadline and answered < everyone:
             time.sleep(0.05)
+            answered = _store.add("here", 0)
+        silent = []  # the first survivor alone asks for all ranks: a thousand that did would take a minute
+        for number in range(everyone):
+            if number != here and not _store.check([f"here/{number}"]):
+                silent.append(number)
+            elif number < here:
+                return ""
     except RuntimeError:
         return f"rank {here} lost touch with the others at {what}; the same command resumes from the last checkpoint"
-    if here > min(answered):
-        return ""
-    silent = sorted(set(range(everyone)) - answered)
     names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
     blame = f"{names} did not answer" if silent else "the ranks lost touch with each other"
     return f"{blame} at {what}: hung or gone; the same command resumes from the last checkpoint"

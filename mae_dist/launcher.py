@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import uuid
@@ -26,7 +25,6 @@ from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "lo"
 FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
 """Exit statuses after which the ranks are not started again."""
 
@@ -53,8 +51,6 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads({}, processes)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent needs no server for ranks that meet in a file
-    if LOOPBACK in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     while True:

@@ -13,9 +13,9 @@ import pytest
 from docs.architecture import FLOORS, PACKAGE, ROOT, imports, part_of, sources
 
 TORCH_FREE = [
-    "atomic", "cli", "commands.data", "config", "environment", "errors", "hints", "image_grid", "model_sizes", "rng",
-    "schema", "setting", "signals", "data.index", "data.order", "data.pack", "data.sources", "data.synthetic",
-    "data.workers", "run.events", "run.jobs", "run.jsonl", "run.layout", "run.slurm_cli",
+    "atomic", "cli", "commands.data", "config", "environment", "errors", "hints", "image_grid", "interfaces",
+    "model_sizes", "rng", "schema", "setting", "signals", "data.index", "data.order", "data.pack", "data.sources",
+    "data.synthetic", "data.workers", "run.events", "run.identity", "run.jobs", "run.jsonl", "run.layout", "run.slurm_cli",
 ]  # fmt: skip
 """Modules that import no torch, beside all of monitor/."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +56,8 @@ def submissions_in(recorded: Iterable[run_events.Event], run: Path) -> list[Subm
     """The submissions among the events of the run in the folder `run`, in their order."""
     names = [field.name for field in fields(Submission)]
     submits = (event for event in recorded if event["event"] == "submit")
-    chosen = ({name: event[name] for name in names} | {"logs": str(run / event["logs"])} for event in submits)
-    return [Submission(**values) for values in chosen]
+    found = (Submission(**{name: event[name] for name in names}) for event in submits)
+    return [replace(submission, logs=str(run / submission.logs)) for submission in found]
 
 
 def record(logs: Path, job: str, task: int, event: str, start: int, **values: Any) -> None:
