@@ -206,6 +206,15 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Plain objects of all ranks (of `group`, if given), in rank order, on every rank. Sent between CPUs."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def run_on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call `action` on rank 0 and return its result, a plain object, on every rank.
 

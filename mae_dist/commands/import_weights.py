@@ -19,6 +19,7 @@ from mae_dist.hints import given
 from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
+from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.weights import Model, Overrides, Reading, files
 from mae_dist.weights.checks import checked
@@ -143,6 +144,7 @@ def make_run(reading: Reading, source: Path, out: Path) -> None:
     with files.atomic_output(out, "--out") as temporary:
         run = RunDir(temporary)
         run.open(model.verb, config, model.data_fingerprint, model.step)
-        run.save(model.step, {f"model.{name}": tensor for name, tensor in model.state.items()}, keep=1)
+        state = {f"{checkpoint.MODEL}{name}": tensor for name, tensor in model.state.items()}
+        run.save(model.step, checkpoint.share(state), keep=1)
         run.record_launch(model.step, device)
         run.finish({"verb": model.verb, "imported": origin})

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mae_dist import dist
 from mae_dist.errors import MachineFault
+from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import CheckpointConfig
 
@@ -62,9 +63,11 @@ class AsyncSaver:
         """Copy `state` and start to write it as the checkpoint of `step`; it may change as soon as this returns."""
         self.began = began = time.perf_counter()
         self.wait(last=False)
-        staged = self.stager.stage(state)
+        parts = checkpoint.share(state)
+        staged = self.stager.stage({name: part.values for name, part in parts.items()})
         assert isinstance(staged, dict)
-        self.thread = threading.Thread(target=self._write, args=(step, staged), daemon=True)
+        parts = {name: part._replace(values=staged[name]) for name, part in parts.items()}
+        self.thread = threading.Thread(target=self._write, args=(step, parts), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
 
@@ -80,8 +83,8 @@ class AsyncSaver:
         elif error is not None:
             raise error
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, parts: dict[str, checkpoint.Part]) -> None:
         try:
-            self.run.save(step, state, self.settings.keep, self.settings.keep_every, self.group)
+            self.run.save(step, parts, self.settings.keep, self.settings.keep_every, self.group)
         except BaseException as error:  # raised by `wait`, in the thread of the loop
             self.error = error

@@ -12,11 +12,12 @@ import os
 import shutil
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mae_dist import dist
 from mae_dist.errors import MachineFault
@@ -25,26 +26,60 @@ from mae_dist.run.layout import MANIFEST
 
 MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
 """Prefixes of the names in a checkpoint: parameters and buffers, moments and averages of parameters, the loss scale."""
-PIECE = 2**25
-"""Largest file in bytes. Writing a file holds Python's lock, which a save in the background must release soon."""
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""safetensors' names of data types."""
 
 
-def pieces(state: dict[str, Tensor]) -> dict[str, int]:
-    """The number of each tensor's file, from 1. A file has at most PIECE bytes, or one tensor."""
-    numbers, number, size = {}, 1, 0
+class Part(NamedTuple):
+    """What one rank writes of a tensor: values, which begin at these offsets in the whole tensor."""
+
+    values: Tensor
+    offsets: tuple[int, ...]
+
+
+def share(state: dict[str, Tensor]) -> dict[str, Part]:
+    """What this rank writes of `state` (tensors, which all ranks have alike, or DTensors, by name).
+
+    Each value is written by one of the ranks that have it, and these ranks write about as many bytes each.
+    """
+    parts: dict[str, Part] = {}
+    written: dict[int, list[int]] = {}
     for name, tensor in state.items():
-        num_bytes = tensor.numel() * tensor.element_size()
-        if size and size + num_bytes > PIECE:
-            number, size = number + 1, 0
-        numbers[name], size = number, size + num_bytes
-    return numbers
+        num_copies, own_copy = copies(tensor)
+        sizes = written.setdefault(num_copies, [0] * num_copies)
+        chosen = sizes.index(min(sizes))
+        sizes[chosen] += tensor.numel() * tensor.element_size()
+        if chosen != own_copy:
+            continue
+        if not isinstance(tensor, DTensor):
+            parts[name] = Part(tensor.detach(), (0,) * tensor.ndim)
+        elif (local := tensor.to_local()).numel():  # a rank beyond the last row has nothing
+            parts[name] = Part(local.detach(), tuple(tensor.__create_chunk_list__()[0].offsets))
+    return parts
 
 
-def save(path: Path, step: int, state: dict[str, Tensor], group: Any = None) -> None:
-    """Write `state` (tensors or DTensors by name) as the checkpoint `path`, all ranks together (of `group`, if given).
+def copies(tensor: Tensor) -> tuple[int, int]:
+    """(How many copies of a tensor the ranks have together; of which of them this rank has all, or a shard)."""
+    if not isinstance(tensor, DTensor):
+        return dist.world(), dist.rank()
+    here, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh
+    assert here is not None
+    num_copies, own_copy = 1, 0
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            num_copies, own_copy = num_copies * mesh.size(axis), own_copy * mesh.size(axis) + here[axis]
+    return num_copies, own_copy
 
-    It is written under another name beside `path` and renamed last, so that a kill leaves no part of it. Raises
-    MachineFault on every rank where it cannot be written, after removing what is there of it.
+
+def save(path: Path, step: int, parts: dict[str, Part], group: Any = None) -> None:
+    """Write the checkpoint `path`, all ranks together (of `group`, if given), each its own `parts` (see `share`).
+
+    It is written under another name beside `path` and renamed last, so that a kill leaves no part of it. Python's lock
+    is held for milliseconds, so a thread may save beside training. Raises MachineFault on every rank where it cannot be
+    written, after removing what is there of it.
     """
     temporary, replaced = path.with_name(f".saving-{step:09d}"), path.with_name(f".replaced-{step:09d}")
 
@@ -53,8 +88,9 @@ def save(path: Path, step: int, state: dict[str, Tensor], group: Any = None) -> 
         temporary.mkdir(parents=True)
 
     def publish() -> None:
-        files = {file.name: measure(file, sync=True) for file in sorted(temporary.iterdir())}
-        manifest = {"step": step, "world": dist.world(), "num_tensors": len(state), "files": files}
+        files = {name: facts for each in written for name, facts in each["files"].items()}
+        num_tensors = sum(each["num_tensors"] for each in written)
+        manifest = {"step": step, "world": dist.world(), "num_tensors": num_tensors, "files": files}
         jsonl.write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if path.exists():
             path.rename(replaced)
@@ -62,19 +98,64 @@ def save(path: Path, step: int, state: dict[str, Tensor], group: Any = None) -> 
         sync_directory(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), pieces(state), save_distributed=True)
     try:
         dist.run_on_rank0(prepare, group)
-        dcp.save(state, storage_writer=writer, process_group=group)
+        written = dist.gather_objects(write(temporary, parts), group)
+        if failures := [each["error"] for each in written if "error" in each]:
+            raise MachineFault(failures[0])
         dist.run_on_rank0(publish, group)
-    except (ValueError, OSError, MachineFault, dcp.CheckpointException) as error:
+    except (ValueError, OSError, MachineFault) as error:
         if not dist.is_main():
             raise MachineFault("") from error
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise MachineFault(
-            f"the checkpoint of step {step} could not be written to {path.parent}: {cause}; is the disk full?"
+            f"the checkpoint of step {step} could not be written to {path.parent}: {error}; is the disk full?"
         ) from error
+
+
+def write(folder: Path, parts: dict[str, Part]) -> dict[str, Any]:
+    """Write this rank's file: {"files": {its name: its size and sha256}, "num_tensors": how many tensors begin in it},
+    or {"error": why it could not be written}.
+    """
+    if not parts:
+        return {"files": {}, "num_tensors": 0}
+    file = folder / f"shard-{dist.rank() + 1:05d}-of-{dist.world():05d}.safetensors"
+    places = {name: {"saved_offsets": list(part.offsets)} for name, part in parts.items()}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}  # torch's reader's
+    try:
+        facts = write_safetensors(file, {name: part.values for name, part in parts.items()}, metadata)
+    except OSError as error:
+        return {"error": str(error)}
+    return {"files": {file.name: facts}, "num_tensors": sum(not any(part.offsets) for part in parts.values())}
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    """Write tensors on the CPU to a file and wait until it is on the disk; its size and sha256.
+
+    safetensors' own function is not used because a thread that calls it slows training three times as much: the file
+    must then be read again for its checksum. Here bytes are written and hashed where they lie, without Python's lock.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as stream:
+        for piece in (len(text).to_bytes(8, "little"), text, *map(bytes_of, tensors.values())):
+            stream.write(piece)
+            digest.update(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def verify(path: Path) -> str | None:
@@ -124,11 +205,9 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
 
 
-def measure(path: Path, sync: bool = False) -> dict[str, Any]:
-    """The size and sha256 of a file. ``sync``: wait until it is on the disk."""
+def measure(path: Path) -> dict[str, Any]:
+    """The size and sha256 of a file."""
     with path.open("rb") as stream:
-        if sync:
-            os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 

@@ -135,11 +135,11 @@ class RunDir:
         return layout.checkpoints(self.path)
 
     def save(
-        self, step: int, state: dict[str, Tensor], keep: int, keep_every: int | None = None,
+        self, step: int, parts: dict[str, checkpoint.Part], keep: int, keep_every: int | None = None,
         group: Any = None,
     ) -> None:  # fmt: skip
-        """Save `state` (tensors or DTensors by name) as the checkpoint of `step`, all ranks together (of `group`, if
-        given), then remove all but the newest `keep` and those whose step is a multiple of `keep_every`.
+        """Save the checkpoint of `step`, all ranks together (of `group`, if given), each its own `parts`; then remove
+        all but the newest `keep` and those whose step is a multiple of `keep_every`.
 
         Raises MachineFault on every rank where it cannot be written; the earlier checkpoints are then still there.
         """
@@ -152,7 +152,7 @@ class RunDir:
                     except OSError as error:  # an open file on NFS, say: the new checkpoint counts all the same
                         log.warning("%s could not be removed (%s)", old, error)
 
-        checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, state, group)
+        checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, parts, group)
         dist.run_on_rank0(prune, group)
 
     def restore(self, state: dict[str, Tensor]) -> int:

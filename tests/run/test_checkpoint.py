@@ -39,7 +39,7 @@ def simple(value: float) -> dict[str, Tensor]:
 def saved(path: Path, *steps: int, keep: int = 10) -> RunDir:
     run = opened(path)
     for step in steps:
-        run.save(step, simple(float(step)), keep)
+        run.save(step, checkpoint.share(simple(float(step))), keep)
     return run
 
 
@@ -67,7 +67,7 @@ def trained(seed: int, steps: int) -> train.TrainState:
 def test_resume_restores_checkpoint_bit_identical(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
     state = {name: tensor.clone() for name, tensor in trained(0, 3).tensors().items()}
-    run.save(3, trained(0, 3).tensors(), keep=2)
+    run.save(3, checkpoint.share(trained(0, 3).tensors()), keep=2)
     other = trained(1, 5)
     filled = other.tensors()
     assert not all(torch.equal(filled[name], state[name]) for name in state)
@@ -100,7 +100,7 @@ def test_checkpoint_keeps_every_dtype(tmp_path: Path, dtype: torch.dtype) -> Non
         "many": (100 * torch.randn(4, 3)).to(dtype),
         "one": torch.ones(1, dtype=dtype),
     }
-    run.save(1, state, keep=1)
+    run.save(1, checkpoint.share(state), keep=1)
     filled = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     assert run.restore(filled) == 1
     assert all(torch.equal(filled[name], state[name]) for name in state)
@@ -130,14 +130,14 @@ def test_checkpoint_is_safetensors_named_in_the_manifest(tmp_path: Path) -> None
 def test_checkpoint_keep_leaves_the_newest(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2, 30, 4, keep=2)  # a step that is saved again, later, is not the newest
     assert [path.name for path in run.checkpoints()] == ["step-000000004", "step-000000030"]
-    run.save(31, simple(31.0), keep=1)
+    run.save(31, checkpoint.share(simple(31.0)), keep=1)
     assert [path.name for path in run.checkpoints()] == ["step-000000031"]
 
 
 def test_checkpoint_keep_every_is_never_removed(tmp_path: Path) -> None:
     run = opened(tmp_path)
     for step in range(1, 9):
-        run.save(step, simple(float(step)), keep=2, keep_every=3)
+        run.save(step, checkpoint.share(simple(float(step))), keep=2, keep_every=3)
     assert [step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
 
 
@@ -147,7 +147,7 @@ def test_checkpoint_on_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(MachineFault, match=r"checkpoint of step 2 could not be written .*File too large"):
-            run.save(2, {"model.weight": torch.zeros(100_000)}, keep=1)
+            run.save(2, checkpoint.share({"model.weight": torch.zeros(100_000)}), keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
@@ -235,7 +235,7 @@ def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.Capture
 
 def test_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
-    run.save(2, simple(7.0), keep=10)
+    run.save(2, checkpoint.share(simple(7.0)), keep=10)
     state = simple(0.0)
     assert run.restore(state) == 2
     assert state["model.count"] == 7

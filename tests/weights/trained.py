@@ -16,6 +16,7 @@ from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.objectives.probe_heads import ProbeHeads
+from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import MaeConfig
 from mae_dist.weights import Model
@@ -67,7 +68,8 @@ def save_run(objective: Objective, name: str, out: Path, size: int = 32, step: i
         verb, config = "finetune", schema.FinetuneConfig(**common, init_from="random")
     run = RunDir(out)
     run.open(verb, config, "abc")
-    run.save(step, {f"model.{n}": t for n, t in objective.state_dict().items()} | {"optimizer.x": torch.ones(2)}, 1)
+    state = {f"model.{n}": t for n, t in objective.state_dict().items()} | {"optimizer.x": torch.ones(2)}
+    run.save(step, checkpoint.share(state), 1)
     run.finish({"verb": verb})
     return out
 
