@@ -16,7 +16,7 @@ from opened import opened
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import evaluate, optim, schema, train
+from mae_dist import dist, evaluate, optim, schema, train
 from mae_dist.__main__ import main
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
@@ -308,3 +308,31 @@ def test_checkpoint_of_another_model_is_refused_by_tensor_name(tmp_path: Path) -
     state = {"model.weight": torch.zeros(3, 2)}
     assert run.restore(state) == 1  # a part may be asked for
     assert (state["model.weight"] == 1).all()
+
+
+def test_checkpoint_share_of_ranks_has_every_tensor_once_and_as_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and biases alternate, as in a model."""
+    state = {f"{i}.{name}": torch.zeros(size) for i in range(12) for name, size in (("weight", 1000), ("bias", 10))}
+    monkeypatch.setattr(dist, "world", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        shares.append(checkpoint.share(state))
+    assert sorted(name for parts in shares for name in parts) == sorted(state)
+    sizes = [sum(part.values.numel() for part in parts.values()) for parts in shares]
+    assert sizes == pytest.approx([4040] * 3, rel=0.01)
+
+
+def test_async_save_calls_nothing_of_cuda_in_its_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is one a thread, and begins at 0: each rank would have a second context, on GPU 0."""
+    called: list[str] = []
+    for name in ("current_stream", "current_device", "synchronize", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = opened(tmp_path)
+    with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(), pinned=False) as saving:
+        monkeypatch.setattr(saving.stager, "stage", dict)  # which runs in the thread of the loop, on its own device
+        saving.save(1, simple(1.0))
+        saving.wait()
+    assert run.restore(simple(0.0)) == 1
+    assert not called

@@ -27,12 +27,13 @@ from running import (
     start_ranks,
     weights,
 )  # fmt: skip
+from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
 from mae_dist.data import loader
 from mae_dist.errors import FAILED, MachineFault
 from mae_dist.models.vit import class_and_grid
-from mae_dist.run import events
+from mae_dist.run import checkpoint, events
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import SCHEMAS
 from mae_dist.verify import compare
@@ -223,6 +224,14 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data:
     one, parts = weights(tmp_path / "one"), weights(tmp_path / "parts")
     for name in ("ema.head.weight", "ema.backbone.patch_embed.proj.weight"):
         torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=1e-4)
+    whole, sharded = (RunDir(tmp_path / run).checkpoints()[-1] for run in ("one", "four"))
+    assert checkpoint.names_in(sharded) == checkpoint.names_in(whole)
+    assert num_values(sharded) == num_values(whole)  # two copies, of which one is written
+
+
+def num_values(folder: Path) -> int:
+    """Numbers in the files of a checkpoint."""
+    return sum(tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
 
 
 def test_the_stages_follow_each_other(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
