@@ -6,13 +6,13 @@ OUT ?= runs/demo
 SLURM = tests/slurm tests/stages
 RUNS = tests/verify tests/launch
 
-.PHONY: demo test test-others test-runs test-slurm lint docs clean
+.PHONY: demo test test-others test-runs test-slurm test-slow lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## pack, pretrain, kNN, probe, fine-tune, report: minutes on two CPU cores, less on GPUs
 	$(BIN)/mae-dist demo --out $(OUT)
 
-test: $(VENV)/installed  ## the whole suite in three parts side by side: jobs on a real SLURM wait most of the time
+test: $(VENV)/installed  ## the suite in three parts side by side: jobs on a real SLURM wait most of the time
 	@$(MAKE) --no-print-directory --jobs=3 --keep-going test-slurm test-runs test-others
 
 test-others: $(VENV)/installed
@@ -21,6 +21,9 @@ test-others: $(VENV)/installed
 test-slurm test-runs: test-%: $(VENV)/installed  ## prints everything at its end
 	@output=$$($(BIN)/python -m pytest -p no:cacheprovider $(if $(filter slurm,$*),$(SLURM),$(RUNS)) 2>&1); \
 		status=$$?; printf '\n%s\n' "$$output"; exit $$status
+
+test-slow: $(VENV)/installed  ## the tests marked slow, before a release: half a minute to three minutes each
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -51,8 +51,6 @@ def start_ranks(number: int, *argv: object, log: Path) -> list[BaseProcess]:
     """Start `mae-dist ARGV` on `number` ranks without a launcher, forked from a process that has imported the package:
     a start costs a tenth of what it costs from nothing. What they print is appended to the file `log`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -60,9 +58,19 @@ def start_ranks(number: int, *argv: object, log: Path) -> list[BaseProcess]:
     words, ranks = [*map(str, argv), f"machine.processes={number}"], []
     for rank in range(number):
         place = meeting | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(context.Process(target=_rank, args=(words, place, log)))
-        ranks[-1].start()
+        ranks.append(start_rank(words, place, log))
     return ranks
+
+
+def start_rank(argv: list[str], environment: dict[str, str], log: Path) -> BaseProcess:
+    """Start `mae-dist ARGV` with more environment variables, forked from a process that has imported the package; what
+    it prints is appended to the file `log`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
+    process = context.Process(target=_rank, args=(argv, environment, log))
+    process.start()
+    return process
 
 
 def _rank(argv: list[str], environment: dict[str, str], log: Path) -> None:

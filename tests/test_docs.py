@@ -166,7 +166,6 @@ def check_submit(words: list[str]) -> None:
         config.load(options.verb, file_and_settings[0], [*file_and_settings[1:], *chosen])
 
 
-@pytest.mark.slow
 def test_commands_run_on_small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [README, *(page for page in DOCS if not page.name.startswith("extending"))]
     calls = [call for page in pages for call in commands(page, tmp_path / "stubs")]
@@ -226,7 +225,6 @@ def smaller(call: list[str]) -> list[str] | None:
     return ["2" if word == "100" else word for word in words]
 
 
-@pytest.mark.slow
 def test_extensions_work_as_written(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     for name in ("mae_dist", "configs"):

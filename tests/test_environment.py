@@ -1,11 +1,10 @@
 """Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from running import MAE, SETTINGS, command, environment, losses, refused
+from running import MAE, SETTINGS, finish_ranks, losses, refused, start_rank
 
 from mae_dist import environment as place
 from mae_dist import launcher
@@ -86,16 +85,10 @@ def test_two_tasks_of_srun_train_one_run(tiny_data: Path, tmp_path: Path) -> Non
     words.remove("machine.processes=1")
     step = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     step["SLURM_JOB_ID"] = str(tmp_path)  # no other test meets at its port
-    tasks = [
-        subprocess.Popen(
-            command(*words), env=environment() | step | {"SLURM_PROCID": number, "SLURM_LOCALID": number},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for number in ("0", "1")
-    ]  # fmt: skip
-    output = [task.communicate(timeout=120)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], output
-    assert "= 2 ranks" in output[0]
+    log = tmp_path / "log"
+    places = [step | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in ("0", "1")]
+    finish_ranks([start_rank(words, place, log) for place in places], log)
+    assert "= 2 ranks" in log.read_text()
     assert len(losses(tmp_path / "run")) == 2
 
 

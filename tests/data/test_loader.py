@@ -55,7 +55,6 @@ def test_loader_batches_are_identical_for_any_workers_and_resume_step(tars: Tars
         assert not batch.bad.any()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_stream_is_elastic_over_ranks_micro_batches_and_resume_step(tars: Tars, workers: int) -> None:
     """Every pixel, box, id and epoch of the global batch; 7 images a step, which none of the worlds divides."""

@@ -28,13 +28,11 @@ def clean_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster.clear()
 
 
-@pytest.mark.slow
 def test_slurm_nodes_have_names_and_gpus(slurm: Slurm) -> None:
     assert sorted(slurm.run("srun", "--nodes=2", "hostname").split()) == ["node1", "node2"]
     assert slurm.run("srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES") == "0,1"
 
 
-@pytest.mark.slow
 def test_requeue_by_scontrol_and_after_node_failure(slurm: Slurm, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text(JOB)
@@ -64,7 +62,6 @@ def test_requeue_by_scontrol_and_after_node_failure(slurm: Slurm, tmp_path: Path
     slurm.wait(lambda: slurm.state(jobs["node2"]) == "CANCELLED", "a job is cancelled")
 
 
-@pytest.mark.slow
 def test_cluster_up_refuses_foreign_folders_and_other_options(slurm: Slurm) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         (Path(folder) / "letter").write_text("dear")

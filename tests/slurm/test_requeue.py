@@ -12,7 +12,6 @@ import yaml
 
 from .launching import NODES, Launch, Launched, assert_equal_runs
 
-pytestmark = pytest.mark.slow
 LEAD = 10
 """Steps that a start makes before it is interrupted."""
 STEP_SECONDS = 0.1
@@ -71,6 +70,7 @@ def test_requeue_after_preemption_or_node_failure_is_bit_identical(reference: La
     assert_equal_runs(launched, reference)
 
 
+@pytest.mark.slow
 def test_requeue_after_preemption_without_grace_is_bit_identical(reference: Launched, launch: Launch) -> None:
     launched = launch("without-grace", cluster="partition: rude", slow=STEP_SECONDS)
     resumed, reached = interrupt_again(launched, preempted)

@@ -16,8 +16,6 @@ from mae_dist.data.sources import from_synthetic
 
 from .launching import NODES, SETTINGS, Launch, Slurm, submit
 
-pytestmark = pytest.mark.slow
-
 
 def mae_dist(*words: str | Path) -> str:
     """Output of `mae-dist WORDS`."""
@@ -44,6 +42,7 @@ def test_failed_job_names_its_reason_and_is_not_requeued(launch: Launch, tmp_pat
     assert launched.num_starts() == 1
 
 
+@pytest.mark.slow
 def test_requeue_by_the_script_of_torchrun_in_a_container(launch: Launch, tmp_path: Path) -> None:
     """The container is a shell with another PATH, without SLURM's commands: the job's script outside requeues."""
     container = tmp_path / "container"
@@ -70,6 +69,7 @@ def test_requeue_by_the_script_of_torchrun_in_a_container(launch: Launch, tmp_pa
     assert second["step"] >= 5
 
 
+@pytest.mark.slow
 def test_sweep_is_a_job_array_with_a_results_table(
     slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
 ) -> None:

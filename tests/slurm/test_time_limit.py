@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from mae_dist.run import events
 
 from .launching import Launched, assert_equal_runs
-
-pytestmark = pytest.mark.slow
 
 
 def test_requeue_at_the_time_limit_twice_is_bit_identical(time_limited: Launched, reference: Launched) -> None:

@@ -73,7 +73,6 @@ def test_machine_fault_before_the_first_step_is_recorded_with_its_reason(
     assert "x.tar: Input/output error" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
     """On three ranks, as a sum of two is the same in either order."""
 
@@ -115,8 +114,10 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Pa
     assert starts[1] % 7 == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.slow), (signal.SIGUSR1, "rank")],
+)
 def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
     tiny_data: Path, tmp_path: Path, number: signal.Signals, whom: str
 ) -> None:
@@ -142,7 +143,6 @@ def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
     assert not (run / "result.json").exists()
 
 
-@pytest.mark.slow
 def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> None:
     words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
              "machine.processes=2", "machine.timeout=3"]  # fmt: skip
@@ -162,7 +162,6 @@ def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> 
     assert any(sentence in said for sentence in named), said
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3",
@@ -181,7 +180,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: 
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.slow
 def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = [
         "probe",
@@ -208,7 +206,6 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data: Path, tmp_path: Path) -> None:
     """Pairs are mixed whole though shares are 6, 6, 6 and 4, or 4 and 4 at once."""
     shared = ["finetune", f"data.path={tiny_data}", "init_from=random", *SETTINGS, *EVERYTHING]

@@ -38,7 +38,6 @@ def words(parts: tuple[Path, Path], out: Path, *more: str) -> list[str]:
             "track.ids=true", "data.weights=[2, 1]", "checkpoint.every=2", *more]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_mixture_on_two_ranks_and_resumed_takes_the_planned_samples(parts: tuple[Path, Path], tmp_path: Path) -> None:
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
     assert main(words(parts, one)) == 0

@@ -41,7 +41,6 @@ def ids(run: Path) -> list[tuple[int, list[int], list[int]]]:
     return sorted((line["step"], line["ids"], line["epochs"]) for line in lines)
 
 
-@pytest.mark.slow
 def test_run_over_a_faulty_server_with_a_small_cache_is_that_over_local_tars(
     data: index.ShardIndex, web: Web, tmp_path: Path
 ) -> None:

@@ -21,7 +21,6 @@ def words(data: Path, out: Path) -> list[str]:
             f"train.steps={STEPS}", "machine.workers=0", "data.test_split=train", "data.accept=[overlap]"]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_run_over_one_percent_of_broken_samples_counts_each_on_any_ranks_and_after_sigkill(
     tars: Tars, tmp_path: Path
 ) -> None:

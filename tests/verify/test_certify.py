@@ -18,7 +18,7 @@ from mae_dist.verify.compare import Evidence
 
 STEPS = 16
 ROWS = ["ddp-2", "accumulation", "resume-fsdp-2", "chain-2-1"]
-ARGV = ["certify", "model.image_size=16", "--ranks", "1,2", "--steps", str(STEPS), "--only", ",".join(ROWS), "--out"]
+ARGV = ["certify", "model.image_size=16", "--ranks", "1,2", "--steps", str(STEPS), "--only"]
 
 PLANNED = {1: [(0, 3), (0, 1)], 2: [(0, 2), (1, 0)]}
 
@@ -174,17 +174,11 @@ def test_certify_refuses_mistakes_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished `mae-dist certify`: a few steps of AdamW with clipping on 1 and 2 ranks."""
-    out = tmp_path_factory.mktemp("certify")
-    start(*ARGV, out, timeout=1200)
-    return out
-
-
 @pytest.mark.slow
-def test_certify_passes_ddp_fsdp_accumulation_resume_and_elastic(certified: Path) -> None:
+def test_certify_passes_ddp_fsdp_accumulation_resume_and_elastic(tmp_path: Path) -> None:
     """Three ranks, HSDP of 2 x 2, uneven shares and DDP's resume are compared in tests/stages and by chaos."""
+    certified = tmp_path / "certify"
+    start(*ARGV, ",".join(ROWS), "--out", certified, timeout=1200)
     found = json.loads((certified / "certificate.json").read_text())
     assert found["passed"] is True
     rows = {row["folder"]: row for row in found["rows"]}
@@ -198,11 +192,17 @@ def test_certify_passes_ddp_fsdp_accumulation_resume_and_elastic(certified: Path
     assert "Every row passes" in (certified / "certificate.md").read_text()
 
 
-@pytest.mark.slow
 def test_certify_skips_finished_shapes_and_fails_another_sample_order(
-    certified: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second call in which only the reference starts a process, and one run took other samples."""
+    """One rank and two pass; then a second call in which only the reference starts a process, and the run on two took
+    other samples.
+    """
+    certified = tmp_path / "certify"
+    words = [*ARGV, "ddp-2", "--out", str(certified)]
+    start(*words, timeout=1200)
+    found = json.loads((certified / "certificate.json").read_text())
+    assert [row["folder"] for row in found["rows"] if row["verdict"] != FAILED] == ["reference", "ddp-2"]
 
     def run_reference_only(shape: certify.Shape, *arguments: Any) -> str | None:
         return run_shape(shape, *arguments) if shape.folder == "reference" else None
@@ -218,7 +218,7 @@ def test_certify_skips_finished_shapes_and_fails_another_sample_order(
     ids.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     checkpoints = sorted((certified / "reference" / "checkpoints").iterdir())
     before = [path.stat().st_mtime_ns for path in checkpoints]
-    assert main([*ARGV, str(certified)]) == errors.FAILED
+    assert main(words) == errors.FAILED
     found = json.loads((certified / "certificate.json").read_text())
     assert [row["folder"] for row in found["rows"] if row["verdict"] == FAILED] == ["ddp-2"]
     assert [path.stat().st_mtime_ns for path in checkpoints] == before
