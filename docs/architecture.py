@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment", "interfaces"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals", "errors"},
+    {"setting", "environment", "errors", "interfaces"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals"},
     {"image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},

@@ -157,7 +157,9 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = setting_texts.from_override(name, value)
             else:
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            raise ValueError(f"argument {override!r}: brackets, braces or quotes do not match") from error
+        except OmegaConfBaseException as error:
             raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
         yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
 

@@ -15,11 +15,16 @@ import glob
 import math
 import os
 import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from mae_dist.errors import from_os_error
+
+MOST_FOLDERS = 10_000
+"""Folders in which tars are looked for: more are not a data set, but a disk."""
 MOST_NAMES = 1_000_000
 """Names that one text may have braces for."""
 HOME = re.compile(r"(^|::|[\[,]\s*)(~[\w.-]*)(?=/|::|[,\]]|$)")
@@ -36,7 +41,16 @@ SPLITS = {
 
 
 def with_variables(text: str) -> str:
-    """Replace ~ where a path begins, and $VAR, as a shell does. Raises ValueError for an unknown variable."""
+    """Replace ~ where a path begins, and $VAR, as a shell does, but in names that exist as they stand. Raises
+    ValueError for an unknown variable.
+    """
+    names = [name for part in parts(text) for name in (part, *_pieces(part)) if "$" in name or "~" in name]
+    kept = "|".join(re.escape(name) for name in names if os.path.exists(name))
+    pieces = re.split(f"({kept})", text) if kept else [text]
+    return "".join(piece if number % 2 else _with_variables(piece) for number, piece in enumerate(pieces))
+
+
+def _with_variables(text: str) -> str:
     if unknown := [name for name in VARIABLE.findall(text) if name not in os.environ]:
         raise ValueError(f"the environment has no variable {unknown[0]}; set it, or write the path out")
     text = HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), text)
@@ -76,8 +90,10 @@ def names(part: str) -> list[str]:
 
 
 def tars_in(folder: str) -> list[str]:
-    """The tars of a folder and its subfolders, sorted. ValueError when there are none, or those of several splits."""
-    found = sorted(glob.glob(f"{glob.escape(folder)}/**/*.[tT][aA][rR]", recursive=True))
+    """The tars of a folder and its subfolders, sorted. ValueError when there are none, or those of several splits, a
+    folder that may not be read, or more than MOST_FOLDERS.
+    """
+    found = sorted(_tars_below(folder))
     if not found:
         raise ValueError(f"{folder}: no tars there; of a folder of images `mae-dist data pack folder` makes some")
     splits = splits_in([os.path.relpath(tar, folder) for tar in found])
@@ -87,6 +103,30 @@ def tars_in(folder: str) -> list[str]:
             f"'{folder}/**/*{splits[0]}*.tar'"
         )
     return found
+
+
+def _tars_below(top: str) -> Iterator[str]:
+    """The tars below a folder; hidden folders are left out, and those that links lead to are read once."""
+    todo, seen = [top], set[tuple[int, int]]()
+    while todo:
+        folder = todo.pop()
+        try:
+            status = os.stat(folder)
+            entries = [] if (status.st_dev, status.st_ino) in seen else [*os.scandir(folder)]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise from_os_error(error, f"{folder}: cannot be read ({error.strerror})") from error
+        seen.add((status.st_dev, status.st_ino))
+        if len(seen) > MOST_FOLDERS:
+            raise ValueError(f"{top}: has more than {MOST_FOLDERS:,} folders; name tars, like {top}/x-*.tar")
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "lost+found":
+                continue
+            if entry.is_dir():
+                todo.append(os.path.join(folder, entry.name))
+            elif entry.name.lower().endswith(".tar"):
+                yield os.path.join(folder, entry.name)
 
 
 def splits_of(text: str) -> list[str]:
@@ -119,6 +159,7 @@ def _names(piece: str) -> list[str]:
     found = [[name] if is_url(name) or os.path.exists(name) else _matches(name) for name in expanded]
     if missing := [name for name, matches in zip(expanded, found, strict=True) if not matches]:
         what = "no file matches" if glob.has_magic(missing[0]) else "no such folder or file"
+        what = "its brackets do not match; write [A, B]" if piece.count("[") != piece.count("]") else what
         more = f" ({len(missing)} of {len(expanded)} names are missing)" if len(expanded) > 1 else ""
         raise ValueError(f"{missing[0]}: {what}{more}")
     return [name for matches in found for name in matches]

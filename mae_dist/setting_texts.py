@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -44,6 +45,8 @@ def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any],
         if isinstance(value, Mapping) and name not in kinds:
             result[key] = as_written(value, text, kinds, origin, f"{name}.")
             continue
+        if name in kinds:
+            _check_kind(kinds[name], value, f"{_where(origin, name)}{name}={text}", name)
         if name in kinds and is_text(kinds[name]) and isinstance(text, str) and value is not None:
             value = text
         elif name in kinds and isinstance(text, str) and not isinstance(value, str) and UNUSUAL.fullmatch(text):
@@ -53,10 +56,31 @@ def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any],
             try:
                 value = paths.with_variables(value)
             except ValueError as error:
-                raise ValueError(f"{_where(origin, name)}{name}={value}: {error}") from error
+                raise ValueError(
+                    f"{_where(origin, name)}{name}={value}: {str(error).removeprefix(f'{value}: ')}"
+                ) from error
         result[key] = value
     refuse_interpolation(result, origin, prefix)
     return result
+
+
+def _check_kind(kind: Any, value: Any, given: str, name: str) -> None:
+    """Raise ValueError, which begins with what is ``given``, where a list, its elements or null are none of a kind."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    lists = [part for part in kinds if get_origin(part) is tuple]
+    if value is None and NoneType not in kinds:
+        raise ValueError(f"{given}: needs a value; leave {name} out for its default")
+    if lists and value is not None and len({*kinds} - {NoneType}) == 1 and not isinstance(value, list):
+        raise ValueError(f"{given}: must be a list, in brackets: {name}=[...]")
+    if lists and get_args(lists[0])[0] in (int, float) and isinstance(value, list) and not all(map(_is_number, value)):
+        raise ValueError(f"{given}: must be a list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    with suppress(TypeError, ValueError):
+        float(value)
+        return not isinstance(value, bool)
+    return False
 
 
 def refuse_interpolation(plain: Mapping[Any, Any], origin: str, prefix: str = "") -> None:

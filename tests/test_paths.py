@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_path_names_files_folders_and_urls(part: str, expected: list[str]) -> No
         ("C/*.tar", ["C/*.tar: no file matches"]),
         ("{A,C}/*.tar", ["C/*.tar: no file matches"]),
         ("A/x-{000.tar", ["A/x-{000.tar: no such"]),
+        ("[A, B", ["its brackets do not match"]),
         ("x-{0..99999999}.tar", ["braces", "1,000,000"]),
         ("pipe:cat A/x-000.tar", ["commands are not run"]),
         ("", ["no such"]),
@@ -93,6 +95,14 @@ def test_path_variables_are_those_of_a_shell(monkeypatch: pytest.MonkeyPatch) ->
         paths.with_variables("$NOT_THERE/x")
 
 
+def test_path_that_exists_with_a_dollar_or_a_tilde_stays(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "/d")
+    for name in ("d$DATA", "~", "e$NOT_THERE", "f, $DATA"):
+        (tree / name).mkdir()
+        assert paths.with_variables(name) == name
+    assert paths.with_variables("[d$DATA, e$NOT_THERE::$DATA/y]") == "[d$DATA, e$NOT_THERE::/d/y]"
+
+
 def test_path_folder_is_all_tars_at_any_depth_of_one_split(tree: Path) -> None:
     assert paths.tars_in("B") == ["B/1/y.tar", "B/z.tar"]
     (tree / "B/imagenet1k-train-00.tar").touch()
@@ -102,6 +112,17 @@ def test_path_folder_is_all_tars_at_any_depth_of_one_split(tree: Path) -> None:
         paths.tars_in("B")
     with pytest.raises(ValueError, match="no tars there"):
         paths.tars_in("B/val/none")
+
+
+def test_path_folder_that_is_a_whole_disk_is_refused_and_links_are_read_once(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "B/loop").symlink_to(tree / "B")
+    (tree / "B/again").symlink_to(tree / "B/1")
+    assert sorted(map(os.path.basename, paths.tars_in("B"))) == ["y.tar", "z.tar"]
+    monkeypatch.setattr(paths, "MOST_FOLDERS", 2)
+    with pytest.raises(ValueError, match=f"^{tree}: has more than 2 folders; name tars, like"):
+        paths.tars_in(str(tree))
 
 
 def test_paths_colons_of_an_address_are_no_list() -> None:

@@ -51,6 +51,13 @@ def test_path_setting_has_lists_and_variables_replaced(tmp_path: Path, monkeypat
         ("track.project=${oc.env:HOME}", "^track.project=.*is not read"),
         ("train.seed=${train.steps}", "^train.seed=.*is not read"),
         ("out=", "^argument 'out=': needs a value"),
+        ("data.weights=2", r"^data.weights=2: must be a list, in brackets: data.weights=\[...\]"),
+        ("data.weights={a: 1}", "^data.weights={a: 1}: must be a list"),
+        ("view.scale=3", "^view.scale=3: must be a list"),
+        ("data.weights=[2,1", "^argument 'data.weights=.2,1': brackets, braces or quotes do not match$"),
+        ("data.weights=[1,x]", "^data.weights=.1,x.: must be a list of numbers"),
+        ("data.mean=[yes]", "list of numbers"),
+        ("train.seed=null", "^train.seed=null: needs a value; leave train.seed out"),
     ],
 )
 def test_interpolation_and_unknown_variables_are_refused(override: str, words: str) -> None:

@@ -61,6 +61,7 @@ def _check(arguments: argparse.Namespace) -> int:
     unusable = [finding for finding in found if finding.kind == UNREADABLE]
     if arguments.quarantine:
         _put_in_quarantine([place for listed in places.values() for place in listed], unusable, arguments.json)
+        found = [finding for finding in found if finding.kind != UNREADABLE]
     elif unusable and not arguments.json:
         print("next: the same command with --quarantine leaves the samples that cannot be used out of all runs")
     return FAILED if found else DONE

@@ -85,5 +85,7 @@ def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
     missing = len(index) - index.num_labelled
     if missing:
         raise ValueError(
-            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label (KEY.cls), which {verb} needs"
+            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label, which {verb} needs; index the "
+            f"tars again with `mae-dist data index TARS --labels SOURCE` (folder, json:FIELD, an extension, or a FILE "
+            f"of names and labels), or pack folders again with --labels FILE"
         )

@@ -233,3 +233,9 @@ def test_fingerprint_tells_tars_of_one_name_apart(tmp_path: Path) -> None:
         indexing.build(tar, tar.with_suffix(".idx"))
     one, other = (index.open_split(f"{tmp_path}/{names}/x.tar", "any") for names in ("{a,b}", "{b,a}"))
     assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("path", ["[]", "[,]", "[ ]"])
+def test_empty_list_of_data_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=r"^data.path=\[.*: names no data; give a folder"):
+        index.open_split(path, "train")
