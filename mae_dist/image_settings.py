@@ -9,16 +9,18 @@ from mae_dist.schema import RunConfig
 
 
 def check(config: RunConfig) -> None:
-    """Refuse reversed ranges, statistics of other channels, and augmentations of colours that are none (ValueError)."""
+    """Refuse reversed ranges, statistics of other channels, and augmentations of colours that are none (ValueError).
+    data.channels may be unknown yet.
+    """
     data, view = config.data, config.view
     for name, (low, high) in (("scale", view.scale), ("ratio", view.ratio)):
         if low > high:
             raise ValueError(f"view.{name}=[{low}, {high}]: the first number must not be greater than the second")
     for name, value in (("mean", data.mean), ("std", data.std)):
-        if value is not None and len(value) != data.channels:
+        if value is not None and len(value) != (data.channels or len(value)):
             raise ValueError(f"{hints.given(f'data.{name}', value)}: must have data.channels={data.channels} numbers")
     for name, value in (("color_jitter", view.color_jitter), ("randaugment", view.randaugment)):
-        if value and data.channels != 3:
+        if value and data.channels not in (None, 3):
             raise ValueError(f"view.{name}={value}: is for 3 channels, not data.channels={data.channels}; leave it out")
     policy = view.randaugment
     if view.color_jitter and policy is not None and "3a" not in policy:

@@ -56,8 +56,14 @@ class DataConfig:
         1, "repeated augmentation: how often an image is drawn in a row; an epoch shows 1 / aug_repeats of them",
         verbs=TRAINED, at_least=1,
     )  # fmt: skip
-    channels: int = setting(3, "channels of the images that the model gets, a grey image's or an array's", at_least=1)
-    white: float | None = setting(None, "value that is white above 8 bits; none: 65535, or 1 for floats", above=0)
+    channels: int | None = setting(
+        None, "channels of the images that the model gets; none: those of packing, else those of init_from, else 3",
+        at_least=1,
+    )  # fmt: skip
+    white: float | None = setting(
+        None, "value that is white above 8 bits; none: that of packing, else that of init_from, else 65535, or 1 for "
+        "floats", above=0,
+    )  # fmt: skip
     max_pixels: int = setting(178_956_970, "pixels above which an image counts as unreadable", at_least=1)
     max_bad: float = setting(
         0.001, "fraction of the training samples above which unreadable ones end the run", at_least=0, at_most=1

@@ -236,6 +236,7 @@ def _with_split(
         mean=before.mean if split != "train" else None,
         std=before.std if split != "train" else None,
         white=before.white,
+        channels=before.channels,
         label_counts={name: counts for name, counts in before.label_counts.items() if name != split},
     )
 

@@ -63,8 +63,9 @@ class Dataset:
     """The content of dataset.json.
 
     ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
-    when all images share one; ``mean`` and ``std`` are channel statistics of the training split in 0..1; ``white`` is
-    the stored value that is white, where pixels have more than 8 bits and packing was given it; ``label_counts`` is how
+    when all images share one; ``channels`` is the number that packing made of each image, and ``mean`` and ``std`` are
+    their statistics in the training split in 0..1; ``white`` is the stored value that is white, where pixels have more
+    than 8 bits and packing was given it; ``label_counts`` is how
     many samples of a split have each label, from 0 on.
     """
 
@@ -76,7 +77,13 @@ class Dataset:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     white: float | None = None
+    channels: int | None = None
     label_counts: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether packing has decoded the images, so that `channels` and `white` are those of their statistics."""
+        return self.channels is not None
 
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`, atomically."""
@@ -137,12 +144,15 @@ def united(
     known = [Classes(d.name, d.num_classes, d.classes, key in labelled) for key, d in datasets.items()]
     merged = merge(known, merging)
     maps = dict(zip(datasets, merged.maps, strict=True))
-    if len({dataset.white for dataset in datasets.values()}) > 1:
-        names = " and ".join(f"{dataset.name} ({dataset.white})" for dataset in datasets.values())
-        raise ValueError(f"data.path: {names} have different white values; pack them with the same --white")
+    packed = [dataset for dataset in datasets.values() if dataset.is_packed] or [first]
+    for name in ("white", "channels"):
+        if len({getattr(dataset, name) for dataset in packed}) > 1:
+            names = " and ".join(f"{dataset.name} ({getattr(dataset, name)})" for dataset in packed)
+            raise ValueError(f"data.path: {names} were packed with different --{name}; pack them with the same")
     sizes = {dataset.image_size for dataset in datasets.values()}
     size, (mean, std) = sizes.pop() if len(sizes) == 1 else None, _pooled([*datasets.values()], [*counts.values()])
-    together = Dataset(first.name, {}, merged.number, merged.names, size, mean, std, first.white)
+    white, channels = packed[0].white, packed[0].channels
+    together = Dataset(first.name, {}, merged.number, merged.names, size, mean, std, white, channels)
     return together, [maps[key] for key in keys], merged.problem
 
 
@@ -166,6 +176,8 @@ def _parsed(plain: Any) -> Dataset:
     _check_shards([shard for shards in plain["splits"].values() for shard in shards])
     for name in ("image_size", "mean", "std"):
         plain[name] = None if plain[name] is None else tuple(plain[name])
+    if plain.get("channels") is None and plain["mean"] is not None:
+        plain["channels"] = len(plain["mean"])
     dataset = Dataset(**plain)
     _check(isinstance(dataset.name, str), "name", "a text")
     _check(all(type(n) is int and n > 0 for n in dataset.image_size or ()), "image_size", "two whole numbers")
@@ -174,6 +186,8 @@ def _parsed(plain: Any) -> Dataset:
     _check(all(0 <= value < math.inf for value in dataset.std or ()), "std", "numbers from 0")
     _check(dataset.white is None or 0 < dataset.white < math.inf, "white", "a number above 0")
     _check(len(dataset.mean or ()) == len(dataset.std or ()), "std", "as many numbers as mean")
+    _check(dataset.channels is None or (type(dataset.channels) is int and dataset.channels > 0), "channels", "a number")
+    _check(dataset.mean is None or len(dataset.mean) == dataset.channels, "mean", "a number for each of channels")
     _check(dataset.num_classes is None or 0 < dataset.num_classes <= MOST_CLASSES, "num_classes", "a number of classes")
     _check(all(isinstance(name, str) for name in dataset.classes or ()), "classes", "a list of names")
     counts = [count for numbers in dataset.label_counts.values() for count in numbers]

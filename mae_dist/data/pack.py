@@ -248,6 +248,7 @@ def _write(
         mean=source.mean if known else train.mean,
         std=_without_zeros(source.std if known else train.std),
         white=encoding.how.white if encoding.keeps_bytes else None,
+        channels=encoding.how.channels,
         label_counts=counts,
     )
     dataset.save(work / "data")

@@ -22,16 +22,9 @@ from torch import Tensor
 
 from mae_dist import rng, schema
 from mae_dist.data import augment
-from mae_dist.data.pixels import Decoding
 from mae_dist.model_sizes import sides
 
 ATTEMPTS = 10
-
-
-def decoding(config: schema.RunConfig) -> Decoding:
-    """How stored values become pixels, by a run's settings."""
-    data = config.data
-    return Decoding(data.channels, data.white, config.view.exif, data.max_pixels)
 
 
 @dataclass(frozen=True)

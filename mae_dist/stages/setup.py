@@ -16,10 +16,10 @@ import torch
 from mae_dist import config as configuration
 from mae_dist import dist, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from mae_dist.data import loader, views
+from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import check_channels
-from mae_dist.data.index import Dataset, ShardIndex
+from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
@@ -81,7 +81,7 @@ class Setup(Generic[C]):
         """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
         return loader.open_source(
-            split, self.device, workers, view.needs_pil, not dist.is_main(), views.decoding(self.config)
+            split, self.device, workers, view.needs_pil, not dist.is_main(), decoding.decoding(self.config)
         )
 
     def with_micro_batch(self, objective: Objective) -> Setup[C]:
@@ -245,7 +245,12 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
         configuration.check_same_model(config, initial.config)
     if test_split is not None:
         train_split = check_splits(config, train_split, test_split, needs_labels)
-    config = with_statistics(config, before or (initial.config if initial else None), train_split)
+    origin = initial.config if initial else None
+    config = with_statistics(
+        decoding.completed(config, before, train_split.dataset, origin), before or origin, train_split
+    )
+    if test_split is not None and (differs := decoding.differing(config, test_split.dataset)):
+        raise ValueError(f"{differs}, which the test split is of; pack it like the training split")
     with parallel.meta_init(config.machine):
         chosen = {name: getattr(config.model, name) for name in ("pool", "position")}
         given = {name: value for name, value in chosen.items() if value is not None}
@@ -272,7 +277,7 @@ def check_first_sample(setup: Setup) -> None:
         sample = split.read(0)
     except (ValueError, OSError):  # an unreadable sample is the loader's business
         return
-    check_channels(sample, views.decoding(setup.config), name)
+    check_channels(sample, decoding.decoding(setup.config), name)
 
 
 @dataclass(frozen=True)
@@ -302,43 +307,32 @@ def find_initial_weights(path: str, began: str | None) -> InitialWeights:
 
 
 def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:
-    """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged); and
-    with the data set's data.white, unless it is given. A standard deviation of 0 becomes 1, with a warning.
+    """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged). A
+    standard deviation of 0 becomes 1, with a warning. Raises ValueError where the data set was packed otherwise than it
+    is decoded, so that its statistics are of other pixels.
     """
     data, dataset = config.data, index.dataset
-    mean, std = data.mean, data.std
+    mean, std, channels = data.mean, data.std, data.channels or 3
     if mean is None or std is None:
-        use_earlier = earlier is not None and len(earlier.data.mean or ()) in (0, data.channels)
-        known = earlier.data if earlier is not None and use_earlier else of_channels(dataset, data.channels)
+        use_earlier = earlier is not None and len(earlier.data.mean or ()) in (0, channels)
+        known = earlier.data if earlier is not None and use_earlier else dataset
+        if known is dataset and dataset.mean is not None and (differs := decoding.differing(config, dataset)):
+            raise ValueError(
+                f"{differs}, and so were its mean and std; leave it out, give data.mean and data.std, or pack anew"
+            )
         if (known.mean is None or known.std is None) and dist.is_main():
-            whose = "ImageNet's" if data.channels == 3 else f"{UNKNOWN_MEAN} and {UNKNOWN_STD}"
+            whose = "ImageNet's" if channels == 3 else f"{UNKNOWN_MEAN} and {UNKNOWN_STD}"
             log.info("the data set has no mean and std of its own: using %s (data.mean, data.std)", whose)
-        colours = data.channels == 3
-        mean = mean or known.mean or (IMAGENET_MEAN if colours else (UNKNOWN_MEAN,) * data.channels)
-        std = std or known.std or (IMAGENET_STD if colours else (UNKNOWN_STD,) * data.channels)
+        colours = channels == 3
+        mean = mean or known.mean or (IMAGENET_MEAN if colours else (UNKNOWN_MEAN,) * channels)
+        std = std or known.std or (IMAGENET_STD if colours else (UNKNOWN_STD,) * channels)
     if 0 in std:
         if not any(std):
             raise ValueError("dataset.json: std is 0 in all channels, all pixels are the same; pack them again")
         if dist.is_main():
             log.warning("channel %d of the data set is constant (std 0): it is divided by 1", std.index(0))
         std = tuple(value or 1.0 for value in std)
-    white = data.white if data.white is not None else dataset.white
-    return dataclasses.replace(config, data=dataclasses.replace(data, mean=mean, std=std, white=white))
-
-
-def of_channels(dataset: Dataset, channels: int) -> Dataset:
-    """A data set with its statistics for this number of channels: those of a grey one count for each of 3, and those of
-    3 equal channels for 1. Raises ValueError where the channels are others.
-    """
-    mean, std = dataset.mean, dataset.std
-    if mean is None or std is None or len(mean) == channels:
-        return dataset
-    if {len(mean), channels} != {1, 3} or len({*zip(mean, std, strict=True)}) > 1:
-        raise ValueError(
-            f"data.channels={channels}: the mean and std of {dataset.name} are those of {len(mean)} channels; set "
-            f"data.channels={len(mean)}, give data.mean and data.std, or pack it anew with --channels {channels}"
-        )
-    return dataclasses.replace(dataset, mean=mean[:1] * channels, std=std[:1] * channels)
+    return dataclasses.replace(config, data=dataclasses.replace(data, mean=mean, std=std))
 
 
 def check_cache(index: ShardIndex, window: int) -> None:

@@ -20,9 +20,10 @@ from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
 from mae_dist.data.decode import Memory, decode, stored_size
+from mae_dist.data.decoding import completed, decoding
 from mae_dist.data.index import Sample, ShardIndex, open_split
 from mae_dist.data.pixels import Decoding, Pixels
-from mae_dist.data.views import View, decoding
+from mae_dist.data.views import View
 from mae_dist.objectives.mae import MAE
 from mae_dist.verify.benchmarks import one_step
 from mae_dist.verify.measurement import Measurement, Result, Runner
@@ -37,7 +38,9 @@ def data(runner: Runner) -> Result:
     """Images per second of each part of loading on one core, of the loader with its workers, and of the step."""
     settings, device = runner.settings, dist.setup()
     index = open_split(settings.data.path, settings.data.split)
-    channels, how = settings.data.channels, decoding(settings)
+    settings = completed(settings, None, index.dataset, None)
+    how = decoding(settings)
+    channels = how.channels
     mean, std = (values if channels == 3 else values[:1] * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
     view = View(settings.view, settings.model.image_size, mean, std, settings.train.seed, True)
     source = loader.open_source(index, device, settings.machine.workers, view.needs_pil, how=how)

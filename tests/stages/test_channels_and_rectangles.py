@@ -24,7 +24,7 @@ TINY = [
     "machine.restarts=0", "machine.workers=0",
 ]  # fmt: skip
 MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "mae.mask_ratio=0.9"]
-WIDE = ["model.image_size=[96,160]", "data.channels=5"]
+WIDE = ["model.image_size=[96,160]"]
 
 
 def run(*words: object) -> None:
@@ -57,7 +57,8 @@ def test_five_channel_rectangles_are_packed_shown_and_pretrained(packed: Path, p
     assert known.mean is not None
     assert known.std is not None
     assert known.mean == pytest.approx([0.457] * 5, abs=0.01)
-    assert len(known.std) == 5
+    assert (known.channels, len(known.std)) == (5, 5)
+    assert RunDir(pretrained).settings()[2].data.channels == 5
     run("data", "show", packed)
     picture = Image.open(next((pretrained / "pictures").glob("*.png")))
     assert picture.getcolors(2**20) is not None
@@ -103,7 +104,9 @@ def test_export_to_npz_refuses_five_channels(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.channels=3", "set data.channels=5"), ("data.mean=[0.5,0.5,0.5]", "data.channels=5 numbers"),
+        ("data.channels=3", "was packed with data.channels=5"),
+        ("data.white=1000", "data.white=1000: images was packed with data.white=none, and so were its mean and std"),
+        ("data.mean=[0.5,0.5,0.5]", "data.channels=5 numbers"),
         ("view.color_jitter=0.4", "is for 3 channels"), ("view.randaugment=rand-m9", "is for 3 channels"),
         ("model.image_size=[96,150]", "not divisible"), ("model.image_size=96x160", "for example [96, 160]"),
         ("model.image_size=[96]", "for example [96, 160]"), ("model.image_size=[96,0]", "must be at least 1"),

@@ -106,4 +106,4 @@ def test_mixture_refusals_are_one_sentence(
     ):
         assert wanted in refused(capsys, *words(parts, tmp_path / "y"), f"data.weights={weights}")
     replace(known, white=4095.0).save(parts[1])
-    assert "have different white values" in refused(capsys, *words(parts, tmp_path / "y"))
+    assert "were packed with different --white" in refused(capsys, *words(parts, tmp_path / "y"))
