@@ -7,6 +7,7 @@ whole pixels of the image, by Pillow elsewhere. Knows no rank, no batch and no p
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _resize = torch.ops.aten._upsample_bicubic2d_aa.out
 """What F.interpolate(mode="bicubic", antialias=True) calls, to which only this gives the memory to write to."""
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # stored arrays are only read
 SHRINKS = (8, 4, 2)
 """A JPEG can be decoded at these fractions of its size."""
 

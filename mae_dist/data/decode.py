@@ -187,7 +187,7 @@ def _decode_array(content: bytes, how: Decoding) -> Decoded:
     values = values.transpose(axes) if axes else values[:, :, None]
     how.check_size(*values.shape[:2])
     pixels, changes = eight_bits(values, how.white)
-    pixels = np.array(pixels, order="C", copy=True if pixels is values else None)
+    pixels = np.ascontiguousarray(pixels)
     return Decoded(with_channels(pixels, how.channels), changes)
 
 

@@ -72,7 +72,7 @@ class ShardIndex:
         self.left_out, self.cache = left_out or {}, cache or Cache.of(None)
         self.parts = parts or Parts([len(shards)], [None] * len(shards))
         self.counts = np.array([shard.num_samples for shard in shards], dtype=np.int64)
-        self.files = ShardFiles(self.tars, shards, self.cache)
+        self.files = ShardFiles(self.tars.texts, shards, self.cache)
         self._table = functools.lru_cache(maxsize=256)(self._read_table)
         self._rows = functools.lru_cache(maxsize=256)(self._kept_rows)
         for shard in self.left_out:

@@ -70,7 +70,7 @@ class ShardFiles:
     A tar must keep size, inode and modification time as long as this object lives, or else its sha256.
     """
 
-    def __init__(self, tars: Sequence[Path], shards: Sequence[Shard], cache: Cache):
+    def __init__(self, tars: Sequence[str | Path], shards: Sequence[Shard], cache: Cache):
         self.tars, self.shards, self.cache = tars, shards, cache
         self.fetch = functools.lru_cache(1)(lambda shard: _Handle(self._fetched(shard)))  # one: others make room
         self.seen = shared_array((len(tars), 2), np.int64)  # by this process and those that it forks
@@ -119,7 +119,7 @@ class ShardFiles:
                 )
             now = status.st_ino % 2**63, status.st_mtime_ns
             same = tuple(self.seen[shard]) in (now, (0, 0))  # or not yet seen
-            if not same and (not known or sha256(tar) != known):
+            if not same and (not known or sha256(Path(tar)) != known):
                 raise ChangedError(f"{tar}: was replaced by another file meanwhile; restore it, or start a new run")
             self.seen[shard] = now
             return descriptor
