@@ -85,8 +85,9 @@ def decoded(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: 
     """Decode a sample's image to uint8 (height, width, how.channels), by the rules of `Decoding`.
 
     With `shrink` (2, 4 or 8) a JPEG is decoded at that fraction of its size, rounded up, by leaving out its highest
-    frequencies; other images keep their size. With `memory` the pixels may lie there, until its next use. Raises
-    ValueError when the bytes are not a complete image of a known format, or one that the rules refuse.
+    frequencies; other images keep their size. With `memory` the pixels may lie there, until its next use; those of an
+    array may be the sample's own bytes, which cannot be written. Raises ValueError when the bytes are not a complete
+    image of a known format, or one that the rules refuse.
     """
     try:
         if sample.extension == "npy":
