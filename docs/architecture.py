@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment", "errors", "interfaces"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "signals"},
+    {"setting", "environment", "errors", "interfaces", "signals"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "watchdog"},
     {"image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mae_dist import __version__, config, environment, errors, schema
+from mae_dist import __version__, config, environment, errors, schema, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -41,9 +41,23 @@ OUT_OF_MEMORY = (
 )
 
 
+COLLECTIVES_FIRST = 15.0
+"""Seconds that several ranks have more than machine.timeout: a collective that fails names the rank that is lost."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the verb and arguments in `argv`, and return the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the verb and arguments in `argv` and return the exit status; those of this process are its last work."""
+    status = errors.FAILED
+    try:
+        status = run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        if argv is None:
+            watchdog.leave(status)
+    return status
+
+
+def run(argv: list[str]) -> int:
+    """Run a verb and its arguments, and return the exit status."""
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     rank = int(os.environ.get("RANK", 0))
@@ -98,24 +112,24 @@ def dispatch(verb: str, argv: list[str]) -> int:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
     settings = config.load(verb, *config.split_words(verb, argv))
     os.environ.update(environment.of_ranks(os.environ))
-    with no_garbage_collection():
-        from mae_dist import dist, launcher
+    with watchdog.watching(settings.machine.timeout + (COLLECTIVES_FIRST if "RANK" in os.environ else 0)):
+        with no_garbage_collection():
+            from mae_dist import dist, launcher
 
-        launched = dist.launched()
-        if launched and (given := settings.machine.processes) not in (None, dist.local_world()):
-            raise ValueError(
-                f"machine.processes={given}: another launcher started {dist.local_world()} processes here; leave it out"
-            )
-        processes = 1 if launched else launcher.processes_here(settings.machine.processes)
-        stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
-    if stage is None:
-        config.check_world(settings, processes)
-        return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
-    launcher.limit_threads(dist.local_world())
-    stage.run(settings)
-    if dist.is_main():
-        print_result(verb, settings.out)
-    return 0
+            launched, given = dist.launched(), settings.machine.processes
+            if launched and given not in (None, dist.local_world()):
+                here = f"another launcher started {dist.local_world()} processes here"
+                raise ValueError(f"machine.processes={given}: {here}; leave it out")
+            processes = 1 if launched else launcher.processes_here(given)
+            stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
+        if stage is not None:
+            launcher.limit_threads(dist.local_world())
+            stage.run(settings)
+            if dist.is_main():
+                print_result(verb, settings.out)
+            return 0
+    config.check_world(settings, processes)
+    return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
 
 
 @contextmanager

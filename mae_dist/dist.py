@@ -24,6 +24,7 @@ from torch import Tensor
 from mae_dist import interfaces
 from mae_dist.environment import MEETING_FILE
 from mae_dist.errors import MachineFault, RankError, RankLost, from_os_error
+from mae_dist.watchdog import waiting_for
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,7 +62,8 @@ def setup(timeout: float = 600.0) -> torch.device:
     if not dist.is_initialized():
         _timeout = timedelta(seconds=timeout)
         if launched():
-            store, number, count = _meet()
+            with waiting_for(lambda: "the other ranks, to meet them"):
+                store, number, count = _meet()
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
@@ -261,7 +263,8 @@ def name_lost_ranks(what: Callable[[], str]) -> Iterator[None]:
     did not answer and ``what()`` the others were doing.
     """
     try:
-        yield
+        with waiting_for(what):
+            yield
     except RuntimeError as error:
         if world() == 1 or not _is_collective_failure(error):
             raise

@@ -50,6 +50,12 @@ class RankLost(MachineFault):
     reason = "rank_lost"
 
 
+class Hung(MachineFault):
+    """This rank waited too long for something, so its `watchdog` ended it."""
+
+    reason = "hung"
+
+
 class WorkerLost(MachineFault):
     """A loader process of this rank was killed."""
 

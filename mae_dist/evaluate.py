@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mae_dist import dist, rng
 from mae_dist.batch import Batch
+from mae_dist.watchdog import progress
 
 CHUNK = 1024
 """Test features compared with all training features at once."""
@@ -94,6 +95,7 @@ def knn(
     bank = nn.functional.normalize(train[0], dim=1), train[1]
     counts = torch.zeros(3, dtype=torch.int64, device=train[0].device)
     for queries, labels in zip(test[0].split(CHUNK), test[1].split(CHUNK), strict=True):
+        progress()
         counts += hits(votes(bank, queries, num_classes, k, temperature), labels)
     return counts
 

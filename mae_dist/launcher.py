@@ -25,6 +25,7 @@ from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = ", most likely because memory ran out (lower machine.micro_batch, machine.workers or machine.processes)"
 FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
 """Exit statuses after which the ranks are not started again."""
 
@@ -76,8 +77,9 @@ def run(argv: list[str], config: LaunchConfig) -> int:
     except ChildFailedError as error:
         first_rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", first_rank, name)
+            what = signal.Signals(-failure.exitcode).name
+            what += OUT_OF_MEMORY if -failure.exitcode == signal.SIGKILL else ""
+            log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", first_rank, what)
             return SIGNAL_BASE - failure.exitcode
         return failure.exitcode
     except SignalException as error:  # the agent has passed the signal on and waited for the ranks

@@ -47,5 +47,6 @@ def ignore_once() -> None:
     """Ignore the first signal of each kind, in loader workers for example, which share the terminal and the job of
     their rank. The second one ends the process, so that a rank that ends can end its workers.
     """
+    signal.set_wakeup_fd(-1)  # of the rank's watchdog
     for number in SIGNALS:
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dist import config as configuration
-from mae_dist import dist, optim, parallel, rewind
+from mae_dist import dist, optim, parallel, rewind, watchdog
 from mae_dist.batch import Batch
 from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint, tracker
@@ -232,6 +232,8 @@ def agree(stop: StopFlag, saver: AsyncSaver, last: bool) -> Wanted:
     last step, which is saved anyway.
     """
     code = 0 if last else dist.all_reduce_max(2 * stop.requested + saver.overdue)
+    if code >= 2:
+        watchdog.answered()
     return Wanted(stop=code >= 2, save=code == 1)
 
 

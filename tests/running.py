@@ -47,9 +47,12 @@ def start(*argv: object, check: int | None = 0, timeout: float = 300) -> subproc
     return done
 
 
-def start_ranks(number: int, *argv: object, log: Path) -> list[BaseProcess]:
+def start_ranks(
+    number: int, *argv: object, log: Path, before: Callable[[], object] | None = None
+) -> list[BaseProcess]:  # fmt: skip
     """Start `mae-dist ARGV` on `number` ranks without a launcher, forked from a process that has imported the package:
-    a start costs a tenth of what it costs from nothing. What they print is appended to the file `log`.
+    a start costs a tenth of what it costs from nothing. What they print is appended to the file `log`. Each first calls
+    `before`, a function at the top of a module, or a `partial` of one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,26 +61,30 @@ def start_ranks(number: int, *argv: object, log: Path) -> list[BaseProcess]:
     words, ranks = [*map(str, argv), f"machine.processes={number}"], []
     for rank in range(number):
         place = meeting | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start_rank(words, place, log))
+        ranks.append(start_rank(words, place, log, before))
     return ranks
 
 
-def start_rank(argv: list[str], environment: dict[str, str], log: Path) -> BaseProcess:
+def start_rank(
+    argv: list[str], environment: dict[str, str], log: Path, before: Callable[[], object] | None = None
+) -> BaseProcess:  # fmt: skip
     """Start `mae-dist ARGV` with more environment variables, forked from a process that has imported the package; what
-    it prints is appended to the file `log`.
+    it prints is appended to the file `log`. It first calls `before`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
-    process = context.Process(target=_rank, args=(argv, environment, log))
+    process = context.Process(target=_rank, args=(argv, environment, log, before))
     process.start()
     return process
 
 
-def _rank(argv: list[str], environment: dict[str, str], log: Path) -> None:
+def _rank(argv: list[str], environment: dict[str, str], log: Path, before: Callable[[], object] | None) -> None:
     with log.open("ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
+    if before is not None:
+        before()
     sys.exit(main(argv))
 
 

@@ -29,6 +29,7 @@ from mae_dist.data.index import ShardIndex
 from mae_dist.data.loader import Plan, Source
 from mae_dist.data.views import View
 from mae_dist.errors import MachineFault, RankError
+from mae_dist.watchdog import progress
 
 SHARD = 512
 """Samples a shard."""
@@ -95,6 +96,7 @@ class Features:
             values, facts = self._gather(ids)
             where = torch.from_numpy(ids)
             batch = Batch(values, facts[:, 0], where, torch.from_numpy(epochs), facts[:, 1].bool())
+            progress()
             yield Batch(*(part.to(self.device) for part in batch))
 
     def _gather(self, ids: np.ndarray) -> tuple[Float[Tensor, "b width"], Int[Tensor, "b 2"]]:

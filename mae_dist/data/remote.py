@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mae_dist.errors import MachineFault
+from mae_dist.watchdog import progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -174,6 +175,7 @@ def _watched(action: Callable[[], T], part: Path | None) -> T:
         thread.join(min(1.0, STALL / 4))
         if (now := _length(part)) != length:
             length, since = now, time.monotonic()
+            progress()
         elif thread.is_alive() and time.monotonic() - since > STALL:
             raise TimeoutError
     if errors:

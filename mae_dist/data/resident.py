@@ -43,6 +43,7 @@ from mae_dist.data.index import ShardIndex
 from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.views import View
 from mae_dist.data.workers import ordered_map, shared_array
+from mae_dist.watchdog import progress
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ CHUNK = 64
 """Images that a worker decodes at once."""
 WORTH_A_WORKER = 1000
 """Images that are decoded in the time that it takes to start a worker process, or in more."""
-WAIT_FOR_LOCK = 600.0
+WAIT_FOR_LOCK = 300.0
 """Seconds to wait for another process that decodes the images. (If it dies, the kernel frees its lock at once.)"""
 DRAWN_TOGETHER = 8
 """Batches whose boxes are drawn at once: the cost of a draw is that of its many small operations."""
@@ -101,6 +102,7 @@ class ResidentSource:
             parts = (part.split(counts) for part in (epochs, ids, *view.boxes(epochs, ids, size.expand(len(ids), 2))))
             for places, epoch, id_, box, flip in zip(drawn, *parts, strict=True):
                 images = show(self.images.index_select(0, id_), box, flip, view.size)
+                progress()
                 yield Batch(view.finish(images, *places), self.labels[id_], id_, epoch, self.bad[id_])
 
     def _to_device(self, array: np.ndarray) -> Tensor:

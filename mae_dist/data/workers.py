@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mae_dist import signals
+from mae_dist import signals, watchdog
 from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error
 
 log = logging.getLogger(__name__)
@@ -95,15 +95,18 @@ class Workers(Generic[T, R]):
         memory ran out or the storage failed, and WorkerLost when a process was killed.
         """
         result, error = self._answer() if self.pipes else _attempt(self.work, self.waiting.popleft(), self.lost)
+        watchdog.progress()
         if error is not None:
             raise error
         return result
 
     def _answer(self) -> tuple[Any, Exception | None]:
-        pipe, waited = self.pipes[self.done % len(self.pipes)], 0.0
-        while not (ready := wait([pipe, *(process.sentinel for process in self.processes)], PATIENCE)):
-            waited += PATIENCE
-            log.warning("no image was read in %.0f s; is the storage slow?", waited)
+        turn, waited = self.done % len(self.pipes), 0.0
+        pipe, process = self.pipes[turn], self.processes[turn].pid or 0
+        with watchdog.waiting_for(lambda: f"loader process {process} ({watchdog.state_of(process)})"):
+            while not (ready := wait([pipe, *(process.sentinel for process in self.processes)], PATIENCE)):
+                waited += PATIENCE
+                log.warning("no image was read in %.0f s; is the storage slow?", waited)
         try:
             if pipe not in ready:
                 raise EOFError
@@ -169,6 +172,6 @@ def _kill(processes: list[BaseProcess], pipes: list[Connection]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join()
+        process.join(PATIENCE)  # the kernel may not let it go
     for pipe in pipes:
         pipe.close()

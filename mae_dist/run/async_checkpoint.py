@@ -18,6 +18,7 @@ from mae_dist.errors import MachineFault
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import CheckpointConfig
+from mae_dist.watchdog import waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class AsyncSaver:
     def wait(self, last: bool = True) -> None:
         """Wait for the save in flight. Raises its error if it is the `last` of the run, else warns."""
         if self.thread:
-            self.thread.join()
+            with waiting_for(lambda: f"the checkpoint that is being written to {self.run.path}"):
+                self.thread.join()
             self.thread = None
         error, self.error = self.error, None
         if isinstance(error, MachineFault | ValueError | OSError) and not last:

@@ -23,6 +23,7 @@ from mae_dist import dist
 from mae_dist.errors import MachineFault
 from mae_dist.run import jsonl
 from mae_dist.run.layout import MANIFEST
+from mae_dist.watchdog import progress
 
 MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
 """Prefixes of the names in a checkpoint: parameters and buffers, moments and averages of parameters, the loss scale."""
@@ -207,6 +208,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
 
 def measure(path: Path) -> dict[str, Any]:
     """The size and sha256 of a file."""
+    progress()
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 

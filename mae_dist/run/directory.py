@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 from mae_dist import config as configuration
-from mae_dist import dist, errors
+from mae_dist import dist, errors, watchdog
 from mae_dist.run import checkpoint, events, identity, jsonl, layout, lock
 from mae_dist.run.layout import step_of
 from mae_dist.schema import RunConfig
@@ -98,12 +98,13 @@ class RunDir:
     @contextmanager
     def record_end(self) -> Iterator[None]:
         """Context manager: appends the event `stop` or `fail` where an exception ends its block."""
-        try:
-            yield
-        except BaseException as error:
-            with suppress(OSError):  # the disk may be full
-                self._record_exception(error)
-            raise
+        with watchdog.recorded_by(self._record_exception):
+            try:
+                yield
+            except BaseException as error:
+                with suppress(OSError):  # the disk may be full
+                    self._record_exception(error)
+                raise
 
     def _record_exception(self, error: BaseException) -> None:
         message = " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,8 @@
     start    step, total_steps, ranks, data_fingerprint, git, versions, hostname, device, command; after an earlier
              start also reached (last step recorded) and away (seconds since it was recorded)
     stop     reason ("signal", "keyboard"), step, message
-    fail     reason ("user_error", "rank_lost", "worker_lost", "machine_fault", "out_of_memory", "crash"), rank, message
+    fail     reason ("user_error", "rank_lost", "worker_lost", "hung", "machine_fault", "out_of_memory", "crash"), rank,
+             message
     rewind   step, to, nonfinite (steps), left_out (sample ids)
     submit   job, logs, nodes, tasks_per_node
     requeue  job, start, reason ("saved", "stopped", "time_limit", "rank_lost"), by ("task", "slurm", "script"),

@@ -10,6 +10,7 @@ from typing import IO
 from mae_dist.atomic import holder_of, open_lock, sign, try_lock
 from mae_dist.errors import from_os_error
 from mae_dist.run.layout import LOCK
+from mae_dist.watchdog import waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,14 @@ def acquire(run: Path) -> None:
     except OSError as error:
         raise from_os_error(error, f"out={run}: cannot be written ({error.strerror}); choose another folder") from error
     deadline, warned = time.monotonic() + WAIT_FOR_LOCK, False
-    while not try_lock(lock):
-        holder = holder_of(lock)
-        if time.monotonic() > deadline:
-            raise ValueError(f"out={run}: {holder} is writing to this run; stop it, or choose another folder")
-        if not warned:
-            log.warning("%s: %s is writing to this run; waiting %g s for it to exit", run, holder, WAIT_FOR_LOCK)
-            warned = True
-        time.sleep(0.2)
+    with waiting_for(lambda: f"the lock of {run}"):
+        while not try_lock(lock):
+            holder = holder_of(lock)
+            if time.monotonic() > deadline:
+                raise ValueError(f"out={run}: {holder} is writing to this run; stop it, or choose another folder")
+            if not warned:
+                log.warning("%s: %s is writing to this run; waiting %g s for it to exit", run, holder, WAIT_FOR_LOCK)
+                warned = True
+            time.sleep(0.2)
     sign(lock)
     _locks[run.absolute()] = lock

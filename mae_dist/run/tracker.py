@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 """Least time between two lines of progress in a log, where there is no terminal for a bar."""
+MIRROR_WAIT = 60.0
+"""Seconds to wait for wandb, which sends to a server at the end of a run."""
 WATCHED_SECONDS, MOST_WAITING = 30.0, 0.1
 """Time, from the first flush of a start on, after which a warning says that more than this share went into waiting for
 data.
@@ -177,13 +180,27 @@ class Tracker:
         self._mirrored(lambda mirror: mirror.log(numbers))
 
     def _mirrored(self, action: Callable[[Any], None]) -> None:
-        """Call `action` with the wandb run. After a failure, wandb is not used again in this process."""
-        if self.mirror:
+        """Call `action` with the wandb run in a thread, and wait MIRROR_WAIT s at most. After a failure, wandb is not
+        used again in this process.
+        """
+        if self.mirror is None:
+            return
+        problems: list[object] = []
+
+        def attempt() -> None:
             try:
                 action(self.mirror)
             except Exception as error:  # wandb errors must not stop training
-                log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", error)
-                self.mirror = None
+                problems.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(MIRROR_WAIT)
+        if thread.is_alive():
+            problems.append(f"no answer in {MIRROR_WAIT:g} s")
+        if problems:
+            log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", problems[0])
+            self.mirror = None
 
     def _show(self, last: dict[str, Any]) -> None:
         if not self.progress:

@@ -210,18 +210,21 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
     setup, what `build` made of it), or None when the folder holds a finished run. Raises ValueError on every rank
     alike.
     """
-    try:
-        setup = build_setup(verb, config, needs_labels)
-        built = build(setup)
-    except ValueError as error:
-        if not identity.finished(Path(config.out), verb, config):
-            raise
-        if dist.is_main():
-            log.warning("out=%s: is finished; its data and initial weights were not compared (%s)", config.out, error)
-        return None
-    total = 0 if verb == "knn" else configuration.total_steps(setup.config.train, len(setup.train_split))
-    start = None if setup.initial_weights is None else setup.initial_weights.path
-    return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total, start) else None
+    with dist.name_lost_ranks(lambda: f"the start of {verb} with data.path={config.data.path}"):
+        try:
+            setup = build_setup(verb, config, needs_labels)
+            built = build(setup)
+        except ValueError as error:
+            if not identity.finished(Path(config.out), verb, config):
+                raise
+            if dist.is_main():
+                log.warning(
+                    "out=%s: is finished; its data and initial weights were not compared (%s)", config.out, error
+                )
+            return None
+        total = 0 if verb == "knn" else configuration.total_steps(setup.config.train, len(setup.train_split))
+        start = None if setup.initial_weights is None else setup.initial_weights.path
+        return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total, start) else None
 
 
 def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:

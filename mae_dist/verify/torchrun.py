@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae_dist import watchdog
 from mae_dist.run import events
 from mae_dist.run.directory import RunDir
 from mae_dist.run.events import Event, Kind
@@ -45,12 +46,13 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a run; `rank` is the RANK of its environment (None: a launcher)."""
+    """A process of a run; `rank` is the RANK of its environment (None: a launcher), `name` that of the kernel."""
 
     pid: int
     parent: int
     rank: int | None
     command: bytes
+    name: str
 
 
 class TorchrunRun:
@@ -118,7 +120,8 @@ class TorchrunRun:
         found = self.processes()
         pid = self.ranks()[rank]
         command = next(process.command for process in found if process.pid == pid)
-        return [process.pid for process in found if process.parent == pid and process.command == command]
+        forks = [process for process in found if process.parent == pid and process.command == command]
+        return [fork.pid for fork in forks if fork.name != watchdog.NAME]
 
     def step(self) -> int:
         """The last step in metrics.jsonl."""
@@ -199,6 +202,7 @@ def read_process(path: Path, mark: str) -> Process | None:
             return None
         parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
         rank = next((int(entry[5:]) for entry in environ if entry.startswith(b"RANK=")), None)
-        return Process(int(path.name), parent, rank, (path / "cmdline").read_bytes())
+        name = (path / "comm").read_text().strip()
+        return Process(int(path.name), parent, rank, (path / "cmdline").read_bytes(), name)
     except (OSError, IndexError):
         return None
