@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment", "errors", "interfaces", "signals"},
+    {"setting", "environment", "errors", "interfaces", "signals", "checksum"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "watchdog"},
     {"image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},

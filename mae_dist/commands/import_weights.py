@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import shlex
 from pathlib import Path
 
 import torch
 
 from mae_dist import dist, models, weights
+from mae_dist.checksum import sha256
 from mae_dist.cli import Parser
 from mae_dist.hints import given
 from mae_dist.objectives import Objective
@@ -136,11 +136,8 @@ def make_run(reading: Reading, source: Path, out: Path) -> None:
     """Write the run's folder atomically: settings, one checkpoint, and in result.json the source file with its hash."""
     model, device = reading.model, dist.setup()
     config = dataclasses.replace(model.config, out=str(out))
-    digest = hashlib.sha256()
-    for part in weights.locate(source)[0]:
-        with part.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    origin = {"from": str(source), "format": reading.format, "sha256": digest.hexdigest()} | reading.notes.by_title()
+    digest = sha256(*weights.locate(source)[0])
+    origin = {"from": str(source), "format": reading.format, "sha256": digest} | reading.notes.by_title()
     with files.atomic_output(out, "--out") as temporary:
         run = RunDir(temporary)
         run.open(model.verb, config, model.data_fingerprint, model.step)

@@ -26,11 +26,14 @@ OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", 
 
 
 class File(NamedTuple):
-    """An image file: its path below the folder, a stamp that changes with its content, and why it cannot be packed."""
+    """An image file: its path below the folder, a stamp that changes with its content, why it cannot be packed, and
+    (device, inode), which files have in common that are links to the same one.
+    """
 
     path: str
     stamp: str = ""
     problem: str = ""
+    inode: tuple[int, int] | None = None
 
     @property
     def kind(self) -> str:
@@ -118,4 +121,4 @@ def _look_at(entry: os.DirEntry[str], path: str, others: Counter[str]) -> File |
         problem = "not a regular file"
     elif not status.st_size:
         problem = "empty file"
-    return File(path, f"{status.st_size} {status.st_mtime_ns}", problem)
+    return File(path, f"{status.st_size} {status.st_mtime_ns}", problem, (status.st_dev, status.st_ino))

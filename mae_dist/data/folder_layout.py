@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shlex
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from mae_dist.data import label_list
 from mae_dist.data.dataset import MOST_CLASSES
+from mae_dist.data.folder_checks import Named, check_classes, check_links, classes_of, join, warn
 from mae_dist.data.folder_files import File, Found
 from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like
 from mae_dist.data.label_list import TINY_IMAGENET, Image, LabelList, Row
@@ -26,8 +26,6 @@ from mae_dist.data.labels import class_in, level_of
 log = logging.getLogger(__name__)
 
 YEAR = re.compile(r"(19|20)\d\d")
-Named = dict[str, list[tuple[File, str | None]]]
-"""The images of each split, each with the name of its class (None: no label)."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,13 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     option = None if labels is None or by_level else label_list.read(Path(labels))
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
     named, by_list = _named(source, found, folders, option, level)
-    _check_classes(source, named, by_list)
+    check_classes(source, named, by_list)
     _unlabel_lone_folders(named, by_list)
     if answer is None and level is None:
         _ask_about_parts(source, folders, {split: files for split, files in named.items() if split not in by_list})
-    _warn(source, found, folders, named)
-    return _numbered(named, by_number=by_list >= {split for split in named if _classes(named[split])})
+    check_links(source, named, meant=answer is not None)
+    warn(source, found, folders, named)
+    return _numbered(named, by_number=by_list >= {split for split in named if classes_of(named[split])})
 
 
 def _named(
@@ -104,7 +103,7 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
     """The folder of each split, relative to `source` ('': `source` itself), where there is no doubt."""
     base, tree = "", _tree(found.files, "")
     while len(tree) == 1 and (only := next(iter(tree))) and only.lower() not in SPLITS and tree[only] != {""}:
-        base = _join(base, only)
+        base = join(base, only)
         tree = _tree(found.files, base)
     tops = sorted(tree.keys() - {""})
     named = sorted(f for f in found.folders if os.path.dirname(f) == base and os.path.basename(f).lower() in SPLITS)
@@ -160,8 +159,8 @@ def _doubt(tree: dict[str, set[str]]) -> str:
 
 def _question(source: Path, doubt: str, base: str, tops: list[str]) -> ValueError:
     """What to ask, with an example in which each folder has the split that its name speaks of."""
-    guesses = {split: _join(base, top) for top in reversed(tops) if (split := split_like(top))}
-    guesses = guesses or {split: _join(base, top) for split, top in zip(("train", "test"), tops, strict=False)}
+    guesses = {split: join(base, top) for top in reversed(tops) if (split := split_like(top))}
+    guesses = guesses or {split: join(base, top) for split, top in zip(("train", "test"), tops, strict=False)}
     splits = {"train": base or "."} | guesses
     return ValueError(
         f"--source {source}: {doubt}; add --splits none if its folders are classes, or --splits SPLIT=FOLDER,... if "
@@ -176,10 +175,10 @@ def _option(splits: dict[str, str]) -> str:
 
 def _ask_about_parts(source: Path, folders: dict[str, str], named: Named) -> None:
     """Raise ValueError where the classes are called like parts of samples, as images and masks."""
-    names = set().union(*map(_classes, named.values()))
+    names = set().union(*map(classes_of, named.values()))
     if why := doubt(names):
         images = sorted(filter(is_images, names)) or sorted(names)
-        chosen = {split: _join(folder, images[0]) for split, folder in folders.items()}
+        chosen = {split: join(folder, images[0]) for split, folder in folders.items()}
         raise ValueError(
             f"--source {source}: {why}; add --labels folder:1 if they are classes, or name the folder of images, for "
             f"example {_option(chosen)}"
@@ -252,69 +251,19 @@ def _by_folder(split: str, folder: str, files: list[File], level: int | None) ->
     ]
 
 
-def _classes(files: list[tuple[File, str | None]]) -> set[str]:
-    return {name for _, name in files if name is not None}
-
-
 def _unlabel_lone_folders(named: Named, by_list: set[str]) -> None:
     """Take the label from a split whose only folder is no class of train, as test/images in tiny-imagenet."""
-    known = _classes(named.get("train", []))
+    known = classes_of(named.get("train", []))
     for split, files in named.items():
-        classes = _classes(files)
+        classes = classes_of(files)
         if split not in by_list and known and len(classes) == 1 and not classes & known:
             log.warning("split %s: its only folder, %s, is no class of train: no labels", split, *classes)
             named[split] = [(f, None) for f, _ in files]
 
 
-def _check_classes(source: Path, named: Named, by_list: set[str]) -> None:
-    """Raise ValueError for names that are not UTF-8, that splits write in different ways, or that are of two kinds."""
-    for name in sorted(set().union(*map(_classes, named.values()))):
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"--source {source}: the class {name!r} has a name that is no text in UTF-8; rename it")
-    spellings: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for split, files in named.items():
-        for name in _classes(files):
-            spellings[unicodedata.normalize("NFC", name).casefold()][name].add(split)
-    for ways in (ways for ways in spellings.values() if len(ways) > 1):
-        if not set.intersection(*ways.values()):
-            where = " and ".join(f"{name!r} in {listed(sorted(splits))}" for name, splits in ways.items())
-            raise ValueError(f"--source {source}: one class has two names, {where}; rename one of them")
-        log.warning("%s: classes whose names are almost equal stay apart: %s", source, listed(map(repr, ways)))
-    by_folder = set().union(*(_classes(files) for split, files in named.items() if split not in by_list))
-    for split in by_list:
-        if by_folder and (given := _classes(named[split])) and not given & by_folder:
-            raise ValueError(
-                f"--labels: labels of split {split} ({listed(sorted(given))}) are no class folders of the others "
-                f"({listed(sorted(by_folder))}); write the folders' names into the list"
-            )
-
-
-def _warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> None:
-    """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
-    used = {f.path for files in named.values() for f, _ in files}
-    if unused := [f.path for f in found.files if f.path not in used]:
-        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
-    classes = set().union(*map(_classes, named.values()))
-    for split, files in named.items():
-        here = _classes(files)
-        unlabelled = sum(name is None and not f.problem for f, name in files)
-        if classes and unlabelled and split != "test":
-            log.warning(
-                "split %s: %d of %d images get no label (--labels FILE gives some)", split, unlabelled, len(files)
-            )
-        if here and (absent := classes - here):
-            log.warning("%s: split %s has no image of %d classes, %s first", source, split, len(absent), min(absent))
-        inside = {f for f in found.folders if f and os.path.dirname(f) == folders[split]} - set(folders.values())
-        full = {_join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
-        if empty := sorted(inside - full):
-            log.warning("%s: folders without images are no classes: %s", source, listed(empty))
-    if len(classes) == 1:
-        log.warning("%s: all labelled images have one class, %s", source, *classes)
-
-
 def _numbered(named: Named, by_number: bool) -> Labelled:
     """Names of classes as labels: numbers stay what they are where all labels are numbers of a list."""
-    names = set().union(*map(_classes, named.values()))
+    names = set().union(*map(classes_of, named.values()))
     if not names:
         return Labelled({split: [(f, -1) for f, _ in files] for split, files in named.items()}, None, None)
     if by_number and all(re.fullmatch(r"-1|0|[1-9]\d*", name) for name in names):
@@ -331,7 +280,3 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
         {split: [(f, -1 if n is None else labels[n]) for f, n in files] for split, files in named.items()},
         classes, num_classes,
     )  # fmt: skip
-
-
-def _join(base: str, name: str) -> str:
-    return f"{base}/{name}" if base else name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from mae_dist.data.folder_files import OF_SYSTEMS
 from mae_dist.data.idx import Entry, Members
 from mae_dist.data.tar_reader import Member, Notes
 
@@ -60,6 +61,7 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
     Samples of one key in tars that were joined stay apart. Samples without an image are left out, and noted. Raises
     ValueError when a sample has a member twice.
     """
+    members = [member for member in members if not _is_left_out(member.name, notes)]
     samples = _grouped(members, split_name)
     merged = [sample for sample in samples.values() if len(_images(sample)) > 1]
     plain = [any(image in sample for image in IMAGES) for sample in samples.values()]
@@ -86,12 +88,19 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
     return kept
 
 
+def _is_left_out(name: str, notes: Notes) -> bool:
+    """Whether a member is hidden, or of an operating system, which is noted."""
+    folders, _, last = name.rpartition("/")
+    left_out = last.startswith(".") or last.lower() in OF_SYSTEMS or "__MACOSX" in folders.split("/")
+    if left_out:
+        notes.add("hidden members, and those of an operating system, are left out", name)
+    return left_out
+
+
 def _grouped(members: Iterable[Member], split: Callable[[str], tuple[str, str]]) -> dict[tuple[int, str], Members]:
     samples: dict[tuple[int, str], Members] = {}
     for name, offset, size, archive in members:
         key, extension = split(name)
-        if not key or name[name.rfind("/") + 1 :].startswith("."):
-            continue
         sample = samples.setdefault((archive, key.removeprefix("./")), {})
         if other := sample.get(extension.lower()):
             raise ValueError(f"contains {name} twice" if other.name == name else f"contains {other.name} and {name}")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from mae_dist.checksum import sha256
 from mae_dist.data import grouping, idx, labels
 from mae_dist.data.dataset import Shard
 from mae_dist.data.idx import Entry, Members
 from mae_dist.data.labels import Label
-from mae_dist.data.shard_files import sha256
 from mae_dist.data.tar_reader import Notes, members
 
 AUTO, NO_LABELS, FOLDER, JSON, LIST = "auto", "none", "folder", "json:", "a list/"

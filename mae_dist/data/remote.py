@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.watchdog import progress
 
@@ -101,11 +102,8 @@ def download(remote: Remote, part: Path) -> None:
         system.get_file(path, str(part))
         if (length := _length(part)) != remote.size:
             raise _WrongContent(f"has {length} bytes instead of {remote.size}")
-        if remote.sha256:
-            with part.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != remote.sha256:
-                raise _WrongContent(f"has the sha256 {found[:16]}... instead of {remote.sha256[:16]}...")
+        if remote.sha256 and (found := sha256(part)) != remote.sha256:
+            raise _WrongContent(f"has the sha256 {found[:16]}... instead of {remote.sha256[:16]}...")
 
     attempt(remote.url, action, part)
 

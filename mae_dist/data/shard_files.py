@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mae_dist.checksum import sha256
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Shard
 from mae_dist.data.remote import Refused
@@ -136,9 +136,3 @@ class _Handle:
 
     def __del__(self) -> None:
         os.close(self.descriptor)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

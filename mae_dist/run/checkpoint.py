@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mae_dist import dist
+from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.run import jsonl
 from mae_dist.run.layout import MANIFEST
@@ -209,8 +210,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
 def measure(path: Path) -> dict[str, Any]:
     """The size and sha256 of a file."""
     progress()
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sync_directory(folder: Path) -> None:

@@ -132,6 +132,23 @@ def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
         assert said in caplog.text
 
 
+def test_folder_links_that_double_images_are_counted_and_refused_between_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links by path and hard links, of files and of folders, are the same."""
+    files(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg")
+    os.link(tmp_path / "train/a/1.jpg", tmp_path / "train/b/1.jpg")
+    (tmp_path / "train/b/again.jpg").symlink_to(tmp_path / "train/b/2.jpg")
+    assert read(tmp_path) == {"train": {"a": 1, "b": 3}, "val": {"a": 1}}
+    assert "1 images are links to the file of one in another class: train/a/1.jpg and train/b/1.jpg" in caplog.text
+    assert "1 images are links to the file of one: train/b/2.jpg and train/b/again.jpg" in caplog.text
+    (tmp_path / "val/b").symlink_to(tmp_path / "train/b")
+    with pytest.raises(ValueError, match="3 files are images of two splits by links, train/.* as --splits train=train"):
+        read(tmp_path)
+    assert read(tmp_path, "train=train,val=val") == {"train": {"a": 1, "b": 3}, "val": {"a": 1, "b": 3}}
+    assert "3 images are links to the file of one in another split" in caplog.text
+
+
 def test_folder_follows_links_but_no_loops(tmp_path: Path) -> None:
     folder = files(tmp_path / "in", "a/1.jpg")
     files(tmp_path / "elsewhere", "2.jpg")

@@ -30,6 +30,13 @@ def test_images_of_one_stem_are_samples_masks_and_label_arrays_are_none(
     assert indexed(tmp_path, members)[0] == keys
 
 
+def test_index_counts_hidden_members_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hidden = [(name, PNG) for name in (".a.png", "d/._b.png", "__MACOSX/d/c.png", "Thumbs.db")]
+    data, labels = indexed(tmp_path, [("d/a.png", PNG), *hidden, ("./b.png", PNG)])
+    assert len(labels) == 2
+    assert "hidden members, and those of an operating system, are left out: 4 (.a.png)" in caplog.text
+
+
 def test_sample_with_two_plain_images_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     indexed(tmp_path, [("0.png", PNG), ("0.webp", b"")])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mae_dist.checksum import sha256
 from mae_dist.data import shard_files
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Shard
-from mae_dist.data.shard_files import ChangedError, ShardFiles, sha256
+from mae_dist.data.shard_files import ChangedError, ShardFiles
 from mae_dist.data.workers import Workers
 from mae_dist.errors import MachineFault
 

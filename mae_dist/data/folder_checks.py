@@ -1,0 +1,98 @@
+"""What is wrong in the layout of a folder, or may be a mistake: refused, or logged. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+from mae_dist.data.folder_files import File, Found
+from mae_dist.data.folder_words import listed
+
+log = logging.getLogger(__name__)
+
+Named = dict[str, list[tuple[File, str | None]]]
+"""The images of each split, each with the name of its class (None: no label)."""
+
+
+def classes_of(files: list[tuple[File, str | None]]) -> set[str]:
+    """The names of the classes of these images."""
+    return {name for _, name in files if name is not None}
+
+
+def join(base: str, name: str) -> str:
+    """The path of `name` in the folder `base` (empty: there is none above it)."""
+    return f"{base}/{name}" if base else name
+
+
+def check_classes(source: Path, named: Named, by_list: set[str]) -> None:
+    """Raise ValueError for names that are not UTF-8, that splits write in different ways, or that are of two kinds."""
+    for name in sorted(set().union(*map(classes_of, named.values()))):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"--source {source}: the class {name!r} has a name that is no text in UTF-8; rename it")
+    spellings: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for split, files in named.items():
+        for name in classes_of(files):
+            spellings[unicodedata.normalize("NFC", name).casefold()][name].add(split)
+    for ways in (ways for ways in spellings.values() if len(ways) > 1):
+        if not set.intersection(*ways.values()):
+            where = " and ".join(f"{name!r} in {listed(sorted(splits))}" for name, splits in ways.items())
+            raise ValueError(f"--source {source}: one class has two names, {where}; rename one of them")
+        log.warning("%s: classes whose names are almost equal stay apart: %s", source, listed(map(repr, ways)))
+    by_folder = set().union(*(classes_of(files) for split, files in named.items() if split not in by_list))
+    for split in by_list:
+        if by_folder and (given := classes_of(named[split])) and not given & by_folder:
+            raise ValueError(
+                f"--labels: labels of split {split} ({listed(sorted(given))}) are no class folders of the others "
+                f"({listed(sorted(by_folder))}); write the folders' names into the list"
+            )
+
+
+def check_links(source: Path, named: Named, meant: bool) -> None:
+    """Log how many images are links to the same file as another. Raises ValueError where that is in another split,
+    unless the splits are ``meant`` so.
+    """
+    first: dict[tuple[int, int], tuple[str, str, str | None]] = {}
+    twins: dict[str, list[str]] = defaultdict(list)
+    for split, files in named.items():
+        for file, name in files:
+            here = split, file.path, name
+            before = here if file.inode is None else first.setdefault(file.inode, here)
+            if before is not here:
+                kind = "split" if before[0] != split else "class" if before[2] != name else ""
+                twins[kind].append(f"{before[1]} and {file.path}")
+    if (shared := twins.pop("split", None)) and not meant:
+        splits = ",".join(f"{split}={split}" for split in named)
+        raise ValueError(
+            f"--source {source}: {len(shared)} files are images of two splits by links, {shared[0]} first; remove the "
+            f"links, or name the splits with --splits, as --splits {splits}, if that is meant"
+        )
+    for kind, pairs in {"split": shared or [], **twins}.items():
+        if pairs:
+            where = f" in another {kind}" if kind else ""
+            log.warning("%s: %d images are links to the file of one%s: %s", source, len(pairs), where, pairs[0])
+
+
+def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> None:
+    """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
+    used = {f.path for files in named.values() for f, _ in files}
+    if unused := [f.path for f in found.files if f.path not in used]:
+        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
+    classes = set().union(*map(classes_of, named.values()))
+    for split, files in named.items():
+        here = classes_of(files)
+        unlabelled = sum(name is None and not f.problem for f, name in files)
+        if classes and unlabelled and split != "test":
+            log.warning(
+                "split %s: %d of %d images get no label (--labels FILE gives some)", split, unlabelled, len(files)
+            )
+        if here and (absent := classes - here):
+            log.warning("%s: split %s has no image of %d classes, %s first", source, split, len(absent), min(absent))
+        inside = {f for f in found.folders if f and os.path.dirname(f) == folders[split]} - set(folders.values())
+        full = {join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
+        if empty := sorted(inside - full):
+            log.warning("%s: folders without images are no classes: %s", source, listed(empty))
+    if len(classes) == 1:
+        log.warning("%s: all labelled images have one class, %s", source, *classes)
