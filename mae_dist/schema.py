@@ -116,7 +116,9 @@ class ViewConfig:
 class ModelConfig:
     """The backbone."""
 
-    name: str = setting("???", "model, for example vit_b16; `mae-dist models` lists all")
+    name: str = setting(
+        "???", "model, for example vit_b16; `mae-dist models` lists all (default: name and size of the run init_from)"
+    )
     image_size: int | tuple[int, int] = setting(
         224, "pixels of the model's input: the side of a square, or [height, width]", at_least=1
     )

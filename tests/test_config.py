@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mae_dist import config
+from mae_dist.schema import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -365,3 +366,20 @@ def test_help_and_config_errors_import_no_torch(words: list[str]) -> None:
     print(f"{words}: {time.perf_counter() - began:.2f} s")
     assert done.returncode == (0 if "--help" in words else 2), done.stderr
     assert len(done.stderr.strip().splitlines()) == (0 if "--help" in words else 1)
+
+
+def test_model_of_the_run_init_from_is_the_default(tmp_path: Path) -> None:
+    """Its name and size; what is given decides. A run that is not there, or is damaged, is named."""
+    needed = ["data.path=d", "out=o", f"init_from={tmp_path}"]
+    with pytest.raises(ValueError, match=f"^init_from={tmp_path}: no run lies there"):
+        config.load("knn", None, needed)
+    with pytest.raises(ValueError, match="^knn needs model.name=...; see"):
+        config.load("knn", None, [*needed[:2], "init_from=random"])
+    run = config.load("pretrain", None, ["data.path=d", "out=o", "model.name=vit_ti4", "model.image_size=[32,48]"])
+    (tmp_path / "config.yaml").write_text(config.dump(run))
+    assert config.load("knn", None, needed).model == ModelConfig("vit_ti4", (32, 48))
+    assert config.load("probe", None, [*needed, "model.image_size=64"]).model.image_size == 64
+    for text in ("model: 3", "- x", "model: {name: '${oc.env:HOME}'}", "{"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"{tmp_path}"):
+            config.load("finetune", None, needed)

@@ -32,7 +32,7 @@ def test_images_of_one_stem_are_samples_masks_and_label_arrays_are_none(
 
 def test_index_counts_hidden_members_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hidden = [(name, PNG) for name in (".a.png", "d/._b.png", "__MACOSX/d/c.png", "Thumbs.db")]
-    data, labels = indexed(tmp_path, [("d/a.png", PNG), *hidden, ("./b.png", PNG)])
+    _, labels = indexed(tmp_path, [("d/a.png", PNG), *hidden, ("./b.png", PNG)])
     assert len(labels) == 2
     assert "hidden members, and those of an operating system, are left out: 4 (.a.png)" in caplog.text
 
