@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,27 @@ from mae_dist.setting import setting
 
 UNLIMITED = ("unlimited", "infinite", "n/a")
 """What sbatch takes, and sinfo prints, for no time limit."""
+FIELDS = {
+    "partition": "partition", "nodes": "nodes", "time": "time", "cpus-per-task": "cpus_per_task", "mem": "memory",
+    "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node",
+    "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node", "gpus-per-task": "gpus_per_node",
+}  # fmt: skip
+"""Options of sbatch -> the field of a cluster file that sets them, and from which ranks and limits follow."""
 SIGNAL_LEAD = 30.0
 """Seconds by which SLURM may signal before it was requested to: it checks time limits twice a minute."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    partition: str | None = setting(None, "SLURM partition; none: the cluster's default")
+    partition: str | None = setting(None, "SLURM partition, or several: a,b; none: the cluster's default")
     account: str | None = setting(None, "account that pays")
     qos: str | None = setting(None, "quality of service")
     constraint: str | None = setting(None, "features that the nodes must have, a100 for example")
     nodes: str = setting("1", "nodes; 1-4: as many of them as are free, again at every requeue")
     gpus_per_node: int = setting(0, "GPUs of each node, one rank each", at_least=0)
+    gres: str | None = setting(
+        None, "request GPUs by --gres=GRES:N, with gpu or gpu:a100 for example; none: by --gpus-per-node=N"
+    )
     tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU", at_least=1)
     cpus_per_task: int | None = setting(None, "CPU cores of each rank", at_least=1)
     memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all", at_least=0)
@@ -50,7 +61,12 @@ class Cluster:
         None, "Python of the tasks, 'apptainer exec --nv X.sif python' for example; none: this one"
     )
     srun: tuple[str, ...] = setting((), "more options of srun, --container-image=... of pyxis for example")
-    env: dict[str, str] = field(default_factory=dict, metadata={"help": "environment variables of the tasks"})
+    env: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "environment variables of the tasks, as they are; PATH and PYTHONPATH come before what they are"
+        },
+    )
     sbatch: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "more options of sbatch, without dashes; true: one without a value"}
     )
@@ -59,6 +75,11 @@ class Cluster:
     def ranks_per_node(self) -> int:
         """Ranks of each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def partitions(self) -> list[str]:
+        """The partitions, of which SLURM takes the one that is free first; none: the cluster's default."""
+        return [name.strip() for name in (self.partition or "").split(",") if name.strip()]
 
     @property
     def nodes_range(self) -> tuple[int, int]:
@@ -74,7 +95,7 @@ class Cluster:
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} node{'s' * (self.nodes_range[1] > 1)}"
-        where = f" of partition {self.partition}" if self.partition else ""
+        where = f" of partition {' or '.join(self.partitions)}" if self.partitions else ""
         gpus = f", {self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} each" if self.gpus_per_node else ""
         return f"{nodes} x {self.ranks_per_node} rank{'s' * (self.ranks_per_node > 1)}{where}{gpus}, {self.time}"
 
@@ -96,8 +117,16 @@ def check_fields(cluster: Cluster) -> None:
         raise ValueError(f"nodes={cluster.nodes}: must be a number, or a range such as 1-4")
     configuration.check_ranges(cluster)
     for name, value in cluster.sbatch.items():
+        if (own := FIELDS.get(name.replace("_", "-"))) is not None:
+            raise ValueError(f"sbatch.{name}={value}: set {own} in the cluster file instead, from which ranks follow")
+        if name == "gres" and re.search(r"\bgpu\b", str(value)):
+            raise ValueError(f"sbatch.gres={value}: write gpus_per_node: N and gres: gpu, or gpu:TYPE, instead")
         if isinstance(value, dict | list):
             raise ValueError(f"sbatch.{name}={value}: must be one value, or true for an option that has none")
+    for line in cluster.setup:
+        check_line(line)
+    if unfit := [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+        raise ValueError(f"env: {unfit[0]!r} is no name of an environment variable: letters, digits and _")
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
     if gpus and ranks > gpus:
         raise ValueError(f"tasks_per_node={ranks}: more ranks than gpus_per_node={gpus}; a rank needs a GPU of its own")
@@ -107,6 +136,18 @@ def check_fields(cluster: Cluster) -> None:
             f"time={cluster.time}: shorter than starting and saving take (start_up={cluster.start_up:g} s, "
             f"stop_before_end={cluster.stop_before_end:g} s, and {SIGNAL_LEAD:g} s by which SLURM may be early); "
             f"ask for {-(-int(least) // 60)} minutes or more"
+        )
+
+
+def check_line(line: str) -> None:
+    """Raise ValueError for a line of `setup` that bash does not understand by itself."""
+    if (bash := shutil.which("bash")) is None:
+        return
+    done = subprocess.run([bash, "-n", "-c", line], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().partition("\n")[0].rpartition(": ")[2]
+        raise ValueError(
+            f"setup: {line}: is no shell line ({reason}); lines that belong together are one item, after `- |`"
         )
 
 
@@ -137,16 +178,38 @@ def seconds_of(time: str) -> int | None:
     return ((int(days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0) or None
 
 
+def check_array(num_runs: int) -> None:
+    """Raise ValueError, in one sentence, if the cluster allows no job array of so many runs."""
+    limit = slurm_cli.max_array_size()
+    if limit is not None and num_runs > limit:
+        raise ValueError(
+            f"sweep: {num_runs:,} runs, but a job array of this cluster has {limit:,} at most (MaxArraySize); submit "
+            f"it in parts, each with fewer values and an out= of its own"
+        )
+
+
 def check_partition(cluster: Cluster) -> None:
-    """Raise ValueError, in one sentence, if the partition is not there or cannot give what is requested."""
-    partitions = partitions_of(slurm_cli.call("sinfo", "-h", "-o", "%P|%l|%G|%c|%m|%D"))
-    name = cluster.partition or next((row["name"] for row in partitions if row["default"]), None)
-    if name is None:
+    """Raise ValueError, in one sentence, if a partition is not there, or if none can give what is requested."""
+    there = partitions_of(slurm_cli.call("sinfo", "--all", "-h", "-o", "%P|%l|%G|%c|%m|%D"))  # also hidden ones
+    names = cluster.partitions or [row["name"] for row in there if row["default"]][:1]
+    if not names:
         raise ValueError("partition: this cluster has no default; name one with --partition or in the cluster file")
-    rows = [row for row in partitions if row["name"] == name]
-    if not rows:
-        known = ", ".join(dict.fromkeys(row["name"] for row in partitions))
-        raise ValueError(f"partition={name}: this cluster has no such partition, only {known}")
+    refusals = []
+    for name in names:
+        rows = [row for row in there if row["name"] == name]
+        if not rows:
+            known = ", ".join(dict.fromkeys(row["name"] for row in there))
+            raise ValueError(f"partition={name}: this cluster has no such partition, only {known}")
+        try:
+            _check_rows(cluster, name, rows)
+        except ValueError as error:
+            refusals.append(error)
+    if len(refusals) == len(names):
+        raise refusals[0]
+
+
+def _check_rows(cluster: Cluster, name: str, rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError if the partition `name` cannot give what is requested; ``rows`` are its nodes."""
     nodes, gpus, cpus = sum(row["nodes"] for row in rows), *(max(row[k] for row in rows) for k in ("gpus", "cpus"))
     limits = [row["seconds"] for row in rows]
     if cluster.gpus_per_node > gpus:
@@ -170,8 +233,9 @@ def partitions_of(text: str) -> list[dict[str, Any]]:
     """The rows that sinfo prints: name, default, seconds (None: no limit), gpus, cpus, memory (MB), nodes."""
     rows = []
     for line in text.splitlines():
-        name, limit, gres, cpus, memory, nodes = line.split("|")
+        name, limit, gres, *numbers = line.split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
         row = {"name": name.rstrip("*"), "default": name.endswith("*"), "seconds": seconds_of(limit), "gpus": gpus}
-        rows.append(row | {k: int(v.rstrip("+")) for k, v in (("cpus", cpus), ("memory", memory), ("nodes", nodes))})
+        cpus, memory, nodes = (int(number.rstrip("+")) for number in numbers)
+        rows.append(row | {"cpus": cpus, "memory": memory, "nodes": nodes})
     return rows

@@ -1,4 +1,4 @@
-"""A pipeline without SLURM: its runs, one after another on this machine, each as the command that a user would type."""
+"""A pipeline or a sweep without SLURM: one run after another on this machine, as the commands that a user types."""
 
 from __future__ import annotations
 
@@ -9,36 +9,45 @@ import sys
 from pathlib import Path
 
 from launch.pipeline import Run, Stage
-from mae_dist.errors import DONE, STOPPED
+from mae_dist.errors import DONE, INTERRUPTED, STOPPED
 from mae_dist.monitor.logs import find_cause, last_line
 from mae_dist.monitor.status import root_failure, since_last_start
-from mae_dist.run import events
+from mae_dist.run import events, jobs
 
 ROOT = Path(__file__).parents[1]
 LOG = "local.log"
 
 
 def run_stages(stages: list[Stage]) -> int:
-    """Run what is not done; give the exit status of the first run that failed, or 0. The same command resumes."""
+    """Run what is not done; give the exit status of the first run that failed, or 0. The same command resumes.
+
+    As under SLURM, the other runs of a stage do not mind that one has failed, and the stages after it are not run.
+    """
+    failed = DONE
     for stage in stages:
-        for run in stage.runs:
+        for run in stage.runs if failed == DONE or stage.run_after_failures else ():
             if run.done:
                 print(f"{run.name}: done already, skipped", flush=True)
                 continue
             status, output = execute(run)
-            if status == STOPPED:
-                print(f"stopped and saved in {run.name}; the same command resumes", file=sys.stderr)
-            elif status:
-                failure = root_failure(since_last_start(events.read(run.folder)))
-                cause = find_cause(output, status, failure) or find_cause(output, status)
-                line = last_line(output, cause) or (output[-1] if output else "")
-                print(f"submit: stage {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
-                      f"its output is in {log_of(run)}", file=sys.stderr)  # fmt: skip
-            if status != DONE:
+            if status in (STOPPED, INTERRUPTED):
+                print(f"stopped in {run.name}; the same command resumes", file=sys.stderr)
                 return status
-            assert run.stamp is not None
-            Path(run.stamp[0]).write_text(run.stamp[1])
-    return 0
+            if status != DONE:
+                print_failure(run, status, output)
+                failed = failed or status
+            elif run.stamp is not None:
+                Path(run.stamp[0]).write_text(run.stamp[1])
+    return failed
+
+
+def print_failure(run: Run, status: int, output: list[str]) -> None:
+    """Print why a run failed, in one line, and where its output is."""
+    failure = root_failure(since_last_start(events.read(run.folder)))
+    cause = find_cause(output, status, failure) or find_cause(output, status)
+    line = last_line(output, cause) or (output[-1] if output else "")
+    print(f"submit: {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
+          f"its output is in {log_of(run)}", file=sys.stderr)  # fmt: skip
 
 
 def execute(run: Run) -> tuple[int, list[str]]:
@@ -67,5 +76,4 @@ def execute(run: Run) -> tuple[int, list[str]]:
 
 def log_of(run: Run) -> Path:
     """The file with the output of a run."""
-    assert run.stamp is not None
-    return Path(run.stamp[0]).with_name(LOG)
+    return Path(run.stamp[0]).with_name(LOG) if run.stamp else run.folder / jobs.FOLDER / LOG

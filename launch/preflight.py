@@ -98,7 +98,7 @@ def finished(verb: str, config: RunConfig) -> bool:
 def check_idle(runs: Iterable[Path]) -> None:
     """Whether no job that could write to these runs is queued or running."""
     owners = {submission.job: run for run in runs for submission in jobs.submissions(run)}
-    states = slurm_cli.states(owners)
+    states = {name: state.partition(" ")[0] for name, state in slurm_cli.states(owners).items()}
     if owners and not states:  # SLURM has forgotten them, or does not answer
         name, run = list(owners.items())[-1]
         unknown = f"out={run}: it is unknown whether job {name} of this run is still queued or running"

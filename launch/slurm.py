@@ -18,10 +18,13 @@ from launch.cluster import Cluster
 from launch.pipeline import Stage
 from launch.slurm_task import SCRIPT_SETUP
 from launch.task_runner import SIGNAL, JobSpec, script_end
+from mae_dist.errors import USER_ERROR
 from mae_dist.run import slurm_cli
 
 MAX_TIMEOUTS = 10**6
 """Time limits after which submitit stops requeueing a job: never, as the task decides that."""
+PREPENDED = ("PATH", "PYTHONPATH")
+"""Variables whose value in `env` comes before what they are, which the job needs as well."""
 CONNECTION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK")
 """Prefixes of the variables by which SLURM is reached; all other SLURM_ variables describe an allocation."""
 IGNORE_SIGNALS = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
@@ -89,25 +92,45 @@ def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: 
     )  # with a range, SLURM would keep the number of tasks of the first start and wait for as many nodes
     more |= {} if fixed else {"mincpus": tasks * (cpus or 1)}
     more |= {name: value is None or value for name, value in cluster.sbatch.items()}
+    if cluster.gres and gpus:
+        more["gres"] = ",".join([f"{cluster.gres}:{gpus}", *([more["gres"]] if "gres" in more else [])])
     more = {name: value for name, value in more.items() if value is not False}
     if after:
         more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
-    exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
-    exports += [f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()]
     known = {
         "job_name": stage.name, "array_parallelism": stage.at_once,
-        "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
+        "partition": ",".join(cluster.partitions) or None, "account": cluster.account, "qos": cluster.qos,
         "constraint": cluster.constraint, "time": cluster.minutes or "UNLIMITED",
         "ntasks_per_node": tasks if fixed else None,
-        "gpus_per_node": gpus or None, "cpus_per_task": cpus if fixed else None, "exclusive": cluster.exclusive or None,
+        "gpus_per_node": None if cluster.gres else gpus or None,
+        "cpus_per_task": cpus if fixed else None, "exclusive": cluster.exclusive or None,
         "mem": None if cluster.memory is None else f"{round(cluster.memory * 1000)}M",
         "signal_delay_s": round(cluster.stop_before_end), "stderr_to_stdout": True,
-        "setup": [*SCRIPT_SETUP, *cluster.setup, *exports],
+        "setup": [*SCRIPT_SETUP, *map(checked_line, cluster.setup), *exports(cluster, code)],
         "teardown": script_end(job.logs),
         "srun_args": [*steps, *cluster.srun],
         "additional_parameters": more,
     }  # fmt: skip
     return {key: value for key, value in known.items() if value is not None} | {"wckey": None}
+
+
+def checked_line(line: str) -> str:
+    """A line of `setup` that ends the job, with a message that names the line, where it fails."""
+    name = shlex.quote(f"mae-dist: the line of setup `{line}` failed with status")
+    return f'eval {shlex.quote(line)} || {{ status=$?; echo {name} "$status"; exit {USER_ERROR}; }}'
+
+
+def exports(cluster: Cluster, code: Path) -> list[str]:
+    """Shell lines after those of `setup`: the variables of the tasks, and what keeps the job on its copy of the code
+    whatever `setup` or `env` have set.
+    """
+    lines = []
+    for name, value in cluster.env.items():
+        before = f"${{{name}:+:${name}}}" if name in PREPENDED else ""
+        lines.append(f"export {name}={shlex.quote(value)}{before}")
+    home = [] if cluster.python else ["unset PYTHONHOME"]  # it would take this Python away from its packages
+    own = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
+    return [*lines, *home, *own, "export SLURM_EXPORT_ENV=ALL", "set +eu"]  # else a failing srun would end the script
 
 
 def _python(cluster: Cluster) -> str:

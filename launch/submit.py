@@ -43,7 +43,8 @@ preemption, time limits and lost nodes.
 
   submit.py pretrain CONFIG.yaml --cluster launch/clusters/mine.yaml data.path=DIR out=RUN --nodes 4
   submit.py pretrain CONFIG.yaml --cluster ... out=DIR --sweep optim.base_lr=1e-4,1.5e-4 seed=0,1,2 --at-once 4
-  submit.py pipeline PIPELINE.yaml --cluster ...        (or --local, on this machine without SLURM)"""
+  submit.py pipeline PIPELINE.yaml --cluster ...
+  submit.py VERB ... --local                            (on this machine without SLURM, one run after another)"""
 
 
 def main(argv: list[str]) -> int:
@@ -55,8 +56,6 @@ def main(argv: list[str]) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         base, stages = stages_of(options)
         if options.local:
-            if options.verb != "pipeline":
-                raise ValueError(f"--local: is for a pipeline; on this machine a run is `mae-dist {options.verb} ...`")
             return local.run_stages(stages)
         with ignore_closed_stdout():
             submit(stages, base, options)
@@ -94,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--torchrun", action="store_true", help="one task and torchrun on each node")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
-    parser.add_argument("--local", action="store_true", help="a pipeline on this machine, one stage after another")
+    parser.add_argument("--local", action="store_true", help="on this machine without SLURM, one run after another")
     dry = "print the scripts for sbatch; queue and write nothing, and do not call SLURM, so partitions are not checked"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
@@ -170,6 +169,8 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
     for stage in remaining:
         with prefix_errors(stage, options):
             cluster_file.check_partition(clusters[stage.name])
+            if (num := len(stage.remaining)) > 1:
+                cluster_file.check_array(num)
             slurm.check_script(scripts[stage.name])
     code = snapshot.new_snapshot_dir(base.absolute())
     queued = queue(remaining, clusters, base.absolute(), code)

@@ -33,6 +33,7 @@ import submitit
 
 from launch.cluster import SIGNAL_LEAD
 from launch.slurm_task import SlurmTask, end_of_job, rendezvous
+from mae_dist.environment import MEETING_FILE, TORCHRUN
 from mae_dist.errors import DONE, FAILED, SIGNAL_BASE, STOPPED, USER_ERROR
 from mae_dist.run import events, jobs, layout, slurm_cli
 
@@ -41,6 +42,8 @@ SIGNAL = "USR2"
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 SAVE_SHARE = 0.8
 """Share of `stop_before_end` in which the ranks must have saved and exited; after it they are killed."""
+MAX_UNSTARTED = 20
+"""Times that a job is requeued because its tasks could not be started on all of its nodes."""
 EXIT_STATUS_WAIT = 5.0
 """Seconds to wait for the exit statuses of the other tasks."""
 
@@ -109,11 +112,19 @@ def requeue_marker(logs: str | Path, job: str) -> Path:
 
 def script_end(logs: str) -> list[str]:
     """Shell lines of a job after its tasks, outside of any container: requeue the job, with retries for some minutes,
-    if the tasks could not; else exit with the tasks' status. ``$job`` is set by `slurm_task.SCRIPT_SETUP`.
+    if the tasks could not, or did not start as a node had died (its srun starts nothing else there either); else exit
+    with the tasks' status. ``$job`` is set by `slurm_task.SCRIPT_SETUP`.
     """
-    marker = f"{shlex.quote(logs)}/$job.requeue"
+    logs = shlex.quote(logs)
+    marker, began, of_task_0 = f"{logs}/$job.requeue", f"{logs}/$job.unstarted", f"{logs}/${{job}}_0.jsonl"
+    decided = f"""grep -qs '"event": "end", "start": '${{SLURM_RESTART_COUNT:-0}}, {of_task_0}"""
     return [
         "status=$?",
+        f'if [ $status != 0 ] && ! {decided} && [ "$(squeue -h -j "$job" -o %T)" = RUNNING ] &&',
+        "  ! timeout 120 srun true; then",
+        f'  echo "mae-dist: the tasks could not be started on all of $SLURM_JOB_NODELIST"; echo >>{began}',
+        f"  [ $(wc -l <{began}) -gt {MAX_UNSTARTED} ] || touch {marker}",
+        "fi",
         f"if [ -e {marker} ]; then",
         f"  rm -f {marker}",
         '  for pause in 5 15 30 60 60 60; do scontrol requeue "$job" && sleep 60; sleep $pause; done',
@@ -179,7 +190,8 @@ class TaskRunner:
             signal.signal(number, self.forward_signal)
         print(f"== start {task.start} of job {task.job}, task {task.number} of {task.num_tasks}", flush=True)
         self.record("start", host=socket.gethostname(), tasks=task.num_tasks, nodes=len(task.hosts))
-        environment, reserved_socket = os.environ | self.rank_variables(), None
+        inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, MEETING_FILE)}
+        environment, reserved_socket = inherited | self.rank_variables(), None
         if self.job.ranked:
             address, reserved_socket = rendezvous(task, self.logs)
             environment |= dict(zip(("MASTER_ADDR", "MASTER_PORT"), address, strict=True))

@@ -26,6 +26,8 @@ LAUNCHERS = {
 """Launcher -> its variables for TORCHRUN's; srun's last one lists the tasks of all nodes."""
 JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "HYDI_CONTROL_FD", "PMI_JOBID")
 """Variables that are equal for all tasks of one launch, and differ between launches."""
+SPECIAL_STEPS = 0xFFFFFFF0
+"""From here on SLURM numbers the steps that are no user's: a job's script, the shell of salloc."""
 FIRST_PORT, NUM_PORTS = 15_000, 15_000
 """Ports below those that kernels give to connections by themselves."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -49,6 +51,24 @@ def of_ranks(environ: Mapping[str, str]) -> dict[str, str]:
         found["MASTER_ADDR"] = first_host(environ, launcher, alone=local_count == int(count))
         return found | {name: environ[name] for name in MEETING if environ.get(name)}
     return {}
+
+
+def nodes_left_out(environ: Mapping[str, str]) -> str:
+    """A sentence for a process that is not one of several ranks but has several nodes of SLURM; else "". Raises
+    ValueError in the shell of `salloc` on a login node, where a run would leave all nodes of the allocation idle.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return ""
+    way = "`srun --ntasks-per-node=N mae-dist ...` runs N ranks on each node"
+    if not {"SLURM_PROCID", "SLURMD_NODENAME"} & environ.keys():
+        raise ValueError(
+            f"allocation {environ['SLURM_JOB_ID']}: its nodes are not this machine: {way}; to run here all the same, "
+            f"`env -u SLURM_JOB_ID mae-dist ...`"
+        )
+    nodes, step = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_STEP_ID", "")
+    if nodes == "1" or (step.isdigit() and int(step) < SPECIAL_STEPS):
+        return ""
+    return f"of the {nodes} nodes of allocation {environ['SLURM_JOB_ID']}, this run uses one: {way}"
 
 
 def check_torchrun(environ: Mapping[str, str]) -> None:

@@ -136,3 +136,15 @@ def test_ranks_of_a_launcher_share_the_quota_of_their_control_group(monkeypatch:
     words = [setting for setting in SETTINGS if not setting.startswith("machine.processes")]
     assert main(["pretrain", "data.path=x", "out=y", *words, *MAE, "machine.processes=2"]) == 0
     assert given == ["2"]
+
+
+def test_run_in_an_allocation_of_slurm_leaves_no_node_idle_without_a_word() -> None:
+    shell = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
+    with pytest.raises(ValueError, match="allocation 7: its nodes are not this machine: `srun --ntasks-per-node=N"):
+        place.nodes_left_out(shell)
+    on_a_node = shell | {"SLURMD_NODENAME": "node1", "SLURM_PROCID": "0"}
+    for step in ({}, {"SLURM_STEP_ID": "4294967290"}):  # the script of a job, the shell of salloc on a node
+        assert "of the 2 nodes of allocation 7, this run uses one" in place.nodes_left_out(on_a_node | step)
+        assert place.nodes_left_out(on_a_node | step | {"SLURM_JOB_NUM_NODES": "1"}) == ""
+    assert place.nodes_left_out(on_a_node | {"SLURM_STEP_ID": "3"}) == ""  # srun of one task
+    assert place.nodes_left_out({}) == ""

@@ -130,7 +130,7 @@ def test_roll_call_of_1024_ranks(here: int, num_checks: int, monkeypatch: pytest
 @pytest.mark.gpu  # not yet run
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_nccl_connects_at_the_start(tiny_data: Path, tmp_path: Path) -> None:
-    """Two ranks with a GPU each: DDP, and the groups of HSDP, over communicators that were made before the first step."""
+    """Two ranks with a GPU each: DDP, and the groups of HSDP, over communicators made before the first step."""
     for strategy in ("ddp", "hsdp"):
         run, log = tmp_path / strategy, tmp_path / "log"
         argv = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=2"]

@@ -20,6 +20,7 @@ from mae_dist.errors import FAILED, SIGNAL_BASE, USER_ERROR
 from mae_dist.monitor import runs
 from mae_dist.monitor.status import (
     EXPECTED_STATUSES,
+    PROGRAM,
     describe_status,
     failures,
     find_runs,
@@ -33,8 +34,6 @@ from mae_dist.run.events import Event
 from mae_dist.run.jobs import Submission
 
 LINES = 40
-PROGRAM = "mae-dist: "
-"""How the one-line error messages of mae-dist begin."""
 PREFIX = re.compile(r"^\[rank\d+\]: ?")
 """What torch puts before each line of a traceback."""
 TRACEBACK = "Traceback (most recent call last):"
@@ -135,7 +134,7 @@ def show_job(run: Path, job: Submission, num_lines: int, all_starts: bool) -> No
         found = one_start(tasks, start)
         failed = failures_by_task(recorded, failures(recorded, tasks, start), len(found))
         numbers = found.keys() or _tasks_with_log(logs, job.job)
-        slurm_state = states.get(job.job, "") if start == starts[-1] else ""
+        slurm_state = states.get(job.job, "").partition(" ")[0] if start == starts[-1] else ""
         read = [read_task(logs, job.job, n, start, found.get(n, []), failed.get(n)) for n in sorted(numbers)]
         show_start(logs, job.job, start, read, num_lines, slurm_state)
 

@@ -20,6 +20,8 @@ from mae_dist.run import events, jobs, layout, slurm_cli
 from mae_dist.run.events import Event
 from mae_dist.run.jobs import Submission
 
+PROGRAM = "mae-dist: "
+"""How the one-line error messages of mae-dist begin."""
 EXPECTED_STATUSES = (DONE, STOPPED, INTERRUPTED, SIGNAL_BASE + signal.SIGTERM)
 """Exit statuses of a rank that finished or was stopped: it has saved, or had nothing to save yet."""
 SUBFOLDERS = {"checkpoints", "pictures", "features", "forensics", "replay", "wandb"}
@@ -72,11 +74,15 @@ def run_status(run: Path, states: Mapping[str, str], quiet: float = QUIET) -> Ru
     newest = submissions[-1]
     tasks = jobs.events(Path(newest.logs), newest.job)
     requeues = max((event["start"] for task in tasks.values() for event in task), default=0)
-    slurm_state = states.get(newest.job, "")
+    slurm_state, _, reason = states.get(newest.job, "").partition(" ")
     state, message, pending = _job_status(run, one_start(tasks, requeues), slurm_state, quiet)
     failure = root_failure(failures(recorded, tasks, requeues))
     if finished:
         state, message, pending = "finished", "", 0
+    elif reason and state in ("queued", "requeued", "stopped"):
+        message = f"{message}; SLURM: {explained_reason(reason)}".removeprefix("; ")
+    elif state == "failed" and not tasks:
+        message = _printed(newest) or message
     elif state == "failed" and failure:
         explained = failure["reason"] == "rank_lost" and slurm_state in slurm_cli.KILLED
         message = message if explained else failure["message"]
@@ -117,6 +123,13 @@ def _job_status(run: Path, tasks: dict[int, list[Event]], slurm_state: str, quie
     if unknown and not everything:
         return "unknown", "SLURM does not know the job, or does not answer", 0
     return (_state_by_age(run, quiet) if unknown else "stopped"), stopped_by, 0
+
+
+def explained_reason(reason: str) -> str:
+    """SLURM's reason for a job to wait or to be cancelled, with what it means where its name does not say it."""
+    if reason == slurm_cli.NEVER:
+        return f"a job that it waits for has failed ({reason})"
+    return f"{reason}; `scontrol release` lets it start" if "held" in reason.lower() else reason
 
 
 def one_start(tasks: Mapping[int, list[Event]], start: int) -> dict[int, list[Event]]:
@@ -173,6 +186,13 @@ def _recorded_status(recorded: list[Event]) -> RunStatus | None:
         return RunStatus("stopped", last["message"])
     failure = root_failure(since)
     return RunStatus("failed", failure["message"]) if failure else None
+
+
+def _printed(job: Submission) -> str:
+    """What the script of a job printed last in the name of mae-dist, before any task."""
+    file = jobs.log_file(Path(job.logs), job.job, 0)
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return next((line.removeprefix(PROGRAM) for line in reversed(lines) if line.startswith(PROGRAM)), "")
 
 
 def _seconds(event: Event) -> float:

@@ -18,6 +18,10 @@ ACTIVE = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED
 COMPLETING, CANCELLED, FAILED = "COMPLETING", "CANCELLED", "FAILED"
 KILLED = ("TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "LAUNCH_FAILED", "REVOKED")
 """Final job states in which SLURM killed the tasks, so that the state explains more than their exit statuses."""
+NEVER = "DependencyNeverSatisfied"
+"""SLURM's reason where a job that another one waits for has failed."""
+ORDINARY = ("", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit", "Cleaning")
+"""Reasons for which any job waits, and which explain nothing."""
 ALIVE = (*WAITING, *ACTIVE, COMPLETING)
 """States of a job that can still write to its run."""
 
@@ -47,7 +51,8 @@ def one_line(text: str) -> str:
 
 
 def states(jobs: Iterable[str]) -> dict[str, str]:
-    """The state of each of these jobs now, RUNNING or TIMEOUT for example.
+    """The state of each of these jobs now, RUNNING or TIMEOUT for example; of one that waits or was cancelled also why,
+    after a space, where that is worth saying: "PENDING QOSMaxJobsPerUserLimit".
 
     Jobs that SLURM does not know are left out: all of them where there is no SLURM or it does not answer.
     """
@@ -56,10 +61,10 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
         return {}
     arrays = {job: job.partition("_")[0] for job in wanted}
     # the controller also knows, for some minutes, those that have ended; -r: a line for each of an array
-    found = _job_states("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T", "-j", ",".join(sorted(wanted)))
+    found = _job_states("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", ",".join(sorted(wanted)))
     if missing := wanted - found.keys():
         numbers = ",".join(sorted({arrays[job] for job in missing}))
-        recorded = _job_states("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", numbers)
+        recorded = _job_states("sacct", "-n", "-P", "-X", "-o", "JobID,State,Reason", "-j", numbers)
         # those of an array that never started share one line, 12_[3-7%2] for example, or 12 if it was cancelled at once
         shared = {job.partition("_")[0]: state for job, state in recorded.items() if "[" in job or "_" not in job}
         recorded = {job: shared[array] for job, array in arrays.items() if array in shared} | recorded
@@ -74,10 +79,20 @@ def state_and_restarts(job: str) -> tuple[str | None, int | None]:
     return fields.get("JobState"), int(fields["Restarts"]) if "Restarts" in fields else None
 
 
+def max_array_size() -> int | None:
+    """How many jobs an array may have, as their numbers, from 0, are below MaxArraySize; None where it is not known."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"), re.M)
+    return None if found is None else int(found[1])
+
+
 def _job_states(*command: str) -> dict[str, str]:
-    """Job -> state, from a command that prints lines JOB|STATE."""
-    pairs = (line.split("|") for line in _output(*command).splitlines())
-    return {pair[0]: pair[1].split()[0] for pair in pairs if len(pair) == 2 and pair[1]}  # CANCELLED by 0
+    """Job -> state, and reason, from a command that prints lines JOB|STATE|REASON."""
+    found = {}
+    for job, state, *reason in (line.split("|") for line in _output(*command).splitlines() if line.count("|")):
+        words = [*state.split()[:1], *reason]  # CANCELLED by 0
+        told = len(words) > 1 and words[0] in (*WAITING, CANCELLED) and words[1] not in ORDINARY
+        found |= {job: " ".join(words[: 1 + told])} if words else {}
+    return found
 
 
 def _output(*command: str) -> str:

@@ -42,11 +42,14 @@ def test_partitions_are_read_from_sinfo() -> None:
         ),
         ({"memory": 600}, "memory=600: the nodes of partition main have 512 GB"),
         ({"time": "3-00:00:00"}, "time=3-00:00:00: partition main allows 48:00:00"),
+        ({"partition": "main,gpu"}, "partition=gpu: this cluster has no such partition, only main, cpu, short"),
+        ({"partition": "cpu, main", "gpus_per_node": 9}, "gpus_per_node=9: the nodes of partition cpu have 0"),
     ],
 )
 def test_request_beyond_the_partition_is_refused(shape: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_cli, "call", lambda *_: SINFO)
-    cluster_file.check_partition(Cluster())
+    for sound in (Cluster(), Cluster(partition="cpu,main", gpus_per_node=8), Cluster(partition="short,", time="10")):
+        cluster_file.check_partition(sound)
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         cluster_file.check_partition(Cluster(**shape))
 
@@ -61,6 +64,7 @@ def test_request_beyond_the_partition_is_refused(shape: dict, message: str, monk
         ("time: soon", 'time=soon: write it as "hours:minutes:seconds"'),
         ("time: 1-12:30:00:00", "time=1-12:30:00:00: write it as"),
         ("time: '0:01:00'", "shorter than starting and saving take .* ask for 5 minutes or more"),
+        ("env: {MY-NAME: x}", "env: 'MY-NAME' is no name of an environment variable"),
         ("gpu_per_node: 8", "did you mean gpus_per_node"),
         ("gpus_per_node: many", "gpus_per_node"),
         ("memory: -1", "memory=-1.0: must be at least 0"),

@@ -12,6 +12,9 @@ from fake_slurm import CLUSTER_FILE, ROOT, SMALL
 
 from launch import cluster as cluster_file
 from launch import local, pipeline, submit
+from mae_dist.__main__ import main
+from mae_dist.data.pack import pack
+from mae_dist.data.sources import from_synthetic
 
 
 def stages(tmp_path: Path, text: str) -> dict[str, pipeline.Stage]:
@@ -155,7 +158,7 @@ def test_local_pipeline_fails_resumes_and_skips_what_is_done(tmp_path: Path, cap
     output = capfd.readouterr()
     assert output.out.count("done already") == 1
     line, where = output.err.splitlines()
-    assert line.startswith("submit: stage pretrain failed with status 2: train_0000")
+    assert line.startswith("submit: pretrain failed with status 2: train_0000")
     assert "nor any sample that may replace it" in line
     assert where == f"its output is in {out / 'pipeline' / 'pretrain' / 'local.log'}"
     tar.write_bytes(sound)
@@ -176,10 +179,7 @@ def test_local_pipeline_failure_names_the_cause_as_logs_does(
     ]  # fmt: skip
     monkeypatch.setattr(local, "execute", lambda _: (1, output))
     assert local.run_stages(list(stages(tmp_path, SMALL_PIPELINE).values())) == 1
-    assert (
-        capsys.readouterr().err.splitlines()[0]
-        == "submit: stage data failed with status 1: OSError: Input/output error"
-    )
+    assert capsys.readouterr().err.splitlines()[0] == "submit: data failed with status 1: OSError: Input/output error"
 
 
 def test_pipeline_stage_without_ranks_gets_the_resources_of_one(tmp_path: Path, slurm: Path) -> None:
@@ -223,3 +223,23 @@ def test_pipeline_error_begins_with_the_name_of_the_stage(
     assert submit.main(["pipeline", str(file), "--cluster", CLUSTER_FILE]) == 2
     assert capsys.readouterr().err.startswith(f"submit: stage pretrain: {message}")
     assert not (slurm / "1.sbatch").exists()
+
+
+def test_local_sweep_makes_a_table_of_the_runs_that_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of three learning rates diverges. What would be processes of their own runs in this one."""
+    data, out = tmp_path / "set", tmp_path / "sweep"
+    pack(from_synthetic(32, 16), data, shard_size=16)
+    monkeypatch.setattr(local, "execute", lambda run: (main(list(run.argv)), []))
+    small = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "track.every=1"]
+    words = ["pretrain", *SMALL, *small, f"data.path={data}", f"out={out}", "train.steps=4", "machine.processes=1"]
+    words += ["checkpoint.max_skipped=1", "--sweep", "optim.base_lr=1e-3,1e30,1e-2", "--local"]
+    assert submit.main(words) == 2
+    error = capsys.readouterr().err
+    assert f"base_lr-1e30 failed with status 2: \nits output is in {out / 'base_lr-1e30' / 'jobs'}" in error
+    table = (out / "results.md").read_text()
+    assert "base\\_lr-1e-3" in table.replace("base_lr", "base\\_lr")
+    assert {path.parent.name for path in out.glob("*/result.json")} == {"base_lr-1e-3", "base_lr-1e-2"}
+    assert submit.main(words) == 2
+    assert capsys.readouterr().out.count("done already") == 2

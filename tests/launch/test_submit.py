@@ -208,6 +208,18 @@ def test_run_is_not_submitted_again_while_slurm_does_not_answer(
     assert submit.main(words) == 0  # SLURM has forgotten it
 
 
+def test_sweep_beyond_the_largest_job_array_is_refused(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = tmp_path / "run", ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}"]
+    command(slurm, "scontrol", "echo 'MaxArraySize            = 2'")
+    assert submit.main([*words, f"out={run}", "--sweep", "seed=0,1,2"]) == 2
+    error = capsys.readouterr().err
+    assert "sweep: 3 runs, but a job array of this cluster has 2 at most (MaxArraySize)" in error
+    assert not run.exists()
+    assert submit.main([*words, f"out={run}", "--sweep", "seed=0,1"]) == 0
+
+
 def test_slurm_without_configuration_is_explained(
     data: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

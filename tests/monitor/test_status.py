@@ -29,6 +29,30 @@ def test_slurm_states_of_jobs_and_array_tasks(slurm: Callable[..., None]) -> Non
     assert slurm_cli.states(["1", "2_2", "2_0", "2_3", "3", "4", "5", "6", "73_0"]) == expected
 
 
+def test_status_says_why_a_job_waits_or_was_cancelled(slurm: Callable[..., None], tmp_path: Path) -> None:
+    never = "SLURM: a job that it waits for has failed (DependencyNeverSatisfied)"
+    for state, wanted in {
+        "PENDING|Priority": "queued", "PENDING|DependencyNeverSatisfied": f"queued: {never}",
+        "PENDING|ReqNodeNotAvail, UnavailableNodes:n1": "queued: SLURM: ReqNodeNotAvail, UnavailableNodes:n1",
+        "PENDING|JobHeldUser": "queued: SLURM: JobHeldUser; `scontrol release` lets it start",
+        "CANCELLED|DependencyNeverSatisfied": f"stopped: cancelled; {never}", "CANCELLED|None": "stopped: cancelled",
+        "RUNNING|None": "running",
+    }.items():  # fmt: skip
+        slurm(squeue=f"echo '{JOB}|{state}'")
+        run = tmp_path / state[:20]
+        submit(run)
+        assert str(run_status(run, slurm_cli.states([JOB]))) == wanted
+
+
+def test_status_of_a_job_whose_script_failed_is_what_it_printed(tmp_path: Path) -> None:
+    submit(tmp_path)
+    log = jobs.log_file(Path(jobs.submissions(tmp_path)[-1].logs), JOB, 0)
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("module: command not found\nmae-dist: the line of setup `module load x` failed with status 127\n")
+    found = run_status(tmp_path, {JOB: "FAILED"})
+    assert str(found) == "failed: the line of setup `module load x` failed with status 127"
+
+
 def test_slurm_states_are_empty_without_slurm_or_an_answer(
     slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

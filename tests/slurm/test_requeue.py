@@ -116,3 +116,20 @@ def assert_first_start_is_as_submitted(launched: Launched) -> None:
 def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:
     assert [start["ranks"] for start in reference.starts()] == [2]
     assert json.loads((reference.run / "result.json").read_text())["loss"] > 0
+
+
+def test_requeue_where_a_node_dies_between_allocation_and_start(launch: Launch) -> None:
+    """The job waits in `setup` until the node is dead; srun then cannot start its tasks."""
+    go = launch.folder / "go"
+    cluster = f"setup: ['until [ -e {go} ]; do sleep 0.1; done']\npartition: main,urgent\ngres: gpu\ngpus_per_node: 1"
+    launched = launch("unstarted", "train.steps=2", "track.ids=false", cluster=cluster)
+    launched.wait(lambda: launched.slurm.state(launched.job) == "RUNNING", "an allocation")
+    launched.slurm.cluster("kill-node", NODES[1])
+    go.touch()
+    try:
+        log = launched.logs / f"{launched.job}_0_log.out"
+        launched.wait(lambda: "could not be started on all of node[1-2]" in log.read_text(), "srun fails")
+    finally:
+        launched.slurm.cluster("start-node", NODES[1])
+    launched.finish()
+    assert [start["ranks"] for start in launched.starts()] == [2]

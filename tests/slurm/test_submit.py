@@ -140,7 +140,7 @@ stages:
     slurm.wait(lambda: "cancelled" in mae_dist("runs", out), "the stage after it is cancelled", 300)
     rows = {line.split()[0]: line for line in mae_dist("runs", out).splitlines() if line.split()}
     assert "failed: exit status 2" in rows["pretrain"]
-    assert "cancelled" in rows["knn"]
+    assert "cancelled; SLURM: a job that it waits for has failed (DependencyNeverSatisfied)" in rows["knn"]
     assert "no split 'dev'" in mae_dist("logs", out / "pretrain")
 
 
@@ -195,3 +195,10 @@ def test_run_with_a_queued_job_is_refused(launch: Launch) -> None:
     launched.wait(lambda: launched.state() == "stopped", "it is cancelled")
     second = launch("waiting", cluster="sbatch: {begin: now+1hour}")  # what the first left does not matter
     launched.slurm.run("scancel", second.job)
+
+
+def test_failing_setup_line_is_shown_and_the_job_not_requeued(launch: Launch) -> None:
+    launched = launch("setup", cluster="setup: ['true', 'module load nothing']", nodes=NODES[:1])
+    launched.wait(lambda: launched.slurm.state(launched.job) == "FAILED", "failure")
+    assert "failed: the line of setup `module load nothing` failed with status 127" in mae_dist("runs", launched.run)
+    assert launched.num_starts() == 0
