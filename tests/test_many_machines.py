@@ -6,18 +6,17 @@ networks.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-import running
 import torch
-from running import MAE, SETTINGS, finish_ranks, losses
+from running import MAE, SETTINGS, finish_ranks, losses, start_rank, start_ranks
 
 from mae_dist import dist, interfaces
 from mae_dist.run import events
@@ -64,25 +63,21 @@ def on(machine: int, *command: str) -> None:
     subprocess.run(["nsenter", "-t", str(machine), "--net", *command], check=True)
 
 
-def rank(machine: int, argv: list[str], environment: dict[str, str], log: Path) -> None:
-    """What a rank's process does: it moves to its machine."""
+def enter(machine: int) -> None:
+    """Move this process to a machine."""
     for kind in ("net", "uts", "mnt"):
         with open(f"/proc/{machine}/ns/{kind}") as namespace:
             assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0
-    running._rank(argv, environment, log)
 
 
 def test_ranks_on_two_machines_whose_names_are_loopback(machines: list[int], tiny_data: Path, tmp_path: Path) -> None:
     run, log, ranks = tmp_path / "run", tmp_path / "log", []
     argv = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=2", "machine.timeout=60"]
     argv.remove("machine.processes=1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_dist.stages.pretrain"])
     for number, machine in enumerate(machines):
         place = {"RANK": number, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29501}
         place = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "node1"}
-        ranks.append(context.Process(target=rank, args=(machine, argv, place, log)))
-        ranks[-1].start()
+        ranks.append(start_rank(argv, place, log, partial(enter, machine)))
     finish_ranks(ranks, log, timeout=120)
     assert len(losses(run)) == 2
     assert [start["ranks"] for start in events.of(run, "start")] == [2]
@@ -135,6 +130,6 @@ def test_nccl_connects_at_the_start(tiny_data: Path, tmp_path: Path) -> None:
         run, log = tmp_path / strategy, tmp_path / "log"
         argv = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=2"]
         shards = ["machine.shards=1"] if strategy == "hsdp" else []
-        ranks = running.start_ranks(2, *argv, f"machine.strategy={strategy}", *shards, log=log)
+        ranks = start_ranks(2, *argv, f"machine.strategy={strategy}", *shards, log=log)
         finish_ranks(ranks, log)
         assert len(losses(run)) == 2
