@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 from mae_dist import hints, image_settings, model_sizes, setting_texts
 from mae_dist.schema import (
     FREE_DATA,
-    RANDOM,
     RESULT_SECTIONS,
     SCHEMAS,
     FinetuneConfig,
@@ -117,8 +116,8 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config, kinds = OmegaConf.structured(schema), {name: item.kind for name, item in settings(schema()).items()}
-    layers = []
+    config, layers = OmegaConf.structured(schema), []
+    kinds = {name: item.kind for name, item in settings(schema()).items()}
     for origin, layer, written in _layers(kinds, file, overrides):
         plain = OmegaConf.to_container(layer, resolve=False) if OmegaConf.is_config(layer) else layer
         if not isinstance(plain, dict):
@@ -130,33 +129,12 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
     if {"init_from", "model.name"} & OmegaConf.missing_keys(config) == {"model.name"} and "init_from" in config:
-        config = OmegaConf.merge(OmegaConf.structured(schema), _model_of(config.init_from), *layers)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
+        config = OmegaConf.merge(OmegaConf.structured(schema), setting_texts.model_of(config.init_from), *layers)
+    if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)
     return result
-
-
-def _model_of(run: str) -> dict[str, Any]:
-    """Name and image size of the model of a run, as settings; none of `random`. ValueError where it is no run."""
-    import yaml
-
-    file = Path(run) / "config.yaml"
-    if run == RANDOM:
-        return {}
-    if not file.is_file():
-        raise ValueError(f"init_from={run}: no run lies there, which would say model.name; give that, or another run")
-    try:
-        model = yaml.safe_load(file.read_text())["model"]
-        found = {"model": {name: model[name] for name in ("name", "image_size") if name in model}}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"init_from={run}: {file.name} is damaged ({_one_line(error)}); give model.name too"
-        ) from error
-    setting_texts.refuse_interpolation(found, f"{file}: ")
-    return found
 
 
 def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any, Any]]:
@@ -182,10 +160,9 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = setting_texts.from_override(name, value)
             else:
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
-        except yaml.YAMLError as error:
-            raise ValueError(f"argument {override!r}: brackets, braces or quotes do not match") from error
-        except OmegaConfBaseException as error:
-            raise ValueError(f"argument {override!r}: {_one_line(error)}") from error
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            what = "brackets, braces or quotes do not match" if isinstance(error, yaml.YAMLError) else _one_line(error)
+            raise ValueError(f"argument {override!r}: {what}") from error
         yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
 
 
