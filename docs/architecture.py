@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "environment", "errors", "interfaces", "signals", "checksum"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "cli", "paths", "watchdog"},
-    {"image_settings", "setting_texts"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "watchdog"},
+    {"cli", "image_settings", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from mae_dist import paths
 
 
 class Verb(NamedTuple):
@@ -45,10 +48,25 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError for a user's mistake instead of ending the process."""
+    """An ArgumentParser that raises ValueError for a user's mistake instead of ending the process. In paths it replaces
+    ~ and $NAME, which a shell leaves in quotes.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    try:
+        return Path(paths.with_variables(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def duration(seconds: float) -> str:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mae_dist import image_grid
+from mae_dist import image_grid, paths
 from mae_dist.cli import Parser
 from mae_dist.commands import data_check, data_index, data_pack
 from mae_dist.commands.data_output import facts, print_splits, progress
-from mae_dist.data import index
+from mae_dist.data import index, places
 from mae_dist.data.decode import decode, own_channels, stored_size
 from mae_dist.data.pixels import Decoding
 from mae_dist.errors import DONE
@@ -43,7 +44,7 @@ def _parser() -> Parser:
     data_index.add_parser(actions)
 
     showing = actions.add_parser("show", help="print counts, classes and sizes, and draw a sheet of samples")
-    showing.add_argument("folder", type=Path, metavar="DIR", help="folder with a dataset.json")
+    showing.add_argument("data", metavar="TARS", help="folder with a dataset.json, or indexed tars, as in data.path")
     showing.add_argument("--split", help="the split to show (default: train, or the first)")
     showing.add_argument("--out", type=Path, help="file of the sheet (default: DIR/sheet-SPLIT.png)")
     showing.set_defaults(run=_show)
@@ -52,32 +53,35 @@ def _parser() -> Parser:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    dataset = index.Dataset.load(arguments.folder)
-    split = arguments.split or ("train" if "train" in dataset.splits else next(iter(dataset.splits), "train"))
-    data = index.open_split(str(arguments.folder), split)
+    path = paths.with_variables(arguments.data)
+    known = places.splits(path)
+    split = arguments.split or ("train" if "train" in known or not known else known[0])
+    if not known and arguments.split:
+        raise ValueError(f"--split {split}: {path} names tars, which are one split; leave it out")
+    data = index.open_split(path, split)
+    dataset, folder = data.dataset, data.indexes[0].parent
     with progress() as tick:
         labels = np.empty(len(data), dtype=np.int64)
         for sample in range(len(data)):
             labels[sample] = data.label(sample)
             tick("labels", sample + 1, len(data))
-        channels = own_channels(data.read(0)) if dataset.mean is None else len(dataset.mean)
-        how = Decoding(channels, dataset.white)
+        how = Decoding(dataset.channels or own_channels(data.read(0)), dataset.white)
         chosen = _evenly(np.arange(len(data)), NUM_SIZES)
         sizes: Counter[tuple[int, int] | None] = Counter()
         for number, sample in enumerate(chosen):
             sizes[stored_size(data.read(int(sample)), how)] += 1
             tick("sizes", number + 1, len(chosen))
-    print(f"{arguments.folder}: {dataset.name}, {facts(dataset)}")
-    print_splits(dataset)
+    print(f"{path}: {dataset.name}, {facts(dataset)}")
+    print_splits(dataset.splits if known else {split: data.shards})
     _print_classes(split, labels, dataset.classes)
     _print_sizes(split, sizes, len(chosen))
     target = arguments.out
     if target is None:
-        target = (arguments.folder if os.access(arguments.folder, os.W_OK) else Path()) / f"sheet-{split}.png"
+        target = (folder if os.access(folder, os.W_OK) else Path()) / f"sheet-{split}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     _sheet(data, labels, dataset.classes, how).save(target)
     print(f"wrote {target}: samples of {split}")
-    print(f"next: mae-dist pretrain CONFIG.yaml data.path={arguments.folder}")
+    print(f"next: mae-dist pretrain CONFIG.yaml data.path={shlex.quote(path)}")
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:

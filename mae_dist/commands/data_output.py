@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def progress() -> Iterator[ProgressCallback]:
 def report(dataset: index.Dataset, folder: Path, more: str = "") -> None:
     """Print what was written, `more` lines about it, and the next command."""
     print(f"wrote {folder}/{index.FILE}: {dataset.name}, {facts(dataset)}")
-    print_splits(dataset)
+    print_splits(dataset.splits)
     if more:
         print(more)
     print(f"next: mae-dist data show {folder}")
@@ -50,9 +50,9 @@ def facts(dataset: index.Dataset) -> str:
     return ", ".join(known)
 
 
-def print_splits(dataset: index.Dataset) -> None:
+def print_splits(splits: Mapping[str, Sequence[index.Shard]]) -> None:
     """Print a line a split: images, tars, size, and how many have no label."""
-    for split, shards in dataset.splits.items():
+    for split, shards in splits.items():
         samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
         size = sum(shard.num_bytes for shard in shards) / 1e6
         unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_dist import environment
+from mae_dist import environment, paths
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
 from mae_dist.data.decode import Memory, decode, stored_size
@@ -70,7 +70,10 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
     )
     tars.add_argument("--split", help="name of the split of a GLOB (default: that in its dataset.json, or train)")
     _add_test_share(tars)
-    _complete(tars, lambda given, _: from_tars(given.source, given.split, given.test_share), sizes=False, encodes=True)
+    _complete(tars,
+        lambda given, _: from_tars(paths.with_variables(given.source), given.split, given.test_share),
+        sizes=False, encodes=True,
+    )  # fmt: skip
 
 
 def _add_imagenet(kinds: argparse._SubParsersAction) -> None:
@@ -120,8 +123,8 @@ def _complete(kind: argparse.ArgumentParser, opener: Open, sizes: bool = True, e
             "--format", choices=FORMATS, help="format to store; default: jpg with --short-side, else as is"
         )
         kind.add_argument("--quality", type=int, metavar="Q", help=f"of jpg and webp, 1 to 100 (default {QUALITY})")
-        kind.add_argument("--channels", type=int, metavar="N", help="data.channels: channels of the images (default 3)")
-        kind.add_argument("--white", type=float, metavar="V", help="data.white: the value that is white, above 8 bits")
+        kind.add_argument("--channels", type=int, metavar="N", help="channels of the images (default 3)")
+        kind.add_argument("--white", type=float, metavar="V", help="value that is white above 8 bits, 4095 for 12 bits")
         kind.add_argument("--exif", action="store_true", help="turn images as their EXIF orientation says")
 
 

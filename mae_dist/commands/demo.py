@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mae_dist import environment
 from mae_dist.cli import Parser
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import RANDOM
@@ -91,8 +92,7 @@ def fast_precision() -> str:
     """bf16 if the GPU or the CPU has instructions for it, else fp32, which is then faster."""
     import torch
 
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return "bf16" if torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    return "bf16" if torch.cuda.is_available() or environment.has_bf16() else "fp32"
 
 
 def table(out: Path) -> Table:

@@ -135,14 +135,14 @@ def own_channels(sample: Sample) -> int:
 
 
 def check_channels(sample: Sample, how: Decoding, name: str) -> None:
-    """Raise ValueError, which begins with `name`, for a file whose channels cannot become those of `how`."""
+    """Raise ChannelsError, which begins with `name`, for a file whose channels cannot become those of `how`."""
     try:
         if sample.extension == "npy":
             layout(_array_header(sample.image)[0], how.channels)
         else:
             mode_of(how.channels)
     except ChannelsError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ChannelsError(f"{name}: {error}") from error
     except ValueError:  # damaged
         return
 

@@ -42,6 +42,8 @@ DARK = 64
 """8-bit value below which all images together are so dark that their 16-bit values may have another range."""
 MAX_BAD = 0.01
 """Largest share of a split's images that may be left out, where --max-bad does not say another."""
+MOST_NAMED = 100
+"""Images that cannot be packed after which packing ends, if they are too many; with fewer it looks at all images."""
 
 LOST = "a worker process was killed, or memory ran out; with fewer --workers the same command continues"
 
@@ -292,18 +294,17 @@ def _fill(
 ) -> None:  # fmt: skip
     first, total = writer.end, source.counts[split]
     chunks = [range(start, min(start + source.chunk, total)) for start in range(first, total, source.chunk)]
-    prepare = partial(_prepare, source, encoding, split)
+    prepare, examples = partial(_prepare, source, encoding, split), dict[str, str]()
     with closing(ordered_map(prepare, chunks, min(workers, len(chunks)), LOST)) as prepared:
         for number, item in enumerate(prepared, first):
             picture = item.picture
             if picture.problem:
                 writer.leave_out(item.tally)
-                log.warning("%s: left out, %s", origin := picture.origin or f"image {number}", picture.problem)
-                if writer.bad.total() > max_bad * total:
-                    raise ValueError(
-                        f"{origin}: {picture.problem}; too many of split {split!r}, {_counted(writer.bad, total)}: "
-                        f"repair or remove them (they are logged), or allow a larger share than --max-bad {max_bad:g}"
-                    )
+                origin = picture.origin or f"image {number}"
+                log.warning("%s: left out, %s", origin, picture.problem)
+                examples.setdefault(*item.tally.bad, f"{origin}: {picture.problem}")
+                if writer.bad.total() > max(max_bad * total, MOST_NAMED - 1):
+                    break  # enough to know what is wrong
             else:
                 name = f"-{safe_name(picture.name)}" if picture.name else ""
                 members = {picture.extension: picture.content}
@@ -312,6 +313,13 @@ def _fill(
                 key = picture.key or f"{split}_{writer.num_samples:06d}{name}"
                 writer.write(number, picture.group, key, members, item.tally)
             tick(f"pack {split}", number + 1, total)
+    if writer.bad.total() > max_bad * total:
+        raise ValueError(
+            f"too many of split {split!r}, {_counted(writer.bad, total)}: {'; '.join([*examples.values()][:3])}; "
+            f"repair or remove them (all are logged), or allow a larger share than --max-bad {max_bad:g}"
+        )
+    if not writer.num_samples:
+        raise ValueError(f"split {split!r}: none of its images can be packed, {_counted(writer.bad, total)}")
     writer.finish(total)
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import dist, models, parallel, rewind
+from mae_dist import dist, environment, models, parallel, rewind
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
-from mae_dist.data.decode import check_channels
+from mae_dist.data.decode import check_channels, decode
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
+from mae_dist.data.pixels import ChannelsError, Decoding
 from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
@@ -40,6 +41,8 @@ from mae_dist.train import Task
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FIRST = 32
+"""Images at the beginning of a split of which one must be readable."""
 EMBEDDINGS = (".patch_embed.proj.weight", ".stem.proj.weight")
 """Ends of the names of patch embeddings, a ViT's and a Mixer's."""
 UNKNOWN_MEAN, UNKNOWN_STD = 0.5, 0.25
@@ -269,18 +272,44 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     if test_split is not None:
         check_cache(test_split, 1)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
-    check_first_sample(setup)
+    for split in filter(None, (train_split, test_split)):
+        check_readable(split, decoding.decoding(config))
+    if dist.is_main():
+        warn(config, device, len(train_split))
     return setup
 
 
-def check_first_sample(setup: Setup) -> None:
-    """Raise ValueError where the first training image has other channels than wanted."""
-    split, name = setup.train_split, setup.train_split.sample_name(0)
-    try:
-        sample = split.read(0)
-    except (ValueError, OSError):  # an unreadable sample is the loader's business
-        return
-    check_channels(sample, decoding.decoding(setup.config), name)
+def check_readable(split: ShardIndex, how: Decoding) -> None:
+    """Raise ValueError where the first FIRST images of a split have other channels than wanted, or none can be read."""
+    reason = ""
+    for number in range(min(FIRST, len(split))):
+        try:
+            sample = split.read(number)
+            check_channels(sample, how, split.sample_name(number))
+            decode(sample, how=how)
+            return
+        except ChannelsError:
+            raise
+        except ValueError as error:
+            reason = reason or f"{split.sample_name(number)}: {error}"
+        except OSError:  # is the loader's business
+            return
+    raise ValueError(
+        f"none of the first {min(FIRST, len(split))} images can be read, {reason}; `mae-dist data check` reads all"
+    )
+
+
+def warn(config: RunConfig, device: torch.device, num_samples: int) -> None:
+    """Log settings that are possible, but seldom meant: a warmup that does not end, and 16 bits on a CPU."""
+    epochs = configuration.total_steps(config.train, num_samples) * config.train.global_batch / num_samples
+    optim, precision = getattr(config, "optim", None), config.train.precision
+    if optim is not None and epochs and optim.warmup_epochs >= epochs:
+        log.warning(
+            "optim.warmup_epochs=%g: the run has %.3g epochs, so its lr does not reach its peak before the end",
+            optim.warmup_epochs, epochs,
+        )  # fmt: skip
+    if device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and environment.has_bf16()):
+        log.warning("train.precision=%s: this CPU has no instructions for it; fp32 is faster", precision)
 
 
 @dataclass(frozen=True)
