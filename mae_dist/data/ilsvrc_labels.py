@@ -122,8 +122,13 @@ def _text(where: str, content: bytes) -> str:
 
 def _meta(where: str, content: bytes) -> tuple[dict[int, str], dict[str, str]]:
     """WNID by id, and words by WNID, from the devkit's meta.mat."""
-    from scipy.io import loadmat  # takes half a second
-
+    try:
+        from scipy.io import loadmat  # takes half a second
+    except ImportError:
+        raise ValueError(
+            f"--val-labels {where}: is read by scipy, which is not installed; `pip install scipy`, or give "
+            f"LOC_val_solution.csv, a file with a synset for each image, or map_clsloc.txt instead of meta.mat"
+        ) from None
     try:
         synsets = loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
         rows = [(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"])) for row in synsets]

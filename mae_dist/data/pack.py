@@ -302,7 +302,7 @@ def _fill(
                 writer.leave_out(item.tally)
                 origin = picture.origin or f"image {number}"
                 log.warning("%s: left out, %s", origin, picture.problem)
-                examples.setdefault(*item.tally.bad, f"{origin}: {picture.problem}")
+                examples.setdefault(picture.problem.partition(":")[0], f"{origin}: {picture.problem}")
                 if writer.bad.total() > max(max_bad * total, MOST_NAMED - 1):
                     break  # enough to know what is wrong
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_imagenet_labels_that_cannot_be_known_are_refused(archives: Path) -> Non
             pack(archives, "--val", str(archives / "val.tar"), "--val-labels", *map(str, files))
     with pytest.raises(ValueError, match="--val and --val-labels: give both or none"):
         pack(archives, "--val", str(archives / "val.tar"))
+
+
+def test_imagenet_devkit_without_scipy_says_what_to_do(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)  # as where it is not installed
+    with pytest.raises(ValueError, match="meta.mat: is read by scipy, which is not installed; `pip install scipy`, or"):
+        ilsvrc_labels.read([archives / "devkit.tar.gz"])
 
 
 def test_imagenet_archives_of_another_form_are_refused(archives: Path) -> None:
