@@ -144,7 +144,7 @@ def check_disk(config: RunConfig) -> None:
 
 def state_bytes(config: RunConfig) -> int:
     """Estimated bytes of a checkpoint: parameters in fp32, their two moments, their EMA if there is one."""
-    backbone = model_sizes.num_parameters(config.model.name, config.model.image_size, config.data.channels)
+    backbone = model_sizes.num_parameters(config.model.name, config.model.image_size, config.data.channels or 3)
     decoder = 13 * config.mae.decoder_depth * config.mae.decoder_dim**2 if isinstance(config, PretrainConfig) else 0
     if isinstance(config, PretrainConfig | FinetuneConfig):
         return 4 * (backbone + decoder) * (3 + bool(config.train.ema))

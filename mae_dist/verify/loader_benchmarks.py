@@ -41,7 +41,7 @@ def loaders(runner: Runner) -> Result:
     """Images per second of CPU time of each loader, and how many times as fast ours is."""
     torch.set_num_threads(1)
     settings = runner.settings
-    if settings.model.image_size != min(sides(settings.model.image_size)) or settings.data.channels != 3:
+    if settings.model.image_size != min(sides(settings.model.image_size)) or settings.data.channels not in (None, 3):
         raise ValueError("bench loaders: compares loaders of square images of 3 channels; `bench data` takes any")
     index = open_split(settings.data.path, settings.data.split)
     view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, settings.train.seed, True)
