@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "environment", "errors", "interfaces", "signals", "checksum"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "watchdog"},
-    {"cli", "image_settings", "setting_texts"},
+    {"cli", "image_settings", "recipes", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},

@@ -106,7 +106,8 @@ def load(file: str, overrides: list[str]) -> Cluster:
         what = "is a folder" if Path(file).is_dir() else "no such file"
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
         raise ValueError(f"--cluster {file}: {what}; there are {known}: copy one and say where you are")
-    cluster = configuration.read(Cluster, f"cluster {file} needs", "see launch/clusters/example.yaml", file, overrides)
+    hint = f"see {Path(__file__).parent / 'clusters' / 'example.yaml'}"
+    cluster = configuration.read(Cluster, f"cluster {file} needs", hint, file, overrides)
     check_fields(cluster)
     return cluster
 

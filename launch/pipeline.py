@@ -109,7 +109,8 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
     try:
         plain = yaml.safe_load(Path(file).read_text())
     except OSError as error:
-        raise ValueError(f"pipeline {file}: {error.strerror}; launch/pipelines/ has examples") from error
+        examples = Path(__file__).parent / "pipelines"
+        raise ValueError(f"pipeline {file}: {error.strerror}; {examples} has examples") from error
     except yaml.YAMLError as error:
         raise ValueError(f"pipeline {file}: not YAML: {' '.join(str(error).split())}") from error
     complete = isinstance(plain, dict) and set(plain) == {"out", "stages"}
@@ -148,8 +149,8 @@ def read_stage(
     own = out / name
     argv, needs = substitute(split_line(given, "run"), name, own, out, before)
     verb = argv[0] if argv else ""
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
+    if verb not in (known := VERBS.keys() - {"submit"}):
+        near = difflib.get_close_matches(verb, known, n=1)
         raise ValueError(f"run: {verb}: no such verb" + (f"; did you mean {near[0]}?" if near else ""))
     if verb in SCHEMAS:
         config_file, settings = configuration.split_words(verb, argv[1:])

@@ -1,8 +1,8 @@
-"""`python launch/submit.py VERB CONFIG.yaml --cluster FILE.yaml [section.key=value ...]`: a run as a SLURM job.
+"""`mae-dist submit VERB CONFIG.yaml --cluster FILE.yaml [section.key=value ...]`: a run as a SLURM job.
 
-Also a sweep of runs as a job array, and a pipeline of stages as jobs that wait for each other. All checks come first;
-an error is one sentence, and then nothing is queued. The code and the resolved settings are copied into the run's
-folder, so that later edits change no job that waits or is requeued.
+`python launch/submit.py` does the same. Also a sweep of runs as a job array, and a pipeline of stages as jobs that
+wait for each other. All checks come first; an error is one sentence, and then nothing is queued. The code and the
+resolved settings are copied into the run's folder, so that later edits change no job that waits or is requeued.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ DESCRIPTION = """\
 Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and are requeued at
 preemption, time limits and lost nodes.
 
-  submit.py pretrain CONFIG.yaml --cluster launch/clusters/mine.yaml data.path=DIR out=RUN --nodes 4
-  submit.py pretrain CONFIG.yaml --cluster ... out=DIR --sweep optim.base_lr=1e-4,1.5e-4 seed=0,1,2 --at-once 4
-  submit.py pipeline PIPELINE.yaml --cluster ...
-  submit.py VERB ... --local                            (on this machine without SLURM, one run after another)"""
+  mae-dist submit pretrain CONFIG.yaml --cluster mine.yaml data.path=DIR out=RUN --nodes 4
+  mae-dist submit pretrain CONFIG.yaml --cluster ... out=DIR --sweep optim.base_lr=1e-4,1.5e-4 seed=0,1,2 --at-once 4
+  mae-dist submit pipeline PIPELINE.yaml --cluster ...
+  mae-dist submit VERB ... --local                      (on this machine without SLURM, one run after another)"""
 
 
 def main(argv: list[str]) -> int:
-    """Run `submit.py ARGV`; give the exit status."""
+    """Run `mae-dist submit ARGV`; give the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = parse(argv)
     try:
@@ -83,11 +83,12 @@ def ignore_closed_stdout() -> Iterator[None]:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line. Raises SystemExit, as argparse does."""
     parser = argparse.ArgumentParser(
-        prog="submit.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mae-dist submit", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    example = Path(__file__).parent / "clusters" / "example.yaml"
     parser.add_argument("verb", choices=[*SCHEMAS, "pipeline"])
     parser.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value", help="as for mae-dist")
-    parser.add_argument("--cluster", help="WHERE: a cluster file, see launch/clusters/example.yaml")
+    parser.add_argument("--cluster", help=f"WHERE: a cluster file, see {example}")
     for name in ("partition", "nodes", "gpus-per-node", "tasks-per-node", "time"):
         parser.add_argument(f"--{name}", help=f"overrides {name.replace('-', '_')} of the cluster file")
     parser.add_argument("--torchrun", action="store_true", help="one task and torchrun on each node")

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mae_dist import __version__, config, environment, errors, schema, watchdog
+from mae_dist import __version__, config, environment, errors, recipes, schema, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
+       mae-dist submit {VERB [CONFIG.yaml],pipeline FILE.yaml} --cluster FILE.yaml [section.key=value ...]
        mae-dist report RUN [RUN ...]
        mae-dist runs [DIR ...] [--watch] [--results FILE.md]
        mae-dist logs RUN [--lines N] [--all]
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     """Run a verb and its arguments, and return the exit status."""
     debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
+    argv = [argument for argument in argv if argument != "--debug" or argv[0] == "submit"]
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -102,11 +103,17 @@ def dispatch(verb: str, argv: list[str]) -> int:
         )
     if verb not in schema.SCHEMAS:
         with no_garbage_collection():
-            command = importlib.import_module(VERBS[verb].module)
+            try:
+                command = importlib.import_module(VERBS[verb].module)
+            except ModuleNotFoundError as error:
+                if error.name != "launch":
+                    raise
+                raise ValueError(f"{verb}: this installation has no package launch; install mae_dist again") from error
         return command.main(argv)
     if "-h" in argv or "--help" in argv:
-        usage = f"usage: mae-dist {verb} [CONFIG.yaml] [key=value ...]"
-        print(f"{usage}\n\n{VERBS[verb].summary}\n\n{config.settings_help(verb)}")
+        usage = f"usage: mae-dist {verb} [CONFIG.yaml or RECIPE] [key=value ...]"
+        listed = f"recipes: {', '.join(recipes.of_verb(verb))}\n(in {recipes.FOLDER.resolve()})"
+        print(f"{usage}\n\n{VERBS[verb].summary}\n{listed}\n\n{config.settings_help(verb)}")
         return 0
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")

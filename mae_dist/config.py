@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import hints, image_settings, model_sizes, setting_texts
+from mae_dist import hints, image_settings, model_sizes, recipes, setting_texts
 from mae_dist.schema import (
     FREE_DATA,
     RESULT_SECTIONS,
@@ -98,10 +98,12 @@ def load(verb: Literal["knn"], file: str | Path | None, overrides: Overrides = (
 @overload
 def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig: ...
 def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig:
-    """Read `file` and `section.key=value` overrides into the verb's frozen dataclass and check it.
+    """Read `file`, a path or a recipe's name, and `section.key=value` overrides into the verb's frozen dataclass and
+    check it.
 
     Raises ValueError with one sentence: the field, the value, what is allowed.
     """
+    file = None if file is None else recipes.find(verb, str(file))
     result = read(SCHEMAS[verb], f"{verb} needs", f"see mae-dist {verb} --help", file, overrides)
     check(result)
     return result
@@ -144,8 +146,6 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
     from omegaconf.errors import OmegaConfBaseException
 
     if file is not None:
-        if not Path(file).is_file():
-            raise ValueError(f"config {file}: no such file; the ones that come with mae_dist are in configs/")
         try:
             yield f"{file}: ", OmegaConf.load(file), yaml.load(Path(file).read_text(), yaml.BaseLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -116,9 +116,9 @@ NO_SETTING = {
         "the same command with the same out= resumes its run from the newest checkpoint",
     "overwrite_output_dir overwrite": "choose another out=, or remove the folder yourself",
     "num_nodes nnodes nodes num_machines node_rank rdzv_endpoint rdzv_backend main_process_ip machine_rank":
-        "the number of nodes is given to torchrun (--nnodes) or to launch/submit.py (--nodes)",
+        "the number of nodes is given to torchrun (--nnodes) or to mae-dist submit (--nodes)",
     "dist_url dist_on_itp local_rank rank gpu master_addr master_port dist_backend dist_eval distributed init_method":
-        "ranks and addresses come from torchrun, launch/submit.py, or machine.processes on one machine",
+        "ranks and addresses come from torchrun, mae-dist submit, or machine.processes on one machine",
     "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= (empty) selects the CPU",
     "pin_mem pin_memory no_pin_mem dataloader_pin_memory persistent_workers prefetch_factor drop_last no_prefetcher":
         "the loader pins memory and prefetches by itself; machine.workers is the number of its processes",

@@ -117,7 +117,7 @@ def newest_submission(run: Path) -> Submission:
         return submissions[-1]
     if (run / layout.CONFIG).is_file():
         raise ValueError(
-            f"RUN={run}: was not launched through launch/submit.py, so there is no log of it; its record is in "
+            f"RUN={run}: was not launched by `mae-dist submit`, so there is no log of it; its record is in "
             f"{run / layout.METRICS} and {run / events.FILE}"
         )
     what = "holds no run of mae-dist" if run.is_dir() else "no such folder"

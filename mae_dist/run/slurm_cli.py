@@ -32,7 +32,7 @@ def call(*command: str, stdin: str = "") -> str:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except FileNotFoundError:
         raise ValueError(
-            f"{command[0]}: not found; is this a login node of a SLURM cluster? Without one: launch/torchrun.sh"
+            f"{command[0]}: not found; is this a login node of a SLURM cluster? Without one: `mae-dist VERB ...`"
         ) from None
     except subprocess.TimeoutExpired:
         raise ValueError(f"{command[0]}: no answer in {TIMEOUT:g} s; is SLURM's controller down?") from None

@@ -57,7 +57,7 @@ def test_submit_without_slurm_is_refused(data: Path, tmp_path: Path, capsys: pyt
     finally:
         os.environ["PATH"] = path
     assert capsys.readouterr().err == (
-        "submit: sinfo: not found; is this a login node of a SLURM cluster? Without one: launch/torchrun.sh\n"
+        "submit: sinfo: not found; is this a login node of a SLURM cluster? Without one: `mae-dist VERB ...`\n"
     )
     assert not (tmp_path / "run").exists()
 

@@ -196,6 +196,6 @@ def test_logs_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no such folder" in refused(capsys, "logs", tmp_path / "nowhere")
     create_run(tmp_path / "a")
     message = refused(capsys, "logs", tmp_path / "a")
-    assert "was not launched through launch/submit.py" in message
+    assert "was not launched by `mae-dist submit`" in message
     assert "metrics.jsonl" in message
     assert "--lines 0" in refused(capsys, "logs", tmp_path / "a", "--lines", 0)

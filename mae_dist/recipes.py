@@ -1,0 +1,34 @@
+"""The recipes that come with mae_dist: files of settings, found by name in a clone and in an installed wheel."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("configs")
+"""The folder `configs` of a clone (a link in the package), which a wheel holds as files of the package."""
+
+
+def known() -> dict[str, Path]:
+    """All recipes: the name with its folder, such as pretrain/cifar100_vit_ti4, -> the file."""
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(FOLDER.glob("*/*.yaml"))}
+
+
+def of_verb(verb: str) -> list[str]:
+    """Names of a verb's recipes, as its command line takes them."""
+    return [name.removeprefix(f"{verb}/") for name in known() if name.startswith(f"{verb}/")]
+
+
+def find(verb: str, word: str) -> Path:
+    """The file of settings that `word` of a command line names: a path, else a recipe, with or without its folder and
+    `.yaml`. Raises ValueError, with the names that there are, for neither.
+    """
+    if Path(word).is_file():
+        return Path(word)
+    name, recipes = word.removeprefix("configs/").removesuffix(".yaml"), known()
+    found = recipes.get(f"{verb}/{name}") or recipes.get(name)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(name, names := of_verb(verb), n=1)
+    which = f"did you mean the recipe {near[0]}?" if near else f"recipes of {verb}: {', '.join(names) or 'none'}"
+    raise ValueError(f"config {word}: no such file and no recipe; {which} (recipes lie in {FOLDER.resolve()})")
