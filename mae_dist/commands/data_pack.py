@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import numpy as np
 from mae_dist import environment, paths
 from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index
-from mae_dist.data.decode import Memory, decode, stored_size
 from mae_dist.data.ilsvrc import from_imagenet
 from mae_dist.data.pack import MAX_BAD, Packed, ProgressCallback, Source, new_folder, pack
 from mae_dist.data.pixels import Decoding
@@ -144,15 +142,14 @@ def _gain(source: Source, packed: Packed, folder: Path, side: int, how: Decoding
     """What other pixels or formats cost in disk and bring in speed, measured on NUM_TIMED images."""
     tally, split = packed.tally, "train" if "train" in source.counts else next(iter(source.counts))
     data = index.open_split(str(folder), split)
-    numbers = np.linspace(0, len(data) - 1, min(NUM_TIMED, len(data))).astype(int).tolist()
+    numbers = np.linspace(0, len(data) - 1, min(NUM_TIMED, len(data))).astype(int)
 
     def original(number: int) -> index.Sample:
         (picture,) = source.pictures(split, range(number, number + 1))
         return index.Sample(picture.key, picture.extension, picture.content, picture.label)
 
-    kept = Decoding(how.channels, packed.dataset.white)
-    pairs = (original, how), (data.read, kept)
-    before, after = (_images_per_second(read, numbers, side, how) for read, how in pairs)
+    before = _images_per_second(original, numbers, side, how)
+    after = _images_per_second(data.read, numbers, side, Decoding(how.channels, packed.dataset.white))
     return (
         f"  {tally.num_encoded:,} of them encoded anew, {tally.num_resized:,} resized: "
         f"{tally.source_bytes / 1e6:,.1f} MB of image files became {tally.stored_bytes / 1e6:,.1f} MB\n"
@@ -161,26 +158,18 @@ def _gain(source: Source, packed: Packed, folder: Path, side: int, how: Decoding
     )
 
 
-def _images_per_second(read: Callable[[int], index.Sample], numbers: list[int], side: int, how: Decoding) -> float:
+def _images_per_second(read: Callable[[int], index.Sample], numbers: np.ndarray, side: int, how: Decoding) -> float:
     """Images that one core reads, decodes and crops as pretraining does; the disk's time does not count."""
     import torch
 
-    from mae_dist.data.crop import decode_crop
     from mae_dist.data.views import View
     from mae_dist.schema import ViewConfig
+    from mae_dist.verify.data_benchmark import Cropping
 
     torch.set_num_threads(1)
     view = View(ViewConfig(), side, (0.0,) * how.channels, (1.0,) * how.channels, seed=0, training=True)
-    sizes = [stored_size(read(number), how) or (1, 1) for number in numbers]
-    ids = torch.tensor(numbers)
-    boxes, flips = (drawn.tolist() for drawn in view.boxes(torch.zeros_like(ids), ids, torch.tensor(sizes)))
-    out, memory = np.empty((side, side, how.channels), dtype=np.uint8), Memory()
-
-    def decode_here(sample: index.Sample, shrink: int) -> np.ndarray:
-        return decode(sample, shrink, memory, how)
-
+    parts = Cropping(read, view, how, numbers)
     start = time.thread_time()
-    for number, size, box, flip in zip(numbers, sizes, boxes, flips, strict=True):
-        with suppress(ValueError):  # the source may have unreadable images
-            decode_crop(read(number), size, box, flip, out, decode_here)
-    return len(numbers) / (time.thread_time() - start)
+    parts.read()
+    parts.decode_and_crop()
+    return len(parts.readable) / (time.thread_time() - start)

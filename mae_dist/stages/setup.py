@@ -15,13 +15,11 @@ import torch
 
 from mae_dist import config as configuration
 from mae_dist import dist, environment, models, parallel, rewind
-from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
-from mae_dist.data.decode import check_channels, decode
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
-from mae_dist.data.pixels import ChannelsError, Decoding
 from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
@@ -29,6 +27,7 @@ from mae_dist.objectives import Objective
 from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
+from mae_dist.stages.images import check_readable, with_statistics
 from mae_dist.stages.splits import (
     check_splits,
     find_test_split,
@@ -41,12 +40,8 @@ from mae_dist.train import Task
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FIRST = 32
-"""Images at the beginning of a split of which one must be readable."""
 EMBEDDINGS = (".patch_embed.proj.weight", ".stem.proj.weight")
 """Ends of the names of patch embeddings, a ViT's and a Mixer's."""
-UNKNOWN_MEAN, UNKNOWN_STD = 0.5, 0.25
-"""Statistics of each channel where none are known and the channels are not those of colour images."""
 
 
 @dataclass(frozen=True)
@@ -279,26 +274,6 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     return setup
 
 
-def check_readable(split: ShardIndex, how: Decoding) -> None:
-    """Raise ValueError where the first FIRST images of a split have other channels than wanted, or none can be read."""
-    reason = ""
-    for number in range(min(FIRST, len(split))):
-        try:
-            sample = split.read(number)
-            check_channels(sample, how, split.sample_name(number))
-            decode(sample, how=how)
-            return
-        except ChannelsError:
-            raise
-        except ValueError as error:
-            reason = reason or f"{split.sample_name(number)}: {error}"
-        except OSError:  # is the loader's business
-            return
-    raise ValueError(
-        f"none of the first {min(FIRST, len(split))} images can be read, {reason}; `mae-dist data check` reads all"
-    )
-
-
 def warn(config: RunConfig, device: torch.device, num_samples: int) -> None:
     """Log settings that are possible, but seldom meant: a warmup that does not end, and 16 bits on a CPU."""
     epochs = configuration.total_steps(config.train, num_samples) * config.train.global_batch / num_samples
@@ -336,35 +311,6 @@ def find_initial_weights(path: str, began: str | None) -> InitialWeights:
     if dist.is_main() and run.result() is None:
         log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)
     return InitialWeights(run.settings()[2], newest)
-
-
-def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> C:
-    """The config with mean and std: as given, else of `init_from`, else of the data set, else ImageNet's (logged). A
-    standard deviation of 0 becomes 1, with a warning. Raises ValueError where the data set was packed otherwise than it
-    is decoded, so that its statistics are of other pixels.
-    """
-    data, dataset = config.data, index.dataset
-    mean, std, channels = data.mean, data.std, data.channels or 3
-    if mean is None or std is None:
-        use_earlier = earlier is not None and len(earlier.data.mean or ()) in (0, channels)
-        known = earlier.data if earlier is not None and use_earlier else dataset
-        if known is dataset and dataset.mean is not None and (differs := decoding.differing(config, dataset)):
-            raise ValueError(
-                f"{differs}, and so were its mean and std; leave it out, give data.mean and data.std, or pack anew"
-            )
-        if (known.mean is None or known.std is None) and dist.is_main():
-            whose = "ImageNet's" if channels == 3 else f"{UNKNOWN_MEAN} and {UNKNOWN_STD}"
-            log.info("the data set has no mean and std of its own: using %s (data.mean, data.std)", whose)
-        colours = channels == 3
-        mean = mean or known.mean or (IMAGENET_MEAN if colours else (UNKNOWN_MEAN,) * channels)
-        std = std or known.std or (IMAGENET_STD if colours else (UNKNOWN_STD,) * channels)
-    if 0 in std:
-        if not any(std):
-            raise ValueError("dataset.json: std is 0 in all channels, all pixels are the same; pack them again")
-        if dist.is_main():
-            log.warning("channel %d of the data set is constant (std 0): it is divided by 1", std.index(0))
-        std = tuple(value or 1.0 for value in std)
-    return dataclasses.replace(config, data=dataclasses.replace(data, mean=mean, std=std))
 
 
 def check_cache(index: ShardIndex, window: int) -> None:

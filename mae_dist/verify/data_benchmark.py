@@ -75,23 +75,22 @@ def data(runner: Runner) -> Result:
     )
 
 
-class Loading:
-    """The parts of loading the samples `ids` of an index as a view shows them, each for all samples by one call."""
+class Cropping:
+    """The parts of cropping the samples `ids`, which `get` reads, as a view shows them, each for all by one call."""
 
-    def __init__(self, index: ShardIndex, view: View, how: Decoding, ids: np.ndarray):
-        self.index, self.view, self.how, self.ids, self.epochs = index, view, how, ids, np.zeros_like(ids)
-        self.samples = [index.read(number) for number in ids.tolist()]
+    def __init__(self, get: Callable[[int], Sample], view: View, how: Decoding, ids: np.ndarray):
+        self.get, self.how, self.ids, self.epochs = get, how, ids, np.zeros_like(ids)
+        self.samples = [get(number) for number in ids.tolist()]
         self.sizes = [stored_size(sample, how) or (1, 1) for sample in self.samples]
         drawn = view.boxes(torch.from_numpy(self.epochs), torch.from_numpy(ids), torch.tensor(self.sizes))
         self.boxes, self.flips = drawn[0].tolist(), drawn[1].tolist()
         self.readable = [i for i, sample in enumerate(self.samples) if _readable(sample, how)]
-        self.augmentation, self.reader, self.memory = view.augment(), Reader(index, view, how), Memory()
-        self.out = np.empty((loader.CHUNK, *view.size, how.channels), dtype=np.uint8)
+        self.memory, self.out = Memory(), np.empty((loader.CHUNK, *view.size, how.channels), dtype=np.uint8)
 
     def read(self) -> None:
         """Read the bytes."""
         for number in self.ids.tolist():
-            self.index.read(number)
+            self.get(number)
 
     def decode(self) -> None:
         """Decode whole images."""
@@ -105,6 +104,14 @@ class Loading:
         """Decode, and resize the box."""
         for i in self.readable:
             decode_crop(self.samples[i], self.sizes[i], self.boxes[i], self.flips[i], self.out[0], self._decode)
+
+
+class Loading(Cropping):
+    """All parts of loading the samples `ids` of an index, each for all samples by one call."""
+
+    def __init__(self, index: ShardIndex, view: View, how: Decoding, ids: np.ndarray):
+        super().__init__(index.read, view, how, ids)
+        self.view, self.augmentation, self.reader = view, view.augment(), Reader(index, view, how)
 
     def augment(self) -> None:
         """RandAugment, if the view has it."""

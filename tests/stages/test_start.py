@@ -12,7 +12,8 @@ from shared_types import Tars
 from mae_dist import environment
 from mae_dist.data.pixels import Decoding
 from mae_dist.schema import DataConfig, OptimConfig, PretrainConfig, TrainConfig
-from mae_dist.stages.setup import check_readable, warn
+from mae_dist.stages.images import check_readable
+from mae_dist.stages.setup import warn
 
 CPU = torch.device("cpu")
 
