@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
+"""What fsync raises on file systems (CIFS, some of FUSE) that have none."""
+_warned: list[Path] = []
 
 
 @contextmanager
@@ -32,6 +39,45 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
         else:
             work.unlink(missing_ok=True)
+
+
+def sync(descriptor: int, name: Path) -> None:
+    """Wait until an open file or folder is on the disk; where its file system cannot tell, warn once. Raises OSError
+    where the disk fails.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(name)) from error
+        if not _warned:
+            _warned.append(name)
+            log.warning("%s: its file system cannot wait for its disk (fsync: %s); going on", name, error.strerror)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, with a warning where that is impossible: they are there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor, folder)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        log.warning("%s: not synchronised with its disk (%s); going on", folder, error)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or warn where that is impossible. It gets a hidden name first, so that no part of it is ever
+    taken for the whole, and `.removed-...` is what is left.
+    """
+    hidden = folder
+    with suppress(OSError):
+        hidden = folder.rename(folder.with_name(f".removed-{secrets.token_hex(8)}"))
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:  # an open file on NFS, say
+        log.warning("%s could not be removed (%s)", folder, error)
 
 
 def leftovers(folder: Path, suffix: str) -> Iterator[Path]:

@@ -125,7 +125,7 @@ def test_lock_of_another_process_ends_the_rank(tiny_data: Path, tmp_path: Path) 
 
 def test_save_that_hangs_ends_the_rank(tiny_data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    ranks = start_ranks(1, *words(tiny_data, run), log=log, before=partial(hang_at, "run.checkpoint", "sync_directory"))
+    ranks = start_ranks(1, *words(tiny_data, run), log=log, before=partial(hang_at, "run.checkpoint", "sync_folder"))
     finish_ranks(ranks, log, check=1)
     assert f"waits for the checkpoint that is being written to {run}" in log.read_text()
     assert len(losses(run)) == 4

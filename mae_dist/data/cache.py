@@ -23,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
-from mae_dist.atomic import open_lock, try_lock
+from mae_dist.atomic import open_lock, sync, try_lock
 from mae_dist.data.remote import Refused, Remote, download, shown
 from mae_dist.errors import MachineFault, reason
 
@@ -148,7 +148,7 @@ class Cache:
                 try:
                     download(remote, part)
                     descriptor = os.open(part, os.O_RDONLY)
-                    os.fsync(descriptor)
+                    sync(descriptor, part)
                     os.replace(part, self.folder / remote.name)
                 finally:
                     part.unlink(missing_ok=True)

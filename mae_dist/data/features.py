@@ -12,7 +12,6 @@ function from images to features.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
 
-from mae_dist.atomic import leftovers, replacing
+from mae_dist.atomic import leftovers, replacing, sync
 from mae_dist.batch import Batch
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.loader import Plan, Source
@@ -131,4 +130,4 @@ class Features:
         with replacing(self.folder / name) as work, work.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno(), self.folder / name)

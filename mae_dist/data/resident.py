@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae_dist import environment
-from mae_dist.atomic import leftovers, open_lock, replacing, try_lock
+from mae_dist.atomic import leftovers, open_lock, replacing, sync, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
 from mae_dist.data.crop import Met, Reader, Rows, log_unreadable
@@ -164,7 +164,7 @@ def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[bytes], quie
     try:
         write(path, key, pixels)
         return load(path, key)
-    except OSError as error:
+    except (OSError, Unusable) as error:  # a file system that maps no files, say
         _warn(index, path, error)
         return pixels
 
@@ -181,11 +181,11 @@ def _wait_for(lock: IO[bytes], path: Path) -> bool:
     return locked
 
 
-def _warn(index: ShardIndex, path: Path, error: OSError) -> None:
+def _warn(index: ShardIndex, path: Path, error: OSError | Unusable) -> None:
     log.warning(
         "%s: cannot be written (%s), so %d images are decoded at every start; make room or the folder writable, or "
         "index the tars into a folder of your own: `mae-dist data index 'TARS' --out FOLDER`",
-        path, error.strerror or error, len(index),
+        path, getattr(error, "strerror", None) or error, len(index),
     )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def write(path: Path, key: str, pixels: Pixels) -> None:
         for tensor in pixels.tensors.values():
             stream.write(tensor.numpy().data)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno(), path)
 
 
 def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixels:

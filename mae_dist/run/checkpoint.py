@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Container
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mae_dist import dist
+from mae_dist.atomic import remove, sync, sync_folder
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.run import jsonl
@@ -83,10 +83,11 @@ def save(path: Path, step: int, parts: dict[str, Part], group: Any = None) -> No
     is held for milliseconds, so a thread may save beside training. Raises MachineFault on every rank where it cannot be
     written, after removing what is there of it.
     """
-    temporary, replaced = path.with_name(f".saving-{step:09d}"), path.with_name(f".replaced-{step:09d}")
+    temporary = path.with_name(f".saving-{step:09d}")
 
     def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            remove(temporary)
         temporary.mkdir(parents=True)
 
     def publish() -> None:
@@ -95,10 +96,9 @@ def save(path: Path, step: int, parts: dict[str, Part], group: Any = None) -> No
         manifest = {"step": step, "world": dist.world(), "num_tensors": num_tensors, "files": files}
         jsonl.write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if path.exists():
-            path.rename(replaced)
+            remove(path)
         temporary.rename(path)
-        sync_directory(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        sync_folder(path.parent)
 
     try:
         dist.run_on_rank0(prepare, group)
@@ -110,9 +110,7 @@ def save(path: Path, step: int, parts: dict[str, Part], group: Any = None) -> No
         if not dist.is_main():
             raise MachineFault("") from error
         shutil.rmtree(temporary, ignore_errors=True)
-        raise MachineFault(
-            f"the checkpoint of step {step} could not be written to {path.parent}: {error}; is the disk full?"
-        ) from error
+        raise MachineFault(f"the checkpoint of step {step} could not be written to {path.parent}: {error}.") from error
 
 
 def write(folder: Path, parts: dict[str, Part]) -> dict[str, Any]:
@@ -148,10 +146,11 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
     digest = hashlib.sha256()
     with file.open("wb") as stream:
         for piece in (len(text).to_bytes(8, "little"), text, *map(bytes_of, tensors.values())):
+            progress()
             stream.write(piece)
             digest.update(piece)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno(), file)
     return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 
@@ -211,12 +210,3 @@ def measure(path: Path) -> dict[str, Any]:
     """The size and sha256 of a file."""
     progress()
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def sync_directory(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

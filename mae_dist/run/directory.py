@@ -10,7 +10,6 @@ import json
 import logging
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from mae_dist import atomic, dist, errors, watchdog
 from mae_dist import config as configuration
-from mae_dist import dist, errors, watchdog
 from mae_dist.run import checkpoint, events, identity, jsonl, layout, lock
 from mae_dist.run.layout import step_of
 from mae_dist.schema import RunConfig
@@ -76,8 +75,9 @@ class RunDir:
         jsonl.write_atomic(self.path / layout.CONFIG, text)
         for name in ("checkpoints", "pictures"):
             (self.path / name).mkdir(exist_ok=True)
-        for leftover in (self.path / "checkpoints").glob(".*"):
-            shutil.rmtree(leftover)
+        for leftover in (self.path / "checkpoints").iterdir():
+            if layout.LEFTOVER.match(leftover.name):
+                atomic.remove(leftover)
 
     def settings(self) -> tuple[str, str, Any]:
         """(verb, fingerprint of the data, config) in config.yaml."""
@@ -148,10 +148,7 @@ class RunDir:
         def prune() -> None:
             for old in self.checkpoints()[:-keep]:
                 if keep_every is None or step_of(old) % keep_every:
-                    try:
-                        shutil.rmtree(old)
-                    except OSError as error:  # an open file on NFS, say: the new checkpoint counts all the same
-                        log.warning("%s could not be removed (%s)", old, error)
+                    atomic.remove(old)
 
         checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, parts, group)
         dist.run_on_rank0(prune, group)
@@ -165,10 +162,14 @@ class RunDir:
         return step_of(found)
 
     def forget(self, step: int) -> None:
-        """Remove the checkpoints of `step` and later, which a run that rewinds to an earlier step will make again."""
+        """Remove the checkpoints of `step` and later, which a run that rewinds to an earlier step will make again.
+        Raises MachineFault where one stays.
+        """
         for path in self.checkpoints():
             if step_of(path) >= step:
-                shutil.rmtree(path)
+                atomic.remove(path)
+                if path.exists():
+                    raise errors.MachineFault(f"{path}: can neither be removed nor renamed, so the run cannot rewind")
 
     def newest(self, before: int | None = None) -> Path | None:
         """The newest undamaged checkpoint, of those before a step where one is given; None where there is none.

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mae_dist.atomic import replacing, try_lock
+from mae_dist.atomic import replacing, sync, try_lock
 
 Record = dict[str, Any]
 
@@ -140,14 +140,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     with replacing(path) as work, work.open("wb") as stream:
         stream.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno(), path)
 
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
-    """The content of a file, mapped; an empty one cannot be."""
+    """The content of a file, mapped where its file system can."""
     if not path.stat().st_size:
         yield b""
         return
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        yield content
+    with path.open("rb") as stream:
+        try:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError:  # some file systems map no files
+            yield stream.read()
+            return
+        with content:
+            yield content

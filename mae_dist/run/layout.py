@@ -40,6 +40,8 @@ STARTED_FROM = "started_from"
 """Key of config.yaml: `identity.of_checkpoint` of what init_from gave the run."""
 CHECKPOINT = re.compile(r"step-[0-9]{9,}")
 """Name of a checkpoint's folder."""
+LEFTOVER = re.compile(r"\.(saving|removed)-")
+"""How hidden names of unfinished saves and removals beside the checkpoints begin."""
 FORMAT = 2
 """Version of the layout of a run's folder, in its config.yaml."""
 RECENT = 100

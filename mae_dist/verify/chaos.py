@@ -1,8 +1,8 @@
 """`mae-dist chaos`: inject faults into a run under torchrun by a seeded plan, and compare it with an undisturbed run.
 
 The settings run twice: once undisturbed, and once with ranks killed and hung, power lost, tars truncated, checkpoints
-damaged, disks full and NaN in the loss. In the end both must have trained on the same samples in the same order, with
-the same losses and to the same weights, bit for bit.
+damaged, disks full, NaN in the loss, and calls of the file system refused. In the end both must have trained on the
+same samples in the same order, with the same losses and to the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mae_dist.cli import Parser
 from mae_dist.data.index import Dataset
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
-from mae_dist.verify import chaos_table, compare, inject_nan
+from mae_dist.verify import chaos_table, compare, inject_io, inject_nan
 from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS, Fault, Target
 from mae_dist.verify.torchrun import RECOVERY_TIME, NotRecovered, TorchrunRun
@@ -65,15 +65,16 @@ def main(argv: list[str]) -> int:
     (out / "plan.json").write_text(json.dumps([dataclasses.asdict(fault) for fault in faults], indent=1) + "\n")
     log.info("planned faults: %d, in %s", len(faults), out / "plan.json")
 
-    nan_samples = out / "nan_samples.json"
+    nan_samples, io_faults = out / "nan_samples.json", out / "io_faults"
 
     def job(name: str, module: str) -> TorchrunRun:
         command = ["pretrain", *files, *overrides, f"out={out / name}"]
-        environment = {inject_nan.VARIABLE: str(nan_samples)} | on_cpus(options.processes)
+        environment = {inject_nan.VARIABLE: str(nan_samples), inject_io.VARIABLE: str(io_faults)}
+        environment |= on_cpus(options.processes)
         return TorchrunRun(out / name, module, command, options.processes, out / f"{name}.log", environment)
 
     undisturbed, disturbed = job("undisturbed", "mae_dist"), job("run", inject_nan.__name__)
-    target = Target(disturbed, config, options.processes, compare.planned_order(config), nan_samples)
+    target = Target(disturbed, config, options.processes, compare.planned_order(config), nan_samples, io_faults)
     results: list[FaultResult] = []
     for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: no process is left behind
         signal.signal(number, signal.default_int_handler)

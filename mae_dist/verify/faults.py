@@ -44,13 +44,14 @@ class Fault:
 @dataclass(frozen=True)
 class Target:
     """The run that faults are injected into, its settings, its first number of ranks, its planned order of samples, and
-    the file that inject_nan reads."""
+    the files that inject_nan and inject_io read."""
 
     job: TorchrunRun
     config: PretrainConfig
     num_ranks: int
     order: Order
     nan_samples: Path
+    io_faults: Path
 
     def rank(self, fault: Fault) -> int:
         """The rank that a fault hits."""
@@ -151,14 +152,10 @@ def disk_full(target: Target, _: Fault) -> Recovery:
         job.wait(lambda: str(good.parent) in job.output(), f"its output names {good.parent}, where a save failed")
         if (damage := checkpoint.verify(newest(target))) is not None:
             raise NotRecovered(f"{newest(target).name}, the last good checkpoint, is damaged: {damage}")
-    failed = job.step()
     job.wait(lambda: newest(target) > good, "a later checkpoint is saved")
     if (damage := checkpoint.verify(newest(target))) is not None:
         raise NotRecovered(f"{newest(target).name}, the first after the disk was full, is damaged: {damage}")
-    if job.new_events("start"):
-        raise NotRecovered("a full disk ended the ranks, which must go on")
-    job.wait(lambda: job.step() > failed, f"step {failed + 1} is done")
-    return Recovery(failed, failed)
+    return went_on(target, "write")
 
 
 @contextmanager
@@ -184,6 +181,53 @@ def size_limit(target: Target) -> int:
     if limit > 0.8 * needed:
         raise NotRecovered(f"checkpoint files of {needed} bytes are hardly larger than the logs: use a larger model")
     return limit
+
+
+def no_rmtree(target: Target, _: Fault) -> Recovery:
+    """Old checkpoints that cannot be removed: the run warns and goes on, and the new ones count."""
+    return save_without(target, "rmtree", "could not be removed")
+
+
+def no_fsync(target: Target, _: Fault) -> Recovery:
+    """A file system without fsync: the run warns once and goes on, and its checkpoints count."""
+    return save_without(target, "fsync", "")  # another start of the run may have warned already
+
+
+def save_without(target: Target, call: str, warning: str) -> Recovery:
+    """Let a call of the file system fail until a checkpoint more is saved and the run has warned of it."""
+    job, good = target.job, newest(target)
+    with io_fault(target, call):
+        job.wait(lambda: warning in job.output() and newest(target) > good, f"a checkpoint is saved without {call}")
+        if (damage := checkpoint.verify(newest(target))) is not None:
+            raise NotRecovered(f"{newest(target).name}, saved without {call}, is damaged: {damage}")
+    return went_on(target, call)
+
+
+def eio(target: Target, _: Fault) -> Recovery:
+    """Reads that fail with EIO: every rank names the tar and reads again until the disk answers; none ends."""
+    job = target.job
+    with io_fault(target, "pread"):
+        job.wait(lambda: "EIO" in job.output(), "its output names EIO")
+    return went_on(target, "pread")
+
+
+def went_on(target: Target, call: str) -> Recovery:
+    """The recovery of a run that a fault must not have ended: a step more, in the same start."""
+    job, failed = target.job, target.job.step()
+    job.wait(lambda: job.step() > failed, f"step {failed + 1} is done")
+    if job.new_events("start"):
+        raise NotRecovered(f"a failed {call} ended the ranks, which must go on")
+    return Recovery(failed, failed)
+
+
+@contextmanager
+def io_fault(target: Target, call: str) -> Iterator[None]:
+    """Context manager: this function of `inject_io` fails in all ranks."""
+    jsonl.write_atomic(target.io_faults, call)
+    try:
+        yield
+    finally:
+        target.io_faults.unlink()
 
 
 def kill_in_save(target: Target, _: Fault) -> Recovery:
@@ -264,6 +308,9 @@ KINDS: dict[str, Callable[[Target, Fault], Recovery]] = {
     "truncated-tar": truncated_tar,
     "nan": nan,
     "disk-full": disk_full,
+    "no-rmtree": no_rmtree,
+    "no-fsync": no_fsync,
+    "eio": eio,
     "kill-in-save": kill_in_save,
     "damaged-checkpoint": damaged_checkpoint,
     "resize": resize,

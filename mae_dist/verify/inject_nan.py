@@ -3,7 +3,7 @@
 The file named in the environment variable MAE_DIST_NAN_SAMPLES lists [epoch, sample id] pairs, as JSON; it may be
 replaced at any time. The loss of each listed sample, and with it the gradient, becomes NaN once: injected pairs are
 recorded in a second file beside it, so that they are not injected again, in this process or after a restart. Only
-`mae-dist chaos` starts its ranks this way.
+`mae-dist chaos` starts its ranks this way; they also meet the faults of `inject_io`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from mae_dist.batch import Batch
 from mae_dist.objectives import Output, mae
+from mae_dist.verify import inject_io
 
 VARIABLE = "MAE_DIST_NAN_SAMPLES"
 Pair = tuple[int, int]
@@ -61,5 +62,6 @@ class NanInjector(mae.MAE):
 
 
 if __name__ == "__main__":
+    inject_io.install(Path(os.environ[inject_io.VARIABLE]))
     mae.MAE = NanInjector  # before any other module imports it
     runpy.run_module("mae_dist", run_name="__main__", alter_sys=True)

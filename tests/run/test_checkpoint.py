@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import re
 import resource
+import shutil
+import stat
 import threading
 import time
 from pathlib import Path
@@ -16,7 +21,7 @@ from opened import opened
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import dist, evaluate, optim, schema, train
+from mae_dist import atomic, dist, evaluate, optim, schema, train
 from mae_dist.__main__ import main
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
@@ -152,6 +157,72 @@ def test_checkpoint_on_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
     assert run.restore(simple(0.0)) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_checkpoint_on_a_file_system_without_fsync_counts_with_one_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(atomic, "_warned", [])
+    assert saved(tmp_path, 1, 2).restore(simple(0.0)) == 2
+    assert len(re.findall("cannot wait for its disk", caplog.text)) == 1
+
+
+def test_checkpoint_counts_though_its_folder_cannot_be_synchronised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert saved(tmp_path, 1).restore(simple(0.0)) == 1
+    assert f"{tmp_path / 'checkpoints'}: not synchronised" in caplog.text
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "mkdir")])
+def test_checkpoint_that_the_storage_refuses_names_file_and_error_and_leaves_the_earlier_ones(
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved(tmp_path, 1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(owner, name, fail)
+        with pytest.raises(MachineFault, match=rf"step 2 could not be written to {tmp_path}.*Errno {errno.EIO}"):
+            run.save(2, checkpoint.share(simple(2.0)), keep=10)
+    assert [step_of(path) for path in run.checkpoints()] == [1]
+    run.save(2, checkpoint.share(simple(2.0)), keep=10)
+    assert run.restore(simple(0.0)) == 2
+
+
+def test_checkpoint_that_cannot_be_removed_no_longer_counts_and_is_removed_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, real = saved(tmp_path, 1), shutil.rmtree
+
+    def refuse(path: Path, **_: Any) -> None:
+        (path / checkpoint.MANIFEST).unlink()  # as far as it comes
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    run.save(2, checkpoint.share(simple(2.0)), keep=1)
+    assert "step-000000001 could not be removed" in caplog.text
+    assert [step_of(path) for path in run.checkpoints()] == [2]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    monkeypatch.setattr(shutil, "rmtree", real)
+    (tmp_path / "checkpoints" / ".snapshot").mkdir()  # somebody else's
+    opened(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000000002", ".snapshot"}
 
 
 def test_async_save_is_of_the_step_at_which_it_began(tmp_path: Path) -> None:

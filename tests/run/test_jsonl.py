@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -200,3 +202,16 @@ def test_append_of_several_processes_loses_no_line(tmp_path: Path) -> None:
     assert damaged == 0
     for name in ("a", "b", "c"):
         assert [record["number"] for record in records if record["writer"] == name] == list(range(200))
+
+
+def test_records_of_a_file_system_that_maps_no_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "metrics.jsonl"
+    jsonl.append(file, *({"kind": "step", "step": step, "bad": step} for step in (1, 2, 3)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert [record["step"] for record in jsonl.records_with(file, "bad")] == [1, 2, 3]
+    jsonl.cut_after(file, 2)
+    assert [record["step"] for record in jsonl.read(file)] == [1, 2]

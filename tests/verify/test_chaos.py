@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from mae_dist.batch import Batch
 from mae_dist.data.order import Order
 from mae_dist.objectives import Output
 from mae_dist.run import events
-from mae_dist.verify import chaos, chaos_table, compare, inject_nan
+from mae_dist.verify import chaos, chaos_table, compare, inject_io, inject_nan
 from mae_dist.verify.chaos_table import FaultRow, Totals
 from mae_dist.verify.faults import ELASTIC, KINDS
 from mae_dist.verify.torchrun import TorchrunRun
@@ -201,6 +202,23 @@ def test_nan_is_injected_once_for_each_listed_sample(tmp_path: Path) -> None:
     assert math.isnan(second)
     assert losses() == [1, 2, 3]
     assert inject_nan.pending(file) == {(0, 5)}
+
+
+def test_calls_of_the_file_system_fail_while_they_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, victim = tmp_path / "listed", tmp_path / "victim"
+    for module, name in ((os, "pread"), (os, "fsync"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
+    inject_io.install(listed)
+    listed.write_text("pread rmtree")
+    with listed.open("r+b") as stream:
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(stream.fileno(), 1, 0)
+        os.fsync(stream.fileno())
+    victim.mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        shutil.rmtree(victim)
+    listed.unlink()
+    shutil.rmtree(victim)
 
 
 def test_torchrun_run_finds_and_kills_all_its_processes(tmp_path: Path) -> None:
