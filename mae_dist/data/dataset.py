@@ -107,7 +107,7 @@ class Dataset:
             return _parsed(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path}: not a {FORMAT!r} file ({str(error)[:200]}); restore it from a copy, or remove it and run "
+                f"{path}: not a {FORMAT!r} file ({str(error)[:200]}); restore it from a copy, or move it away and run "
                 f"`mae-dist data index TARS --split NAME` for each split (which knows no mean, std and class names)"
             ) from error
 

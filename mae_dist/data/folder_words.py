@@ -37,6 +37,8 @@ def is_images(name: str) -> bool:
 
 
 def _is_part(name: str) -> bool:
+    if re.fullmatch(r"label\W*_?\d+", name.lower()):
+        return False
     return is_images(name) or OTHER_PARTS.fullmatch(re.sub("[^a-z]", "", name.lower())) is not None
 
 

@@ -170,7 +170,7 @@ def read(file: Path) -> LabelList:
             raise ValueError(f"has files where labels should be ({pairs[-1][1]}); write file,label")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--labels {file}: {error}") from error
-    return LabelList(file, [name for name, _ in pairs], [_plain(label) for _, label in pairs])
+    return LabelList(file, [name.replace("\\", "/") for name, _ in pairs], [_plain(label) for _, label in pairs])
 
 
 def table(text: str) -> list[list[str]]:
@@ -189,8 +189,10 @@ def _json_rows(text: str) -> list[list[str]]:
     if isinstance(plain, list) and plain and all(isinstance(row, dict) for row in plain):
         head = list(dict.fromkeys(key for row in plain for key in row))
         return [head, *([_cell(row.get(key)) for key in head] for row in plain)]
+    if isinstance(plain, dict) and plain.keys() == {"labels"} and isinstance(plain["labels"], list):  # as in StyleGAN's
+        plain = plain["labels"]
     if isinstance(plain, list):
-        return [[_cell(label)] for label in plain]
+        return [[_cell(cell) for cell in (row if isinstance(row, list) else [row])] for row in plain]
     if any(isinstance(label, dict | list) for label in plain.values()):
         raise ValueError("expected an object from file to label, or an object a row")
     return [["file", "label"], *([file, _cell(label)] for file, label in plain.items())]
@@ -206,6 +208,8 @@ def _plain(label: str) -> str:
     """A label without blanks and boxes; empty if it says that there is none."""
     label = label.strip()
     boxes = BOXES.fullmatch(label)
+    if re.fullmatch(r"\d+\.0+", label):  # as pandas writes the numbers of a column where one is missing
+        return label.partition(".")[0]
     return "" if label.lower() in ABSENT else boxes[1] if boxes else label
 
 

@@ -56,6 +56,8 @@ def read(folder: Path, answer: str | None = None, labels: str | None = None) -> 
         ("train/a/1.jpg val/a/1.jpg __MACOSX/train/a/._1.jpg .DS_Store a/Thumbs.db annotations/1.xml",
          {"train": {"a": 1}, "val": {"a": 1}}),
         ("a/1.jpg 2.jpg b.heic", {"train": {"a": 1, "in no class folder": 1, HEIC: 1}}),
+        ("label_0/1.jpg label_1/1.jpg", {"train": {"label_0": 1, "label_1": 1}}),
+        ("mask/1.jpg no_mask/1.jpg", {"train": {"mask": 1, "no_mask": 1}}),
         ("train_inn/1.jpg field/1.jpg valley/1.jpg", {"train": {"train_inn": 1, "field": 1, "valley": 1}}),
     ],
 )  # fmt: skip

@@ -81,6 +81,8 @@ LISTS = {
     "l.tsv": "/data/train/cat/1.png\t1\n/data/train/dog/1.JPEG\t0\n7.png\t0\n",
     "l.json": '{"cat/1": 1, "dog/1": 0, "cow/1": null, "none": 3}',
     "l.jsonl": '{"file_name": "cat/1.png", "label": 1}\n{"file_name": "dog/1.png", "label": 0.0}\n{"file_name": "_"}',
+    "pandas.csv": ",image,label\n0,train\\cat\\1.png,1.0\n1,train\\dog\\1.png,0.0\n2,z.png,2.0\n",
+    "stylegan.json": '{"labels": [["cat/1.png", 1], ["dog/1.png", 0], ["z", 2]]}',
     "rows": '[{"image": "x/cat/1", "label": 1, "w": 3}, {"image": "x/dog/1", "label": 0}, {"image": "y", "label": 4}]',
 }
 
