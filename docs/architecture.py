@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "environment", "errors", "interfaces", "signals", "checksum"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "watchdog"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "starts", "watchdog"},
     {"cli", "image_settings", "recipes", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},

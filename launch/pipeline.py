@@ -32,6 +32,7 @@ import yaml
 from launch import preflight, sweep
 from launch.cluster import Cluster
 from mae_dist import config as configuration
+from mae_dist import starts
 from mae_dist.cli import VERBS
 from mae_dist.data.index import open_split
 from mae_dist.run import identity, jobs, layout
@@ -162,7 +163,7 @@ def read_stage(
         ]
         made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
         for run in runs:
-            if run.config and run.config.origin and (start := Path(run.config.origin)) in made:
+            if run.config and run.config.origin and (start := starts.run_and_step(run.config.origin)[0]) in made:
                 configuration.check_same_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")

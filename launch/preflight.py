@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import model_sizes
+from mae_dist import model_sizes, starts
 from mae_dist.data import split_checks
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.run import identity, jobs, layout, slurm_cli
@@ -64,11 +64,16 @@ def check_initial_weights(config: RunConfig) -> None:
     start = config.origin
     if start is None:
         return
-    if not (Path(start) / layout.CONFIG).is_file():
+    if starts.is_of_others(Path(start)):
+        return
+    run, step = starts.run_and_step(start)
+    if not (run / layout.CONFIG).is_file():
         raise ValueError(f"init_from={start}: no run lies there; give the out= folder of an earlier run, or random")
-    if not layout.checkpoints(Path(start)):
+    if step is not None:
+        layout.checkpoint_at(run, step, f"init_from={start}")
+    elif not layout.checkpoints(run):
         raise ValueError(f"init_from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    configuration.check_same_model(config, layout.settings(Path(start))[2])
+    configuration.check_same_model(config, layout.settings(run)[2])
 
 
 def check_folder(verb: str, config: RunConfig) -> None:

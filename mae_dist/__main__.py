@@ -28,7 +28,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist data {pack,index,show,check} ...
        mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
        mae-dist import FILE --out RUN
-       mae-dist export RUN --to {timm,hf,fb,npz,safetensors} --out PATH
+       mae-dist export RUN [--step N] --to {timm,hf,fb,npz,safetensors} --out PATH
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mae_dist import hints, paths
+from mae_dist import hints, paths, starts
 from mae_dist.schema import PATHS, RANDOM
 
 UNUSUAL = re.compile(r"[-+]?(0[0-9xob_].*|[0-9][0-9_]*[_:][0-9_:.]*)")
@@ -97,9 +97,11 @@ def model_of(run: str) -> dict[str, Any]:
     """Name and image size of the model of a run, as settings; none of `random`. ValueError where it is no run."""
     import yaml
 
-    file = Path(run) / "config.yaml"
+    file = starts.run_and_step(run)[0] / "config.yaml"
     if run == RANDOM:
         return {}
+    if starts.is_of_others(Path(run)):
+        raise ValueError(f"init_from={run}: is not imported yet, so it does not say model.name; give that")
     if not file.is_file():
         raise ValueError(f"init_from={run}: no run lies there, which would say model.name; give that, or another run")
     try:

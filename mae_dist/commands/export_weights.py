@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     """Run `mae-dist export ARGV` and return the exit status."""
     parser = Parser(prog="mae-dist export", description="Write a run's newest checkpoint for another codebase.")
     parser.add_argument("folder", metavar="RUN", help="folder of the run")
+    parser.add_argument("--step", type=int, help="step of an older checkpoint (default: the newest)")
     parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new file; hf, safetensors: folder")
     arguments = parser.parse_args(argv)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         )
     files.refuse_existing(path, "--out")
     dist.setup()
-    model, heads = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN")))
+    model, heads = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN"), arguments.step))
     original = build(model, arguments.folder)
     tensors, left_out = codec.encode(model)
     with files.atomic_output(path, "--out") as temporary:
@@ -74,16 +75,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def load(run: RunDir) -> Model:
-    """Load the model in a run's newest checkpoint, with its EMA weights if it has them. ValueError if it has none."""
+def load(run: RunDir, step: int | None = None) -> Model:
+    """Load the model in a run's newest checkpoint, or that of a step, with its EMA weights if it has them. ValueError
+    if it has none.
+    """
     verb, fingerprint, config = run.settings()
     if verb == "knn":
         trained = "one that trains" if config.init_from == RANDOM else f"its init_from={config.init_from}"
         raise ValueError(f"RUN={run.path}: a knn run trains nothing; export {trained} instead")
-    newest = run.newest()
+    newest = run.newest() if step is None else run.at(step, f"--step {step}")
     if newest is None:
         raise ValueError(f"RUN={run.path}: has no checkpoint yet; wait for the first, or run its {verb} command again")
-    if run.result() is None:
+    if step is None and run.result() is None:
         log.warning("RUN=%s: this run is not finished; exporting its checkpoint %s", run.path, newest.name)
     shapes = checkpoint.names_in(newest)
     names = [name.removeprefix("model.") for name in shapes if name.startswith("model.")]

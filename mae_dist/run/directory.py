@@ -161,6 +161,13 @@ class RunDir:
         checkpoint.load(found, state)
         return step_of(found)
 
+    def at(self, step: int, field: str) -> Path:
+        """The checkpoint of a step; ValueError, which begins with `field`, where there is none or it is damaged."""
+        path = layout.checkpoint_at(self.path, step, field)
+        if (damage := checkpoint.verify(path)) is not None:
+            raise ValueError(f"{field}: {path} is damaged ({damage}); choose another step")
+        return path
+
     def forget(self, step: int) -> None:
         """Remove the checkpoints of `step` and later, which a run that rewinds to an earlier step will make again.
         Raises MachineFault where one stays.

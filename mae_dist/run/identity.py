@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mae_dist import config as configuration
-from mae_dist import paths
+from mae_dist import paths, starts
 from mae_dist.run import jsonl, layout
 from mae_dist.schema import C, RunConfig
 
@@ -62,9 +62,12 @@ def completed(config: C, old: RunConfig) -> C:
     data, known = config.data, old.data
     data = dataclasses.replace(
         data, mean=data.mean or known.mean, std=data.std or known.std,
-        white=known.white if data.white is None else data.white,
+        white=known.white if data.white is None else data.white, channels=data.channels or known.channels,
         test_split=known.test_split if data.test_split == "auto" else data.test_split,
     )  # fmt: skip
+    mapped = old.origin == str(starts.imported(old.out)) and config.origin is not None
+    if mapped and not (starts.run_and_step(str(config.origin))[0] / layout.CONFIG).is_file():
+        config = dataclasses.replace(config, **{"init_from": old.origin})
     return dataclasses.replace(config, data=data)
 
 
@@ -97,9 +100,12 @@ def same_start(old: RunConfig, new: RunConfig, recorded: str | None) -> bool:
     if old.origin is None or new.origin is None:
         return old.origin == new.origin
     in_place = Path(old.origin).absolute() == Path(new.origin).absolute()
-    if recorded is None or find_checkpoint(Path(new.origin), recorded):
+    run, step = starts.run_and_step(new.origin)
+    if recorded is not None and step not in (None, layout.step_of(Path(recorded.split()[0]))):
+        return False
+    if recorded is None or find_checkpoint(run, recorded):
         return in_place or recorded is not None
-    there = layout.checkpoints(Path(new.origin))
+    there = layout.checkpoints(run)
     return in_place and (not there or layout.step_of(there[-1]) > layout.step_of(Path(recorded.split()[0])))
 
 

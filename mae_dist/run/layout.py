@@ -93,6 +93,17 @@ def checkpoints(path: Path) -> list[Path]:
     return sorted(folder for folder in found if CHECKPOINT.fullmatch(folder.name) and folder.is_dir())
 
 
+def checkpoint_at(run: Path, step: int, field: str) -> Path:
+    """The checkpoint of a step of a run; ValueError, which begins with `field` and lists those there are, if none."""
+    found = {step_of(path): path for path in checkpoints(run)}
+    if step not in found:
+        there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
+        raise ValueError(
+            f"{field}: the run has no checkpoint of step {step}; {there} (checkpoint.keep_every keeps more)"
+        )
+    return found[step]
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step-"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import dist, environment, models, parallel, rewind
+from mae_dist import dist, environment, models, parallel, rewind, starts
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
@@ -28,6 +28,7 @@ from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
 from mae_dist.stages.images import check_readable, with_statistics
+from mae_dist.stages.imports import with_imported
 from mae_dist.stages.splits import (
     check_splits,
     find_test_split,
@@ -226,7 +227,8 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
 
 
 def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
-    """Join the ranks, find data, initial weights and statistics, and build the backbone; nothing is written.
+    """Join the ranks, find data, initial weights and statistics, and build the backbone; nothing is written, but a
+    checkpoint of others that init_from names is imported beside the run.
 
     ``needs_labels``: the verb needs a label on every sample, and a test split. Raises ValueError in one sentence.
     """
@@ -239,6 +241,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     train_split = open_train_split(config, cache)
     config = with_test_split(config, before)
     test_split = find_test_split(config, needs_labels, train_split)
+    config = with_imported(config)
     initial = find_initial_weights(config.origin, began) if config.origin is not None else None
     for split in (train_split, test_split) if needs_labels else ():
         refuse_unlabelled(split, verb)
@@ -296,19 +299,22 @@ class InitialWeights:
 
 
 def find_initial_weights(path: str, began: str | None) -> InitialWeights:
-    """The run that `init_from` names: its newest undamaged checkpoint, or that with which this run `began`, where it is
+    """The run that `init_from` names: the checkpoint of RUN@STEP, else its newest undamaged one, or that with which this run `began`, where it is
     still there. Raises ValueError when it is no run or has no checkpoint.
     """
-    run = RunDir.existing(path, "init_from")
+    folder, step = starts.run_and_step(path)
+    run = RunDir.existing(folder, "init_from")
 
     def choose() -> Path | None:
+        if step is not None:
+            return run.at(step, f"init_from={path}")
         same = identity.find_checkpoint(run.path, began) if began else None
         return same if same and checkpoint.verify(same) is None else run.newest()
 
     newest = dist.run_on_rank0(choose)
     if newest is None:
         raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
-    if dist.is_main() and run.result() is None:
+    if dist.is_main() and step is None and run.result() is None:
         log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)
     return InitialWeights(run.settings()[2], newest)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mae_dist.starts import INDEX, WEIGHT_FILES
 from mae_dist.weights import fb, files, hf, native, npz, state_dicts, timm
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
@@ -76,7 +77,7 @@ def _codec(found: state_dicts.StateDict, config: dict[str, Any], path: Path) -> 
     if hf.recognises(found.tensors):
         raise ValueError(
             f"{path}: weights of transformers without their config.json; give the folder that holds both, config.json "
-            f"and {' or '.join(files.WEIGHT_FILES)}"
+            f"and {' or '.join(WEIGHT_FILES)}"
         )
     return fb if fb.recognises(found.tensors, found.extras) else timm
 
@@ -88,15 +89,15 @@ def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
-        name = path.name.removesuffix(files.INDEX)
+        name = path.name.removesuffix(INDEX)
         if name != path.name:
             return files.shards(path), files.read_json(path.with_name("config.json"))
-        return [path], files.read_json(path.with_name("config.json")) if name in files.WEIGHT_FILES else {}
-    for name in files.WEIGHT_FILES:
-        index = path / (name + files.INDEX)
+        return [path], files.read_json(path.with_name("config.json")) if name in WEIGHT_FILES else {}
+    for name in WEIGHT_FILES:
+        index = path / (name + INDEX)
         if (path / name).is_file() or index.is_file():
             parts = [path / name] if (path / name).is_file() else files.shards(index)
             return parts, files.read_json(path / "config.json")
     if (path / "config.yaml").is_file():
         raise ValueError(f"{path}: is already a run of mae-dist; init_from={path} starts from it")
-    raise ValueError(f"{path}: a folder without {' or '.join(files.WEIGHT_FILES)}; give a checkpoint file")
+    raise ValueError(f"{path}: a folder without {' or '.join(WEIGHT_FILES)}; give a checkpoint file")

@@ -20,13 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mae_dist.atomic import replacing
+from mae_dist.starts import INDEX
 from mae_dist.weights.checks import brief
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the file with the tensors in a checkpoint that is a folder."""
-
-INDEX = ".index.json"
-"""End of the name of the file that lists the parts of a sharded checkpoint, as transformers writes it."""
 SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
 """The functions by which pickle makes NumPy's scalars and arrays of bytes."""
 INERT: tuple[Any, ...] = (
