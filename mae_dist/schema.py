@@ -352,7 +352,7 @@ class SupervisedConfig(RunConfig):
     """The settings that probe and finetune share."""
 
     init_from: str = setting(
-        "???", "run, RUN@STEP, or checkpoint of others, whose backbone gives the initial weights; or random"
+        "???", "run, RUN@STEP or file of others whose backbone gives the initial weights, or random"
     )
     optim: OptimConfig = section(OptimConfig)
 
@@ -379,7 +379,7 @@ class FinetuneConfig(SupervisedConfig):
 class KnnRunConfig(RunConfig):
     """Weighted nearest neighbours on the features of a frozen backbone."""
 
-    init_from: str = setting("???", "run, RUN@STEP, or checkpoint of others, whose backbone is evaluated; or random")
+    init_from: str = setting("???", "run, RUN@STEP or file of others whose backbone is evaluated, or random")
     knn: KnnConfig = section(KnnConfig)
 
 

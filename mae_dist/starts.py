@@ -1,4 +1,4 @@
-"""What `init_from` names: a run, RUN@STEP for an older checkpoint of it, or a checkpoint of other software. No torch."""
+"""What `init_from` names: a run, RUN@STEP for an older checkpoint of it, or a checkpoint of others. No torch."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def checkpoint_at(run: Path, step: int, field: str) -> Path:
     if step not in found:
         there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
         raise ValueError(
-            f"{field}: the run has no checkpoint of step {step}; {there} (checkpoint.keep_every keeps more)"
+            f"{field}: the run has no checkpoint of step {step}; {there} (see checkpoint.keep_every)"
         )
     return found[step]
 

@@ -1,4 +1,4 @@
-"""A checkpoint of other software that `init_from` names is imported on the way, to a run beside the run's own folder."""
+"""A checkpoint of other software that `init_from` names is imported on the way, to a run beside the run's folder."""
 
 from __future__ import annotations
 

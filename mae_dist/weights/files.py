@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mae_dist.atomic import replacing
-from mae_dist.starts import INDEX
 from mae_dist.weights.checks import brief
 
 SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
