@@ -299,8 +299,8 @@ class InitialWeights:
 
 
 def find_initial_weights(path: str, began: str | None) -> InitialWeights:
-    """The run that `init_from` names: the checkpoint of RUN@STEP, else its newest undamaged one, or that with which this
-    run `began`, where it is still there. Raises ValueError when it is no run or has no checkpoint.
+    """The run that `init_from` names: the checkpoint of RUN@STEP, else its newest undamaged one, or that with which
+    this run `began`, where it is still there. Raises ValueError when it is no run or has no checkpoint.
     """
     folder, step = starts.run_and_step(path)
     run = RunDir.existing(folder, "init_from")
