@@ -14,7 +14,7 @@ from mae_dist.errors import from_os_error
 
 AS_THEY_ARE = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "npy")
 """Kinds of files that are stored as they are."""
-TO_PNG = ("bmp", "gif", "pbm", "pgm", "ppm", "tif", "tiff")
+TO_PNG = ("bmp", "gif", "pbm", "pgm", "pnm", "ppm", "tif", "tiff")
 """Kinds that are stored as PNG, which more programs read, where PNG can hold their pixels (`reencode.as_png`)."""
 NOT_READ = (
     "arw", "avif", "cr2", "dcm", "dng", "eps", "exr", "hdr", "heic", "heif", "ico", "j2k", "jp2", "jxl", "nef",

@@ -128,8 +128,9 @@ def from_image(image: Image.Image, channels: int) -> tuple[Pixels, Changes]:
     if image.mode in VIA:
         image = image.convert(VIA[image.mode])
     if image.has_transparency_data and channels % 2:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image.convert("RGBA"))
-        changes = (ON_WHITE,)
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            image, changes = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image), (ON_WHITE,)
     elif image.mode == "RGBX" and channels == 4:
         return np.array(image), ()
     elif image.mode == "CMYK":

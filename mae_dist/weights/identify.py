@@ -134,7 +134,8 @@ class Model:
         """
         absent = NORMS[self.pool == "cls"] if self.is_vit else NORMS[1]
         kept = {n: t for n, t in self.state.items() if n.startswith("backbone.") and not n.startswith(absent)}
-        left_out = []
+        white = self.config.data.white
+        left_out = [] if white is None else [f"data.white={white:g}: give it to runs of the imported model"]
         if self.num_classes:
             kept |= {n: t for n, t in self.state.items() if n.startswith("head.")}
         elif "head.bias" in self.state:

@@ -112,6 +112,9 @@ def test_decode_of_transparency_draws_it_on_white() -> None:
         assert np.array_equal(found == 255, rgb((np.asarray(palette) == index) | (GREY == 255)))
     assert (decode(stored(Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (40, 24))]))) == 255).all()
     assert changes(stored(image)) == "transparency is drawn on white"
+    opaque = stored(Image.fromarray(COLOUR).convert("RGBA"))
+    assert np.array_equal(decode(opaque), COLOUR)
+    assert changes(opaque) == ""
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

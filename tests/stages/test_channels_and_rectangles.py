@@ -17,7 +17,8 @@ from mae_dist.__main__ import main
 from mae_dist.data.index import Dataset
 from mae_dist.models.backbone import fit_channels
 from mae_dist.run.directory import RunDir
-from mae_dist.schema import ModelConfig
+from mae_dist.schema import DataConfig, ModelConfig, PretrainConfig
+from mae_dist.weights.identify import Model
 
 TINY = [
     "model.name=vit_demo4", "train.global_batch=4", "train.steps=1", "train.precision=fp32", "machine.processes=1",
@@ -150,3 +151,9 @@ def test_fit_channels_follows_timm(channels: int) -> None:
 
 def test_square_as_a_pair_is_the_square() -> None:
     assert ModelConfig(image_size=(32, 32)) == ModelConfig(image_size=32)
+
+
+def test_export_names_the_white_that_other_formats_cannot_keep() -> None:
+    config = PretrainConfig(data=DataConfig("x", white=4095.0))
+    _, left_out = Model("pretrain", config, {"backbone.cls_token": torch.zeros(1)}, 1, "").portable(decoder=False)
+    assert left_out == ["data.white=4095: give it to runs of the imported model"]
