@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ def parallelize(objective: Objective, machine: MachineConfig, train: TrainConfig
     """
     checkpoint_activations(objective, machine.activation_checkpointing)
     if machine.compile:
-        for block in blocks_of(objective):
-            block.compile()
+        compile_blocks(objective, sharded(machine))
     if sharded(machine):
         shard(objective, mesh(machine, device), train)
         objective.to_empty(device=device)
@@ -76,11 +75,38 @@ def blocks_of(objective: nn.Module) -> list[Block]:
     return [module for module in objective.modules() if isinstance(module, Block)]
 
 
+def matrices_of(block: Block) -> list[nn.Module]:
+    """The parts of a block that autocast computes in 16 bits: attention or mixing, and MLP, without the norms."""
+    return [part for part in block.children() if not isinstance(part, nn.LayerNorm)]
+
+
 def checkpoint_activations(objective: nn.Module, every: int) -> None:
     """Recompute every `every`-th block in the backward pass (Chen et al. 2016); 0: none."""
     for number, block in enumerate(blocks_of(objective)):
         if every and number % every == 0:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = recomputed(block.forward)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` with its activations recomputed: a function, since torch.compile starts at none that is a `partial`."""
+
+    def checkpointed(*arguments: Any) -> Tensor:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return checkpointed
+
+
+def compile_blocks(objective: nn.Module, is_sharded: bool) -> None:
+    """Compile each block, or where it is sharded the parts of it that FSDP gathers: the hooks that do so would break
+    the graph of a block in pieces.
+    """
+    # blocks share their code: encoder, decoder and its last block, each in training and evaluation, for full and
+    # partial batches, are more variants than the 8 after which torch stops compiling
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # would split a block where a bucket of gradients ends
+    for block in blocks_of(objective):
+        for part in matrices_of(block) if is_sharded else [block]:
+            part.compile()
 
 
 def mesh(machine: MachineConfig, device: torch.device) -> DeviceMesh:
@@ -101,8 +127,7 @@ def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
     rest = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     matrices = MixedPrecisionPolicy(DTYPES.get(train.precision), reduce, cast_forward_inputs=False)
     for block in blocks_of(objective):
-        parts = [part for part in block.children() if not isinstance(part, nn.LayerNorm)]
-        fully_shard(parts, mesh=where, mp_policy=matrices)  # pyright: ignore
+        fully_shard(matrices_of(block), mesh=where, mp_policy=matrices)  # pyright: ignore
     fully_shard(objective, mesh=where, mp_policy=rest, reshard_after_forward=True)  # also after an evaluation
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from mae_dist import models, parallel
+from mae_dist import dist, models, parallel
 from mae_dist.batch import Batch
+from mae_dist.models.layers import Block
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
 from mae_dist.schema import MachineConfig, MaeConfig, TrainConfig
@@ -54,6 +58,75 @@ def test_compiled_blocks_give_the_same_gradients_and_names() -> None:
     assert found.keys() == plain.keys()
     for name in plain:
         torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).relu()
+
+
+class TwoBranches(Block):
+    """A block whose shapes no annotation checks, which would break its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(8), Branch(), Branch()
+
+    def forward(self, x: torch.Tensor, num_out: int | None = None) -> torch.Tensor:
+        x = x + self.attn(self.norm(x))
+        x = x if num_out is None else x[:, -num_out:]
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of operations of each graph that a module's `compile` makes; graphs are counted, not compiled."""
+    found: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        found.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=count))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield found
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("every", "fsdp", "expected"), [(0, False, 1), (1, False, 1), (0, True, 1), (1, True, 1)])
+def test_compile_makes_one_graph_of_a_block_and_one_of_its_parts_under_fsdp(
+    every: int, fsdp: bool, expected: int, graphs: list[int]
+) -> None:
+    dist.setup()
+    blocks = nn.Sequential(TwoBranches(), TwoBranches())
+    parallel.checkpoint_activations(blocks, every)
+    parallel.compile_blocks(blocks, is_sharded=fsdp)
+    if fsdp:
+        parallel.shard(blocks, init_device_mesh("cpu", (1,)), TrainConfig(precision="bf16"))
+    with parallel.autocast("bf16", CPU):
+        blocks(torch.ones(2, 3, 8, requires_grad=True)).sum().backward()
+    assert len(graphs) == expected
+    assert all(parameter.grad is not None for parameter in blocks.parameters())
+
+
+def test_compile_makes_a_graph_for_each_variant_of_a_block(graphs: list[int]) -> None:
+    block = TwoBranches()
+    parallel.compile_blocks(nn.Sequential(block), is_sharded=False)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        block.to(dtype)
+        for num_out in (None, 1):
+            for enabled in (True, False):
+                with torch.set_grad_enabled(enabled):
+                    block(torch.ones(2, 3, 8, dtype=dtype), num_out)
+    assert len(graphs) == 12
 
 
 def test_what_is_built_without_storage_gets_the_same_bits() -> None:
