@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dist import interfaces
+from mae_dist import devices, interfaces
 from mae_dist.environment import MEETING_FILE
-from mae_dist.errors import MachineFault, RankError, RankLost, from_os_error
+from mae_dist.errors import FAILED, MachineFault, RankError, RankLost, from_os_error
 from mae_dist.watchdog import waiting_for
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,16 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def setup(timeout: float = 600.0) -> torch.device:
+def setup(timeout: float = 600.0, use_gpu: bool = True) -> torch.device:
     """Join the process group that the environment describes, and return this rank's device.
 
-    ``timeout``: seconds that a collective waits for a rank before it fails.
+    ``timeout``: seconds that a collective waits for a rank before it fails. ``use_gpu``: false for a process that
+    computes nothing, which would take memory on a GPU, and a whole one where only one process may use it. Raises
+    ValueError where the ranks' devices do not go together.
     """
     global _store, _timeout
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if cuda:
+    device = devices.of_rank(int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _timeout = timedelta(seconds=timeout)
@@ -67,9 +68,21 @@ def setup(timeout: float = 600.0) -> torch.device:
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
+        if use_gpu:
+            agree_on_devices(store, number, count, device)
         _connect(store, number, count, device)
         atexit.register(shutdown)
     return device
+
+
+def agree_on_devices(store: dist.Store, number: int, count: int, device: torch.device) -> None:
+    """Raise ValueError on all ranks where not all have a GPU of their own, or none has one."""
+    store.set(f"device/{number}", devices.describe(device))
+    if number == 0:
+        described = [text.decode() for text in store.multi_get([f"device/{n}" for n in range(count)])]
+        store.set("devices", devices.complaint(described) or devices.refuse_missing(device) or "fit")
+    if (found := store.get("devices").decode()) != "fit":
+        raise ValueError(found)
 
 
 def _connect(store: dist.Store, number: int, count: int, device: torch.device) -> None:
@@ -89,6 +102,22 @@ def _connect(store: dist.Store, number: int, count: int, device: torch.device) -
             f"rank {number} on {socket.gethostname()} could not connect with the others over {name} ({text:.300}); set "
             f"{INTERFACE} (with GPUs also NCCL_SOCKET_IFNAME) to the network interface that all machines share"
         ) from error
+    assert dist.group.WORLD is not None
+    limit_wait(dist.group.WORLD)
+
+
+def limit_wait(group: dist.ProcessGroup) -> None:
+    """Have the collectives of a group wait for a rank as long as all others do (torch gives those of a device mesh 30
+    minutes); between GPUs twice as long: NCCL's watchdog ends the process, which before that names the lost ranks.
+    """
+    group.set_timeout(_timeout)
+    if has_nccl(group):
+        group._get_backend(torch.device("cuda"))._set_default_timeout(2 * _timeout)
+
+
+def has_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether a group, or that of all ranks, sends between GPUs."""
+    return "nccl" in dist.get_backend_config(group)
 
 
 def _meet() -> tuple[dist.Store, int, int]:
@@ -276,15 +305,36 @@ def _is_collective_failure(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in GLOO_MESSAGES)
 
 
+def _disconnect() -> None:
+    """Close this rank's connections, so that a rank that waits for it notices now.
+
+    In a thread that may hang: NCCL waits for collectives that never end. Then this process leaves without it.
+    """
+
+    def close() -> None:
+        with suppress(RuntimeError):
+            if dist.is_initialized() and has_nccl():
+                dist.distributed_c10d._abort_process_group()
+        with suppress(RuntimeError):
+            shutdown()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(ROLL_CALL)
+    if closing.is_alive():
+        atexit.unregister(shutdown)
+        atexit.register(os._exit, FAILED)
+
+
 def _find_missing_ranks(what: str) -> str:
     """A sentence that names the ranks that do not report within ROLL_CALL; empty on all survivors but the first."""
     here, everyone = rank(), world()
-    with suppress(RuntimeError):
-        shutdown()  # closes connections, so that a rank that waits for this one notices now
     try:
         assert _store is not None
         _store.set(f"here/{here}", what)
-        answered, deadline = _store.add("here", 1), time.monotonic() + ROLL_CALL
+        answered = _store.add("here", 1)
+        _disconnect()
+        deadline = time.monotonic() + ROLL_CALL
         while time.monotonic() < deadline and answered < everyone:
             time.sleep(0.05)
             answered = _store.add("here", 0)

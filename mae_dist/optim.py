@@ -131,16 +131,17 @@ class LossScale:
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, clip: float | None, scale: LossScale
-) -> Tensor:
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: Tensor, clip: float | None,
+    scale: LossScale, ranks: int = 1,
+) -> Tensor:  # fmt: skip
     """One optimizer step from gradients of the scaled loss, whose norm is `norm`; returns the norm of the unscaled
-    ones.
+    ones. With a loss scale the gradients are means over `ranks`, and their sum is meant.
 
     Clips as torch does, by clip / (norm + 1e-6). If the norm is not finite, weights and moments stay as they are.
     """
-    norm = norm / scale.scale
+    factor = (ranks if scale.enabled else 1) / scale.scale
+    norm = norm * factor
     finite = norm.isfinite()
-    factor = 1 / scale.scale
     if clip is not None:
         factor = factor * (clip / (norm + 1e-6)).clamp(max=1.0)
     if clip is not None or scale.enabled:

@@ -34,6 +34,8 @@ from mae_dist.schema import MachineConfig, TrainConfig
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_MICRO_BATCH = 256
 """What `machine.micro_batch=auto` means on CPUs, where there is no memory limit to try."""
+WAYS = "try machine.activation_checkpointing=1, or machine.strategy=fsdp with machine.micro_batch=N"
+"""What helps where a model is too large for machine.micro_batch=auto."""
 
 
 def sharded(machine: MachineConfig) -> bool:
@@ -112,11 +114,19 @@ def compile_blocks(objective: nn.Module, is_sharded: bool) -> None:
 def mesh(machine: MachineConfig, device: torch.device) -> DeviceMesh:
     """The device mesh: (ranks,) for FSDP2; (copies, ranks that share a copy) for HSDP."""
     if machine.strategy == "fsdp":
-        return init_device_mesh(device.type, (dist.world(),))
+        return with_timeout(init_device_mesh(device.type, (dist.world(),)))
     shards = machine.shards or dist.local_world()
     if dist.world() % shards:
         raise ValueError(f"machine.shards={shards}: {dist.world()} processes do not divide into groups of {shards}")
-    return init_device_mesh(device.type, (dist.world() // shards, shards), mesh_dim_names=("copies", "shards"))
+    shape = (dist.world() // shards, shards)
+    return with_timeout(init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")))
+
+
+def with_timeout(where: DeviceMesh) -> DeviceMesh:
+    """The mesh, whose groups wait for a rank as long as all others do."""
+    for group in where.get_all_groups():
+        dist.limit_wait(group)
+    return where
 
 
 def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
@@ -189,46 +199,59 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def micro_batch(
-    objective: nn.Module, machine: MachineConfig, share: int, example: Callable[[int], Batch], device: torch.device
-) -> int:
+    objective: nn.Module, machine: MachineConfig, share: int, group: int, example: Callable[[int], Batch],
+    device: torch.device, averaged: bool,
+) -> int:  # fmt: skip
     """Images that a rank computes at once: machine.micro_batch, or for `auto` the most of its `share` that fits on
-    every GPU.
+    every GPU, a multiple of `group`.
 
-
-    Tried on a copy of the whole objective, beside as many bytes as its moments and gradients will take, so what fits
-    here also fits when ranks share the model. Only the number of micro-batches follows from it.
+    Tried on a copy of the whole objective, beside as many bytes as its moments, gradients and, if the weights are
+    `averaged`, their average will take, and a tenth of the GPU's memory for what is not foreseen; so what fits here
+    also fits when ranks share the model. Only the number of micro-batches follows from it. Raises ValueError where the
+    objective does not fit.
     """
     if isinstance(machine.micro_batch, int):
         return machine.micro_batch
     if device.type == "cpu":
         return min(share, CPU_MICRO_BATCH)
-    trial = copy.deepcopy(objective).to_empty(device=device)
+    try:
+        trial = copy.deepcopy(objective).to_empty(device=device)
+        trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+        size = (4 if averaged else 3) * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        size += torch.cuda.get_device_properties(device).total_memory // 10
+        beside = torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"machine.micro_batch=auto: the model and its optimizer do not fit on a GPU; {WAYS}") from None
     checkpoint_activations(trial, machine.activation_checkpointing)
-    trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
-    size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    moments = torch.empty(size, dtype=torch.uint8, device=device)
 
     def attempt(size: int) -> None:
+        trial.zero_grad()  # what a failed attempt has left
+        torch.cuda.empty_cache()
         trial(example(size)).loss.sum().backward()
-        trial.zero_grad()
 
-    found = most_that_fits(share, attempt)
-    del trial, trained, moments
+    found = most_that_fits(share, group, attempt)
+    del trial, trained, beside
     torch.cuda.empty_cache()
     return -dist.all_reduce_max(-found)
 
 
-def most_that_fits(share: int, attempt: Callable[[int], None]) -> int:
-    """The share, halved until `attempt` does not run out of memory (ValueError when even one image does)."""
+def most_that_fits(share: int, group: int, attempt: Callable[[int], None]) -> int:
+    """The share, halved to a multiple of `group` until `attempt` does not run out of memory (ValueError when even one
+    group does). Any error of torch counts, since its libraries have others when there is no memory left for them; one
+    that remains is raised.
+    """
     size = share
     while True:
         try:
             attempt(size)
             return size
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size > group:
+                size = group * math.ceil(size / group / 2)
+            elif isinstance(error, torch.OutOfMemoryError):
+                what = "one image fits" if group == 1 else f"{group} images fit"
                 raise ValueError(
-                    "machine.micro_batch=auto: not even one image fits into the memory of this GPU; "
-                    "try machine.activation_checkpointing=1, or machine.strategy=fsdp with machine.micro_batch=1"
+                    f"machine.micro_batch=auto: not even {what} into the memory of a GPU; {WAYS}"
                 ) from None
-            size = math.ceil(size / 2)
+            else:
+                raise

@@ -188,6 +188,9 @@ def train_step(
     """
     optim.set_lr(state.optimizer, lr)
     scale = state.loss_scale.scale
+    # gradients are averaged over ranks and meant as their sum; in fp16 that is made up for in the update, or else they
+    # would overflow the sooner the more ranks there are
+    factor = scale if state.loss_scale.enabled else dist.world()
     metrics = StepMetrics(lr, torch.zeros((), device=scale.device), scale.clone())
     for micro in range(num_micro):
         batch = metrics.next_batch(batches)
@@ -195,13 +198,15 @@ def train_step(
             with parallel.autocast(train.precision, batch.images.device):
                 output = module(batch)
             loss = output.loss.sum() / train.global_batch
-            (loss * (scale * dist.world())).backward()  # gradients are averaged over ranks
+            (loss * factor).backward()
         metrics.loss += loss.detach()
     norm = parallel.gradient_norm(state.trained)
     norm = torch.where(
         dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan
     )  # what one rank has, all must know
-    metrics.grad_norm = optim.update(state.optimizer, state.trained, norm, train.clip_grad, state.loss_scale)
+    metrics.grad_norm = optim.update(
+        state.optimizer, state.trained, norm, train.clip_grad, state.loss_scale, dist.world()
+    )
     state.ema.update(metrics.grad_norm.isfinite())
     state.step += 1
     return metrics

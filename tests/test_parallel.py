@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from mae_dist import dist, models, parallel
 from mae_dist.batch import Batch
 from mae_dist.models.layers import Block
+from mae_dist.objectives import mixing
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
-from mae_dist.schema import MachineConfig, MaeConfig, TrainConfig
+from mae_dist.schema import MachineConfig, MaeConfig, MixConfig, TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -160,8 +161,33 @@ def test_the_micro_batch_is_halved_until_it_fits(limit: int, found: int) -> None
         if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert parallel.most_that_fits(100, attempt) == found
+    assert parallel.most_that_fits(100, 1, attempt) == found
     assert tried == sorted(tried, reverse=True)
+
+
+@pytest.mark.parametrize(("limit", "found"), [(342, 342), (341, 172), (100, 86), (2, 2)])
+def test_the_micro_batch_of_mixed_images_is_of_whole_pairs(limit: int, found: int) -> None:
+    def attempt(size: int) -> None:
+        mixing.mix(batch(size), torch.zeros(size, 3), MixConfig(mixup=0.8), 0)
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert parallel.most_that_fits(342, 2, attempt) == found
+    with pytest.raises(ValueError, match="not even 2 images fit"):
+        parallel.most_that_fits(342, 2, lambda _: attempt(1000))
+
+
+def test_an_error_that_is_none_of_memory_remains() -> None:
+    """cuBLAS has one of its own when there is no memory left for its handle."""
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    tried: list[int] = []
+    with pytest.raises(RuntimeError, match="CUBLAS"):
+        parallel.most_that_fits(4, 1, attempt)
+    assert tried == [4, 2, 1]
 
 
 def test_not_even_one_image_fits() -> None:
@@ -169,7 +195,7 @@ def test_not_even_one_image_fits() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ValueError, match="machine.micro_batch=auto: not even one image fits"):
-        parallel.most_that_fits(8, attempt)
+        parallel.most_that_fits(8, 1, attempt)
 
 
 def test_auto_on_a_cpu_is_a_number() -> None:
@@ -177,7 +203,7 @@ def test_auto_on_a_cpu_is_a_number() -> None:
         raise AssertionError("nothing to try on a CPU")
 
     for wanted, share, expected in (("auto", 1000, 256), ("auto", 10, 10), (7, 1000, 7)):
-        assert parallel.micro_batch(mae(), MachineConfig(micro_batch=wanted), share, example, CPU) == expected
+        assert parallel.micro_batch(mae(), MachineConfig(micro_batch=wanted), share, 1, example, CPU, False) == expected
 
 
 @pytest.mark.gpu
@@ -190,6 +216,7 @@ def test_auto_on_a_gpu_finds_a_size_that_works() -> None:
         one = Batch(*(part[:1].to(device) for part in batch()))
         return Batch(*(part.expand(size, *part.shape[1:]) for part in one))
 
-    found = parallel.micro_batch(copy.deepcopy(objective), MachineConfig(micro_batch="auto"), 2**20, example, device)
+    auto = MachineConfig(micro_batch="auto")
+    found = parallel.micro_batch(copy.deepcopy(objective), auto, 2**20, 1, example, device, averaged=True)
     objective.to(device)(example(found)).loss.sum().backward()
     assert 1 <= found <= 2**20

@@ -81,6 +81,25 @@ def test_train_step_with_micro_batches_equals_the_whole_batch() -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_train_step_on_many_ranks_sums_gradients_that_fp16_computes_as_one_rank_does(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of 64 ranks have the same images: a loss times 64 would overflow six scales of fp16 sooner."""
+    largest, norms = [], []
+    for world in (1, 64):
+        subject = state()
+        subject.loss_scale = optim.LossScale(CPU, enabled=precision == "fp16")
+        head = subject.objective.head.weight  # pyright: ignore[reportAttributeAccessIssue]
+        head.register_hook(lambda gradient: largest.append(gradient.abs().max()))  # pyright: ignore
+        monkeypatch.setattr(dist, "world", lambda world=world: world)
+        monkeypatch.setattr(dist, "all_reduce_sum", lambda tensor: tensor)
+        settings = TrainConfig(precision=precision, global_batch=BATCH)  # pyright: ignore[reportArgumentType]
+        norms.append(train.train_step(subject.objective, subject, batches(range(1)), 0.0, 1, settings).grad_norm)
+    assert largest[1] / largest[0] == (1 if precision == "fp16" else 64)
+    torch.testing.assert_close(norms[1], 64 * norms[0])
+
+
 def test_train_step_that_is_not_finite_changes_neither_weights_nor_moments_nor_ema() -> None:
     subject = state()
     before = {name: tensor.clone() for name, tensor in subject.tensors().items()}

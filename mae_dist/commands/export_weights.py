@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             f"{path.with_suffix('')}, or --to {of_files} for one file"
         )
     files.refuse_existing(path, "--out")
-    dist.setup()
+    dist.setup(use_gpu=False)
     model, heads = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN"), arguments.step))
     original = build(model, arguments.folder)
     tensors, left_out = codec.encode(model)

@@ -134,7 +134,7 @@ def build_untrained(model: Model) -> Objective:
 
 def make_run(reading: Reading, source: Path, out: Path) -> None:
     """Write the run's folder atomically: settings, one checkpoint, and in result.json the source file with its hash."""
-    model, device = reading.model, dist.setup()
+    model, device = reading.model, dist.setup(use_gpu=False)
     config = dataclasses.replace(model.config, out=str(out))
     digest = sha256(*weights.locate(source)[0])
     origin = {"from": str(source), "format": reading.format, "sha256": digest} | reading.notes.by_title()

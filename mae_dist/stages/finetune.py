@@ -15,9 +15,8 @@ def run(config: FinetuneConfig) -> None:
     if opened is None:
         return
     setup, objective = opened
-    setup = setup.with_micro_batch(objective)
     with setup.recorded():
-        train_and_test(setup, objective, num_micro=setup.num_micro)
+        train_and_test(setup, objective)
 
 
 def build(setup: Setup[FinetuneConfig]) -> classify.Finetune:

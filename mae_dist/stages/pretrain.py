@@ -29,13 +29,14 @@ def run(config: PretrainConfig) -> None:
         return
     setup, objective = opened
     with setup.recorded():
-        train(setup.with_micro_batch(objective), objective)
+        train(setup, objective)
 
 
 def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
     """Train the objective, with pictures and the test loss at every evaluation; write result.json."""
     train_source = setup.source(setup.train_split, training=True)
     test_source = setup.source(setup.test_split) if setup.test_split else None
+    setup = setup.with_micro_batch(objective)  # beside the images that are kept on the GPU
     if dist.is_main() and (channels := setup.backbone.channels) not in (1, 3):
         log.info("pictures show the first %s of %d channels", "3" if channels > 3 else "one", channels)
 

@@ -85,15 +85,16 @@ class Setup(Generic[C]):
 
     def with_micro_batch(self, objective: Objective) -> Setup[C]:
         """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
-        share, machine = -(-self.config.train.global_batch // dist.world()), self.config.machine
+        machine, train, group = self.config.machine, self.config.train, configuration.group(self.config)
+        share = group * -(-train.global_batch // (group * dist.world()))
 
         def example(count: int) -> Batch:
             images = torch.zeros(count, self.backbone.channels, *self.backbone.image_size, device=self.device)
             zero = torch.zeros(count, dtype=torch.int64, device=self.device)
             return Batch(images, zero, torch.arange(count, device=self.device), zero, zero.bool())
 
-        with parallel.autocast(self.config.train.precision, self.device):
-            found = parallel.micro_batch(objective, machine, share, example, self.device)
+        with parallel.autocast(train.precision, self.device):
+            found = parallel.micro_batch(objective, machine, share, group, example, self.device, train.ema is not None)
         if machine.micro_batch == "auto" and dist.is_main():
             log.info("machine.micro_batch=auto: %d images at once", found)
         return dataclasses.replace(self, micro_batch=found)

@@ -8,11 +8,16 @@ from mae_dist.stages.setup import Setup
 from mae_dist.train import fit
 
 
-def train_and_test(setup: Setup, objective: Classifier, num_micro: int) -> None:
-    """Fit the objective and write the test accuracy."""
+def train_and_test(setup: Setup, objective: Classifier, num_micro: int | None = None) -> None:
+    """Fit the objective, in as many micro-batches as machine.micro_batch says unless they are given, and write the test
+    accuracy.
+    """
     test_split = setup.test_split
     assert test_split is not None
     train_source, test_source = setup.source(setup.train_split, training=True), setup.source(test_split)
+    if num_micro is None:
+        setup = setup.with_micro_batch(objective)  # beside the images that are kept on the GPU
+        num_micro = setup.num_micro
 
     def evaluate_step(_: int) -> dict[str, float]:
         counts = evaluate.accuracy(objective, setup.evaluation_batches(test_source), setup.device)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mae_dist import config, dist, errors
+from mae_dist import config, devices, dist, errors
 from mae_dist.cli import Parser
 from mae_dist.run import checkpoint, directory
 from mae_dist.run.layout import step_of
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     shapes, left_out = plan(options.ranks, settings, num_gpus)
     shapes = chosen(shapes, options.only)
-    device = dist.setup()  # a group of one, in which checkpoints can be read
+    dist.setup(use_gpu=False)  # a group of one, in which checkpoints can be read
     out.mkdir(parents=True, exist_ok=True)
     if defaults and settings.data.path == str(data):
         processes.embedded_data(data, NUM_TRAIN)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         cells = rows[-1].cells()
         gaps = [f"{heading} {cell}" for heading, cell in zip(HEADINGS[1:-1], cells[1:-1], strict=True) if cell]
         print(f"    {'  '.join([*gaps, cells[-1]])}  {time.perf_counter() - began:.0f} s", flush=True)
-    found = make_certificate(out, rows, left_out, device)
+    found = make_certificate(out, rows, left_out, devices.of_rank(0))
     found.write(out)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
     print(f"{'every row passes' if found.passed else 'NOT every row passes'}; see {out}/certificate.md and .json")

@@ -1,0 +1,69 @@
+"""Which device a rank computes on, and whether those of all ranks go together: all GPUs, each of one rank, or all CPUs.
+
+A rank whose GPU has failed would else train on its CPU, a hundred times slower, and make the others wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+import torch
+
+CPU = "cpu"
+
+
+def of_rank(local_rank: int) -> torch.device:
+    """The device of the rank with this number on its machine: its GPU, or the CPU where torch finds none. A launcher
+    may show each rank its own GPU alone.
+    """
+    if not torch.cuda.is_available():
+        return torch.device(CPU)
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def describe(device: torch.device) -> str:
+    """The machine, and "cpu" or the UUID of the GPU, for `complaint`."""
+    what = CPU if device.type == CPU else str(torch.cuda.get_device_properties(device).uuid)
+    return f"{socket.gethostname()} {what}"
+
+
+def asked_for(environ: Mapping[str, str]) -> str:
+    """The environment variable that gives this process GPUs, with its value; empty where none does."""
+    for name, none in (("CUDA_VISIBLE_DEVICES", ("", "-1", "NoDevFiles")), ("SLURM_GPUS_ON_NODE", ("", "0"))):
+        if name in environ:
+            return "" if environ[name] in none else f"{name}={environ[name]}"
+    return ""
+
+
+def refuse_missing(device: torch.device) -> str:
+    """Why a process that was given GPUs may not compute on `device`; empty where it may."""
+    given = asked_for(os.environ)
+    if device.type != CPU or not given:
+        return ""
+    return (
+        f"{given} gives {socket.gethostname()} GPUs, but torch finds none that works: see what `nvidia-smi` prints "
+        "there; CUDA_VISIBLE_DEVICES= (empty) trains on CPUs"
+    )
+
+
+def complaint(descriptions: Sequence[str]) -> str:
+    """What is wrong with the devices of all ranks, in rank order as `describe` gives them; empty where nothing is."""
+    places = [text.rpartition(" ") for text in descriptions]
+    first_of: dict[str, int] = {}
+    without = next((n for n, (_, _, what) in enumerate(places) if what == CPU), None)
+    if without is not None and any(what != CPU for _, _, what in places):
+        having = next(n for n, (_, _, what) in enumerate(places) if what != CPU)
+        return (
+            f"rank {without} on {places[without][0]} finds no GPU that works, but rank {having} on {places[having][0]} "
+            "has one: see what `nvidia-smi` prints there, or leave that machine out; CUDA_VISIBLE_DEVICES= (empty) on "
+            "all machines trains on CPUs"
+        )
+    for number, (host, _, what) in enumerate(places):
+        if what != CPU and first_of.setdefault(what, number) != number:
+            return (
+                f"ranks {first_of[what]} and {number} on {host} have the same GPU: start no more processes on a "
+                "machine than it has GPUs (machine.processes, torchrun --nproc-per-node, srun --ntasks-per-node)"
+            )
+    return ""
