@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and whether those of all ranks go together: all GPUs, each of one rank, or all CPUs.
+"""Which device a rank computes on, whether those of all ranks go together, and whether it gives the same bits twice.
 
 A rank whose GPU has failed would else train on its CPU, a hundred times slower, and make the others wait for it.
 """
@@ -12,6 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 CPU = "cpu"
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "TORCHINDUCTOR_DETERMINISTIC": "1",
+}  # fmt: skip
+"""Environment variables under which cuBLAS, NCCL and torch.compile sum in a fixed order, which else depends on how long
+they took or on sizes. One that is set already stays.
+"""
 
 
 def of_rank(local_rank: int) -> torch.device:
@@ -67,3 +73,14 @@ def complaint(descriptions: Sequence[str]) -> str:
                 "machine than it has GPUs (machine.processes, torchrun --nproc-per-node, srun --ntasks-per-node)"
             )
     return ""
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Have torch take only algorithms that give the same bits twice, or any; before it first uses a GPU.
+
+    torch raises RuntimeError where an operation has no such algorithm.
+    """
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # fills what is written anyway
+    for name, value in DETERMINISTIC.items() if enabled else ():
+        os.environ.setdefault(name, value)

@@ -284,6 +284,10 @@ class MachineConfig:
         0, "recompute the activations of every k-th block in the backward pass, to save memory; 0: off", at_least=0
     )
     compile: bool = setting(False, "compile each block with torch.compile")
+    deterministic: bool = setting(
+        False, "take only algorithms whose sums have a fixed order, so that a resumed run on the same GPUs has the same "
+        "bits; slower",
+    )  # fmt: skip
     timeout: float = setting(600.0, "seconds without an answer after which a rank counts as hung", above=0)
     restarts: int = setting(
         3, "how often all ranks are started again after one was lost (under torchrun: --max-restarts)", at_least=0

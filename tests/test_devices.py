@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -88,6 +89,22 @@ def test_devices_of_ranks_that_see_one_gpu_each_are_that_one(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert devices.of_rank(3) == CUDA
+
+
+def test_deterministic_settings_leave_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in devices.DETERMINISTIC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    try:
+        devices.set_deterministic(True)
+        found = {name: os.environ[name] for name in devices.DETERMINISTIC}
+        assert found == devices.DETERMINISTIC | {"NCCL_ALGO": "Tree"}
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        devices.set_deterministic(False)
+        for name in devices.DETERMINISTIC:
+            os.environ.pop(name, None)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.gpu

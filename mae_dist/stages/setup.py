@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import dist, environment, models, parallel, rewind, starts
+from mae_dist import devices, dist, environment, models, parallel, rewind, starts
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
@@ -233,6 +233,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
 
     ``needs_labels``: the verb needs a label on every sample, and a test split. Raises ValueError in one sentence.
     """
+    devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
     run = RunDir(config.out)

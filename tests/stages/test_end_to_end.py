@@ -226,6 +226,29 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data:
     assert num_values(sharded) == num_values(whole)  # two copies, of which one is written
 
 
+def test_deterministic_algorithms_exist_for_everything(tiny_data: Path, tmp_path: Path) -> None:
+    """torch raises an error where one is missing, and the next run of a process takes any again."""
+    shared = ["finetune", f"data.path={tiny_data}", "init_from=random", *SETTINGS, *EVERYTHING, "train.steps=1"]
+    for name, enabled in (("yes", True), ("no", False)):
+        assert main([*shared, f"out={tmp_path / name}", f"machine.deterministic={enabled}", "machine.workers=0"]) == 0
+        assert torch.are_deterministic_algorithms_enabled() == enabled
+    assert losses(tmp_path / "yes") == losses(tmp_path / "no")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_runs_on_a_gpu_have_the_same_bits(
+    precision: str, compiled: bool, tiny_data: Path, tmp_path: Path
+) -> None:
+    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=6", f"train.precision={precision}"]
+    for run in ("first", "second"):
+        start(*shared, f"out={tmp_path / run}", "machine.deterministic=true", f"machine.compile={compiled}")
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def num_values(folder: Path) -> int:
     """Numbers in the files of a checkpoint."""
     return sum(tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
