@@ -13,7 +13,8 @@ import torch
 
 CPU = "cpu"
 DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "TORCHINDUCTOR_DETERMINISTIC": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
 }  # fmt: skip
 """Environment variables under which cuBLAS, NCCL and torch.compile sum in a fixed order, which else depends on how long
 they took or on sizes. One that is set already stays.
@@ -81,6 +82,6 @@ def set_deterministic(enabled: bool) -> None:
     torch raises RuntimeError where an operation has no such algorithm.
     """
     torch.use_deterministic_algorithms(enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # fills what is written anyway
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore  (it would fill what is written anyway)
     for name, value in DETERMINISTIC.items() if enabled else ():
         os.environ.setdefault(name, value)

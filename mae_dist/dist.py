@@ -64,12 +64,12 @@ def setup(timeout: float = 600.0, use_gpu: bool = True) -> torch.device:
         _timeout = timedelta(seconds=timeout)
         if launched():
             with waiting_for(lambda: "the other ranks, to meet them"):
-                store, number, count = _meet()
+                store, number, count = _meet(device)
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
-        if use_gpu:
-            agree_on_devices(store, number, count, device)
+            if use_gpu:
+                agree_on_devices(store, number, count, device)
         _connect(store, number, count, device)
         atexit.register(shutdown)
     return device
@@ -120,8 +120,10 @@ def has_nccl(group: dist.ProcessGroup | None = None) -> bool:
     return "nccl" in dist.get_backend_config(group)
 
 
-def _meet() -> tuple[dist.Store, int, int]:
-    """Store, rank and world size. Raises RankLost where a rank does not come in time."""
+def _meet(device: torch.device) -> tuple[dist.Store, int, int]:
+    """Store, rank and world size. Raises RankLost where a rank does not come in time, and ValueError where the ranks'
+    devices do not go together.
+    """
     patience = max(_timeout, LEAST_RENDEZVOUS)
     try:
         if file := os.environ.get(MEETING_FILE):
@@ -132,6 +134,7 @@ def _meet() -> tuple[dist.Store, int, int]:
             store, number, count = next(dist.rendezvous("env://", timeout=patience))
         store = _of_this_attempt(store, number, count)
         _choose_interface(store, number, count)
+        agree_on_devices(store, number, count, device)
         return store, number, count
     except dist.DistError as error:
         here = os.environ["RANK"]

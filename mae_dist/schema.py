@@ -285,8 +285,8 @@ class MachineConfig:
     )
     compile: bool = setting(False, "compile each block with torch.compile")
     deterministic: bool = setting(
-        False, "take only algorithms whose sums have a fixed order, so that a resumed run on the same GPUs has the same "
-        "bits; slower",
+        False, "take only algorithms whose sums have a fixed order, so that a run that is resumed on the same GPUs has "
+        "the same bits; slower",
     )  # fmt: skip
     timeout: float = setting(600.0, "seconds without an answer after which a rank counts as hung", above=0)
     restarts: int = setting(

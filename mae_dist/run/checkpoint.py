@@ -124,8 +124,8 @@ def write(folder: Path, parts: dict[str, Part]) -> dict[str, Any]:
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}  # torch's reader's
     try:
         facts = write_safetensors(file, {name: part.values for name, part in parts.items()}, metadata)
-    except OSError as error:
-        return {"error": str(error)}
+    except (OSError, MemoryError, RuntimeError) as error:  # this rank must answer the others all the same
+        return {"error": str(error) or type(error).__name__}
     return {"files": {file.name: facts}, "num_tensors": sum(not any(part.offsets) for part in parts.values())}
 
 
