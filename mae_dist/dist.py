@@ -7,6 +7,7 @@ A single process is a group of one, so no other module checks whether there is a
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import socket
@@ -230,48 +231,64 @@ def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor over ranks along dim 0, in rank order; its length may differ between ranks."""
     if world() == 1:
         return tensor
+    return torch.cat(_gather_parts(tensor))
+
+
+def _gather_parts(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The tensors of all ranks, in rank order; their lengths along dim 0 may differ."""
     counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world())]
-    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device), group)
     longest = max(int(count) for count in counts)
     padded = tensor.new_zeros((longest, *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+    dist.all_gather(parts, padded, group)
+    return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Plain objects of all ranks (of `group`, if given), in rank order, on every rank. Sent between CPUs."""
+    """Values of JSON of all ranks (of `group`, if given), in rank order, on every rank. Sent between CPUs as text, since
+    torch's own collectives of objects unpickle what comes.
+    """
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value, group=group)
-    return found
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in _gather_parts(content, group)]
 
 
 def run_on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Call `action` on rank 0 and return its result, a plain object, on every rank.
+    """Call `action` on rank 0 and return its result, a value of JSON, on every rank.
 
     A ValueError or OSError of it is raised on every rank as a ValueError; a MachineFault, or an OSError of the storage,
     as a MachineFault, whose message is empty on other ranks than 0.
     """
     if world() == 1:
         return action()
-    box: list[Any] = [None, None]
+    result: Any = None
     error: ValueError | MachineFault | None = None
     if is_main():
         try:
-            box[0] = action()
+            result = action()
         except OSError as caught:
             error = from_os_error(caught, str(caught))
         except (ValueError, MachineFault) as caught:
             error = caught
-        box[1] = None if error is None else (isinstance(error, MachineFault), str(error))
-    dist.broadcast_object_list(box, src=0, group=group)
-    if box[1] is not None:
-        is_fault, message = box[1]
+    failure = None if error is None else [isinstance(error, MachineFault), str(error)]
+    result, failure = _of_rank0([result, failure], group)
+    if failure is not None:
+        is_fault, message = failure
         raise (MachineFault(message if is_main() else "") if is_fault else ValueError(message)) from error
-    return box[0]
+    return result
+
+
+def _of_rank0(value: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """The `value` of rank 0 on every rank, sent as text."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor(len(content))
+    dist.broadcast(size, 0, group)
+    content = content if is_main() else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, 0, group)
+    return json.loads(content.numpy().tobytes())
 
 
 def barrier() -> None:

@@ -81,15 +81,15 @@ def rewind(
 
     Raises ValueError when there is no checkpoint before those steps.
     """
-    target = dist.run_on_rank0(lambda: run.newest(before=nonfinite[0]))
-    if target is None:
+    target = dist.run_on_rank0(lambda: str(run.newest(before=nonfinite[0]) or ""))
+    if not target:
         raise ValueError(
             f"steps {nonfinite[0]} to {nonfinite[-1]} were not finite and there is no checkpoint yet to go back to: "
             f"lower optim.base_lr, set train.clip_grad=1, or use train.precision=fp32"
         )
     evidence = [examine(objective, batches(range(number - 1, number)), precision) for number in nonfinite]
     dist.run_on_rank0(
-        lambda: record(run, step, step_of(target), dict(zip(nonfinite, evidence, strict=True)), sample_name)
+        lambda: record(run, step, step_of(Path(target)), dict(zip(nonfinite, evidence, strict=True)), sample_name)
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,7 +196,7 @@ def trained(there: Container[str], name: str) -> str:
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state` in place from a checkpoint. Raises ValueError where one is not there or has another
-    shape; the checkpoint may hold more.
+    shape; the checkpoint may hold more. Each rank reads what it needs by itself: torch's common plan is pickled.
     """
     there = names_in(path)
     for name, tensor in state.items():
@@ -203,7 +204,9 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{path}: has no tensor {name}; it was written for another model or by another version")
         if there[name] != tensor.shape:
             raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def measure(path: Path) -> dict[str, Any]:

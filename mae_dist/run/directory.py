@@ -155,11 +155,11 @@ class RunDir:
 
     def restore(self, state: dict[str, Tensor]) -> int:
         """Fill `state` in place from the newest undamaged checkpoint, and return its step; 0 where there is none."""
-        found = dist.run_on_rank0(self.newest)
-        if found is None:
+        found = dist.run_on_rank0(lambda: str(self.newest() or ""))
+        if not found:
             return 0
-        checkpoint.load(found, state)
-        return step_of(found)
+        checkpoint.load(Path(found), state)
+        return step_of(Path(found))
 
     def at(self, step: int, field: str) -> Path:
         """The checkpoint of a step; ValueError, which begins with `field`, where there is none or it is damaged."""

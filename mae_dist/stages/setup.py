@@ -126,7 +126,8 @@ class Setup(Generic[C]):
 
     def left_out(self) -> dict[int, int]:
         """Sample id -> position in the stream from which on this run's rewinds leave the sample out."""
-        return dist.run_on_rank0(lambda: rewind.left_out(self.run.path, self.config.train.global_batch))
+        batch = self.config.train.global_batch
+        return dict(dist.run_on_rank0(lambda: [*rewind.left_out(self.run.path, batch).items()]))
 
     def order(self, left_out: dict[int, int]) -> Order:
         """The order of training. Raises ValueError for impossible data.weights."""
@@ -307,14 +308,14 @@ def find_initial_weights(path: str, began: str | None) -> InitialWeights:
     folder, step = starts.run_and_step(path)
     run = RunDir.existing(folder, "init_from")
 
-    def choose() -> Path | None:
+    def choose() -> str:
         if step is not None:
-            return run.at(step, f"init_from={path}")
+            return str(run.at(step, f"init_from={path}"))
         same = identity.find_checkpoint(run.path, began) if began else None
-        return same if same and checkpoint.verify(same) is None else run.newest()
+        return str(same if same and checkpoint.verify(same) is None else run.newest() or "")
 
-    newest = dist.run_on_rank0(choose)
-    if newest is None:
+    newest = Path(dist.run_on_rank0(choose))
+    if newest == Path():
         raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
     if dist.is_main() and step is None and run.result() is None:
         log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)

@@ -1,0 +1,194 @@
+"""`python tests/fuzz.py [--mutations N] [--seed S] [--only TEXT]`: verbs on damaged inputs, each in a forked process.
+
+Mutation number n of seed s is always the same: of one command one file that it reads. An ending is right if the exit
+status is 0, or 1 or 2 with a message. Wrong are an exception that leaves the program (trace), a process that is ended
+by a signal (crash), one that needs more than LIMIT s (hang) or GROWTH bytes more than usual (memory), a fault of the
+machine where only a file is damaged (fault), and a message with control characters or of more than LONGEST bytes
+(message). Silent are damages after which the same is printed as without, up to numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+
+import torch
+from fuzz_inputs import COMMANDS, Command, make
+from fuzz_mutations import mutated
+
+from launch import submit
+from mae_dist import __main__
+from mae_dist.stages import pretrain, probe  # noqa: F401: children need not import them again
+
+LIMIT, GROWTH, LONGEST = 20.0, 600 * 2**20, 3000
+WRONG = ("trace", "crash", "hang", "memory", "fault", "message")
+ADDRESS_SPACE = 24 * 2**30
+
+
+class Ended(NamedTuple):
+    """How a process has ended: its exit status (negative: by this signal), memory, seconds, and what it has printed."""
+
+    status: int
+    memory: int
+    seconds: float
+    output: str
+
+
+class Case(NamedTuple):
+    """A mutation: its number, the command, the damaged file, and what came of it."""
+
+    number: int
+    command: Command
+    file: str
+    ending: str
+    ended: Ended
+
+
+def run(argv: list[str], folder: Path, limit: float = LIMIT) -> Ended:
+    """Run `mae-dist ARGV`, or `submit ARGV`, in a forked process with this working folder; it is killed after `limit`
+    seconds.
+    """
+    log, began = folder / ".log", time.monotonic()
+    if not (child := os.fork()):
+        _be_child(argv, folder, log)
+    while True:
+        pid, status, usage = os.wait4(child, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() - began > limit:
+            os.killpg(child, signal.SIGKILL)
+            pid, status, usage = os.wait4(child, 0)
+            break
+        time.sleep(0.005)
+    output = log.read_bytes().decode(errors="replace")
+    return Ended(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, time.monotonic() - began, output)
+
+
+def _be_child(argv: list[str], folder: Path, log: Path) -> None:
+    """End this process with the exit status of a command; 70 where an exception leaves it."""
+    status = 70
+    try:
+        os.setsid()
+        os.chdir(folder)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb", 0), "utf-8", "surrogateescape") for n in (1, 2))
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        status = submit.main(argv[1:]) if argv[0] == "submit" else __main__.main(argv)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ending(ended: Ended, usual: Ended, argv: tuple[str, ...]) -> str:
+    """What to call this ending, compared with that of the undamaged inputs."""
+    if ended.seconds > LIMIT:
+        return "hang"
+    if ended.status < 0:
+        return "crash"
+    if ended.status == 70 or "Traceback (most recent call last)" in ended.output:
+        return "trace"
+    if ended.memory > usual.memory + GROWTH:
+        return "memory"
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", ended.output.replace("\r", "")) or len(ended.output) > LONGEST + len(
+        usual.output
+    ):
+        return "message"
+    if ended.status == 1 and argv[:2] not in (("data", "check"), ("logs", "run")):
+        return "fault"
+    if ended.status:
+        return "refused"
+    return "silent" if _words(ended.output) == _words(usual.output) else "told"
+
+
+def _words(output: str) -> list[str]:
+    return re.findall(r"[a-z_]{3,}", output.lower())
+
+
+def fuzz(seed: int, numbers: range, only: str = "") -> Iterator[Case]:
+    """Run the mutations of these numbers."""
+    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+    with TemporaryDirectory(prefix="fuzz-") as place:
+        good = Path(place) / "good"
+        good.mkdir()
+        make(good, lambda argv: check(argv, run(argv, good, 120)))
+        commands = [command for command in COMMANDS if only in " ".join(command.argv)]
+        usual = {command: _in_copy(command, good, Path(place) / "usual") for command in commands}
+        for command, ended in usual.items():
+            check(command.argv, ended)
+        for number in numbers:
+            chance = random.Random(f"{seed} {number}")
+            command = commands[number % len(commands)]
+            file = chance.choice(sorted(str(f.relative_to(good)) for p in command.damaged for f in good.glob(p)))
+            content = mutated((good / file).read_bytes(), file, chance)
+            ended = _in_copy(command, good, Path(place) / "damaged", file, content)
+            yield Case(number, command, file, ending(ended, usual[command], command.argv), ended)
+
+
+def check(argv: Sequence[str], ended: Ended) -> None:
+    """Raise AssertionError where a command has not succeeded."""
+    assert ended.status == 0, f"{' '.join(argv)}: status {ended.status}, {ended.output}"
+
+
+def _in_copy(command: Command, good: Path, folder: Path, file: str = "", content: bytes = b"") -> Ended:
+    """Run a command in a copy of what it reads, in which a file has another content."""
+    folder.mkdir()
+    try:
+        for name in command.reads:
+            (shutil.copytree if (good / name).is_dir() else shutil.copy2)(good / name, folder / name)
+        if file:
+            (folder / file).write_bytes(content)
+        return run(list(command.argv), folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Run mutations, print those that end wrongly, and count all; 1 where some end wrongly."""
+    parser = argparse.ArgumentParser(description="Run verbs on damaged inputs.")
+    parser.add_argument("--mutations", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="commands that contain this text")
+    parser.add_argument("--show", nargs="*", default=WRONG, help="endings to print in full")
+    arguments = parser.parse_args()
+    counts: Counter[tuple[str, str]] = Counter()
+    numbers = range(arguments.first, arguments.first + arguments.mutations)
+    for case in fuzz(arguments.seed, numbers, arguments.only):
+        counts[case.command.name, case.ending] += 1
+        if case.ending in arguments.show:
+            print(f"--- {case.number} {case.ending}: {' '.join(case.command.argv)}, {case.file}, {case.ended[:3]}")
+            print(case.ended.output[-1500:], flush=True)
+    for name in dict.fromkeys(name for name, _ in counts):
+        print(f"{name:16s}", {kind: count for (other, kind), count in counts.items() if other == name})
+    totals = Counter({kind: sum(c for (_, k), c in counts.items() if k == kind) for _, kind in counts})
+    print("all", dict(totals))
+    return int(any(totals[kind] for kind in WRONG))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
