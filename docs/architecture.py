@@ -10,8 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment", "errors", "interfaces", "signals", "checksum", "devices"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "starts", "watchdog"},
+    {"setting", "environment", "errors", "interfaces", "printed", "signals", "checksum", "devices"},
+    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
+    | {"starts", "watchdog"},
     {"cli", "image_settings", "recipes", "setting_texts"},
     {"models", "optim", "dist", "config", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},

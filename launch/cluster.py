@@ -114,9 +114,15 @@ def load(file: str, overrides: list[str]) -> Cluster:
 
 def check_fields(cluster: Cluster) -> None:
     """Raise ValueError for values that no cluster could satisfy."""
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", cluster.nodes) or cluster.nodes_range[0] > cluster.nodes_range[1]:
+    if (
+        not re.fullmatch(r"[1-9]\d{,5}(-[1-9]\d{,5})?", cluster.nodes)
+        or cluster.nodes_range[0] > cluster.nodes_range[1]
+    ):
         raise ValueError(f"nodes={cluster.nodes}: must be a number, or a range such as 1-4")
     configuration.check_ranges(cluster)
+    for name, value in (("setup", cluster.setup), ("srun", cluster.srun), ("env", cluster.env.values())):
+        if odd := [part for part in value if not isinstance(part, str)]:
+            raise ValueError(f"{name}: {odd[0]}: must be a text; put quotes around a text with a colon")
     for name, value in cluster.sbatch.items():
         if (own := FIELDS.get(name.replace("_", "-"))) is not None:
             raise ValueError(f"sbatch.{name}={value}: set {own} in the cluster file instead, from which ranks follow")
@@ -164,7 +170,7 @@ def seconds_of(time: str) -> int | None:
     """
     if time.lower() in UNLIMITED:
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time)
     if match is None:
         raise ValueError(
             f'time={time}: write it as "hours:minutes:seconds", "days-hours:minutes:seconds" or any other form of '

@@ -27,12 +27,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch import preflight, sweep
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import starts
+from mae_dist import setting_texts, small_files, starts
 from mae_dist.cli import VERBS
 from mae_dist.data.index import open_split
 from mae_dist.run import identity, jobs, layout
@@ -107,20 +105,16 @@ def load(file: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
 
     Raises ValueError with one sentence that names the file and the stage.
     """
-    try:
-        plain = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
+    if not Path(file).is_file():
         examples = Path(__file__).parent / "pipelines"
-        raise ValueError(f"pipeline {file}: {error.strerror}; {examples} has examples") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"pipeline {file}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"pipeline {file}: no such file; {examples} has examples")
+    plain = small_files.read_yaml(Path(file))
     complete = isinstance(plain, dict) and set(plain) == {"out", "stages"}
     if not complete or not isinstance(plain["stages"], dict) or not plain["stages"]:
         raise ValueError(f"pipeline {file}: must have `out: FOLDER` and `stages:` with a name and a `run:` each")
     if not isinstance(plain["out"], str) or not plain["out"]:
         raise ValueError(f"pipeline {file}: out: {plain['out']}: must be the path of a folder")
-    if not plain["out"].isprintable():
-        raise ValueError(f"pipeline {file}: out: {plain['out']!r}: has a line end or another control character")
+    setting_texts.refuse_odd({"out": plain["out"]}, f"pipeline {file}: ")
     out, stages = Path(plain["out"]).absolute(), {}
     for name, given in ((str(key), value) for key, value in plain["stages"].items()):
         try:

@@ -33,6 +33,7 @@ from launch.cluster import Cluster
 from launch.pipeline import Run, Stage
 from launch.task_runner import JobSpec
 from mae_dist import config as configuration
+from mae_dist import printed
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
 from mae_dist.run import identity, jobs, layout
 from mae_dist.schema import SCHEMAS, C
@@ -49,7 +50,7 @@ preemption, time limits and lost nodes.
 
 def main(argv: list[str]) -> int:
     """Run `mae-dist submit ARGV`; give the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    printed.log_to_stderr(logging.INFO)
     options = parse(argv)
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        print(f"submit: {error}", file=sys.stderr)
+        print(f"submit: {printed.message(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("submit: interrupted, nothing is queued", file=sys.stderr)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mae_dist import __version__, config, environment, errors, recipes, schema, watchdog
+from mae_dist import __version__, config, environment, errors, printed, recipes, schema, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
     argv = [argument for argument in argv if argument != "--debug" or argv[0] == "submit"]
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    printed.log_to_stderr(level)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n".join(f"  {name:10s} {verb.summary}" for name, verb in VERBS.items()))
         return 0
@@ -88,7 +88,8 @@ def run(argv: list[str]) -> int:
         if debug or reason == "crash":
             raise
         if errors.is_reported_by(rank, error):
-            print(f"mae-dist: {OUT_OF_MEMORY.format(rank) if reason == 'out_of_memory' else error}", file=sys.stderr)
+            text = OUT_OF_MEMORY.format(rank) if reason == "out_of_memory" else printed.message(error)
+            print(f"mae-dist: {text}", file=sys.stderr)
         return errors.exit_status(error)
 
 

@@ -8,6 +8,7 @@ second and a login node can check a run. No other file imports OmegaConf.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import hints, image_settings, model_sizes, recipes, setting_texts
+from mae_dist import hints, image_settings, model_sizes, recipes, setting_texts, small_files
 from mae_dist.schema import (
     FREE_DATA,
     RESULT_SECTIONS,
@@ -115,8 +116,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     An override may have `none`, as --help shows it, where YAML has null. Raises ValueError with one sentence, which
     begins with ``needs`` and ends with ``hint`` when a field is missing.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf, errors
 
     config, layers = OmegaConf.structured(schema), []
     kinds = {name: item.kind for name, item in settings(schema()).items()}
@@ -127,7 +127,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
         plain = setting_texts.as_written(plain, written, kinds, origin)
         try:
             config = OmegaConf.merge(config, plain)
-        except OmegaConfBaseException as error:
+        except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
     if {"init_from", "model.name"} & OmegaConf.missing_keys(config) == {"model.name"} and "init_from" in config:
@@ -142,13 +142,14 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
 def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any, Any]]:
     """(what an error message begins with, settings, the same without types) of the file, then of each override."""
     import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf, errors
 
     if file is not None:
+        text = small_files.read_text(Path(file), small_files.MOST_YAML)
+        small_files.check_yaml(f"config {file}", text)
         try:
-            yield f"{file}: ", OmegaConf.load(file), yaml.load(Path(file).read_text(), yaml.BaseLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            yield f"{file}: ", OmegaConf.load(io.StringIO(text)), yaml.load(text, yaml.BaseLoader)
+        except (*small_files.ERRORS, OSError) as error:  # OSError: OmegaConf's for a single value
             raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
     for override in overrides:
         if "=" not in override:
@@ -160,7 +161,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = setting_texts.from_override(name, value)
             else:
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
             what = "brackets, braces or quotes do not match" if isinstance(error, yaml.YAMLError) else _one_line(error)
             raise ValueError(f"argument {override!r}: {what}") from error
         yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
@@ -168,15 +169,14 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
 
 def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     """The config that `dump` wrote, parsed (ValueError naming `origin`)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf, errors
 
     if verb not in SCHEMAS:
         raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
-    setting_texts.refuse_interpolation(plain, f"{origin}: ")
+    setting_texts.refuse_odd(plain, f"{origin}: ")
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
-    except OmegaConfBaseException as error:
+    except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
         raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
     assert isinstance(result, RunConfig)
     return result
@@ -186,8 +186,6 @@ def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
     if isinstance(config.machine.micro_batch, str) and config.machine.micro_batch != "auto":
         raise ValueError(f"machine.micro_batch={config.machine.micro_batch}: must be a number of images, or auto")
-    if not config.out.isprintable():
-        raise ValueError(f"out={config.out!r}: has a line end or another control character; choose a plain name")
     check_ranges(config)
     values = {name: item.value for name, item in settings(config).items() if item.value is not None}
     read_here = settings_of(next(verb for verb, schema in SCHEMAS.items() if schema is type(config)))
@@ -227,7 +225,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     for name, item in settings(config, prefix).items():
         numbers = [part for part in hints.parts(item.value) if isinstance(part, int | float)]
         if any(number not in item.range for number in numbers):
-            allowed = item.range if all(map(math.isfinite, numbers)) else "finite"
+            allowed = item.range if all(number in Range() for number in numbers) else Range()
             raise ValueError(f"{hints.given(name, item.value)}: must be {allowed}")
 
 

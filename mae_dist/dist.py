@@ -247,7 +247,7 @@ def _gather_parts(tensor: Tensor, group: dist.ProcessGroup | None = None) -> lis
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Values of JSON of all ranks (of `group`, if given), in rank order, on every rank. Sent between CPUs as text, since
+    """Values of JSON of all ranks (of `group`, if given), in rank order, on every rank. Sent between CPUs as text:
     torch's own collectives of objects unpickle what comes.
     """
     if world() == 1:

@@ -58,7 +58,7 @@ class DataConfig:
     )  # fmt: skip
     channels: int | None = setting(
         None, "channels of the images that the model gets; none: those of packing, else those of init_from, else 3",
-        at_least=1,
+        at_least=1, at_most=4096,
     )  # fmt: skip
     white: float | None = setting(
         None, "value that is white above 8 bits; none: that of packing, else that of init_from, else 65535, or 1 for "
@@ -120,7 +120,7 @@ class ModelConfig:
         "???", "model, for example vit_b16; `mae-dist models` lists all (default: name and size of the run init_from)"
     )
     image_size: int | tuple[int, int] = setting(
-        224, "pixels of the model's input: the side of a square, or [height, width]", at_least=1
+        224, "pixels of the model's input: the side of a square, or [height, width]", at_least=1, at_most=2**15
     )
     pool: Literal["cls", "avg"] | None = setting(
         None, "what the head reads; cls: class token; avg: mean of the patch tokens; none: cls (ViT) or avg (Mixer)"
@@ -171,8 +171,10 @@ class TrainConfig:
     """Length, batch and arithmetic of training."""
 
     epochs: float = setting(100.0, "passes over the training split (data.aug_repeats=k: over 1/k of it)", above=0)
-    steps: int | None = setting(None, "optimizer steps; none: as many as train.epochs need", at_least=1)
-    global_batch: int = setting(1024, "images per optimizer step, over all ranks and micro-batches", at_least=1)
+    steps: int | None = setting(None, "optimizer steps; none: as many as train.epochs need", at_least=1, at_most=10**12)
+    global_batch: int = setting(
+        1024, "images per optimizer step, over all ranks and micro-batches", at_least=1, at_most=2**24
+    )
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "bf16", "mixed precision of forward and backward pass; weights and optimizer stay in fp32"
@@ -269,12 +271,12 @@ class MachineConfig:
     """How a run is computed; none of it changes the result beyond the order of float sums."""
 
     processes: int | None = setting(
-        None, "ranks on this machine; none: one per GPU, or one without GPUs (ignored under torchrun)", at_least=1
+        None, "ranks on this machine; none: one per GPU, or one (ignored under torchrun)", at_least=1, at_most=4096
     )
     micro_batch: int | str = setting(
         256, "most images that a rank computes at once; auto: as many as fit into memory (on a CPU 256)", at_least=1
     )
-    workers: int = setting(4, "data loading processes per rank (unused for data kept in memory)", at_least=0)
+    workers: int = setting(4, "data loading processes per rank (unused for data in memory)", at_least=0, at_most=1024)
     strategy: Literal["ddp", "fsdp", "hsdp"] = setting(
         "ddp", "ddp: every rank holds the whole model; fsdp: all ranks shard it (FSDP2); hsdp: groups of ranks each "
         "shard a copy of it",
@@ -288,7 +290,7 @@ class MachineConfig:
         False, "take only algorithms whose sums have a fixed order, so that a run that is resumed on the same GPUs has "
         "the same bits; slower",
     )  # fmt: skip
-    timeout: float = setting(600.0, "seconds without an answer after which a rank counts as hung", above=0)
+    timeout: float = setting(600.0, "seconds without an answer after which a rank is hung", above=0, at_most=10**8)
     restarts: int = setting(
         3, "how often all ranks are started again after one was lost (under torchrun: --max-restarts)", at_least=0
     )

@@ -5,7 +5,6 @@ The settings themselves are in `schema`. Imports no torch.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +17,9 @@ BOUNDS = {
 }  # fmt: skip
 """The bounds that a range can have: comparison, symbol, English."""
 
+LARGEST = 2**53
+"""The largest number of a setting, NaN and infinity not being numbers: floats hold all whole ones up to it."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -26,10 +28,13 @@ class Range:
     bounds: tuple[tuple[str, float], ...] = ()
 
     def __contains__(self, number: float) -> bool:
-        return math.isfinite(number) and all(BOUNDS[key][0](number, bound) for key, bound in self.bounds)
+        return abs(number) <= LARGEST and all(BOUNDS[key][0](number, bound) for key, bound in self.bounds)
 
     def __str__(self) -> str:
-        return " and ".join(f"{BOUNDS[key][2]} {bound}" for key, bound in self.bounds) or "finite"
+        return (
+            " and ".join(f"{BOUNDS[key][2]} {bound}" for key, bound in self.bounds)
+            or f"at most {LARGEST:.0e} and finite"
+        )
 
     @property
     def symbols(self) -> str:

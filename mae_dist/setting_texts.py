@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mae_dist import hints, paths, starts
+from mae_dist import hints, paths, small_files, starts
+from mae_dist.printed import CONTROL, escaped
 from mae_dist.schema import PATHS, RANDOM
 
 UNUSUAL = re.compile(r"[-+]?(0[0-9xob_].*|[0-9][0-9_]*[_:][0-9_:.]*)")
@@ -61,7 +62,7 @@ def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any],
                     f"{_where(origin, name)}{name}={value}: {str(error).removeprefix(f'{value}: ')}"
                 ) from error
         result[key] = value
-    refuse_interpolation(result, origin, prefix)
+    refuse_odd(result, origin, prefix)
     return result
 
 
@@ -84,19 +85,37 @@ def _is_number(value: Any) -> bool:
     return False
 
 
-def refuse_interpolation(plain: Mapping[Any, Any], origin: str, prefix: str = "") -> None:
-    """Raise ValueError where a value refers to another one, or to the environment, a key in it for example."""
+def refuse_odd(plain: Mapping[Any, Any], origin: str, prefix: str = "") -> None:
+    """Raise ValueError where a value refers to another one, or to the environment, a key in it for example; where a
+    name or value has control characters (but in `setup`, which is shell), is `???`, or is a number of no machine.
+    """
     for name, value in hints.leaves(plain, prefix):
+        where, parts = _where(origin, name), [*_flat(value)]
         if "${" in str(value):
-            where = _where(origin, name)
             instead = "$NAME, or " if name in PATHS else ""
             raise ValueError(f"{where}{name}={value}: ${{...}} is not read (oc.env neither); write {instead}the value")
+        if name != "setup" and any(isinstance(part, str) and CONTROL.search(part) for part in (name, *parts)):
+            given = f"{escaped(name)}={value!r}"
+            raise ValueError(f"{where}{given}: has a line end or another control character; write plain text")
+        if "???" in parts:
+            raise ValueError(f"{where}{name}=???: needs a value")
+        if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
+            raise ValueError(f"{where}{name}={str(value)[:30]}: is a number that no machine holds")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The elements of nested lists and mappings, keys included."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    elif isinstance(value, dict):
+        yield from _flat([*value, *value.values()])
+    else:
+        yield value
 
 
 def model_of(run: str) -> dict[str, Any]:
     """Name and image size of the model of a run, as settings; none of `random`. ValueError where it is no run."""
-    import yaml
-
     file = starts.run_and_step(run)[0] / "config.yaml"
     if run == RANDOM:
         return {}
@@ -105,13 +124,13 @@ def model_of(run: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"init_from={run}: no run lies there, which would say model.name; give that, or another run")
     try:
-        model = yaml.safe_load(file.read_text())["model"]
+        model = small_files.read_yaml(file)["model"]
         found = {"model": {name: model[name] for name in ("name", "image_size") if name in model}}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"init_from={run}: {file.name} is damaged ({' '.join(str(error).split())}); give model.name too"
         ) from error
-    refuse_interpolation(found, f"{file}: ")
+    refuse_odd(found, f"{file}: ")
     return found
 
 

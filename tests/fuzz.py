@@ -34,8 +34,10 @@ from fuzz_mutations import mutated
 
 from launch import submit
 from mae_dist import __main__
-from mae_dist.stages import pretrain, probe  # noqa: F401: children need not import them again
+from mae_dist.stages import pretrain, probe
 
+IMPORTED = (pretrain, probe)
+"""Modules that forked processes need not import again."""
 LIMIT, GROWTH, LONGEST = 20.0, 600 * 2**20, 3000
 WRONG = ("trace", "crash", "hang", "memory", "fault", "message")
 ADDRESS_SPACE = 24 * 2**30

@@ -49,7 +49,7 @@ def _command(argv: str, reads: str, damaged: str) -> Command:
     return Command(tuple(argv.split()), tuple(reads.split()), tuple(damaged.split()))
 
 
-RUN_FILES = "run/config.yaml run/events.jsonl run/metrics.jsonl run/checkpoints/*/manifest.json run/checkpoints/*/*.safetensors"
+RUN_FILES = "run/config.yaml run/events.jsonl run/metrics.jsonl run/checkpoints/*/*"
 DATA_FILES = "data/dataset.json data/*.idx data/*.tar"
 COMMANDS = [
     _command("data show data", "data", DATA_FILES),
@@ -120,8 +120,8 @@ def make(folder: Path, run: Callable[[list[str]], None]) -> None:
     (jobs / "7_0.jsonl").write_text('{"event": "start", "start": 0, "time": "2026-01-01T00:00:00+0000", "host": "a"}\n')
     (jobs / "7_0_log.out").write_text("== start 0 of job 7, task 0 on a\nmae-dist: failed\n")
     with (folder / "run" / "events.jsonl").open("a") as stream:
-        stream.write('{"time": "2026-01-01T00:00:00+0000", "event": "submit", "job": "7", "logs": "jobs", "nodes": "1", '
-                     '"tasks_per_node": 1}\n')  # fmt: skip
+        stream.write('{"time": "2026-01-01T00:00:00+0000", "event": "submit", "job": "7", "logs": "jobs", ')
+        stream.write('"nodes": "1", "tasks_per_node": 1}\n')
 
 
 def image(number: int, kind: str = "png", side: int = 32) -> bytes:

@@ -1,4 +1,4 @@
-"""Seeded damage to files of all kinds: bytes, numbers and words of texts, nodes of JSON and YAML, members of archives."""
+"""Seeded damage to files of all kinds: bytes, words of texts, nodes of JSON and YAML, members of archives."""
 
 from __future__ import annotations
 

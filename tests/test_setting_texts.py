@@ -82,3 +82,19 @@ def test_setting_numbers_that_yaml_would_change_are_refused(text: str) -> None:
         config.load("pretrain", None, ["data.path=x", "out=y", "model.name=vit_demo4", f"train.seed={text}"])
     plain = ["data.path=x", "out=y", "model.name=vit_demo4", "train.seed=10", "optim.base_lr=0.05", "train.epochs=1e2"]
     assert config.load("pretrain", None, plain).train.seed == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("out=a\nb", "control character"), ("data.path=a\x1b[2J", "control character"), ("out=???", "needs a value"),
+        ("train.steps=10000000000000000000000", "no machine holds"), ("optim.base_lr=1e300", "at most"),
+        ("machine.processes=1000000000", "at most 4096"), ("machine.workers=100000", "at most 1024"),
+        ("machine.timeout=1e15", "at most 100000000"), ("model.image_size=1000000", "at most 32768"),
+        ("data.channels=100000000", "at most 4096"), ("train.global_batch=1000000000000", "at most 16777216"),
+    ],
+)  # fmt: skip
+def test_what_no_machine_holds_or_shows_is_refused(override: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        config.load("pretrain", None, ["out=x", "data.path=d", "model.name=vit_demo4", override])
+    assert "\x1b" not in str(caught.value)

@@ -158,10 +158,10 @@ def _read_row(path: Path, states: dict[str, str]) -> Row:
 
 def _settings(path: Path) -> dict[str, Any]:
     """config.yaml as it is; {} before there is one, and only a verb where it is damaged or of an older layout."""
+    if not (path / layout.CONFIG).is_file():
+        return {}
     try:
         found = layout.read_config(path)
-    except FileNotFoundError:
-        return {}
     except ValueError:
         return {"verb": UNREADABLE}
     sound = all(isinstance(found.get(name), dict) for name in ("train", "track"))

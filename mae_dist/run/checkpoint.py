@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mae_dist import dist
+from mae_dist import dist, small_files
 from mae_dist.atomic import remove, sync, sync_folder
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
@@ -163,8 +163,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def verify(path: Path) -> str | None:
     """What is damaged in a checkpoint, or None where its files are those of its manifest, by name, size and sha256."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = small_files.read_json(path / MANIFEST)["files"]
+    except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST}: {error}"
     if not files or not isinstance(files, dict):
         return f"{MANIFEST}: names no files"

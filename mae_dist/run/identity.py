@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mae_dist import config as configuration
-from mae_dist import paths, starts
+from mae_dist import paths, small_files, starts
 from mae_dist.run import jsonl, layout
 from mae_dist.schema import C, RunConfig
 
@@ -114,7 +114,7 @@ def of_checkpoint(path: Path) -> str:
     ValueError where its manifest is damaged.
     """
     try:
-        files = json.loads((path / layout.MANIFEST).read_text())["files"]
+        files = small_files.read_json(path / layout.MANIFEST)["files"]
         text = json.dumps([(name, files[name]["sha256"]) for name in sorted(files)])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / layout.MANIFEST}: no manifest of a checkpoint ({error})") from error

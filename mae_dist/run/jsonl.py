@@ -32,7 +32,7 @@ def parse(line: bytes) -> Record | None:
     """The record in a line with its newline; None for a line that is not whole."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

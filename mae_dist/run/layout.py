@@ -22,15 +22,13 @@ RUN/
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mae_dist import config as configuration
+from mae_dist import small_files
 from mae_dist.run import events, jobs
 
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
@@ -55,12 +53,9 @@ def read_config(path: Path) -> dict[str, Any]:
     layout.
     """
     file = path / CONFIG
-    try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, for tables of many runs
-        plain = dict(yaml.load(file.read_text(), Loader=loader))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: not the config.yaml of a run ({reason})") from error
+    plain = small_files.read_yaml(file)
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file}: not the config.yaml of a run")
     if plain.get("format") != FORMAT:
         raise ValueError(
             f"{file}: was written by an older version of mae_dist; use that version, or make the run again"
@@ -80,9 +75,11 @@ def settings(path: Path) -> tuple[str, str, Any]:
 
 
 def result(path: Path) -> dict[str, Any] | None:
-    """The final numbers of the run in the folder `path`, or None while it is incomplete."""
+    """The final numbers of the run in the folder `path`, or None while it is incomplete. Raises ValueError where they
+    are damaged.
+    """
     file = path / RESULT
-    return json.loads(file.read_text()) if file.is_file() else None
+    return small_files.read_json(file) if file.is_file() else None
 
 
 def checkpoints(path: Path) -> list[Path]:

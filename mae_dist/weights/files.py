@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import pathlib
 import zipfile
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.weights.checks import brief
 
@@ -87,7 +87,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 def shards(index: Path) -> list[Path]:
     """The files of a sharded checkpoint, from its index. ValueError where one is missing or outside its folder."""
-    names = parse_json(index.read_bytes(), str(index)).get("weight_map")
+    names = small_files.read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: has no weight_map, so it lists no parts of a checkpoint")
     parts = [*dict.fromkeys(str(name) for name in names.values())]
@@ -108,18 +108,7 @@ def refuse_damaged(path: Path, problem: str = "damaged") -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a small JSON file; {} if there is no such file."""
-    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
-
-
-def parse_json(content: str | bytes, origin: str) -> dict[str, Any]:
-    """Parse a JSON object; ValueError that begins with `origin` for anything else."""
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not JSON: {first_line(error)}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{origin}: not a JSON object, but {brief(parsed)}")
-    return parsed
+    return small_files.read_json(path) if path.is_file() else {}
 
 
 def first_line(error: Exception) -> str:

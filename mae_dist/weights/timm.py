@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae_dist.weights import files
+from mae_dist import small_files
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import HALF, Decoded, Model
 
@@ -51,7 +51,7 @@ def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> D
     """
     cfg = extras.get("pretrained_cfg")
     if isinstance(cfg, str):
-        cfg = files.parse_json(cfg, f"{origin}: pretrained_cfg")
+        cfg = small_files.parse_json(cfg, f"{origin}: pretrained_cfg")
     if not isinstance(cfg, dict | None):
         raise ValueError(f"{origin}: pretrained_cfg={brief(cfg)}: must be an object with mean and std, or left out")
     metadata = training_arguments(extras, {"mean": "mean", "std": "std"})

@@ -1,0 +1,39 @@
+"""Text that a terminal shows as it is: what others wrote into names and files is escaped and kept short. No torch."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that command a terminal, end a line, turn the direction of writing, or are none."""
+LONGEST = 1500
+"""Characters of a message; the middle of a longer one is left out."""
+
+
+def escaped(text: str) -> str:
+    """A text in one line, with backslashes for characters that no terminal shows."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def message(text: object) -> str:
+    """A message, escaped but for its own line ends, and not too long."""
+    text = str(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+    return "\n".join(map(escaped, text.split("\n")))
+
+
+class Formatter(logging.Formatter):
+    """Formats records as `message` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record, with the traceback of one that has some."""
+        return message(record.getMessage()) if record.exc_info is None else super().format(record)
+
+
+def log_to_stderr(level: int) -> None:
+    """Send log records of this level and above to stderr, unless logging is set up already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=level, handlers=[handler])

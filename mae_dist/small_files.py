@@ -1,0 +1,82 @@
+"""YAML and JSON that others may have written: read within limits of size and depth, or refused in one sentence.
+
+An alias of YAML, which lets a line stand for a billion, is refused. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_dist.errors import from_os_error
+
+MOST_YAML, MOST_JSON = 2**22, 2**28
+"""Bytes of a file."""
+MOST_LEVELS = 30
+"""Lists and mappings of YAML within each other."""
+ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What parsers raise for damaged texts."""
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Of C, ten times as fast: for tables of many runs."""
+
+
+def read_text(file: Path, most: int) -> str:
+    """A text in UTF-8 of at most so many bytes. Raises ValueError for any other, and MachineFault."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise from_os_error(error, f"{file}: cannot be read ({error.strerror or error})") from error
+    if len(content) > most:
+        raise ValueError(f"{file}: has more than {most:,} bytes, which is no file of this kind")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file, of plain types. Raises ValueError where it is none, and MachineFault."""
+    text = read_text(file, MOST_YAML)
+    check_yaml(file, text)
+    try:
+        return yaml.load(text, LOADER)
+    except ERRORS as error:
+        raise ValueError(f"{file}: not YAML: {_one_line(error)}") from error
+
+
+def check_yaml(file: Path | str, text: str) -> None:
+    """Raise ValueError where a text is no YAML, has aliases, or is too deep."""
+    level = 0
+    try:
+        for event in yaml.parse(text, LOADER):
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"has an alias, *{event.anchor}, in line {event.start_mark.line + 1}: write it out")
+            if level > MOST_LEVELS:
+                raise ValueError(f"has more than {MOST_LEVELS} levels")
+    except ERRORS as error:
+        raise ValueError(f"{file}: not YAML: {_one_line(error)}") from error
+
+
+def parse_json(text: str | bytes, origin: object) -> dict[str, Any]:
+    """The object of a JSON text. Raises ValueError, which begins with ``origin``, where it is none."""
+    try:
+        found = json.loads(text)
+    except ERRORS as error:
+        raise ValueError(f"{origin}: not JSON: {_one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{origin}: no JSON object, but {str(found)[:40]!r}")
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError where it is none, and MachineFault."""
+    return parse_json(read_text(file, MOST_JSON), file)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
