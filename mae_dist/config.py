@@ -163,7 +163,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
         except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
             what = "brackets, braces or quotes do not match" if isinstance(error, yaml.YAMLError) else _one_line(error)
-            raise ValueError(f"argument {override!r}: {what}") from error
+            raise ValueError(f"argument {override!r}: {what.rpartition(f'argument {override!r}: ')[2]}") from error
         yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
 
 

@@ -22,6 +22,8 @@ Record = dict[str, Any]
 
 STEP, EVALUATION = "step", "evaluation"
 """Values of the field `kind` in a metrics.jsonl."""
+NUMBERS = ("epoch", "lr", "loss", "images_per_second", "bad")
+"""Fields of a metrics.jsonl that are computed with."""
 WAIT_FOR_LOCK = 5.0
 """Seconds that `append` waits for another process; a network file system may keep a dead one's lock for longer."""
 TAIL = 2**16
@@ -29,12 +31,23 @@ TAIL = 2**16
 
 
 def parse(line: bytes) -> Record | None:
-    """The record in a line with its newline; None for a line that is not whole."""
+    """The record in a line with its newline; None for a line that is not whole, or of whose fields one has a value
+    that such a record never has.
+    """
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and _is_sound(record) else None
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether a record of metrics has a step and numbers, or an event its time and kind."""
+    step = type(record.get("step", 0)) is int
+    if "kind" in record:
+        numbers = all(isinstance(record.get(name, 0), int | float) for name in NUMBERS)
+        return step and numbers and "step" in record
+    return step and ("event" not in record or isinstance(record["event"], str))
 
 
 def read(path: Path) -> list[Record]:

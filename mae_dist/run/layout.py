@@ -95,9 +95,7 @@ def checkpoint_at(run: Path, step: int, field: str) -> Path:
     found = {step_of(path): path for path in checkpoints(run)}
     if step not in found:
         there = f"it has those of steps {', '.join(map(str, found))}" if found else "it has none"
-        raise ValueError(
-            f"{field}: the run has no checkpoint of step {step}; {there} (see checkpoint.keep_every)"
-        )
+        raise ValueError(f"{field}: the run has no checkpoint of step {step}; {there} (see checkpoint.keep_every)")
     return found[step]
 
 

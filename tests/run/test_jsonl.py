@@ -215,3 +215,18 @@ def test_records_of_a_file_system_that_maps_no_files_are_read(tmp_path: Path, mo
     assert [record["step"] for record in jsonl.records_with(file, "bad")] == [1, 2, 3]
     jsonl.cut_after(file, 2)
     assert [record["step"] for record in jsonl.read(file)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000, '{"kind": "step"}', '{"kind": "step", "step": "7"}', '{"kind": "step", "step": 1, "loss": []}',
+        '{"step": null}', '{"event": 5}', '{"kind": "step", "step": ' + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
+def test_line_that_no_run_writes_counts_as_damaged(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(step(1)) + "\n" + line + "\n")
+    assert jsonl.read_counting(file) == ([step(1)], 1)
+    jsonl.cut_after(file, 1)
+    assert jsonl.read_counting(file) == ([step(1)], 0)
