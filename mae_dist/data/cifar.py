@@ -1,7 +1,7 @@
 """Read CIFAR-100's archive (its python version), or any archive in that layout, into arrays.
 
 Nothing is extracted to disk, and links in the archive are not followed. A pickle may contain only arrays, strings,
-numbers, lists and dicts: any other is refused before it is executed. Shapes, lengths and label ranges are checked.
+numbers, lists and dicts: nothing in it is imported, called or given a state. Shapes, lengths and labels are checked.
 Knows no shards. Imports no torch.
 
 Source of the data: Krizhevsky, "Learning multiple layers of features from tiny images" (2009).
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 FOLDER = "cifar-100-python"
 SPLITS = ("train", "test")
+MOST_BYTES = 2**33
+"""Bytes of a member: 2.8 million images."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _members(archive: Path) -> dict[str, bytes]:
             for member in stream:
                 name = wanted.get(member.name.removeprefix("./"))
                 if name is not None and member.isreg():
+                    if member.size > MOST_BYTES:
+                        raise ValueError(f"{archive}: {name} has {member.size:,} bytes, more than {MOST_BYTES:,}")
                     content = stream.extractfile(member)
                     assert content is not None
                     found[name] = content.read()
@@ -114,37 +118,95 @@ def _members(archive: Path) -> dict[str, bytes]:
     return found
 
 
-def _empty_array(*_: Any) -> np.ndarray:
-    return np.empty(0, dtype=np.uint8)
+ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+NAMES = (*ARRAYS, *SCALARS, *BUFFERS, "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+"""The globals that pickled arrays and numbers of NumPy refer to. Each stays a name: none is imported or called."""
+REFUSED = (
+    pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2,
+    pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
+)  # fmt: skip
+"""Opcodes that make other objects."""
 
 
-def _latin1(text: str, _: str) -> bytes:
-    return text.encode("latin-1")
+class _Name(str):
+    """The name of a global."""
 
 
-PLAIN = {
-    "numpy.core.multiarray._reconstruct": _empty_array,
-    "numpy._core.multiarray._reconstruct": _empty_array,
-    "numpy.ndarray": None,
-    "numpy.dtype": np.dtype,
-    "_codecs.encode": _latin1,
-}
-"""The globals that a pickled array refers to, and the harmless functions that are used in their place."""
+class _Array:
+    """An array, whose values follow in an opcode BUILD."""
+
+    values: np.ndarray | None = None
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Python's own unpickler in Python, which no bytes can crash, without what imports, calls or changes objects."""
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        key: do
+        for key, do in pickle._Unpickler.dispatch.items()
+        if bytes([key]) not in REFUSED  # pyright: ignore
+    }
+
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in PLAIN:
+        if f"{module}.{name}" not in NAMES:
             raise ValueError(f"it contains {module}.{name}, which is not plain data")
-        return PLAIN[f"{module}.{name}"]
+        return _Name(f"{module}.{name}")
+
+    def load_reduce(self) -> None:
+        arguments, name = self.stack.pop(), self.stack.pop()
+        self.append(_called(name, arguments))
+
+    def load_build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, _Array):
+            _, shape, kind, by_columns, content = state
+            made.values = np.frombuffer(_bytes(content), _kind(kind)).reshape(shape, order="F" if by_columns else "C")
+        elif not isinstance(made, np.dtype) or state[1] == ">":
+            raise ValueError(f"it sets the state of a {type(made).__name__}, which is not plain data")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _called(name: Any, arguments: Any) -> Any:
+    """What one of NAMES would give: for an array, a place for it."""
+    if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+        raise ValueError("it calls what is no name of NumPy's")
+    if name in ARRAYS:
+        return _Array()
+    if name in BUFFERS:
+        content, kind, shape, order = arguments
+        return np.frombuffer(_bytes(content), _kind(kind)).reshape(shape, order="F" if order == "F" else "C")
+    if name in SCALARS:
+        return np.frombuffer(_bytes(arguments[1]), _kind(arguments[0]), 1)[0]
+    if name == "numpy.dtype":
+        return _kind(np.dtype(str(arguments[0])))
+    if name == "_codecs.encode":
+        return arguments[0].encode("latin-1")
+    raise ValueError(f"it calls {name}, which is not plain data")
+
+
+def _kind(kind: Any) -> np.dtype:
+    if not isinstance(kind, np.dtype) or kind.kind not in "buif":
+        raise ValueError("it holds an array of something else than numbers")
+    return kind
+
+
+def _bytes(content: Any) -> bytes:
+    return content.encode("latin-1") if isinstance(content, str) else bytes(memoryview(content))
 
 
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     try:
         plain = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        plain = {key: value.values if isinstance(value, _Array) else value for key, value in plain.items()}
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in plain.items()}
     except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{where}: refused, not a pickle of plain data ({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"{where}: refused, not a pickle of plain data ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def _field(plain: dict[str, Any], name: str, where: str) -> Any:
@@ -161,7 +223,10 @@ def _arrays(content: bytes, num_classes: int, where: str) -> tuple[np.ndarray, n
     given = _field(plain, "fine_labels", where)
     if not isinstance(given, list | np.ndarray) or not all(isinstance(label, int | np.integer) for label in given):
         raise ValueError(f"{where}: 'fine_labels' must be a list of whole numbers")
-    labels = np.array(given, dtype=np.int64)
+    try:
+        labels = np.array(given, dtype=np.int64)
+    except OverflowError as error:
+        raise ValueError(f"{where}: 'fine_labels' has a number that is none of a class") from error
     if len(labels) != len(data) or not len(data):
         raise ValueError(f"{where}: {len(data)} images and {len(labels)} labels; there must be one label an image")
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -32,6 +32,8 @@ INERT: tuple[Any, ...] = (
 )  # fmt: skip
 """Types that lie beside weights and execute nothing when they are read."""
 
+MOST_TENSORS, MOST_GROWTH = 100_000, 20
+"""Tensors of a file, and how many times its size an archive may unpack to, beside 1 GiB."""
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
 """Suffixes of checkpoints that are a single file."""
 
@@ -51,8 +53,25 @@ def detect(path: Path) -> str:
     raise ValueError(f"{path}: is no checkpoint: neither safetensors nor .npz nor a file that torch.save wrote")
 
 
+def check_zip(path: Path) -> None:
+    """Raise ValueError where members of an archive do not match their checksums, share a name, are too many or unpack
+    to much more than the file has. torch can be told to write no checksums: then all are 0.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > MOST_TENSORS or len({member.filename for member in members}) < len(members):
+            raise ValueError(f"{len(members)} members, of which some share a name, or more than {MOST_TENSORS:,}")
+        if (total := sum(member.file_size for member in members)) > MOST_GROWTH * path.stat().st_size + 2**30:
+            raise ValueError(f"unpacks to {total:,} bytes, far more than the {path.stat().st_size:,} that it has")
+        if any(member.CRC for member in members) and (bad := archive.testzip()):
+            raise ValueError(f"{brief(bad)} does not match its checksum")
+
+
 def read_pth(path: Path) -> Any:
     """Read what torch.save wrote, if it is tensors and plain values. ValueError if reading it would execute code."""
+    with refuse_damaged(path):
+        if zipfile.is_zipfile(path):
+            check_zip(path)
     try:
         with torch.serialization.safe_globals([*INERT]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -72,11 +91,15 @@ def read_pth(path: Path) -> Any:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of a .safetensors file."""
     with refuse_damaged(path), safe_open(path, framework="pt") as file:
+        if len(file.keys()) > MOST_TENSORS:
+            raise ValueError(f"{len(file.keys()):,} tensors, more than {MOST_TENSORS:,}")
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """Read the floating-point arrays of an .npz file as tensors."""
+    with refuse_damaged(path):
+        check_zip(path)
     with (
         refuse_damaged(path, "damaged, or holds objects, which are never unpickled"),
         np.load(path, allow_pickle=False) as archive,
