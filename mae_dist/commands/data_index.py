@@ -17,7 +17,7 @@ import numpy as np
 from mae_dist import paths
 from mae_dist.commands import data_remote
 from mae_dist.commands.data_output import progress, report
-from mae_dist.data import folder_words, index, indexing, label_list, labels
+from mae_dist.data import folder_words, grouping, index, indexing, label_list, labels
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
 from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, NO_LABELS, Indexed
@@ -159,6 +159,8 @@ def _merge(
         found = _with_labels(found, labels.of_folders([item.labels for item in found], level, known or ()))
         if level is None and arguments.classes is None and known is None:
             _refuse_doubtful_folders(found)
+    else:
+        _warn_of_doubtful_folders(found, split)
     _refuse_mixed_labels(found, before, others, arguments.classes)
     values, classes = _numbers(found, known, arguments.classes)
     _report_labels(found, values, split, classes, source)
@@ -194,6 +196,13 @@ def _refuse_doubtful_folders(found: Sequence[Indexed]) -> None:
             f"--labels {FOLDER}: {doubt}; write --labels {FOLDER}:N if the folder at level N is the class (1 the "
             f"first in the tar, -1 the last), or name the tars of one split, or other labels"
         )
+
+
+def _warn_of_doubtful_folders(found: Sequence[Indexed], split: str) -> None:
+    """Log that folders in the tars may be splits, or parts of samples."""
+    names = {name for tar in labels.of_folders([[*filter(None, item.folders)] for item in found]) for name in tar}
+    if len(names) > 1 and (doubt := folder_words.doubt({str(name) for name in names})):
+        log.warning("folders in the tars: %s; all their images become split %s", doubt, split)
 
 
 def _refuse_mixed_labels(
@@ -290,7 +299,9 @@ def _report_labels(
         ways = [f"--labels {JSON}{name}" for name in list(fields)[:SHOWN]]
         if len(folders) > 1:
             ways.append(f"--labels {FOLDER} ({len(folders)} folders in the tars: {', '.join(folders[:3])}, ...)")
-        ways += [f"--labels {extension}" for extension, _ in others.most_common(SHOWN) if extension != "json"]
+        no_labels = {"json", *grouping.IMAGES} - {"npy"}
+        kinds = (kind for kind, _ in others.most_common(SHOWN) if kind.rpartition(".")[2] not in no_labels)
+        ways += [f"--labels {kind}" for kind in kinds]
         hint = f"; perhaps {' or '.join(ways)}" if ways else ""
         if source not in (AUTO, NO_LABELS):
             raise ValueError(f"--labels {source}: gives no sample a label{hint}")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mae_dist.data.folder_files import File, Found
-from mae_dist.data.folder_words import listed
+from mae_dist.data.folder_words import listed, parts_of_others
 
 log = logging.getLogger(__name__)
 
@@ -94,5 +94,12 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> N
         full = {join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
         if empty := sorted(inside - full):
             log.warning("%s: folders without images are no classes: %s", source, listed(empty))
+    if parts := parts_of_others({os.path.splitext(path)[0] for path in used}):
+        log.warning(
+            "%s: %d images may be parts of others, as masks are, and are taken as images: %s",
+            source,
+            len(parts),
+            listed(parts),
+        )
     if len(classes) == 1:
         log.warning("%s: all labelled images have one class, %s", source, *classes)

@@ -113,6 +113,11 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
                 f"--source {source}: all images are in {base}, with folders {listed(tops)}; give --source "
                 f"{source / base}, or --splits none to make {base.split('/')[0]} the only class"
             )
+        if inner := _splits_in(tree):
+            raise ValueError(
+                f"--source {source}: the splits ({listed(inner)}) are in the folders {listed(tops)}; put them above, as "
+                f"{inner[-1]}/{tops[0]}, or add --splits none to take all images as one split"
+            )
         if why := _doubt(tree):
             raise _question(source, why, base, tops)
         return {"train": ""}
@@ -139,6 +144,13 @@ def _tree(files: list[File], base: str) -> dict[str, set[str]]:
         parts = file.path[len(base) + bool(base) :].split("/", 2)
         tree[parts[0] if len(parts) > 1 else ""].add(parts[1] if len(parts) > 2 else "")
     return tree
+
+
+def _splits_in(tree: dict[str, set[str]]) -> list[str]:
+    """The splits, sorted, that several folders of this tree have in them and nothing else; [] if there are none."""
+    inner = set().union(*tree.values())
+    splits = all(name.lower() in SPLITS for name in inner) and len(inner) > 1
+    return sorted(inner) if splits and sum(len(names) > 1 for names in tree.values()) > 1 else []
 
 
 def _doubt(tree: dict[str, set[str]]) -> str:
@@ -275,6 +287,9 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
             log.warning("of the %d classes 0 to %d, %d have no image", num_classes, num_classes - 1, empty)
     else:
         classes = sorted(names)
+        if all(re.fullmatch("[0-9]+", name) for name in names) and classes != (right := sorted(names, key=int)):
+            first = next(label for label, name in enumerate(classes) if name != right[label])
+            log.warning("classes are sorted as text, so class %s has the number %d", classes[first], first)
         labels, num_classes = {name: label for label, name in enumerate(classes)}, len(classes)
     return Labelled(
         {split: [(f, -1 if n is None else labels[n]) for f, n in files] for split, files in named.items()},

@@ -53,6 +53,13 @@ def doubt(names: Collection[str]) -> str:
     return ""
 
 
+def parts_of_others(stems: Collection[str]) -> list[str]:
+    """The paths without extension, sorted, that are called like a part of another: a_mask or a-gt2 beside a."""
+    known = set(stems)
+    found = ((stem, re.fullmatch(r"(.+?)[ _-]+([a-z]+)[ _-]*\d*", stem, re.IGNORECASE)) for stem in sorted(known))
+    return [stem for stem, words in found if words and words[1] in known and OTHER_PARTS.fullmatch(words[2].lower())]
+
+
 def listed(names: Iterable[str]) -> str:
     """Names for a message, at most five of them."""
     names = [*names]

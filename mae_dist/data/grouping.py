@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from mae_dist.data.folder_files import OF_SYSTEMS
+from mae_dist.data.folder_words import parts_of_others
 from mae_dist.data.idx import Entry, Members
 from mae_dist.data.tar_reader import Member, Notes
 
@@ -85,6 +86,8 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
             notes.add("samples have no image and are left out", key)
         else:
             kept[key if key not in kept else f"{key}#{archive}"] = sample
+    if parts := parts_of_others(kept):
+        notes.add("samples may be parts of others, as masks are, and are taken as images", parts[0], len(parts))
     return kept
 
 

@@ -45,6 +45,8 @@ def of_text(content: bytes) -> Label:
         raise ValueError(f"holds {short}, expected a class number like 7") from error
     if text.lower() in ABSENT:
         return NONE
+    if whole := re.fullmatch(r"([0-9]+)\.0+", text):  # as pandas and numpy write numbers of a column of floats
+        text = whole[1]
     if re.fullmatch(r"[0-9]+", text):
         if len(text) > 20 or int(text) >= MOST_CLASSES:
             raise ValueError(f"holds {short}, more than the number of any class (below {MOST_CLASSES:,})")

@@ -51,6 +51,8 @@ def members(tar: Path, notes: Notes) -> list[Member]:
 
     Raises ValueError when it is no uncompressed tar, is cut short or damaged, and MachineFault when it cannot be read.
     """
+    if tar.exists() and not tar.is_file():  # opening a pipe would wait for who writes into it
+        raise ValueError(f"{tar}: is no regular file")
     try:
         with tar.open("rb") as stream:
             return _linked(tar, list(_scan(tar, stream, notes)), notes)

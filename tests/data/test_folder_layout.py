@@ -77,6 +77,8 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
         ("JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png Annotations/1.xml", "train=JPEGImages"),
         ("images+1/1.jpg masks+1/1.png", "--splits 'train=images 1'"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
+        ("cat/train/1.jpg cat/test/1.jpg dog/train/1.jpg dog/test/1.jpg",
+         r"splits .test, train. are in the folders cat, dog; put them above, as train/cat, or add --splits none"),
         ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
         ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),
         ("2020/a/1.jpg 2020/b/1.jpg 2021/b/1.jpg", "2020, 2021 may be splits or classes"),
@@ -132,6 +134,17 @@ def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
         "no classes: train/c",
     ):
         assert said in caplog.text
+
+
+def test_folder_warns_of_masks_beside_images_and_of_numbers_sorted_as_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files(tmp_path, *(f"{number}/a.jpg" for number in range(11)), "0/mask.jpg", "0/a (1).jpg")
+    assert len(read(tmp_path)["train"]) == 11 and "parts of others" not in caplog.text
+    assert "classes are sorted as text, so class 10 has the number 2" in caplog.text
+    files(tmp_path, "0/a_Mask.png", "0/a (1)-gt_2.png")
+    read(tmp_path)
+    assert "2 images may be parts of others, as masks are, and are taken as images: 0/a (1)-gt_2, " in caplog.text
 
 
 def test_folder_links_that_double_images_are_counted_and_refused_between_splits(

@@ -56,7 +56,7 @@ def pairs(count: int, image: str, label: str) -> list[tuple[str, bytes]]:
         (pairs(2, os.fsdecode(b"caf\xe9%20{}.png"), os.fsdecode(b"caf\xe9%20{}.cls")),
          [os.fsdecode(b"caf\xe9%200"), os.fsdecode(b"caf\xe9%201")], [0, 1]),
         ([("a.png", PNG), ("a.cls", b" -1\n"), ("b.png", PNG), ("b.cls", b"\xef\xbb\xbf7\r\n"), ("c.png", PNG),
-          ("c.cls", b"")], ["a", "b", "c"], [-1, 7, -1]),
+          ("c.cls", b""), ("d.png", PNG), ("d.cls", b"3.0")], ["a", "b", "c", "d"], [-1, 7, -1, 3]),
     ],
 )  # fmt: skip
 def test_index_names_and_labels_of_tars_of_others(

@@ -162,6 +162,21 @@ def test_labels_from_folders_that_may_be_no_classes_are_asked_about(
         assert indexed(tmp_path, members, "--labels", labels)[1] == expected
 
 
+def test_index_warns_of_folders_and_names_that_speak_of_splits_or_masks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert indexed(tmp_path, [("train/a.png", PNG), ("val/b.png", PNG), ("val/b_mask.png", PNG)])[1] == [-1, -1, -1]
+    assert (
+        "folders in the tars: train, val may be splits or classes; all their images become split train" in caplog.text
+    )
+    assert "samples may be parts of others, as masks are, and are taken as images: 1 (val/b_mask)" in caplog.text
+    caplog.clear()
+    indexed(tmp_path, [("train/a/1.png", PNG), ("train/b/2.png", PNG), ("train/b/2.seg.png", PNG)])
+    assert (
+        "become split" not in caplog.text and "parts of others" not in caplog.text and "labels seg" not in caplog.text
+    )
+
+
 def test_labels_from_folders_of_a_second_split_are_at_the_level_of_known_classes(tmp_path: Path) -> None:
     indexed(tmp_path, [("train/cat/1.png", PNG), ("train/dog/1.png", PNG)], "--labels", "folder")
     write_tar(tmp_path / "v.tar", [("val/dog/a/1.png", PNG), ("val/dog/b/1.png", PNG)])

@@ -121,6 +121,12 @@ def test_tar_that_is_damaged_or_none_is_refused(tmp_path: Path, damage: Callable
         members(path, Notes())
 
 
+def test_tar_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(ValueError, match=r"x\.tar: is no regular file"):
+        members(tmp_path / "x.tar", Notes())
+
+
 def test_tar_with_hostile_headers_is_refused(tmp_path: Path) -> None:
     """A chain of long names without end, and a size below 0."""
     path = tar(tmp_path / "x.tar", {"a": b"A"})
