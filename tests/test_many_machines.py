@@ -6,6 +6,7 @@ networks.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ import torch
 from running import MAE, SETTINGS, finish_ranks, losses, start_rank, start_ranks
 
 from mae_dist import dist, interfaces
-from mae_dist.run import events
+from mae_dist.run import checkpoint, events
 
 NETWORKS = {"management0": "10.77.1", "data0": "10.77.2"}
 START = """
@@ -120,6 +121,38 @@ def test_roll_call_of_1024_ranks(here: int, num_checks: int, monkeypatch: pytest
     blame = "ranks 7, 900 did not answer at step 3: hung or gone; the same command resumes from the last checkpoint"
     assert dist._find_missing_ranks("step 3") == ("" if here else blame)
     assert len(checks) == num_checks
+
+
+def exchange(place: dict[str, str], path: Path) -> None:
+    """A rank of several: agrees in rounds, and loads a checkpoint that rank 0 alone can read."""
+    os.environ.update(place)
+    dist.setup(60)
+    dist.RING = 1
+    for largest in (-3, 0, 2**40):
+        for owner in range(dist.world()):
+            assert dist.all_reduce_max(largest if dist.rank() == owner else largest - 1) == largest
+    if not dist.is_main():
+        path = path.with_name("nowhere")
+    state = {"a": torch.zeros(3, 2), "b": torch.zeros((), dtype=torch.bfloat16)}
+    checkpoint.load(path, state)
+    assert torch.equal(state["a"], torch.arange(6.0).view(3, 2))
+    assert state["b"] == 7
+
+
+def test_many_ranks_agree_in_rounds_and_rank_0_alone_reads_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "step-000000001"
+    state = {"a": torch.arange(6.0).view(3, 2), "b": torch.tensor(7, dtype=torch.bfloat16)}
+    checkpoint.save(path, 1, checkpoint.share(state))
+    world = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MAE_DIST_MEETING_FILE": str(tmp_path / "ranks")}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
+    ranks = [context.Process(target=exchange, args=(world | {"RANK": str(rank)}, path)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * 3
 
 
 @pytest.mark.gpu  # not yet run

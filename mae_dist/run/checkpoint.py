@@ -195,18 +195,28 @@ def trained(there: Container[str], name: str) -> str:
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place from a checkpoint. Raises ValueError where one is not there or has another
-    shape; the checkpoint may hold more. Each rank reads what it needs by itself: torch's common plan is pickled.
+    """Fill the tensors of `state` in place from a checkpoint, all ranks together. Where tensors are sharded, each rank
+    reads what it needs by itself, as torch's common plan is pickled; where every rank has all of `state`, rank 0 reads
+    it for all. Raises ValueError where a tensor is not there or has another shape; the checkpoint may hold more.
     """
-    there = names_in(path)
+    there = dist.run_on_rank0(lambda: {name: list(shape) for name, shape in names_in(path).items()})
     for name, tensor in state.items():
         if name not in there:
             raise ValueError(f"{path}: has no tensor {name}; it was written for another model or by another version")
-        if there[name] != tensor.shape:
+        if there[name] != list(tensor.shape):
             raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+        def read() -> None:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+        if any(isinstance(tensor, DTensor) for tensor in state.values()):
+            read()
+            return
+        dist.run_on_rank0(read)
+    for tensor in state.values():
+        dist.broadcast(tensor)
 
 
 def measure(path: Path) -> dict[str, Any]:
