@@ -95,11 +95,7 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> N
         if empty := sorted(inside - full):
             log.warning("%s: folders without images are no classes: %s", source, listed(empty))
     if parts := parts_of_others({os.path.splitext(path)[0] for path in used}):
-        log.warning(
-            "%s: %d images may be parts of others, as masks are, and are taken as images: %s",
-            source,
-            len(parts),
-            listed(parts),
-        )
+        what = "images may be parts of others, as masks are, and are taken as images"
+        log.warning("%s: %d %s: %s", source, len(parts), what, listed(parts))
     if len(classes) == 1:
         log.warning("%s: all labelled images have one class, %s", source, *classes)

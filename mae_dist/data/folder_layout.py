@@ -115,8 +115,8 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
             )
         if inner := _splits_in(tree):
             raise ValueError(
-                f"--source {source}: the splits ({listed(inner)}) are in the folders {listed(tops)}; put them above, as "
-                f"{inner[-1]}/{tops[0]}, or add --splits none to take all images as one split"
+                f"--source {source}: the splits ({listed(inner)}) are in the folders {listed(tops)}; put them above, "
+                f"as {inner[-1]}/{tops[0]}, or add --splits none to take all images as one split"
             )
         if why := _doubt(tree):
             raise _question(source, why, base, tops)

@@ -80,11 +80,8 @@ def eight_bits(values: np.ndarray, white: float | None) -> tuple[np.ndarray, Cha
     low, high = float(values.min()), float(values.max())
     top = 1.0 if white is None and kind.kind == "f" else white
     if top is None or not (low >= 0 and high < np.inf) or (white is None and high > top):
-        advice = (
-            "data.white=V (data pack: --white V) says which value is white"
-            if low >= 0
-            else "store them as 8 or 16 bits, or in 0..1"
-        )
+        white_is = "data.white=V (data pack: --white V) says which value is white"
+        advice = white_is if low >= 0 else "store them as 8 or 16 bits, or in 0..1"
         raise ValueError(f"{kind} values from {low:g} to {high:g}: {advice}")
     pixels = np.rint(np.minimum(values, top).astype(np.float32) * np.float32(255 / top)).astype(np.uint8)
     scaled = f"{kind.name} values are multiplied by 255 / {top:g}" if top != 1 else "floats are multiplied by 255"

@@ -140,7 +140,8 @@ def test_folder_warns_of_masks_beside_images_and_of_numbers_sorted_as_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files(tmp_path, *(f"{number}/a.jpg" for number in range(11)), "0/mask.jpg", "0/a (1).jpg")
-    assert len(read(tmp_path)["train"]) == 11 and "parts of others" not in caplog.text
+    assert len(read(tmp_path)["train"]) == 11
+    assert "parts of others" not in caplog.text
     assert "classes are sorted as text, so class 10 has the number 2" in caplog.text
     files(tmp_path, "0/a_Mask.png", "0/a (1)-gt_2.png")
     read(tmp_path)
