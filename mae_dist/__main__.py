@@ -36,9 +36,13 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
 
 verbs:
 """
-OUT_OF_MEMORY = (
-    "rank {} ran out of memory; try machine.micro_batch=auto, machine.activation_checkpointing=1 or "
+OUT_OF_GPU_MEMORY = (
+    "rank {} ran out of memory of its GPU; try machine.micro_batch=auto, machine.activation_checkpointing=1 or "
     "machine.strategy=fsdp; the same command resumes"
+)
+OUT_OF_MEMORY = (
+    "rank {} ran out of memory of this machine; lower machine.micro_batch, machine.workers or machine.processes, or "
+    "try machine.activation_checkpointing=1; the same command resumes"
 )
 
 
@@ -88,7 +92,8 @@ def run(argv: list[str]) -> int:
         if debug or reason == "crash":
             raise
         if errors.is_reported_by(rank, error):
-            text = OUT_OF_MEMORY.format(rank) if reason == "out_of_memory" else printed.message(error)
+            memory = OUT_OF_GPU_MEMORY if errors.is_out_of_gpu_memory(error) else OUT_OF_MEMORY
+            text = memory.format(rank) if reason == "out_of_memory" else printed.message(error)
             print(f"mae-dist: {text}", file=sys.stderr)
         return errors.exit_status(error)
 

@@ -31,6 +31,12 @@ run mends them.
 """
 
 
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""A word in the plain RuntimeError with which torch reports that memory of the machine ran out. It decides only whether
+a sentence is printed or a traceback: the exit status is FAILED either way.
+"""
+
+
 class RankError(ValueError):
     """A user error that only this rank has met, so this rank prints it; other ValueErrors are printed by rank 0."""
 
@@ -69,14 +75,26 @@ def from_os_error(error: OSError, message: str) -> ValueError | MachineFault:
 
 def reason(error: BaseException) -> str:
     """The field `reason` of the event `fail`: what kind of error ended a run."""
-    torch = sys.modules.get("torch")  # an error of torch comes after its import
     if isinstance(error, MachineFault):
         return error.reason
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return "out_of_memory"
     if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
         return MachineFault.reason
     return "user_error" if isinstance(error, ValueError | OSError) else "crash"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of a GPU ran out."""
+    if isinstance(error, MemoryError) or is_out_of_gpu_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether memory of a GPU ran out."""
+    torch = sys.modules.get("torch")  # an error of torch comes after its import
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def exit_status(error: BaseException) -> int:

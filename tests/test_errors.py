@@ -29,6 +29,7 @@ STATUSES = [
     (WorkerLost("a loader process was killed"), "worker_lost", 1),
     (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", 1),
     (MemoryError(), "out_of_memory", 1),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate"), "out_of_memory", 1),
 ]
 
 
@@ -45,6 +46,16 @@ def test_exit_status_and_reason_follow_from_the_type(
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1
     assert printed[0].startswith("mae-dist: ")
+
+
+def test_memory_that_torch_does_not_get_is_one_sentence_with_the_settings_to_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "dispatch", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    assert program.main(["pretrain"]) == errors.FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    for setting in ("machine.micro_batch", "machine.workers", "machine.activation_checkpointing"):
+        assert setting in line
 
 
 def test_crash_is_raised_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

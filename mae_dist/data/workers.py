@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mae_dist import signals, watchdog
-from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error
+from mae_dist.errors import MachineFault, RankError, WorkerLost, from_os_error, is_out_of_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -145,7 +145,9 @@ def _attempt(work: Callable[[T], R], task: T, lost: str) -> tuple[Any, Exception
         return work(task), None
     except MachineFault as error:
         return None, error
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None, MachineFault(lost)
     except (ValueError, OSError) as error:
         known = from_os_error(error, str(error)) if isinstance(error, OSError) else error
