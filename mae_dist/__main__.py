@@ -124,7 +124,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
     settings = config.load(verb, *config.split_words(verb, argv))
-    os.environ.update(environment.of_ranks(os.environ))
+    os.environ.update(environment.of_user() | environment.of_ranks(os.environ))
     if "RANK" not in os.environ and (sentence := environment.nodes_left_out(os.environ)):
         logging.warning("%s", sentence)
     with watchdog.watching(settings.machine.timeout + (COLLECTIVES_FIRST if "RANK" in os.environ else 0)):

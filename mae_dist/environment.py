@@ -6,8 +6,11 @@ torchrun sets RANK, WORLD_SIZE and others. The tasks of `srun` and of MPI launch
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +72,29 @@ def nodes_left_out(environ: Mapping[str, str]) -> str:
     if nodes == "1" or (step.isdigit() and int(step) < SPECIAL_STEPS):
         return ""
     return f"of the {nodes} nodes of allocation {environ['SLURM_JOB_ID']}, this run uses one: {way}"
+
+
+def of_user() -> dict[str, str]:
+    """Variables to set for libraries, where the system knows no name or home of the user, as in many containers."""
+    found = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        found["LOGNAME"] = f"user{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        found["HOME"] = tempfile.gettempdir()
+    return found
+
+
+def check_compiler(variable: str, names: tuple[str, ...]) -> None:
+    """Raise ValueError where neither the environment variable nor one of the names is a compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name):
+        raise ValueError(
+            f"machine.compile=true: torch needs a compiler ({', '.join(names)}, or what the environment variable "
+            f"{variable} names), and there is none; install one, or leave machine.compile=false"
+        )
 
 
 def check_torchrun(environ: Mapping[str, str]) -> None:

@@ -290,7 +290,7 @@ class MachineConfig:
         False, "take only algorithms whose sums have a fixed order, so that a run that is resumed on the same GPUs has "
         "the same bits; slower",
     )  # fmt: skip
-    timeout: float = setting(600.0, "seconds without an answer after which a rank is hung", above=0, at_most=10**8)
+    timeout: float = setting(600.0, "seconds without progress after which a rank is hung", above=0, at_most=10**8)
     restarts: int = setting(
         3, "how often all ranks are started again after one was lost (under torchrun: --max-restarts)", at_least=0
     )

@@ -1,6 +1,7 @@
 """Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_left_over_variables_of_ranks_are_refused_before_anything_starts(
         line = refused(capsys, "pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE)
         assert parts[0] in line
         assert not (tmp_path / "run").exists()
+
+
+def test_user_without_name_and_home_gets_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.of_user() == {}
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # which the system does not know
+    given = place.of_user()
+    assert given == {"LOGNAME": "user54321", "HOME": tempfile.gettempdir()}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert place.of_user() == {}
+
+
+def test_compile_without_a_compiler_is_refused_before_the_run_starts(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "machine.compile=true"]
+    assert "machine.compile=true: torch needs a compiler (g++" in refused(capsys, *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_tasks_of_srun_train_one_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -237,6 +237,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
+    if config.machine.compile:
+        environment.check_compiler(*(("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))))
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
