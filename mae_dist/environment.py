@@ -88,9 +88,10 @@ def of_user() -> dict[str, str]:
     return found
 
 
-def check_compiler(variable: str, names: tuple[str, ...]) -> None:
-    """Raise ValueError where neither the environment variable nor one of the names is a compiler."""
-    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name):
+def check_compiler(wanted: bool, device: str) -> None:
+    """Raise ValueError where a compiler is wanted, of C for GPUs or of C++, and there is none."""
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
+    if wanted and not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name):
         raise ValueError(
             f"machine.compile=true: torch needs a compiler ({', '.join(names)}, or what the environment variable "
             f"{variable} names), and there is none; install one, or leave machine.compile=false"

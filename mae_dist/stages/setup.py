@@ -237,8 +237,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
-    if config.machine.compile:
-        environment.check_compiler(*(("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))))
+    environment.check_compiler(config.machine.compile, device.type)
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
@@ -267,8 +266,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
         backbone = models.build(config.model.name, seed=config.train.seed, **given)
     if config.model.train_blocks is not None:
         backbone.train_last(config.model.train_blocks)
-    micro = config.machine.micro_batch
-    micro = micro if isinstance(micro, int) else parallel.CPU_MICRO_BATCH
+    micro = config.machine.micro_batch if isinstance(config.machine.micro_batch, int) else parallel.CPU_MICRO_BATCH
     setup = Setup(verb, config, run, device, train_split, test_split, needs_labels, backbone, initial, micro)
     setup.order({})  # raises now what is impossible in data.weights
     check_cache(train_split, config.data.shuffle_window)
