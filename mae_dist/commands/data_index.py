@@ -23,7 +23,7 @@ from mae_dist.data.decode import stored_size
 from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, NO_LABELS, Indexed
 from mae_dist.data.label_list import Image, LabelList
 from mae_dist.data.labels import Label
-from mae_dist.data.pack import ProgressCallback
+from mae_dist.data.pack import ProgressCallback, safe_name
 from mae_dist.data.remote import shown
 from mae_dist.data.tar_reader import Notes
 from mae_dist.errors import from_os_error
@@ -55,6 +55,8 @@ def add_parser(actions: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Index the tars, and add them to dataset.json as a split. Raises ValueError for a user's mistake."""
+    if (split := arguments.split) != safe_name(split) or not split:
+        raise ValueError(f"--split {split!r}: names files; use letters, digits, _ and - only")
     if urls := data_remote.urls_in(arguments.tars):
         if arguments.out is None:
             raise ValueError(f"{shown(urls[0])}: pass --out DIR for the indexes and {index.FILE}")
@@ -257,7 +259,10 @@ def _numbers(
     raw = [item.labels for item in found]
     named = file is not None or any(isinstance(label, str) for tar in raw for label in tar)
     numbers = labels.names_of_file(file) if file else {name: number for number, name in enumerate(known or ())}
-    return labels.numbered(raw, numbers if named else None, fixed=file is not None)
+    try:
+        return labels.numbered(raw, numbers if named else None, fixed=file is not None)
+    except ValueError as error:
+        raise ValueError(f"--classes {file}: {error}" if file else str(error)) from error
 
 
 def _shard(shard: index.Shard, tar: Path, folder: Path, name: str, values: np.ndarray, plain: bool) -> index.Shard:

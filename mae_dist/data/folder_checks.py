@@ -10,9 +10,12 @@ from pathlib import Path
 
 from mae_dist.data.folder_files import File, Found
 from mae_dist.data.folder_words import listed, parts_of_others
+from mae_dist.data.labels import of_text
 
 log = logging.getLogger(__name__)
 
+LISTS = {".csv", ".json", ".jsonl", ".tsv", ".txt"}
+"""Kinds of files that may hold labels, as `Found.others` names them."""
 Named = dict[str, list[tuple[File, str | None]]]
 """The images of each split, each with the name of its class (None: no label)."""
 
@@ -43,11 +46,22 @@ def check_classes(source: Path, named: Named, by_list: set[str]) -> None:
         log.warning("%s: classes whose names are almost equal stay apart: %s", source, listed(map(repr, ways)))
     by_folder = set().union(*(classes_of(files) for split, files in named.items() if split not in by_list))
     for split in by_list:
+        if not by_folder:
+            _check_labels(split, classes_of(named[split]))
         if by_folder and (given := classes_of(named[split])) and not given & by_folder:
             raise ValueError(
                 f"--labels: labels of split {split} ({listed(sorted(given))}) are no class folders of the others "
                 f"({listed(sorted(by_folder))}); write the folders' names into the list"
             )
+
+
+def _check_labels(split: str, names: set[str]) -> None:
+    """Raise ValueError for a label of a list that is neither a class number nor a name: -2, 0.5, text without end."""
+    for name in sorted(names):
+        try:
+            of_text(name.encode())
+        except ValueError as error:
+            raise ValueError(f"--labels: a row of split {split} {error}") from error
 
 
 def check_links(source: Path, named: Named, meant: bool) -> None:
@@ -81,6 +95,8 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> N
     if unused := [f.path for f in found.files if f.path not in used]:
         log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
     classes = set().union(*map(classes_of, named.values()))
+    if not classes and (lists := sorted(LISTS & found.others.keys())):
+        log.warning("%s: no labels; perhaps a %s file has them: --labels FILE", source, " or ".join(lists))
     for split, files in named.items():
         here = classes_of(files)
         unlabelled = sum(name is None and not f.problem for f, name in files)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_dist.data import label_list
-from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.folder_checks import Named, check_classes, check_links, classes_of, join, warn
 from mae_dist.data.folder_files import File, Found
 from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like
@@ -48,7 +47,8 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
-        raise ValueError(f"--source {source}: no images below it" + (f", only {others}" if others else ""))
+        more = "; tars are for `mae-dist data index`" if ".tar" in found.others else ""
+        raise ValueError(f"--source {source}: no images below it" + (f", only {others}{more}" if others else ""))
     by_level = labels is not None and re.fullmatch(r"folder(:.*)?", str(labels)) is not None
     level = level_of(str(labels)) if by_level else None
     option = None if labels is None or by_level else label_list.read(Path(labels))
@@ -281,8 +281,6 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
     if by_number and all(re.fullmatch(r"-1|0|[1-9]\d*", name) for name in names):
         labels, classes = {name: int(name) for name in names}, None
         num_classes = max(labels.values()) + 1 or None
-        if num_classes is not None and num_classes > MOST_CLASSES:
-            raise ValueError(f"--labels: the class number {num_classes - 1} is too large; numbers are classes from 0")
         if num_classes is not None and (empty := num_classes - len(names - {"-1"})):
             log.warning("of the %d classes 0 to %d, %d have no image", num_classes, num_classes - 1, empty)
     else:

@@ -232,4 +232,8 @@ def columns(file: Path, table: list[list[str]]) -> list[tuple[str, str]]:
         )  # fmt: skip
     if short := next((row for row in body if len(row) <= max(key, label)), None):
         raise ValueError(f"a line without a label: {' '.join(short)[:40]!r}")
+    if long := next((row for row in body if any(row[len(head) :])), None):
+        raise ValueError(
+            f"a line of {len(long)} columns, not {len(head)}: {' '.join(long)[:40]!r}; quote what has commas"
+        )
     return [(row[key].strip(), row[label]) for row in body]

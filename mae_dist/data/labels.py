@@ -22,6 +22,7 @@ from mae_dist.atomic import replacing
 from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.idx import AGAIN
 from mae_dist.data.shard_files import ChangedError
+from mae_dist.errors import from_os_error
 
 Label = int | str
 NONE = -1
@@ -127,7 +128,12 @@ def names_of_file(path: Path) -> dict[str, int]:
 
     Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise from_os_error(error, f"--classes {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path}: is not a text in UTF-8 ({error.reason})") from error
     if text.lstrip()[:1] in ("{", "["):
         plain = _json_of(path, text)
         plain = dict(enumerate(plain)) if isinstance(plain, list) else plain

@@ -213,7 +213,7 @@ def test_folder_labels_that_are_numbers_stay_what_they_are(tmp_path: Path, caplo
     assert read(tmp_path, labels="labels.csv") == {"train": {"10": 1, "2": 1, None: 2}}
     assert "of the 11 classes 0 to 10, 9 have no image" in caplog.text
     files(tmp_path, "labels.csv", content="10.jpg,20261126\n")
-    with pytest.raises(ValueError, match="the class number 20261126 is too large"):
+    with pytest.raises(ValueError, match="holds b'20261126', more than the number of any class"):
         read(tmp_path, labels="labels.csv")
 
 
@@ -248,6 +248,28 @@ def test_folder_labels_that_do_not_fit_are_refused(tmp_path: Path, rows: str, me
     files(tmp_path, "labels.csv", content=rows)
     with pytest.raises(ValueError, match=f"--labels.*{message}"):
         read(tmp_path, labels="labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1.jpg,0.5\n2.jpg,0\n", "--labels: a row of split train holds b'0.5', expected a class number"),
+        ("1.jpg,-2\n2.jpg,0\n", "a row of split train holds b'-2'"),
+        ("1.jpg,a\n2.jpg,b,c\n", "labels.csv: a line of 3 columns, not 2: '2.jpg b c'; quote what has commas"),
+    ],
+)
+def test_folder_labels_that_are_no_classes_are_refused(tmp_path: Path, rows: str, message: str) -> None:
+    files(tmp_path, "1.jpg", "2.jpg")
+    files(tmp_path, "labels.csv", content=rows)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, labels="labels.csv")
+
+
+def test_folder_without_labels_says_where_they_may_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(files(tmp_path, "1.jpg", "metadata.csv")) == {"train": {None: 1}}
+    assert "no labels; perhaps a .csv file has them: --labels FILE" in caplog.text
+    with pytest.raises(ValueError, match=r"no images below it, only 1 .tar; tars are for `mae-dist data index`"):
+        read(files(tmp_path / "more", "1.tar"))
 
 
 def test_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,9 @@ def test_index_labels_from_other_places(
         (["--labels", "three.csv"], "three.csv: expected two columns"),
         (["--labels", "two.csv"], "three.csv|two.csv: a has two labels, 1 and 2"),
         (["--labels", "other.csv"], "--labels other.csv: gives no sample a label"),
-        (["--labels", "json:label", "--classes", "names.txt"], "label 3 is none of the 2 classes"),
+        (["--labels", "json:label", "--classes", "names.txt"], "--classes names.txt: label 3 is none of the 2 classes"),
+        (["--classes", "none.txt"], "--classes none.txt: cannot be read .No such file"),
+        (["--split", "../x"], "--split '../x': names files"),
         (["--classes", "bad.json"], "--classes bad.json: no list of class names"),
     ],
 )
