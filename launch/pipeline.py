@@ -197,7 +197,8 @@ def with_stamp(run: Run, out: Path, written_out: str, needs: list[Stage]) -> Run
         what = [run.argv[0], configuration.result_settings(run.config) | {"init_from": None}]
         if Path(run.config.data.path) not in [made.output for need in needs for made in need.runs]:
             try:
-                what.append(open_split(run.config.data.path, run.config.data.split).fingerprint)
+                data = run.config.data
+                what.append(open_split(data.path, data.split, allow_outside=data.allow_outside).fingerprint)
             except ValueError:
                 if not (file.is_file() and identity.finished(run.folder, run.argv[0], run.config)):
                     raise

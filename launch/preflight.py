@@ -27,7 +27,7 @@ def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
     for index in splits_used(verb, config):
         check_readable(index)
     if verb == "pretrain" and config.data.test_path is not None:
-        open_split(config.data.test_path, config.data.test_split)
+        open_split(config.data.test_path, config.data.test_split, allow_outside=config.data.allow_outside)
     check_initial_weights(config)
     check_folder(verb, config)
     check_disk(config)
@@ -36,11 +36,13 @@ def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
 def splits_used(verb: str, config: RunConfig) -> list[ShardIndex]:
     """The splits on which the result of a run depends."""
     data = config.data
-    train = open_split(data.path, data.split, merging=data.merge_labels)
+    train = open_split(data.path, data.split, merging=data.merge_labels, allow_outside=data.allow_outside)
     split_checks.refuse_mixed(train, f"data.path={data.path}")
     if verb == "pretrain":
         return [train]
-    test = open_split(data.test_path or data.path, data.test_split, merging=data.merge_labels)
+    test = open_split(
+        data.test_path or data.path, data.test_split, merging=data.merge_labels, allow_outside=data.allow_outside
+    )
     return [train, split_checks.numbered_like(train, test, data.accept)]
 
 

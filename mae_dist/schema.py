@@ -18,7 +18,7 @@ C = TypeVar("C", bound="RunConfig")
 RESULT_SECTIONS = ("data", "view", "model", "mae", "train", "optim", "mix", "knn", "heads")
 """Sections whose values decide the result of a run."""
 
-FREE_DATA = ("path", "test_path", "accept_change", "max_bad", "cache", "cache_size")
+FREE_DATA = ("path", "test_path", "accept_change", "allow_outside", "max_bad", "cache", "cache_size")
 """Fields of `data` that may change at every start: the content of the data is compared by the fingerprint."""
 
 PATHS = ("out", "init_from", "data.path", "data.test_path", "data.cache")
@@ -73,6 +73,7 @@ class DataConfig:
         "count as errors; overlap: tars of the training split",
     )  # fmt: skip
     accept_change: bool = setting(False, "resume the run although its data have changed since it began")
+    allow_outside: bool = setting(False, "read tars outside the data set's folder that its dataset.json or links name")
     mean: tuple[float, ...] | None = setting(
         None, "channel means; none: those of init_from, else of dataset.json, else ImageNet's", at_least=0, at_most=1
     )

@@ -130,15 +130,16 @@ def _words(output: str) -> list[str]:
     return re.findall(r"[a-z_]{3,}", output.lower())
 
 
-def fuzz(seed: int, numbers: range, only: str = "") -> Iterator[Case]:
-    """Run the mutations of these numbers."""
+def fuzz(seed: int, numbers: range, only: Sequence[str] = ("",)) -> Iterator[Case]:
+    """Run the mutations of these numbers, of commands that contain one of these texts."""
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
     with TemporaryDirectory(prefix="fuzz-") as place:
         good = Path(place) / "good"
         good.mkdir()
-        make(good, lambda argv: check(argv, run(argv, good, 120)))
-        commands = [command for command in COMMANDS if only in " ".join(command.argv)]
+        commands = [command for command in COMMANDS if any(text in " ".join(command.argv) for text in only)]
+        needed = {name for command in commands for name in command.reads}
+        make(good, needed, lambda argv: check(argv, run(argv, good, 120)))
         usual = {command: _in_copy(command, good, Path(place) / "usual") for command in commands}
         for command, ended in usual.items():
             check(command.argv, ended)
@@ -175,7 +176,7 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="commands that contain this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="commands that contain one of these texts")
     parser.add_argument("--show", nargs="*", default=WRONG, help="endings to print in full")
     arguments = parser.parse_args()
     counts: Counter[tuple[str, str]] = Counter()

@@ -80,7 +80,7 @@ COMMANDS = [
     _command("export run --to timm --out new.pth", "run", RUN_FILES),
     _command("import ex.pth --out new", "ex.pth", "ex.pth"),
     _command("import ex.npz --out new", "ex.npz", "ex.npz"),
-    _command("import ex.safetensors --out new", "ex.safetensors", "ex.safetensors"),
+    _command("import st --out new", "st", "st/*"),
     _command("import hf --out new", "hf", "hf/*"),
     _command("submit pretrain recipe.yaml --cluster cluster.yaml out=new --dry-run", "data recipe.yaml cluster.yaml",
              "recipe.yaml cluster.yaml data/dataset.json"),
@@ -91,8 +91,8 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def make(folder: Path, run: Callable[[list[str]], None]) -> None:
-    """Write the good inputs into a folder, in which `run` runs `mae-dist ARGV`."""
+def make(folder: Path, names: set[str], run: Callable[[list[str]], None]) -> None:
+    """Write the good inputs into a folder, in which `run` runs `mae-dist ARGV`; of exports those with these names."""
     pack(from_synthetic(24, 8), folder / "data", shard_size=12)
     _make_tars(folder)
     _make_folder(folder)
@@ -107,11 +107,11 @@ def make(folder: Path, run: Callable[[list[str]], None]) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     for argv in (
         "data index labelled/x.tar --labels txt", "pretrain recipe.yaml out=run",
-        "export run --to timm --out ex.pth", "export run --to npz --out ex.npz", "export run --to fb --out ex2.pth",
+        "export run --to timm --out ex.pth", "export run --to npz --out ex.npz",
         "export run --to hf --out hf", "export run --to safetensors --out st",
     ):  # fmt: skip
-        run(argv.split())
-    (folder / "st" / "model.safetensors").rename(folder / "ex.safetensors")
+        if not argv.startswith("export") or argv.split()[-1] in names:
+            run(argv.split())
     shutil.copytree(folder / "run", folder / "half")
     (folder / "half" / "result.json").unlink()
     shutil.rmtree(folder / "half" / "checkpoints" / "step-000000002")

@@ -6,9 +6,9 @@ Only reads, so it can be used on a run in progress.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mae_dist.cli import Parser, duration
-from mae_dist.run import checkpoint
+from mae_dist.run import checkpoint, layout
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import MANIFEST, step_of
 
@@ -102,8 +102,6 @@ def verify(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Read the manifest of a checkpoint; None if it is unreadable."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return manifest if {"files", "world", "num_tensors"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    with suppress(ValueError):
+        return layout.manifest(path)
+    return None

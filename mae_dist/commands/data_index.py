@@ -80,6 +80,11 @@ def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], inde
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
+        if before.names_outside(folder):
+            raise ValueError(
+                f"{folder / index.FILE}: came from elsewhere and names tars outside; move it away, and index "
+                f"all tars again"
+            )
         with progress() as tick:
             dataset = merge(before, tick)
         dataset.save(folder)

@@ -65,8 +65,9 @@ class Dataset:
     ``splits`` maps a split's name to its shards; ``classes`` names the labels 0..n-1; ``image_size`` is (height, width)
     when all images share one; ``channels`` is the number that packing made of each image, and ``mean`` and ``std`` are
     their statistics in the training split in 0..1; ``white`` is the stored value that is white, where pixels have more
-    than 8 bits and packing was given it; ``label_counts`` is how
-    many samples of a split have each label, from 0 on.
+    than 8 bits and packing was given it; ``label_counts`` is how many samples of a split have each label, from 0 on.
+    ``folder`` is the inode of the folder that it was written into: in another one it was brought by somebody, who may
+    not name tars outside.
     """
 
     name: str
@@ -79,16 +80,23 @@ class Dataset:
     white: float | None = None
     channels: int | None = None
     label_counts: dict[str, list[int]] = field(default_factory=dict)
+    folder: int | None = None
 
     @property
     def is_packed(self) -> bool:
         """Whether packing has decoded the images, so that `channels` and `white` are those of their statistics."""
         return self.channels is not None
 
+    def names_outside(self, folder: Path) -> bool:
+        """Whether it was brought into this folder from another one and names tars outside by their paths."""
+        tars = [shard.tar for shards in self.splits.values() for shard in shards if not is_url(shard.tar)]
+        return self.folder != os.stat(folder).st_ino and any(t[0] == "/" or ".." in t.split("/") for t in tars)
+
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`, atomically."""
         with replacing(folder / FILE) as work:
-            work.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
+            plain = {"format": FORMAT} | asdict(self) | {"folder": os.stat(folder).st_ino}
+            work.write_text(json.dumps(plain, indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Dataset:
@@ -202,6 +210,7 @@ def _check_shards(shards: list[Shard]) -> None:
     numbers = [columns[name] for name in ("num_samples", "num_labelled", "num_bytes")]
     _check(all({*map(type, column)} <= {str} for column in texts), "splits", "shards whose tar is a path")
     _check(all(columns["tar"]), "splits", "shards whose tar is a path")
+    _check(not any("/" in index for index in columns["index"]), "index", "a name in the folder")
     _check(all({*map(type, column)} <= {int} for column in numbers), "splits", "whole numbers of samples")
     _check(all(min(column, default=0) >= 0 for column in numbers), "splits", "whole numbers of samples")
     largest = max(shards, key=lambda shard: shard.num_samples, default=None)

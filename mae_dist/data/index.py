@@ -230,15 +230,18 @@ class ShardIndex:
         return int(numbers[number])
 
 
-def open_split(path: str, split: str, cache: Cache | None = None, merging: Merging = "names") -> ShardIndex:
+def open_split(
+    path: str, split: str, cache: Cache | None = None, merging: Merging = "names", allow_outside: bool = False
+) -> ShardIndex:
     """Open a split: `path` names folders with a dataset.json, or tars with their .idx files beside them (see `paths`).
 
     Tars that `path` names, by themselves or by a folder without dataset.json, are the split, and `split` is ignored.
     Several places are one data set, in their order, with labels merged as `merging` says. Tars that are URLs are
-    fetched through `cache`. Raises ValueError when a file is missing or changed, or is named twice.
+    fetched through `cache`. Raises ValueError when a file is missing or changed, is named twice, or lies outside the
+    folder of its data set, unless that is allowed.
     """
     split = places.evaluation_split(path, split)
-    parts = places.of_split(path, split)
+    parts = places.of_split(path, split, allow_outside)
     found = [place for part in parts for place in part]
     _check_files(path, found)
     shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]

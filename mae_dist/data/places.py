@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 from mae_dist import paths
 from mae_dist.data.dataset import FILE, Dataset, Shard
 from mae_dist.data.remote import shown
+
+log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -73,9 +76,9 @@ def evaluation_split(path: str, split: str) -> str:
     return split if split != "auto" else "val" if "val" in splits(path) else "test"
 
 
-def of_split(path: str, split: str) -> list[list[Place]]:
+def of_split(path: str, split: str, allow_outside: bool = False) -> list[list[Place]]:
     """Where the tars of a split lie, of which none need exist, for each data set of `path` in the order of its folders
-    and tars. Raises ValueError where `path` names nothing.
+    and tars. Raises ValueError where `path` names nothing, and where files lie `outside`, unless that is allowed.
     """
     try:
         parts = [paths.names(part) for part in paths.parts(path)]
@@ -84,7 +87,42 @@ def of_split(path: str, split: str) -> list[list[Place]]:
     if not any(parts):
         raise ValueError(f"data.path={path}: names no data; give a folder, tars, or a list of them")
     files, listed_in = Files(), functools.cache(_listed_in)
-    return [[*_of_split(names, split, files, listed_in)] for names in parts]
+    places = [[*_of_split(names, split, files, listed_in)] for names in parts]
+    if away := outside(place for part in places for place in part):
+        found = f"{len(away)} tars or indexes lie outside the folder of their data set, by {FILE} or a link"
+        if not allow_outside:
+            raise ValueError(
+                f"data.path={path}: {found} (first {away[0]}): data.allow_outside=true reads them, or index them again "
+                f"with `mae-dist data index`, which then remembers that they are yours"
+            )
+        log.warning("%s (first %s)", found, away[0])
+    return places
+
+
+def outside(places: Iterable[Place]) -> list[str]:
+    """The tars and indexes that are not in the folder of their index or below it, by an absolute path, `..` or a link,
+    although `data index` did not write the dataset.json there: it was brought by somebody, who may want to read more.
+    """
+    real, links, inode = (functools.cache(read) for read in (os.path.realpath, _links_in, lambda f: os.stat(f).st_ino))
+    found = []
+    for tar, index, shard, dataset, _ in places:
+        home = os.path.dirname(index) or "."
+        if os.path.isdir(home) and dataset.folder == inode(home):
+            continue
+        for file in [index] if shard is not None and paths.is_url(shard.tar) else [tar, index]:
+            folder, name = os.path.split(file)
+            place = real(file) if name in links(folder or ".") else os.path.join(real(folder or "."), name)
+            if not place.startswith(os.path.join(real(home), "")):
+                found.append(file)
+    return found
+
+
+def _links_in(folder: str) -> set[str]:
+    """The names of the links in a folder; none where it cannot be listed."""
+    try:
+        return {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
+    except OSError:
+        return set()
 
 
 def mixed_splits(path: str, found: Iterable[Place]) -> list[str]:

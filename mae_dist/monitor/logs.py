@@ -29,6 +29,7 @@ from mae_dist.monitor.status import (
     root_failure,
     run_status,
 )
+from mae_dist.printed import escaped
 from mae_dist.run import events, jobs, layout, slurm_cli
 from mae_dist.run.events import Event
 from mae_dist.run.jobs import Submission
@@ -173,7 +174,7 @@ def show_start(logs: Path, job: str, start: int, tasks: list[Task], num_lines: i
 def read_task(logs: Path, job: str, number: int, start: int, found: list[Event], failure: Event | None = None) -> Task:
     """A task with its log of one start: from the line that begins it to the next such line, else what is before any."""
     file = jobs.log_file(logs, job, number)
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    lines = [*map(escaped, file.read_text(errors="replace").splitlines())] if file.is_file() else []
     marks = [i for i, line in enumerate(lines) if line.startswith("== start ")]
     begun = [i for i in marks if lines[i].startswith(f"== start {start} of job {job},")]
     after = begun[-1] if begun else -1

@@ -26,6 +26,7 @@ from rich.table import Table
 from mae_dist import config as configuration
 from mae_dist.cli import Parser, duration
 from mae_dist.monitor.status import QUIET, RunStatus, find_runs, newest_submissions, run_status
+from mae_dist.printed import escaped
 from mae_dist.run import jobs, jsonl, layout, slurm_cli
 
 WATCH_SECONDS = 5.0
@@ -68,7 +69,7 @@ class Row:
         style = STYLES.get(self.status.state, "default")
         main = next((key for key in NUMBERS[:3] if key in self.result), None)
         return [
-            escape(name), self.verb, f"[{style}]{escape(str(self.status))}[/]",
+            escape(escaped(name)), escape(escaped(self.verb)), f"[{style}]{escape(str(self.status))}[/]",
             "" if self.step is None else f"{self.step:,}{total}",
             "" if self.loss is None else f"{self.loss:.4f}",
             "" if self.images_per_second is None else f"{self.images_per_second:,.0f}",

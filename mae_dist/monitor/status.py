@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mae_dist.errors import DONE, FAILED, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
+from mae_dist.printed import escaped
 from mae_dist.run import events, jobs, layout, slurm_cli
 from mae_dist.run.events import Event
 from mae_dist.run.jobs import Submission
@@ -47,7 +48,7 @@ class RunStatus:
             text = f"requeued ({self.requeues})"
         else:
             text = self.state + (f", requeued {times}" if self.requeues else "")
-        return f"{text}: {self.message}" if self.message else text
+        return f"{text}: {escaped(str(self.message))}" if self.message else text
 
 
 def find_runs(top: Path) -> Iterator[Path]:

@@ -19,11 +19,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mae_dist import dist, small_files
+from mae_dist import dist
 from mae_dist.atomic import remove, sync, sync_folder
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
-from mae_dist.run import jsonl
+from mae_dist.run import jsonl, layout
 from mae_dist.run.layout import MANIFEST
 from mae_dist.watchdog import progress
 
@@ -163,11 +163,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def verify(path: Path) -> str | None:
     """What is damaged in a checkpoint, or None where its files are those of its manifest, by name, size and sha256."""
     try:
-        files = small_files.read_json(path / MANIFEST)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    if not files or not isinstance(files, dict):
-        return f"{MANIFEST}: names no files"
+        files = layout.manifest(path)["files"]
+    except ValueError as error:
+        return str(error)
     own = {MANIFEST, *files}
     for file in sorted(path.iterdir()):  # all safetensors files of a folder are read, so none may come from elsewhere
         if file.name not in own and (file.suffix == ".safetensors" or not file.name.startswith(".")):

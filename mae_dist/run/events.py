@@ -17,6 +17,9 @@ The order of the lines is the order of the events. Imports no torch.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,12 @@ from mae_dist.run import jsonl
 FILE = "events.jsonl"
 Kind = Literal["start", "stop", "fail", "rewind", "submit", "requeue", "finish"]
 Event = dict[str, Any]
+FIELDS = {
+    "start": ("step",), "stop": ("reason", "step", "message"), "fail": ("reason", "rank", "message"),
+    "rewind": ("step", "to", "nonfinite", "left_out"), "submit": ("job", "logs", "nodes", "tasks_per_node"),
+    "requeue": ("job", "start", "reason", "by", "message"),
+}  # fmt: skip
+"""The fields that an event of a kind always has."""
 
 
 def now() -> str:
@@ -38,8 +47,23 @@ def append(run: Path, event: Kind, **fields: Any) -> None:
 
 
 def read(run: Path) -> list[Event]:
-    """All events of the run in the folder `run`, oldest first; [] where there are none."""
-    return jsonl.read(run / FILE)
+    """All events of the run in the folder `run`, oldest first; [] where there are none. Damaged ones are left out."""
+    return sound(jsonl.read(run / FILE), FIELDS)
+
+
+def sound(recorded: Iterable[Event], fields: Mapping[str, tuple[str, ...]]) -> list[Event]:
+    """The events that have a kind, a time and all `fields` of their kind."""
+    return [event for event in recorded if _is_sound(event, fields)]
+
+
+def _is_sound(event: Event, fields: Mapping[str, tuple[str, ...]]) -> bool:
+    kind, at = event.get("event"), event.get("time")
+    if not (isinstance(kind, str) and isinstance(at, str)):
+        return False
+    with suppress(ValueError):
+        datetime.fromisoformat(at)
+        return event.keys() >= {*fields.get(kind, ())}
+    return False
 
 
 def of(run: Path, *kinds: Kind) -> list[Event]:

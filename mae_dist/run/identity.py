@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mae_dist import config as configuration
-from mae_dist import paths, small_files, starts
+from mae_dist import paths, starts
 from mae_dist.run import jsonl, layout
 from mae_dist.schema import C, RunConfig
 
@@ -113,11 +113,8 @@ def of_checkpoint(path: Path) -> str:
     """What a checkpoint is, wherever it lies: its name and a short hash of the names and sha256 of its files. Raises
     ValueError where its manifest is damaged.
     """
-    try:
-        files = small_files.read_json(path / layout.MANIFEST)["files"]
-        text = json.dumps([(name, files[name]["sha256"]) for name in sorted(files)])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / layout.MANIFEST}: no manifest of a checkpoint ({error})") from error
+    files = layout.manifest(path)["files"]
+    text = json.dumps([(name, files[name]["sha256"]) for name in sorted(files)])
     return f"{path.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

@@ -26,6 +26,8 @@ from mae_dist.run import jsonl
 FOLDER = "jobs"
 PIPELINE = "pipeline"
 """The folder beside the stages' with their stamp files, and the logs of stages that make no run."""
+FIELDS = {"stop_requested": ("by",), "end": ("status",), "requeue": ("by", "message")}
+"""The fields that an event of a task always has beside `start`."""
 Reason = Literal["saved", "stopped", "time_limit", "rank_lost"]
 """Why a job is requeued: stopped and saved; stopped and not saved; at the time limit and not saved; a rank failed."""
 By = Literal["task", "slurm", "script"]
@@ -69,7 +71,9 @@ def record(logs: Path, job: str, task: int, event: str, start: int, **values: An
 def events(logs: Path, job: str) -> dict[int, list[dict[str, Any]]]:
     """Events of each task of a job, oldest first."""
     files = {file: file.stem.removeprefix(f"{job}_") for file in logs.glob(f"{job}_*.jsonl")}
-    return {int(task): jsonl.read(file) for file, task in files.items() if task.isdigit()}
+    read = {int(task): jsonl.read(file) for file, task in files.items() if task.isdigit()}
+    return {task: [e for e in run_events.sound(found, FIELDS) if type(e.get("start")) is int]
+            for task, found in read.items()}  # fmt: skip
 
 
 def log_file(logs: Path, job: str, task: int) -> Path:

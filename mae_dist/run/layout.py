@@ -104,6 +104,22 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint: "files", by name their "bytes" and "sha256", and "world" and "num_tensors". Raises
+    ValueError where it is damaged, and MachineFault.
+    """
+    file = checkpoint / MANIFEST
+    plain = small_files.read_json(file)
+    files = plain.get("files")
+    named = isinstance(files, dict) and all(
+        isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
+        and Path(name).name == name for name, facts in files.items()
+    )  # fmt: skip
+    if not (files and named and all(type(plain.get(name)) is int for name in ("world", "num_tensors"))):
+        raise ValueError(f"{file}: not the manifest of a checkpoint")
+    return plain
+
+
 def revision() -> str | None:
     """Commit of the running code, with '+' where it was edited; of a copied code, what its REVISION says; else None."""
     here = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ def open_train_split(config: RunConfig, cache: Cache | None = None) -> ShardInde
     that data.path does not name.
     """
     data = config.data
-    train = open_split(data.path, data.split, cache, data.merge_labels)
+    train = open_split(data.path, data.split, cache, data.merge_labels, data.allow_outside)
     split_checks.refuse_mixed(train, f"data.path={data.path}")
     return train
 
@@ -56,7 +56,7 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
             f"data.path={data.path}: has no split {data.test_split!r} to evaluate on, only {', '.join(known)}; give "
             f"data.test_path or data.test_split, or pack again with --test-share 0.1"
         )
-    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels)
+    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels, data.allow_outside)
     split_checks.refuse_mixed(test, f"data.test_path={data.test_path}")
     if not required:
         return test

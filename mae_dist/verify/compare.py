@@ -70,7 +70,8 @@ def last_state(run: Path) -> dict[str, Tensor]:
 
 def planned_order(config: RunConfig) -> Order:
     """The order of samples that follows from a run's settings and data."""
-    data, parts = config.data, open_split(config.data.path, config.data.split).counts_of_parts
+    data = config.data
+    parts = open_split(data.path, data.split, allow_outside=data.allow_outside).counts_of_parts
     return mixed(config.train.seed, parts, data.weights, data.shuffle_window, repeats=data.aug_repeats)
 
 
