@@ -273,7 +273,7 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
     broken.get_parameter("backbone.blocks.1.norm1.bias").data[3] = math.nan
     diverged = save_run(broken, "vit_demo4", tmp_path / "diverged")
     wrong = {"blocks.0.attn.qkv.weight": torch.zeros(2, 2)}
-    common = {"data": schema.DataConfig(path="x"), "model": schema.ModelConfig(name="vit_demo4")}
+    common = {"data": schema.DataConfig(path="x", channels=3), "model": schema.ModelConfig(name="vit_demo4")}
     RunDir(tmp_path / "knn").open(
         "knn", schema.KnnRunConfig(str(tmp_path / "knn"), **common, init_from=str(run)), "abc"
     )
