@@ -302,16 +302,12 @@ class CheckpointConfig:
     """When checkpoints are written and kept, and how many non-finite steps a run may have."""
 
     every: int = setting(1000, "steps between checkpoints", at_least=1)
-    minutes: float | None = setting(
-        None, "most minutes between checkpoints; none: checkpoint.every alone decides", above=0
-    )
+    minutes: float | None = setting(None, "most minutes between checkpoints; none: no such limit", above=0)
     keep: int = setting(2, "number of newest checkpoints that are kept", at_least=1)
     keep_every: int | None = setting(
         None, "steps between checkpoints that are kept for good; none: only the newest are kept", at_least=1
     )
-    rewind_after: int = setting(
-        3, "non-finite steps in a row after which the run rewinds to its last checkpoint", at_least=1
-    )
+    rewind_after: int = setting(3, "non-finite steps in a row before a rewind to the last checkpoint", at_least=1)
     max_skipped: int = setting(30, "total of non-finite steps above which the run fails", at_least=0)
 
 
@@ -322,8 +318,12 @@ class TrackConfig:
     every: int = setting(20, "steps between log flushes, the only host-device synchronisation of training", at_least=1)
     evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end", above=0)
     ids: bool = setting(False, "write ids.jsonl: the ids of the samples of each step")
-    wandb: Literal["off", "online", "offline"] = setting("off", "also send the metrics to Weights & Biases")
-    project: str = setting("mae_dist", "project on Weights & Biases")
+    wandb: Literal["off", "online", "offline"] | None = setting(None, "mirror on wandb; none: WANDB_MODE, else off")
+    project: str | None = setting(None, "project on Weights & Biases; none: WANDB_PROJECT, else mae_dist")
+    entity: str | None = setting(None, "user or team on Weights & Biases; none: WANDB_ENTITY")
+    group: str | None = setting(None, "group of runs on Weights & Biases; none: WANDB_RUN_GROUP")
+    tags: tuple[str, ...] = setting((), "tags on Weights & Biases; none: WANDB_TAGS")
+    notes: str | None = setting(None, "notes on Weights & Biases; none: WANDB_NOTES")
 
 
 @dataclass(frozen=True)

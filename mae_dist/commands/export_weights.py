@@ -18,13 +18,15 @@ from mae_dist import dist
 from mae_dist.batch import Batch
 from mae_dist.cli import Parser
 from mae_dist.commands.import_weights import build, read
+from mae_dist.data.index import open_split
 from mae_dist.objectives import Objective
+from mae_dist.objectives.classify import GlobalBatchNorm
 from mae_dist.objectives.mae import MAE
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
-from mae_dist.schema import RANDOM
-from mae_dist.weights import FORMATS, Model, Overrides, files
+from mae_dist.schema import RANDOM, RunConfig
+from mae_dist.weights import FORMATS, Model, Overrides, files, native
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", metavar="RUN", help="folder of the run")
     parser.add_argument("--step", type=int, help="step of an older checkpoint (default: the newest)")
     parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new file; hf, safetensors: folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new file or folder (timm: either)")
     arguments = parser.parse_args(argv)
     codec, path = FORMATS[arguments.to], arguments.out
     if codec.SUFFIXES and path.suffix not in codec.SUFFIXES:
-        raise ValueError(f"--out {path}: a file of {arguments.to} ends in {' or '.join(codec.SUFFIXES)}")
+        *some, last = filter(None, codec.SUFFIXES)
+        folder = "" if "" not in codec.SUFFIXES else ", and a folder has no suffix"
+        raise ValueError(f"--out {path}: a file of {arguments.to} ends in {' or '.join([*some, last])}{folder}")
     if not codec.SUFFIXES and path.suffix in files.SUFFIXES:
         of_files = " or ".join(name for name in FORMATS if FORMATS[name].SUFFIXES)
         raise ValueError(
@@ -51,8 +55,13 @@ def main(argv: list[str]) -> int:
         )
     files.refuse_existing(path, "--out")
     dist.setup(use_gpu=False)
-    model, heads = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN"), arguments.step))
+    model, notes = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN"), arguments.step))
     original = build(model, arguments.folder)
+    if "norm.running_mean" in model.state and codec is not native:
+        model = with_folded_norm(model)
+        original, probe = build(model, arguments.folder), original
+        gap = differences(probe, original)["logits"]
+        notes.append(f"head:     the probe's batch norm is folded into it (logits differ by up to {gap:.2g})")
     tensors, left_out = codec.encode(model)
     with files.atomic_output(path, "--out") as temporary:
         try:
@@ -68,8 +77,8 @@ def main(argv: list[str]) -> int:
         if any(gap != 0 for gap in gaps.values()):
             raise ValueError(f"--out {path}: the file differs from the run when read back ({listed}); it was deleted")
     print(f"{path}: step {model.step:,} of {arguments.folder} for {arguments.to}, {len(tensors)} tensors")
-    for sentence in heads + left_out:
-        print(f"  left out: {sentence}")
+    for sentence in [*notes, *(f"left out: {sentence}" for sentence in left_out)]:
+        print(f"  {sentence}")
     print(f"  largest difference on {NUM_IMAGES} images when read back: {listed}")
     print(f"  use it:   {codec.usage(model, path)}")
     return 0
@@ -93,7 +102,20 @@ def load(run: RunDir, step: int | None = None) -> Model:
     stored = {name: checkpoint.trained(shapes, name) for name in names}
     state = {name: torch.empty(shapes[name]) for name in stored.values()}
     checkpoint.load(newest, state)
-    return Model(verb, config, {name: state[key] for name, key in stored.items()}, step_of(newest), fingerprint)
+    state = {name: state[key] for name, key in stored.items()}
+    return Model(verb, config, state, step_of(newest), fingerprint, class_names(run, config))
+
+
+def class_names(run: RunDir, config: RunConfig) -> tuple[str, ...]:
+    """Names of the classes of a run's data, or of the checkpoint that it was imported from; () where both are gone."""
+    imported = (run.result() or {}).get("imported")
+    if imported is not None:
+        return tuple(imported.get("classes", ()))
+    try:
+        classes = open_split(config.data.path, "train", merging=config.data.merge_labels).dataset.classes
+    except (ValueError, OSError):
+        return ()
+    return tuple(classes or ())
 
 
 def without_probe_heads(model: Model) -> tuple[Model, list[str]]:
@@ -104,7 +126,19 @@ def without_probe_heads(model: Model) -> tuple[Model, list[str]]:
     num_heads = sum(name.startswith("linears.") and name.endswith(".bias") for name in model.state)
     methods = [method for method in ("lars", "sgd", "adamw") if getattr(model.config.heads, method)]
     heads = f"the {num_heads} probe heads ({', '.join(methods)}), which stay in the run"
-    return dataclasses.replace(model, state=backbone), [heads] if num_heads else []
+    return dataclasses.replace(model, state=backbone), [f"left out: {heads}"] if num_heads else []
+
+
+def with_folded_norm(model: Model) -> Model:
+    """The model of a probe with one head as a plain classifier: its batch norm, whose statistics are fixed, becomes
+    part of the linear head. Up to rounding it computes the same.
+    """
+    state = dict(model.state)
+    mean, variance = state.pop("norm.running_mean").double(), state.pop("norm.running_var").double()
+    weight = state["head.weight"].double() / (variance + GlobalBatchNorm(0).eps).sqrt()
+    state["head.bias"] = (state["head.bias"].double() - weight @ mean).float()
+    state["head.weight"] = weight.float()
+    return dataclasses.replace(model, verb="finetune", state=state)
 
 
 @torch.no_grad()
@@ -114,7 +148,7 @@ def differences(first: Objective, second: Objective) -> dict[str, float]:
     images = torch.randn(NUM_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(images, zeros, torch.arange(NUM_IMAGES), zeros, zeros.bool())
     pairs = {"features": [objective.backbone(images) for objective in (first, second)]}
-    if type(first) is type(second) and type(first) is not Objective:
+    if type(first) is not Objective and type(second) is not Objective:
         if isinstance(first, MAE) and isinstance(second, MAE):
             mask = first.mask(batch)
             pairs["pixel predictions"] = [objective.predict(images, mask) for objective in (first, second)]

@@ -138,6 +138,7 @@ def make_run(reading: Reading, source: Path, out: Path) -> None:
     config = dataclasses.replace(model.config, out=str(out))
     digest = sha256(*weights.locate(source)[0])
     origin = {"from": str(source), "format": reading.format, "sha256": digest} | reading.notes.by_title()
+    origin |= {"classes": list(model.classes)} if model.classes else {}
     with files.atomic_output(out, "--out") as temporary:
         run = RunDir(temporary)
         run.open(model.verb, config, model.data_fingerprint, model.step)

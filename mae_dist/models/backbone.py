@@ -162,5 +162,5 @@ class Backbone(nn.Module):
         tokens = embed(take(patches, visible))
         if encoder_mask_token is None:
             return tokens
-        grid = encoder_mask_token.to(tokens.dtype).expand(len(images), self.num_patches, -1)
+        grid = encoder_mask_token.to(tokens.dtype).expand(images.shape[0], self.num_patches, -1)
         return grid.scatter(1, repeat(visible, "b k -> b k d", d=self.dim), tokens)

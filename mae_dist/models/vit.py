@@ -76,9 +76,9 @@ class ViT(Backbone):
         visible: Int[Tensor, "b k"] | None = None,
         encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
+        positions = self.pos_embed[:, 1:].expand(images.shape[0], -1, -1)
         if visible is not None and encoder_mask_token is None:
             positions = take(positions, visible)
         x = self._patches(images, visible, encoder_mask_token, self.patch_embed) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], 1)

@@ -7,14 +7,10 @@ trained on. Losses stay on the device until `flush`, so a step costs no synchron
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +19,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mae_dist import config as configuration
 from mae_dist import dist
 from mae_dist.errors import MachineFault
 from mae_dist.run import events, jsonl, layout
+from mae_dist.run.mirror import Mirror
 from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 """Least time between two lines of progress in a log, where there is no terminal for a bar."""
-MIRROR_WAIT = 60.0
-"""Seconds to wait for wandb, which sends to a server at the end of a run."""
 WATCHED_SECONDS, MOST_WAITING = 30.0, 0.1
 """Time, from the first flush of a start on, after which a warning says that more than this share went into waiting for
 data.
@@ -55,11 +49,11 @@ class Tracker:
         self.flushed = self.last_line = time.perf_counter()
         self.watched: tuple[float, float] | None = None
         self.workers = config.machine.workers
-        self.progress = self.mirror = None
+        self.progress, self.mirror = None, None
         self.rewind(step)
         if dist.is_main():
             self.progress = _bar(verb, step, total)
-            self.mirror = _wandb(path, config, verb)
+            self.mirror = Mirror(path, config, verb)
 
     def __enter__(self) -> Tracker:
         return self
@@ -67,7 +61,8 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         if self.progress:
             self.progress.stop()
-        self._mirrored(lambda mirror: mirror.finish())
+        if self.mirror:
+            self.mirror.finish()
 
     def rewind(self, step: int) -> None:
         """Drop the records of later steps, which will be made again, and count ``num_bad`` and ``skipped`` anew."""
@@ -82,6 +77,8 @@ class Tracker:
             return since, bad, [r["step"] for r in jsonl.records_with(self.path, "skipped") if is_fault(r)]
 
         self.data_since, self.num_bad, self.skipped = dist.run_on_rank0(cut)
+        if self.mirror:
+            self.mirror.rewind(len(jsonl.read(self.path)))
         self.restart_clock()
 
     def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
@@ -118,8 +115,7 @@ class Tracker:
         self.num_bad += sum(record.get("bad", 0) for record in records)
         self.skipped += [record["step"] for record in records if is_fault(record)]
         self._write(self.path, records)
-        for record in records:
-            self._mirror(record)
+        self._mirror(*records)
         if self.ids:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
         self._show(records[-1])
@@ -157,13 +153,8 @@ class Tracker:
 
     def picture(self, file: Path) -> None:
         """Send a picture in the run's folder to wandb."""
-
-        def log_picture(mirror: Any) -> None:
-            import wandb
-
-            mirror.log({file.stem.split("-")[0]: wandb.Image(str(file))})
-
-        self._mirrored(log_picture)
+        if self.mirror:
+            self.mirror.picture(file)
 
     def _write(self, path: Path, records: list[dict[str, Any]]) -> None:
         if not dist.is_main():
@@ -175,32 +166,9 @@ class Tracker:
                 f"{path}: cannot be written ({error.strerror}); make room, the same command resumes"
             ) from error
 
-    def _mirror(self, record: dict[str, Any]) -> None:
-        numbers = {name: value for name, value in record.items() if name != "kind"}
-        self._mirrored(lambda mirror: mirror.log(numbers))
-
-    def _mirrored(self, action: Callable[[Any], None]) -> None:
-        """Call `action` with the wandb run in a thread, and wait MIRROR_WAIT s at most. After a failure, wandb is not
-        used again in this process.
-        """
-        if self.mirror is None:
-            return
-        problems: list[object] = []
-
-        def attempt() -> None:
-            try:
-                action(self.mirror)
-            except Exception as error:  # wandb errors must not stop training
-                problems.append(error)
-
-        thread = threading.Thread(target=attempt, daemon=True)
-        thread.start()
-        thread.join(MIRROR_WAIT)
-        if thread.is_alive():
-            problems.append(f"no answer in {MIRROR_WAIT:g} s")
-        if problems:
-            log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", problems[0])
-            self.mirror = None
+    def _mirror(self, *records: dict[str, Any]) -> None:
+        for record in records if self.mirror else ():
+            self.mirror.log(record)  # pyright: ignore[reportOptionalMemberAccess]
 
     def _show(self, last: dict[str, Any]) -> None:
         if not self.progress:
@@ -242,6 +210,16 @@ def summary(path: Path) -> dict[str, float]:
     return found
 
 
+def mirror_result(path: Path, config: RunConfig, verb: str, result: dict[str, Any]) -> None:
+    """Mirror the final numbers of a run that no tracker has recorded, or not all."""
+    if dist.is_main():
+        mirror = Mirror(path, config, verb)
+        numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+        step = jsonl.last_step(path / layout.METRICS) if (path / layout.METRICS).is_file() else 0
+        mirror.log({"kind": jsonl.EVALUATION, "step": step} | numbers)
+        mirror.finish()
+
+
 def _bar(verb: str, step: int, total: int) -> Progress:
     terminal = sys.stderr.isatty()
     columns = (
@@ -252,28 +230,3 @@ def _bar(verb: str, step: int, total: int) -> Progress:
     progress.add_task(verb, total=total, completed=step, text="")
     progress.start()
     return progress
-
-
-def wandb_id(run: Path) -> str:
-    """The id of the run's wandb run: a hash of its first start, so that a resumed run is one run in wandb."""
-    first = events.of(run, "start")[0]
-    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:8]
-
-
-def _wandb(path: Path, config: RunConfig, verb: str) -> Any:
-    """A wandb run, or None where `track.wandb` is off or wandb fails."""
-    if config.track.wandb == "off":
-        return None
-    try:
-        import wandb
-
-        mirror = wandb.init(
-            project=config.track.project, id=wandb_id(path), resume="allow", dir=str(path), name=path.name,
-            job_type=verb, mode=config.track.wandb, config=configuration.to_dict(config),
-        )  # fmt: skip
-        mirror.define_metric("step")
-        mirror.define_metric("*", step_metric="step")
-        return mirror
-    except Exception as error:  # wandb errors must not stop training
-        log.warning("wandb is not available (%s): going on without it; metrics.jsonl has everything", error)
-        return None

@@ -8,6 +8,7 @@ import torch
 
 from mae_dist import dist, evaluate, parallel
 from mae_dist.models.backbone import Backbone
+from mae_dist.run import tracker
 from mae_dist.schema import KnnRunConfig
 from mae_dist.stages.setup import Setup, num_classes, prepare_run
 
@@ -36,4 +37,6 @@ def classify(setup: Setup[KnnRunConfig], backbone: Backbone) -> None:
         queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test_source), setup.device)
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
     counts = evaluate.knn(bank, queries, num_classes(setup.train_split), config.knn.k, config.knn.temperature)
-    setup.run.finish({"verb": "knn"} | evaluate.percentages(dist.all_reduce_sum(counts), len(setup.test_split)))
+    result = evaluate.percentages(dist.all_reduce_sum(counts), len(setup.test_split))
+    setup.run.finish({"verb": "knn"} | result)
+    tracker.mirror_result(setup.run.path, setup.config, "knn", result)

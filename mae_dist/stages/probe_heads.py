@@ -28,7 +28,7 @@ from mae_dist.batch import Batch
 from mae_dist.data.features import Features
 from mae_dist.data.loader import Source
 from mae_dist.objectives.probe_heads import Head, ProbeHeads, held_out
-from mae_dist.run import jsonl
+from mae_dist.run import jsonl, tracker
 from mae_dist.run.layout import MANIFEST
 from mae_dist.stages.setup import Setup, num_classes, prepare_run
 from mae_dist.train import fit
@@ -253,6 +253,7 @@ def conclude(
         jsonl.write_atomic(setup.run.path / "heads.json", json.dumps(result | {"rows": rows}, indent=1) + "\n")
         jsonl.write_atomic(setup.run.path / "heads.md", markdown(setup.config, result, rows))
     setup.run.finish(numbers | result)
+    tracker.mirror_result(setup.run.path, setup.config, "probe", numbers | result)
 
 
 def markdown(config: schema.ProbeConfig, result: dict[str, Any], rows: list[dict[str, Any]]) -> str:

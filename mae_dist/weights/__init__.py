@@ -15,13 +15,14 @@ package knows no data, no loop and no run folder.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mae_dist.starts import INDEX, WEIGHT_FILES
 from mae_dist.weights import fb, files, hf, native, npz, state_dicts, timm
-from mae_dist.weights.checks import brief
+from mae_dist.weights.checks import brief, class_names
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
 
 FORMATS: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": native}
@@ -59,6 +60,9 @@ def read(path: Path, overrides: Overrides, key: str | None = None) -> Reading:
         reading = identify(hf.decode(found.tensors, config, processor, origin), overrides)
     else:
         reading = identify(codec.decode(found.tensors, found.extras | config, origin), overrides)
+    names = class_names(config.get("id2label") if codec is hf else (found.extras | config).get("label_names"))
+    if names and len(names) == reading.model.num_classes:
+        reading = dataclasses.replace(reading, model=dataclasses.replace(reading.model, classes=names))
     reading.notes.found.extend(found.found)
     reading.notes.left_out.extend(found.left_out)
     return reading

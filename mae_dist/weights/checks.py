@@ -31,6 +31,16 @@ def is_size(value: Any) -> bool:
     return is_count(value) or (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_count, value)))
 
 
+def class_names(value: Any) -> tuple[str, ...]:
+    """The names of classes that a file records as a list, or by number as texts; () where it records none."""
+    if isinstance(value, dict):
+        value = [value.get(str(number)) for number in range(len(value))]
+    plain = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not plain or all(name == f"LABEL_{number}" for number, name in enumerate(value)):
+        return ()
+    return tuple(value)
+
+
 FROM_BYTES = " (if they are for pixels from 0 to 255, divide by 255)"
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean": (f"a number from 0 to 1 for each channel{FROM_BYTES}", are_channels),

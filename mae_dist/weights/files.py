@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import pathlib
 import zipfile
 from collections import Counter, defaultdict
@@ -155,3 +156,7 @@ def atomic_output(path: Path, field: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         yield temporary
+        os.umask(umask := os.umask(0))
+        for file in (temporary, *temporary.rglob("*")):  # safetensors writes files that only their owner reads
+            if file.is_file():
+                file.chmod(0o666 & ~umask)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist.models.layers import EPS
+from mae_dist.weights import card
 from mae_dist.weights.checks import checked
 from mae_dist.weights.identify import HALF, IMAGENET, Decoded, Model
 from mae_dist.weights.names import convert_name, join_attention, name_table, split_attention
@@ -107,6 +108,8 @@ def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
     if model.pool == "avg":
         raise ValueError("--to hf: its ViT uses the class token, but this run has model.pool=avg; try --to timm or fb")
     kept, left_out = model.portable(decoder=True)
+    if len({*model.image_size}) > 1:
+        left_out.append("the crop to the shape of the input: transformers' processor squeezes the whole image to it")
     renamed = {}
     for name, tensor in split_attention(kept).items():
         converted = convert_name(name, TABLE, ".")
@@ -125,7 +128,7 @@ def architecture(tensors: dict[str, Tensor]) -> str:
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
-    """Write the folder: config.json, model.safetensors, preprocessor_config.json."""
+    """Write the folder: config.json, model.safetensors, preprocessor_config.json, the model card."""
     sizes, config, kind = model.sizes, model.config, architecture(tensors)
     settings: dict[str, Any] = {
         "architectures": [kind], "model_type": "vit", "hidden_size": sizes["dim"],
@@ -142,18 +145,30 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
             "decoder_intermediate_size": 4 * mae.decoder_dim, "norm_pix_loss": mae.norm_pix,
         }  # fmt: skip
     if model.num_classes:
-        names = [f"LABEL_{number}" for number in range(model.num_classes)]
+        names = model.labels
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
-    height, width = model.image_size
-    processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(config.data.mean), "image_std": list(config.data.std),
-    }  # fmt: skip
     path.mkdir()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", settings), (PROCESSOR, processor)):
+    for name, content in (("config.json", settings), (PROCESSOR, processor(model))):
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
+    (path / card.NAME).write_text(card.card(model, "transformers", usage(model, Path("FOLDER"))), encoding="utf-8")
+
+
+def processor(model: Model) -> dict[str, Any]:
+    """What transformers' image processor does to an image: the test crop of this model. A rectangle has no such crop
+    there, so that the whole image is squeezed to it.
+    """
+    data, (height, width) = model.config.data, model.image_size
+    size = {"height": height, "width": width}
+    square = {
+        "image_processor_type": "BitImageProcessor", "do_center_crop": True, "crop_size": size,
+        "size": {"shortest_edge": model.resized_side},
+    }  # fmt: skip
+    resize = square if height == width else {"image_processor_type": "ViTImageProcessor", "size": size}
+    return resize | {
+        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(data.mean), "image_std": list(data.std), "do_convert_rgb": data.channels == 3,
+    }  # fmt: skip
 
 
 def usage(model: Model, path: Path) -> str:

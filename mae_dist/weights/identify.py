@@ -90,7 +90,8 @@ class Notes:
 @dataclass(frozen=True)
 class Model:
     """A trained model: the verb that trains such a model, its settings, and its tensors, named as in a checkpoint but
-    without the prefix `model.`. ``step`` and ``data_fingerprint`` are those of the run that trained it.
+    without the prefix `model.`. ``step`` and ``data_fingerprint`` are those of the run that trained it; ``classes``
+    are the names of its head's classes, where they are known.
     """
 
     verb: str
@@ -98,6 +99,7 @@ class Model:
     state: dict[str, Tensor]
     step: int = 0
     data_fingerprint: str = "imported"
+    classes: tuple[str, ...] = ()
 
     @property
     def is_vit(self) -> bool:
@@ -123,6 +125,17 @@ class Model:
         return len(self.state["head.bias"]) if "head.bias" in self.state and self.verb != "probe" else 0
 
     @property
+    def labels(self) -> list[str]:
+        """The name of each output of the head: LABEL_n where names are unknown."""
+        known = len(self.classes) == self.num_classes
+        return list(self.classes) if known else [f"LABEL_{number}" for number in range(self.num_classes)]
+
+    @property
+    def resized_side(self) -> int:
+        """Pixels to which clients resize an image's shorter side before they crop its centre, as the test view does."""
+        return round(min(self.image_size) / self.config.view.test_crop)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the model's input in pixels."""
         return sides(self.config.model.image_size)
@@ -138,8 +151,6 @@ class Model:
         left_out = [] if white is None else [f"data.white={white:g}: give it to runs of the imported model"]
         if self.num_classes:
             kept |= {n: t for n, t in self.state.items() if n.startswith("head.")}
-        elif "head.bias" in self.state:
-            left_out.append("the probe's head, because a batch norm precedes it")
         if self.has_decoder:
             reason = self._why_not_portable(only_rgb) if decoder else "this format has no decoder"
             if reason is None:

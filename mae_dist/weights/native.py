@@ -7,6 +7,7 @@ what was exported.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae_dist import __version__
+from mae_dist import __version__, small_files
 from mae_dist import config as configuration
-from mae_dist.weights.checks import brief, checked
+from mae_dist.weights import card
+from mae_dist.weights.checks import brief, checked, class_names
 from mae_dist.weights.files import first_line
-from mae_dist.weights.identify import Model, Notes, Overrides, Reading, format_channels
+from mae_dist.weights.identify import Model, Notes, Overrides, Reading
 
 MARK = "mae_dist"
 """Key in the metadata that only this format has; its value is the version that wrote the file."""
@@ -53,8 +55,9 @@ def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, ov
         configuration.check(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
     except ValueError as error:
         raise ValueError(f"{origin}: metadata: {error}") from error
+    classes = class_names(small_files.parse_json(f'{{"names": {metadata.get("classes", "[]")}}}', origin)["names"])
     notes = Notes(found=[f"the {verb} run {config.out} at step {step}, with all its settings"])
-    return Reading("safetensors", Model(verb, config, tensors, step, fingerprint), notes)
+    return Reading("safetensors", Model(verb, config, tensors, step, fingerprint, classes), notes)
 
 
 def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
@@ -68,38 +71,10 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     metadata = {
         "format": "pt", MARK: __version__, "verb": model.verb, "step": str(model.step),
         "data_fingerprint": model.data_fingerprint, "config": configuration.dump(model.config),
+        "classes": json.dumps(model.classes),
     }  # fmt: skip
     save_file(tensors, path / "model.safetensors", metadata)
-    (path / "README.md").write_text(card(model), encoding="utf-8")
-
-
-def card(model: Model) -> str:
-    """Return the model card in Markdown: sizes, normalisation of images, decoder, recipe, how to load it."""
-    config, size = model.config, sum(tensor.numel() for tensor in model.state.values())
-    backbone = sum(tensor.numel() for name, tensor in model.state.items() if name.startswith("backbone."))
-    height, width = model.image_size
-    colours = {1: "grey", 3: "RGB"}.get(config.data.channels, f"{config.data.channels} channels")
-    rows = {
-        "backbone": f"{config.model.name}, {', '.join(f'{k} {v}' for k, v in model.sizes.items())}",
-        "feature": "class token" if model.pool == "cls" else "mean of the patch tokens",
-        "parameters": f"{size:,}, of which {backbone:,} in the backbone",
-        "images": f"{colours}, {height} x {width} px, scaled to 0..1, then (x - mean) / std",
-        "mean": format_channels(config.data.mean),
-        "std": format_channels(config.data.std),
-    }
-    if model.has_decoder:
-        mae = config.mae
-        target = "pixels normalised per patch (norm_pix)" if mae.norm_pix else "pixels (no norm_pix)"
-        rows["decoder"] = f"{mae.decoder}, {mae.decoder_dim} wide, {mae.decoder_depth} blocks; predicts {target}"
-    if model.num_classes:
-        rows["head"] = f"linear, {model.num_classes} classes"
-    rows |= {"made by": f"`mae-dist {model.verb}`, run {config.out}, step {model.step:,}, mae_dist {__version__}"}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        f"# {config.model.name}, {model.verb}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"`mae-dist import FOLDER --out RUN` makes a run of it, and `init_from=RUN` starts from that run. "
-        f"Names under `backbone.` are timm's.\n\n## The recipe\n\n```yaml\n{configuration.dump(config)}```\n"
-    )
+    (path / card.NAME).write_text(card.card(model, "mae_dist", usage(model, Path("FOLDER"))), encoding="utf-8")
 
 
 def usage(_: Model, path: Path) -> str:

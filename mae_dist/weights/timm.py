@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist import small_files
+from mae_dist.weights import card
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import HALF, Decoded, Model
 
@@ -25,7 +27,7 @@ PATCHES = {"tiny": (16,), "small": (8, 16, 32), "base": (8, 16, 32), "large": (1
 """Patch sizes of timm's named ViTs at 224 px; another size needs patch_size=."""
 MIXERS = ("s16", "s32", "b16", "b32", "l16", "l32")
 """Sizes of timm's named Mixers, whose patch size is fixed."""
-SUFFIXES = (".pth", ".safetensors")
+SUFFIXES = (".pth", ".safetensors", "")
 
 
 def decode_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,13 +70,38 @@ def encode(model: Model, decoder: bool = False) -> tuple[dict[str, Tensor], list
 
 
 def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
-    """Write the state dict, with the name of the architecture, mean and std beside it."""
-    data, name = model.config.data, architecture(model)[0]
-    cfg = {"mean": list(data.mean), "std": list(data.std), "input_size": [data.channels, *model.image_size]}
+    """Write the state dict, with the name of the architecture and how its images are made beside it; as a path without
+    suffix the folder of a hub. Raises ValueError for a Mixer in a folder, if timm has no named model of its sizes.
+    """
+    name, options = architecture(model)
+    cfg = {key: list(value) if isinstance(value, tuple) else value for key, value in images(model).items()}
     if path.suffix == ".safetensors":
         save_file(tensors, path, {"format": "pt", "architecture": name, "pretrained_cfg": json.dumps(cfg)})
-    else:
+    elif path.suffix:
         torch.save({"state_dict": tensors, "arch": name, "pretrained_cfg": cfg}, path)
+    else:
+        if name == "MlpMixer":
+            raise ValueError(
+                "--to timm: no named model of timm has these sizes; try --out FILE.pth instead of a folder"
+            )
+        config = {"architecture": name, "num_classes": options.pop("num_classes"), "num_features": model.sizes["dim"]}
+        config |= {"pretrained_cfg": cfg, "model_args": options}
+        config |= {"label_names": model.labels} if model.num_classes else {}
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (path / card.NAME).write_text(card.card(model, "timm", usage(model, Path("FOLDER"))), encoding="utf-8")
+
+
+def images(model: Model) -> dict[str, Any]:
+    """How a model's images are made, as timm's pretrained_cfg: size, crop, resizing, mean and std."""
+    data, side, resized = model.config.data, min(model.image_size), model.resized_side
+    share = side / resized if math.floor(side / (side / resized)) == resized else math.nextafter(side / resized, 0)
+    return {
+        "input_size": (data.channels, *model.image_size), "fixed_input_size": True,
+        "crop_pct": share, "crop_mode": "center", "interpolation": "bicubic",
+        "mean": tuple(data.mean), "std": tuple(data.std),
+    }  # fmt: skip
 
 
 def architecture(model: Model) -> tuple[str, dict[str, Any]]:
@@ -103,9 +130,12 @@ def architecture(model: Model) -> tuple[str, dict[str, Any]]:
 
 
 def usage(model: Model, path: Path) -> str:
-    """Return the Python line that loads the file at `path` with timm."""
+    """Return the Python line that loads the file or folder at `path` with timm, and how its images are made."""
     name, options = architecture(model)
     listed = ", ".join(f"{key}={value!r}" for key, value in options.items())
     if name == "MlpMixer":
-        return f"model = timm.models.MlpMixer({listed}); timm.models.load_checkpoint(model, '{path}')"
-    return f"timm.create_model('{name}', {listed}, checkpoint_path='{path}')"
+        loading = f"timm.models.load_checkpoint(model, '{path}')"
+        return f"model = timm.models.MlpMixer({listed}); {loading}; model.pretrained_cfg = {images(model)!r}"
+    if not path.suffix:
+        return f"timm.create_model('local-dir:{path}', pretrained=True)"
+    return f"timm.create_model('{name}', {listed}, checkpoint_path='{path}', pretrained_cfg_overlay={images(model)!r})"

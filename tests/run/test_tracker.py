@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from wandb.proto import wandb_internal_pb2
 
 from mae_dist import config, schema
-from mae_dist.run import events, layout, tracker
+from mae_dist.run import events, layout, mirror, tracker
 
 
-def settings(path: Path, wandb: str = "off") -> schema.PretrainConfig:
+def settings(path: Path, wandb: str | None = "off") -> schema.PretrainConfig:
     overrides = [
         f"out={path}",
         "data.path=/data",
         "model.name=vit_demo4",
         "train.global_batch=10",
-        f"track.wandb={wandb}",
+        f"track.wandb={wandb or 'none'}",
     ]
     return config.load("pretrain", None, overrides)
 
 
-def new_tracker(path: Path, step: int = 0, wandb: str = "off") -> tracker.Tracker:
+def new_tracker(path: Path, step: int = 0, wandb: str | None = "off") -> tracker.Tracker:
     return tracker.Tracker(path, settings(path, wandb), "pretrain", step, total=100, num_samples=50)
 
 
@@ -166,36 +168,91 @@ def test_summary_without_evaluations(tmp_path: Path) -> None:
     assert tracker.summary(tmp_path / "metrics.jsonl") == {"loss": 2.0, "bad": 0}
 
 
-def test_wandb_offline_is_one_run_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def mirrored(run: Path) -> list[tuple[str, int, int]]:
+    """(folder, internal step, step) of each record in the offline files of wandb, in the order of their making."""
+    found = []
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+        data, place, content = file.read_bytes(), 7, b""
+        while place + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB, pieces with checksum, length and kind
+            if (left := 32768 - place % 32768) < 7:
+                place += left
+                continue
+            length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+            content += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # whole, or the last piece
+                record, content = wandb_internal_pb2.Record.FromString(content), b""
+                if record.HasField("history"):
+                    values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                    found.append((file.parent.name, record.history.step.num, int(values["step"])))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_is_one_complete_run_over_stops_and_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     events.append(tmp_path, "start", step=0)
-    for start in (0, 2):
-        with new_tracker(tmp_path, start, wandb="offline") as tracked:
-            assert tracked.mirror is not None
-            record_step(tracked, start + 1)
-            record_step(tracked, start + 2)
-            tracked.flush()
-        events.append(tmp_path, "start", step=2)
-    name = tracker.wandb_id(tmp_path)
-    assert len(name) == 8
-    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(folders) >= 1
-    assert all(f"-{name}" in folder for folder in folders)  # two in one second get a number, too
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+    def make(steps: range, stopped: bool) -> None:
+        """A start that makes these steps, and then stops, or is killed with what wandb has not written yet."""
+        tracked = new_tracker(tmp_path, steps.start - 1, wandb="offline")
+        for step in steps:
+            record_step(tracked, step)
+        tracked.flush()
+        if stopped:
+            tracked.__exit__()
+        else:
+            tracked.mirror.run.finish()  # what a killed start leaves: a folder that is not counted
+            if tracked.progress:
+                tracked.progress.stop()
+
+    make(range(1, 3), stopped=True)
+    make(range(3, 6), stopped=False)
+    make(range(5, 7), stopped=True)  # from the checkpoint of step 4
+    make(range(7, 8), stopped=True)
+    found = mirrored(tmp_path)
+    assert [step for _, _, step in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [internal for _, internal, _ in found] == [0, 1, 2, 3, 4, 5, 6]
+    assert len({folder for folder, _, _ in found}) == 3
+    assert all(f"-{mirror.run_id(tmp_path)}" in folder for folder, _, _ in found)
 
 
-class Broken:
-    """A mirror whose server has gone."""
+def test_wandb_names_are_grouped() -> None:
+    step = {"kind": "step", "step": 3, "epoch": 0.1, "loss": 1.0, "images_per_second": 5.0}
+    assert mirror.grouped(step) == {"step": 3, "epoch": 0.1, "train/loss": 1.0, "system/images_per_second": 5.0}
+    assert mirror.grouped({"kind": "evaluation", "step": 3, "test_top1": 1.0}) == {"step": 3, "test/top1": 1.0}
 
-    def log(self, record: dict[str, Any]) -> None:
-        raise ConnectionError(f"cannot send {record}")
 
-    finish = log
+def test_wandb_variables_count_where_a_setting_was_not_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Online without a key: offline at once, without a question."""
+    for name, value in {"MODE": "online", "PROJECT": "mine", "NAME": "its-name", "TAGS": "a,b", "SILENT": "true",
+                        "DIR": str(tmp_path)}.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    with new_tracker(run, wandb=None) as tracked:
+        assert tracked.mirror is not None
+        known = tracked.mirror.run
+        assert (known.project, known.name, known.tags) == ("mine", "its-name", ("a", "b"))
+    assert "there is no key" in caplog.text
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert mirror.mode_of(schema.TrackConfig(wandb="off")) == "off"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert "cannot be reached" in (mirror.offline_reason("http://127.0.0.1:9") or "")
 
 
 def test_wandb_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("the server has gone")
+
     with new_tracker(tmp_path) as tracked:
-        tracked.mirror = Broken()
+        tracked.mirror.run, tracked.mirror.next, tracked.mirror.lines = SimpleNamespace(log=broken), 0, 0
         record_step(tracked, 1)
         record_step(tracked, 2)
         tracked.flush()

@@ -178,12 +178,12 @@ def test_export_keeps_cross_and_token_decoders_in_own_format_alone(
     assert all(word in card for word in (name, "0.4 0.5 0.6", "0.2 0.3 0.25", "no norm_pix", str(origin), "mask_ratio"))
 
 
-def test_export_keeps_probe_head_in_own_format_alone(tmp_path: Path, cli: Cli) -> None:
+def test_export_keeps_probe_and_its_batch_norm_in_own_format(tmp_path: Path, cli: Cli) -> None:
     probe = randomised(Probe(models.build("vit_demo4"), 5, chunk=2, seed=0))
     origin = save_run(probe, "vit_demo4", tmp_path / "origin")
     assert "logits 0" in cli("export", origin, "--to", "safetensors", "--out", tmp_path / "own")
     output = cli("export", origin, "--to", "timm", "--out", tmp_path / "timm.pth")
-    assert "left out: the probe's head" in output
+    assert "the probe's batch norm is folded" in output
     cli("import", tmp_path / "own/model.safetensors", "--out", tmp_path / "run")
     assert identical(run_state(tmp_path / "run"), dict(probe.state_dict()))
 

@@ -52,12 +52,13 @@ def official(objective: Objective) -> dict[str, Tensor]:
     return {name.removeprefix("backbone."): tensor for name, tensor in objective.state_dict().items()}
 
 
-def save_run(objective: Objective, name: str, out: Path, size: int = 32, step: int = 3) -> Path:
+def save_run(objective: Objective, name: str, out: Path, size: int = 32, step: int = 3, test_crop: float = 1.0) -> Path:
     """A finished run with these weights, as its verb would leave it."""
-    data, train = schema.DataConfig(path="x", channels=3, mean=MEAN, std=STD), schema.TrainConfig(steps=step)
+    data, train = schema.DataConfig(path="x", mean=MEAN, std=STD, channels=3), schema.TrainConfig(steps=step)
     backbone = objective.backbone
     model = schema.ModelConfig(name=name, image_size=size, pool="avg" if backbone.pool == "avg" else None)
-    common = {"out": str(out), "data": data, "model": model, "train": train}
+    view = schema.ViewConfig(test_crop=test_crop)
+    common = {"out": str(out), "data": data, "model": model, "train": train, "view": view}
     if isinstance(objective, MAE):
         verb, config = "pretrain", schema.PretrainConfig(**common, mae=objective.settings)
     elif isinstance(objective, ProbeHeads):
@@ -91,7 +92,10 @@ def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def as_model(objective: Objective) -> Model:
     """The objective as export takes it from a run of vit_demo4."""
-    data, model = schema.DataConfig("x", channels=3, mean=MEAN, std=STD), schema.ModelConfig(name="vit_demo4", image_size=32)
+    data, model = (
+        schema.DataConfig("x", mean=MEAN, std=STD, channels=3),
+        schema.ModelConfig(name="vit_demo4", image_size=32),
+    )
     if isinstance(objective, MAE):
         return Model("pretrain", schema.PretrainConfig("x", data, model, mae=objective.settings),
                             dict(objective.state_dict()))  # fmt: skip
