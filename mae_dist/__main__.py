@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     """Run a verb and its arguments, and return the exit status."""
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug" or argv[0] == "submit"]
-    rank = int(os.environ.get("RANK", 0))
+    rank = environment.rank(os.environ)
     level = logging.INFO if rank == 0 else logging.ERROR
     printed.log_to_stderr(level)
     if not argv or argv[0] in ("-h", "--help"):

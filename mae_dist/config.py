@@ -99,8 +99,7 @@ def load(verb: Literal["knn"], file: str | Path | None, overrides: Overrides = (
 @overload
 def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig: ...
 def load(verb: str, file: str | Path | None, overrides: Overrides = ()) -> RunConfig:
-    """Read `file`, a path or a recipe's name, and `section.key=value` overrides into the verb's frozen dataclass and
-    check it.
+    """Read `file`, a path or a recipe's name, and `section.key=value` overrides into the verb's dataclass; check it.
 
     Raises ValueError with one sentence: the field, the value, what is allowed.
     """
@@ -155,7 +154,10 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
         if "=" not in override:
             raise ValueError(f"argument {override!r}: expected section.key=value, for example train.epochs=10")
         name, _, value = override.partition("=")
-        none = NoneType in get_args(kinds.get(name)) and value.strip().lower() in ("", "none", "null")
+        optional = NoneType in get_args(kinds.get(name))
+        if not value.strip():  # as of $NAME in a shell that knows no NAME
+            raise ValueError(f"argument '{name}=': needs a value{', or none' * optional}")
+        none = optional and value.strip().lower() in ("none", "null")
         try:
             if setting_texts.is_text(kinds.get(name)) and not none:
                 layer = setting_texts.from_override(name, value)
@@ -164,7 +166,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
         except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
             what = "brackets, braces or quotes do not match" if isinstance(error, yaml.YAMLError) else _one_line(error)
             raise ValueError(f"argument {override!r}: {what.rpartition(f'argument {override!r}: ')[2]}") from error
-        yield f"{override}: ", layer, {} if none or not value.strip() else setting_texts.from_override(name, value)
+        yield f"{override}: ", layer, {} if none else setting_texts.from_override(name, value)
 
 
 def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:

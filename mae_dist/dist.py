@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dist import devices, interfaces
+from mae_dist import devices, environment, interfaces
 from mae_dist.environment import MEETING_FILE
 from mae_dist.errors import FAILED, MachineFault, RankError, RankLost, from_os_error
 from mae_dist.watchdog import waiting_for
@@ -196,7 +196,7 @@ def shutdown() -> None:
 
 def rank() -> int:
     """This process's number, 0 to world - 1."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else environment.rank(os.environ)
 
 
 def world() -> int:

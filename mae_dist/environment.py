@@ -117,6 +117,15 @@ def check_torchrun(environ: Mapping[str, str]) -> None:
             )
 
 
+def rank(environ: Mapping[str, str]) -> int:
+    """The rank that torchrun gave this process; 0 where its variables are left over, so that their refusal is seen."""
+    try:
+        check_torchrun(environ)
+    except ValueError:
+        return 0
+    return int(environ["RANK"])
+
+
 def tasks_of_node(text: str, node: int) -> int | None:
     """The number of tasks of a node, of srun's "2(x3),1" or of a plain number; None where it is not known."""
     counts: list[int] = []

@@ -29,8 +29,6 @@ def is_text(kind: Any) -> bool:
 def from_override(name: str, value: str) -> dict[str, Any]:
     """The nested settings of `section.key=text` on the command line; quotes around all of a text are left out."""
     value = value.strip()
-    if not value:
-        raise ValueError(f"argument '{name}=': needs a value")
     text = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "\"'" else value
     return functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), text)  # pyright: ignore
 

@@ -133,7 +133,7 @@ def _described(known: Facts) -> Iterator[str]:
 
 
 def _put_in_quarantine(places: list[Place], unusable: list[Finding], quiet: bool) -> None:
-    indexes = {place.tar: Path(place.idx) for place in places}
+    indexes = {str(Path(place.tar)): Path(place.idx) for place in places}
     lines: dict[Path, list[quarantine.Line]] = {}
     for finding in unusable:
         idx = indexes[finding.tar]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], inde
     """Write the dataset.json of a folder, as `merge` makes it from the one that is there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
+        before = _known(folder)
         if before.names_outside(folder):
             raise ValueError(
                 f"{folder / index.FILE}: came from elsewhere and names tars outside; move it away, and index "
@@ -87,11 +89,30 @@ def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], inde
             )
         with progress() as tick:
             dataset = merge(before, tick)
-        dataset.save(folder)
+        with _lock(folder):
+            if _known(folder) != before:
+                raise ValueError(f"{folder / index.FILE}: another command has written it meanwhile; run this one again")
+            dataset.save(folder)
     except OSError as error:
         what = f"{folder}: cannot be written ({error.strerror or error}); pass --out DIR for the index"
         raise from_os_error(error, what) from error
     return dataset
+
+
+def _known(folder: Path) -> index.Dataset:
+    return index.Dataset.load(folder) if (folder / index.FILE).is_file() else index.Dataset(name=folder.name)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Context in which no other process is that locks this folder, if its file system knows locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _merge_remote(

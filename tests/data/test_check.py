@@ -54,14 +54,15 @@ def test_check_of_clean_data_has_status_0_and_reads_only_tars_that_changed_a_sec
 
 
 def test_check_names_broken_samples_and_quarantine_leaves_them_out_of_runs(
-    tars: Tars, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tars: Tars, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tars([4, 12], broken={1, 6}).tars[0].parent
+    monkeypatch.chdir(folder)
     run = ["pretrain", f"data.path={folder}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "data.max_bad=1"]
     assert main([*run, "train.steps=1"]) == 0
     (tmp_path / "run/result.json").unlink()
     broken = [("unreadable", f"x-{i}.tar", f"s000{k}.png", "image file is truncated") for i, k in ((0, 1), (1, 6))]
-    assert [row[:3] for row in found(capsys, folder, "--quarantine")] == [row[:3] for row in broken]
+    assert [row[:3] for row in found(capsys, ".", "--quarantine")] == [row[:3] for row in broken]
     assert found(capsys, folder) == []
     data = index.open_split(str(folder), "train")
     assert len(data) == 14

@@ -11,8 +11,9 @@ import pytest
 from test_index import png, write_tar
 from test_indexing import PNG, indexed, npy
 
+from mae_dist.commands import data_index
 from mae_dist.commands.data import main
-from mae_dist.data import folder_files, folder_layout, index, label_list
+from mae_dist.data import folder_files, folder_layout, index, indexing, label_list
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,21 @@ def test_labels_from_folders_of_a_second_split_are_at_the_level_of_known_classes
     main(["index", str(tmp_path / "v.tar"), "--split", "val", "--labels", "folder"])
     data = index.open_split(str(tmp_path), "val")
     assert [data.label(i) for i in range(2)] == [1, 1]
+
+
+def test_index_does_not_lose_a_split_that_another_command_has_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}.tar", [(f"{split}.png", PNG)])
+
+    def slow_build(tar: Path, idx: Path, source: str) -> indexing.Indexed:
+        monkeypatch.undo()
+        main(["index", str(tmp_path / "train.tar")])
+        return indexing.build(tar, idx, source)
+
+    monkeypatch.setattr(data_index.indexing, "build", slow_build)
+    with pytest.raises(ValueError, match=r"dataset.json: another command has written it meanwhile; run this one again"):
+        main(["index", str(tmp_path / "val.tar"), "--split", "val"])
+    main(["index", str(tmp_path / "val.tar"), "--split", "val"])
+    assert index.Dataset.load(tmp_path).splits.keys() == {"train", "val"}
