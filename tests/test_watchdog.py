@@ -102,15 +102,15 @@ def test_storage_that_hangs_ends_the_rank_and_the_file_is_named(tar_data: Path, 
 
 def read_from_fifo(tar: Path) -> None:
     """Let a tar be a FIFO, from which nothing comes, when its first sample is read."""
-    hurry_at("stages.setup", "check_first_sample")
-    impatient = setup.check_first_sample
+    hurry_at("stages.setup", "check_readable")
+    impatient = setup.check_readable
 
     def check(*arguments: Any) -> None:
         tar.unlink()
         os.mkfifo(tar)
         impatient(*arguments)
 
-    setup.check_first_sample = check
+    setup.check_readable = check
 
 
 def test_lock_of_another_process_ends_the_rank(tiny_data: Path, tmp_path: Path) -> None:
