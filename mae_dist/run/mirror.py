@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mae_dist import config as configuration
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 WAIT, CONNECT = 60.0, 3.0
 """Seconds to wait for wandb, which sends to a server at the end of a run, and for its server to take a connection."""
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+Mode = Literal["online", "offline"]
+MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
 """Values of WANDB_MODE that mirror a run."""
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 SERVER = "https://api.wandb.ai"
@@ -38,7 +39,7 @@ SYSTEM = ("images_per_second", "data_wait", "saving", "stall", "bad")
 COUNTED = "mirrored.json"
 
 
-def mode_of(track: TrackConfig) -> str:
+def mode_of(track: TrackConfig) -> Literal["off"] | Mode:
     """off, online or offline: as set, else by WANDB_MODE."""
     return track.wandb or MODES.get(os.environ.get("WANDB_MODE", ""), "off")
 
@@ -89,19 +90,22 @@ class Mirror:
         if mode == "online" and (reason := offline_reason(os.environ.get("WANDB_BASE_URL", SERVER))):
             log.warning("wandb: %s; this start is mirrored offline, `wandb sync` sends it", reason)
             mode = "offline"
-        known = json.loads(self.counted.read_text()) if self.counted.is_file() else {}
-        self.next, self.folders = known.get("next", 0), known.get("folders", [])
-        lines = known.get("lines", 0)
+        counted = {"lines": 0, "next": 0, "folders": []}
+        with suppress(OSError, ValueError, TypeError):  # no earlier start, or a file that is damaged
+            counted |= json.loads(self.counted.read_text())
+        self.lines, self.next, self.folders = counted["lines"], counted["next"], counted["folders"]
         if mode == "offline":
             self._remove_unfinished()
         self._attempt(lambda: self._open(config, verb, mode))
         if self.run is not None:
             records = jsonl.read(path / layout.METRICS) if (path / layout.METRICS).is_file() else []
-            self.lines = min(lines, len(records))
+            sent = max(self.run.step - self.next, 0)  # to a server, by a start that was killed
+            fewer = max(self.lines + sent - len(records), 0)  # records that were cut and will be made again
+            self.lines, self.next = self.lines + sent - fewer, self.next + sent - min(fewer, sent)
             for record in records[self.lines :]:
                 self.log(record)
 
-    def _open(self, config: RunConfig, verb: str, mode: str) -> None:
+    def _open(self, config: RunConfig, verb: str, mode: Mode) -> None:
         import wandb
 
         track, environ = config.track, os.environ
@@ -116,7 +120,6 @@ class Mirror:
             id=run_id(self.path), resume="allow", job_type=verb, mode=mode, config=configuration.to_dict(config),
             settings=wandb.Settings(init_timeout=WAIT / 2), **{name: value for name, value in given.items() if value},
         )  # fmt: skip
-        self.next = max(self.next, self.run.step)
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from wandb.proto import wandb_internal_pb2
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from mae_dist import config, schema
 from mae_dist.run import events, layout, mirror, tracker
@@ -181,7 +181,7 @@ def mirrored(run: Path) -> list[tuple[str, int, int]]:
             content += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):  # whole, or the last piece
-                record, content = wandb_internal_pb2.Record.FromString(content), b""
+                record, content = Record.FromString(content), b""
                 if record.HasField("history"):
                     values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
                     found.append((file.parent.name, record.history.step.num, int(values["step"])))
@@ -204,6 +204,8 @@ def test_wandb_offline_is_one_complete_run_over_stops_and_kills(
         if stopped:
             tracked.__exit__()
         else:
+            assert tracked.mirror is not None
+            assert tracked.mirror.run is not None
             tracked.mirror.run.finish()  # what a killed start leaves: a folder that is not counted
             if tracked.progress:
                 tracked.progress.stop()
@@ -238,7 +240,7 @@ def test_wandb_variables_count_where_a_setting_was_not_typed(
     run.mkdir()
     with new_tracker(run, wandb=None) as tracked:
         assert tracked.mirror is not None
-        known = tracked.mirror.run
+        known: Any = tracked.mirror.run
         assert (known.project, known.name, known.tags) == ("mine", "its-name", ("a", "b"))
     assert "there is no key" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*"))
@@ -252,7 +254,8 @@ def test_wandb_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCa
         raise ConnectionError("the server has gone")
 
     with new_tracker(tmp_path) as tracked:
-        tracked.mirror.run, tracked.mirror.next, tracked.mirror.lines = SimpleNamespace(log=broken), 0, 0
+        sent: Any = tracked.mirror
+        sent.run, sent.next, sent.lines = SimpleNamespace(log=broken), 0, 0
         record_step(tracked, 1)
         record_step(tracked, 2)
         tracked.flush()

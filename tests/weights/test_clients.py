@@ -132,7 +132,7 @@ def test_transformers_loads_exported_vits_and_computes_the_same(tmp_path: Path, 
         run = save_run(probe, "vit_demo4", tmp_path / "probe")
         line = usage(cli("export", run, "--to", "hf", "--out", tmp_path / "vit"))
         assert "ViTForImageClassification" in line  # its batch norm is folded into the head
-        own = probe.double()
+        own: Any = probe.double()
         other, expected = load_transformers(line)(pixels).logits, own.head(own.norm(own.backbone(pixels)))
     assert (other - expected).abs().max() < 1e-5 * expected.abs().max()
 

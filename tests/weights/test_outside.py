@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from trained import MEAN, STD, Cli, classifier, randomised, save_run, usage
 
@@ -74,7 +75,7 @@ def test_clients_see_and_classify_photos_as_mae_dist_does(
                 logits = model(images).logits
             else:
                 model = eval(line, {"timm": timm}).eval()
-                transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+                transform: Any = create_transform(**resolve_model_data_config(model))
                 images = torch.stack([transform(photo) for photo in photos])
                 logits = model(images)
             assert (images - own).abs().mean() * 0.25 < 4 / 255, target  # a centre crop of whole pixels
@@ -83,7 +84,7 @@ def test_clients_see_and_classify_photos_as_mae_dist_does(
 
 
 def test_probe_exports_as_a_linear_head_with_its_batch_norm_folded(tmp_path: Path, cli: Cli) -> None:
-    probe = randomised(Probe(models.build("vit_demo4", image_size=32), 5, chunk=2, seed=0))
+    probe: Any = randomised(Probe(models.build("vit_demo4", image_size=32), 5, chunk=2, seed=0))
     probe.norm.running_mean.normal_(generator=torch.Generator().manual_seed(3))
     probe.norm.running_var.uniform_(0.01, 4, generator=torch.Generator().manual_seed(4))
     run = save_run(probe, "vit_demo4", tmp_path / "run")
@@ -100,6 +101,7 @@ def test_folders_have_a_card_class_names_and_the_modes_of_umask(tmp_path: Path, 
     torch.save({"state_dict": {n.removeprefix("backbone."): t for n, t in objective.state_dict().items()},
                 "label_names": ["cat", "dog", "yak"]}, tmp_path / "x.pth")  # fmt: skip
     cli("import", tmp_path / "x.pth", "--out", tmp_path / "run")
+    folder = tmp_path
     for number, target in enumerate(("hf", "safetensors", "timm", "hf")):
         folder, again = tmp_path / f"{number}-{target}", tmp_path / f"run-{number}"
         cli("export", tmp_path / "run" if number == 0 else tmp_path / f"run-{number - 1}",
@@ -117,7 +119,7 @@ def test_folders_have_a_card_class_names_and_the_modes_of_umask(tmp_path: Path, 
 def test_backbones_are_traced_and_exported_for_any_batch(name: str, pool: str) -> None:
     backbone = models.build(name, image_size=32, pool=pool).eval()
     two, five = torch.randn(2, 3, 32, 32), torch.randn(5, 3, 32, 32)
-    traced = torch.jit.trace(backbone, two)
+    traced: Any = torch.jit.trace(backbone, two)
     exported = torch.export.export(backbone, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     with torch.no_grad():
         for other in (traced, exported):
