@@ -34,6 +34,9 @@ from mae_dist.paths import is_url
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 2**32
+"""Bytes of an image file."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -203,6 +206,8 @@ class ShardIndex:
         shard, row = self.locate(sample)
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
+        if size > MOST_BYTES:
+            raise ValueError(f"has {size:,} bytes, more than any image ({MOST_BYTES:,})")
         image = self.files.read(shard, offset, size)
         name, extension = table.names[row], table.extensions[row]
         return Sample(name[: -len(extension) - 1], extension.rpartition(".")[2], image, self.label(sample))

@@ -221,7 +221,7 @@ def load(path: Path, key: str) -> Pixels:
                 return Pixels(labels, bad, images, json.loads(known["changes"]))
     except FileNotFoundError:
         raise Unusable("there is no such file yet") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise Unusable(f"damaged ({error})") from error
     raise Unusable("its tars or their index have changed")
 

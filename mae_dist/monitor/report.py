@@ -283,16 +283,24 @@ def curves(runs: Sequence[Run]) -> Iterator[tuple[str, Markup, Markup, str]]:
             yield verb, Markup(loss), Markup(small), " ".join(notes)
 
 
+def is_png(file: Path) -> bool:
+    """Whether a file is a PNG by its first bytes, and no link or folder."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
 def galleries(runs: Sequence[Run]) -> Iterator[tuple[Run, str, str, tuple[int, str], list[tuple[int, str]]]]:
     """(run, kind, what the rows are, latest picture, evenly chosen earlier ones) for each run and kind of picture.
 
-    A picture is (step, PNG in base64).
+    A picture is (step, PNG in base64). What is none, and links, which may lead to other files, are left out.
     """
     for run in runs:
         kinds: dict[str, list[tuple[int, Path]]] = {}
         for file in (run.path / "pictures").glob("*.png"):
             kind, _, step = file.stem.rpartition("-")
-            if step.isdecimal():
+            if step.isdecimal() and is_png(file):
                 kinds.setdefault(kind, []).append((int(step), file))
         for kind, files in sorted(kinds.items()):
             *earlier, latest = sorted(files)

@@ -105,12 +105,19 @@ def append(path: Path, *records: Record) -> None:
     append at the same time, also from other machines, wait for each other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
+    with _open_own(path, os.O_APPEND, "a+b") as stream:
         _lock(stream)
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
         torn = stream.read(1) not in (b"\n", b"")
         stream.write(b"\n" * torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
+
+
+def _open_own(path: Path, flag: int, mode: str) -> IO[bytes]:
+    """Open a file to read and write, which is made where there is none. Raises OSError where it is a link, which may
+    lead to a file of another's choice.
+    """
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flag, 0o666), mode)
 
 
 def _lock(stream: IO[bytes]) -> None:
@@ -128,7 +135,7 @@ def cut_after(path: Path, step: int) -> None:
     Records have a field `step`, which grows; evaluations of one step or an earlier one may follow it. Reads from the
     end as far as needed. What stays is written before the rest goes, so a kill in between loses no record.
     """
-    path.touch()
+    _open_own(path, 0, "r+b").close()
     evaluations: list[bytes] = []
     with _mapped(path) as content:
         end = size = len(content)
@@ -141,7 +148,7 @@ def cut_after(path: Path, step: int) -> None:
                 if line not in evaluations:  # an earlier cut may have been killed between its two writes
                     evaluations.append(line)
             end = start
-    with path.open("r+b") as stream:
+    with _open_own(path, 0, "r+b") as stream:
         stream.seek(end)
         stream.writelines(reversed(evaluations))
         if stream.tell() < size:

@@ -285,3 +285,14 @@ def test_report_is_written_into_the_first_run(tmp_path: Path, capsys: pytest.Cap
 def test_report_imports_no_torch() -> None:
     code = "import sys, mae_dist.monitor.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_report_embeds_pictures_of_the_run_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "pictures").mkdir()
+    (tmp_path / "secret").write_bytes(b"\x89PNG\r\n\x1a\nsecret")
+    (run / "pictures" / "reconstruction-000000099.png").symlink_to(tmp_path / "secret")
+    (run / "pictures" / "other-000000001.png").write_bytes(b"no picture")
+    html = render(run)
+    assert "at step 99" not in html
+    assert 'alt="other' not in html

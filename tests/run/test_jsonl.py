@@ -230,3 +230,12 @@ def test_line_that_no_run_writes_counts_as_damaged(tmp_path: Path, line: str) ->
     assert jsonl.read_counting(file) == ([step(1)], 1)
     jsonl.cut_after(file, 1)
     assert jsonl.read_counting(file) == ([step(1)], 0)
+
+
+@pytest.mark.parametrize("write", [lambda file: jsonl.append(file, step(1)), lambda file: jsonl.cut_after(file, 0)])
+def test_link_at_the_place_of_a_file_is_not_followed(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "victim").write_text("precious\n")
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"x\.jsonl"):
+        write(tmp_path / "x.jsonl")
+    assert (tmp_path / "victim").read_text() == "precious\n"
