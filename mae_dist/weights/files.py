@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import os
 import pathlib
 import zipfile
@@ -33,6 +34,8 @@ INERT: tuple[Any, ...] = (
 )  # fmt: skip
 """Types that lie beside weights and execute nothing when they are read."""
 
+DIGEST = "sha256"
+"""Key in the metadata of a .safetensors file that we write: `digest` of its tensors."""
 MOST_TENSORS, MOST_GROWTH = 100_000, 20
 """Tensors of a file, and how many times its size an archive may unpack to, beside 1 GiB."""
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
@@ -94,7 +97,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with refuse_damaged(path), safe_open(path, framework="pt") as file:
         if len(file.keys()) > MOST_TENSORS:
             raise ValueError(f"{len(file.keys()):,} tensors, more than {MOST_TENSORS:,}")
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get(DIGEST) not in (None, digest(tensors)):
+            raise ValueError("its tensors are not those that were written (sha256)")
+        return tensors, metadata
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """The sha256 of tensors: of their names, types, shapes and bytes, for the metadata DIGEST of a file."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:

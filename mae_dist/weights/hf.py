@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist.models.layers import EPS
-from mae_dist.weights import card
+from mae_dist.weights import card, files
 from mae_dist.weights.checks import checked
 from mae_dist.weights.identify import HALF, IMAGENET, Decoded, Model
 from mae_dist.weights.names import convert_name, join_attention, name_table, split_attention
@@ -148,7 +148,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
         names = model.labels
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
     path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, path / "model.safetensors", {"format": "pt", files.DIGEST: files.digest(tensors)})
     for name, content in (("config.json", settings), (PROCESSOR, processor(model))):
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
     (path / card.NAME).write_text(card.card(model, "transformers", usage(model, Path("FOLDER"))), encoding="utf-8")

@@ -19,7 +19,7 @@ from mae_dist import __version__, small_files
 from mae_dist import config as configuration
 from mae_dist.weights import card
 from mae_dist.weights.checks import brief, checked, class_names
-from mae_dist.weights.files import first_line
+from mae_dist.weights.files import DIGEST, digest, first_line
 from mae_dist.weights.identify import Model, Notes, Overrides, Reading
 
 MARK = "mae_dist"
@@ -71,7 +71,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     metadata = {
         "format": "pt", MARK: __version__, "verb": model.verb, "step": str(model.step),
         "data_fingerprint": model.data_fingerprint, "config": configuration.dump(model.config),
-        "classes": json.dumps(model.classes),
+        "classes": json.dumps(model.classes), DIGEST: digest(tensors),
     }  # fmt: skip
     save_file(tensors, path / "model.safetensors", metadata)
     (path / card.NAME).write_text(card.card(model, "mae_dist", usage(model, Path("FOLDER"))), encoding="utf-8")

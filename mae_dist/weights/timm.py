@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist import small_files
-from mae_dist.weights import card
+from mae_dist.weights import card, files
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import HALF, Decoded, Model
 
@@ -76,7 +76,8 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
     name, options = architecture(model)
     cfg = {key: list(value) if isinstance(value, tuple) else value for key, value in images(model).items()}
     if path.suffix == ".safetensors":
-        save_file(tensors, path, {"format": "pt", "architecture": name, "pretrained_cfg": json.dumps(cfg)})
+        metadata = {"format": "pt", "architecture": name, "pretrained_cfg": json.dumps(cfg)}
+        save_file(tensors, path, metadata | {files.DIGEST: files.digest(tensors)})
     elif path.suffix:
         torch.save({"state_dict": tensors, "arch": name, "pretrained_cfg": cfg}, path)
     else:
@@ -88,7 +89,7 @@ def write(tensors: dict[str, Tensor], model: Model, path: Path) -> None:
         config |= {"pretrained_cfg": cfg, "model_args": options}
         config |= {"label_names": model.labels} if model.num_classes else {}
         path.mkdir()
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        save_file(tensors, path / "model.safetensors", {"format": "pt", files.DIGEST: files.digest(tensors)})
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (path / card.NAME).write_text(card.card(model, "timm", usage(model, Path("FOLDER"))), encoding="utf-8")
 

@@ -174,7 +174,7 @@ def test_status_of_a_killed_job_is_not_explained_by_the_loss_of_a_rank(tmp_path:
 
 
 def test_status_without_slurm_is_the_last_event_of_the_run(tmp_path: Path) -> None:
-    events.append(tmp_path, "start")
+    events.append(tmp_path, "start", step=0)
     os.utime(tmp_path / events.FILE, (time.time() - 60, time.time() - 60))
     assert str(run_status(tmp_path, {})) == "running"
     run = RunDir(tmp_path)
@@ -184,7 +184,7 @@ def test_status_without_slurm_is_the_last_event_of_the_run(tmp_path: Path) -> No
     with pytest.raises(Stopped), run.record_end():
         raise Stopped("pretrain stopped and saved at step 3 of 9")
     assert str(run_status(tmp_path, {})) == "stopped: pretrain stopped and saved at step 3 of 9"
-    events.append(tmp_path, "start")
+    events.append(tmp_path, "start", step=0)
     assert str(run_status(tmp_path, {})) == "running"
     assert [event["event"] for event in events.read(tmp_path)] == ["start", "fail", "stop", "start"]
 
@@ -195,7 +195,7 @@ def test_status_without_slurm_is_running_while_files_change(tmp_path: Path) -> N
     age(tmp_path, 400)
     assert str(run_status(tmp_path, {})) == "stopped"
     assert str(run_status(tmp_path, {}, quiet=500)) == "running"
-    events.append(tmp_path, "start")
+    events.append(tmp_path, "start", step=0)
     assert str(run_status(tmp_path, {})) == "running"
     run.finish({"loss": 1.0})
     assert str(run_status(tmp_path, {})) == "finished"

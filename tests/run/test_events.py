@@ -10,9 +10,9 @@ from mae_dist.run import events
 
 def test_events_are_read_in_order_and_by_kind(tmp_path: Path) -> None:
     assert events.read(tmp_path) == events.of(tmp_path, "start") == []
-    events.append(tmp_path, "submit", job="7")
+    events.append(tmp_path, "submit", job="7", logs="jobs", nodes="1", tasks_per_node=1)
     events.append(tmp_path, "start", step=0)
-    events.append(tmp_path, "stop", reason="signal", step=4)
+    events.append(tmp_path, "stop", reason="signal", step=4, message="stopped")
     events.append(tmp_path, "start", step=4)
     assert [event["event"] for event in events.read(tmp_path)] == ["submit", "start", "stop", "start"]
     assert [event["step"] for event in events.of(tmp_path, "start", "stop")] == [0, 4, 4]

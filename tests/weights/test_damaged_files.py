@@ -61,3 +61,15 @@ def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     save_file(TENSORS, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="2 tensors, more than 1"):
         files.read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_bit_flips_in_our_safetensors_are_found_or_harmless(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors", {files.DIGEST: files.digest(TENSORS)})
+    content, chance = (tmp_path / "x.safetensors").read_bytes(), random.Random(0)
+    assert same(files.read_safetensors(tmp_path / "x.safetensors")[0])
+    for _ in range(50):
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        (tmp_path / "flipped.safetensors").write_bytes(flipped)
+        with suppress(ValueError):
+            assert same(files.read_safetensors(tmp_path / "flipped.safetensors")[0])
