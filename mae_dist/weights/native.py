@@ -30,6 +30,7 @@ SUFFIXES = ()
 def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, overrides: Overrides) -> Reading:
     """Restore a model as it was exported, with the user's `overrides`. ValueError for invalid metadata."""
     try:
+        small_files.check_yaml(origin, metadata["config"])
         plain = yaml.safe_load(metadata["config"])
         verb, step, fingerprint = metadata["verb"], int(metadata["step"]), metadata["data_fingerprint"]
         if not isinstance(plain, dict):
