@@ -33,6 +33,8 @@ RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 ELEMENT = re.compile(r"""(?:"[^"]*"|'[^']*'|\{(?:[^{}]|\{[^{}]*\})*\}|[^,])+""")
 BESIDE_TARS = (".idx", ".json", ".npy", ".resident", ".lock", ".png", ".txt", ".md", ".csv", ".yaml")
 """Ends of names that a pattern does not mean, as they lie beside tars."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+"""Ends of names of compressed tars."""
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
@@ -91,9 +93,11 @@ def names(part: str) -> list[str]:
 
 def tars_in(folder: str) -> list[str]:
     """The tars of a folder and its subfolders, sorted. ValueError when there are none, or those of several splits, a
-    folder that may not be read, or more than MOST_FOLDERS.
+    compressed one, a folder that may not be read, or more than MOST_FOLDERS.
     """
     found = sorted(_tars_below(folder))
+    if packed := next((tar for tar in found if not tar.lower().endswith(".tar")), None):
+        raise ValueError(f"{packed}: is compressed; uncompress it, or name the tars to read, like '{folder}/*.tar'")
     if not found:
         raise ValueError(f"{folder}: no tars there; of a folder of images `mae-dist data pack folder` makes some")
     splits = splits_in([os.path.relpath(tar, folder) for tar in found])
@@ -106,7 +110,7 @@ def tars_in(folder: str) -> list[str]:
 
 
 def _tars_below(top: str) -> Iterator[str]:
-    """The tars below a folder; hidden folders are left out, and those that links lead to are read once."""
+    """The tars below a folder, compressed ones too; hidden folders are left out, and those of links are read once."""
     todo, seen = [top], set[tuple[int, int]]()
     while todo:
         folder = todo.pop()
@@ -125,7 +129,7 @@ def _tars_below(top: str) -> Iterator[str]:
                 continue
             if entry.is_dir():
                 todo.append(os.path.join(folder, entry.name))
-            elif entry.name.lower().endswith(".tar"):
+            elif entry.name.lower().endswith((".tar", *COMPRESSED)):
                 yield os.path.join(folder, entry.name)
 
 

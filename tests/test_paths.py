@@ -112,6 +112,9 @@ def test_path_folder_is_all_tars_at_any_depth_of_one_split(tree: Path) -> None:
         paths.tars_in("B")
     with pytest.raises(ValueError, match="no tars there"):
         paths.tars_in("B/val/none")
+    (tree / "B/1/x.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"^B/1/x.tar.gz: is compressed; uncompress it, or name the tars to read"):
+        paths.tars_in("B/1")
 
 
 def test_path_folder_that_is_a_whole_disk_is_refused_and_links_are_read_once(

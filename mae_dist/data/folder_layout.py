@@ -147,10 +147,9 @@ def _tree(files: list[File], base: str) -> dict[str, set[str]]:
 
 
 def _splits_in(tree: dict[str, set[str]]) -> list[str]:
-    """The splits, sorted, that several folders of this tree have in them and nothing else; [] if there are none."""
-    inner = set().union(*tree.values())
-    splits = all(name.lower() in SPLITS for name in inner) and len(inner) > 1
-    return sorted(inner) if splits and sum(len(names) > 1 for names in tree.values()) > 1 else []
+    """The splits, sorted, of which several folders of this tree have several in them; [] if there are none."""
+    found = [{name for name in names if name.lower() in SPLITS} for names in tree.values()]
+    return sorted(set().union(*found)) if sum(len(names) > 1 for names in found) > 1 else []
 
 
 def _doubt(tree: dict[str, set[str]]) -> str:

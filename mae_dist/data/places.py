@@ -144,6 +144,8 @@ def _of_split(
                 f"data.path=DIR"
             )
         name = str(Path(name))
+        if name.lower().endswith(paths.BESIDE_TARS) and name in files:
+            raise ValueError(f"data.path={name}: is no tar; name the folder that it is in, or tars")
         if name in files or not os.path.isfile(os.path.join(name, FILE)):
             for tar in [name] if name in files or not os.path.isdir(name) else paths.tars_in(name):
                 folder, file = os.path.split(tar)

@@ -77,7 +77,7 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
         ("JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png Annotations/1.xml", "train=JPEGImages"),
         ("images+1/1.jpg masks+1/1.png", "--splits 'train=images 1'"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
-        ("cat/train/1.jpg cat/test/1.jpg dog/train/1.jpg dog/test/1.jpg",
+        ("cat/train/x/1.jpg cat/test/1.jpg cat/gt/1.jpg dog/train/1.jpg dog/test/1.jpg",
          r"splits .test, train. are in the folders cat, dog; put them above, as train/cat, or add --splits none"),
         ("imagesTr/a/1.jpg imagesTr/b/1.jpg imagesTs/a/1.jpg", "imagesTr, imagesTs may be splits or classes"),
         ("imagesTr/1.jpg labelsTr/1.nii", "imagesTr may be splits or classes"),

@@ -239,3 +239,11 @@ def test_fingerprint_tells_tars_of_one_name_apart(tmp_path: Path) -> None:
 def test_empty_list_of_data_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=r"^data.path=\[.*: names no data; give a folder"):
         index.open_split(path, "train")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "x.idx"])
+def test_files_beside_tars_are_no_data(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", png(1))])
+    main(["index", str(tmp_path / "x.tar")])
+    with pytest.raises(ValueError, match=rf"{name}: is no tar; name the folder that it is in"):
+        index.open_split(str(tmp_path / name), "train")
