@@ -33,8 +33,8 @@ from mae_dist.errors import from_os_error
 log = logging.getLogger(__name__)
 
 UNREAD = "some tars have an .idx beside them, so they were not read: classes and checksums may be unknown (--whole)"
-SHOWN = 5
-"""Names that a message lists."""
+TRAIN, SHOWN = "train", 5
+"""The split where --split is not given, and names that a message lists."""
 
 
 def add_parser(actions: Any) -> None:
@@ -43,7 +43,7 @@ def add_parser(actions: Any) -> None:
     parser.add_argument(
         "tars", nargs="+", metavar="TARS", help="folders, patterns or brace ranges, for example 'data/{000..146}.tar'"
     )
-    parser.add_argument("--split", default="train", help="name of their split in dataset.json (default train)")
+    parser.add_argument("--split", help="name of their split in dataset.json (default train, if it loses no tars)")
     parser.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     parser.add_argument(
         "--labels", default=AUTO, metavar="SOURCE",
@@ -57,7 +57,7 @@ def add_parser(actions: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Index the tars, and add them to dataset.json as a split. Raises ValueError for a user's mistake."""
-    if (split := arguments.split) != safe_name(split) or not split:
+    if (split := arguments.split) is not None and (split != safe_name(split) or not split):
         raise ValueError(f"--split {split!r}: names files; use letters, digits, _ and - only")
     if urls := data_remote.urls_in(arguments.tars):
         if arguments.out is None:
@@ -120,8 +120,9 @@ def _merge_remote(
 ) -> index.Dataset:
     """Index tars at `urls`; return `before` with their splits, and the facts of a dataset.json that lists them all."""
     cache, dataset = Cache.of(None), before
-    splits = data_remote.tars_of(urls, arguments.split)
+    splits = data_remote.tars_of(urls, arguments.split or TRAIN)
     for split, tars in splits.items():
+        _tell_of_split(before, split, [tar.url for tar in tars], arguments.out, arguments)
         taken = {s.index_name for name, known in dataset.splits.items() if name != split for s in known}
         names, found = _index_names([Path(shown(tar.url)) for tar in tars], taken), []
         for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
@@ -153,6 +154,30 @@ def _tars(texts: list[str]) -> list[Path]:
     return tars
 
 
+def _tell_of_split(
+    before: index.Dataset, split: str, tars: list[str], folder: Path, arguments: argparse.Namespace
+) -> None:
+    """Log where a split is replaced, though tars are there that are not among `tars` (as in `Shard.tar`), and where
+    the names of `tars` speak of another one. Raises ValueError where it is replaced and --split was not given.
+    """
+    here = {*map(shown, tars)}
+    known = [shard for shard in before.splits.get(split, []) if shown(shard.tar) not in here]
+    lost = [shard for shard in known if paths.is_url(shard.tar) or (folder / shard.tar).exists()]
+    spoken = paths.splits_in([os.path.basename(tar) for tar in tars])
+    other = spoken[0] if len(spoken) == 1 and spoken[0] != split else ""
+    if lost:
+        images = sum(shard.num_samples for shard in lost)
+        what = f"split {split} has {images:,} images in other tars (first {shown(lost[0].tar)})"
+        if arguments.split is None:
+            raise ValueError(
+                f"{folder / index.FILE}: {what}; --split {other or 'NAME'} makes these tars another split, --split "
+                f"{split} leaves only these in it"
+            )
+        log.warning("%s, which is left with these alone", what)
+    if other and arguments.split is None:
+        log.warning("these tars become split %s, though by name they are %s (--split %s)", split, other, other)
+
+
 def _index_names(tars: list[Path], taken: set[str]) -> list[str]:
     """A name for the index of each tar: its own with .idx, else with those of folders above it, else with a number."""
     names: list[str] = []
@@ -169,7 +194,8 @@ def _merge(
     before: index.Dataset, arguments: argparse.Namespace, tars: list[Path], folder: Path, tick: ProgressCallback
 ) -> index.Dataset:
     """Index `tars` into `folder`; return `before` with these tars as its split."""
-    split, source = arguments.split, arguments.labels
+    split, source = arguments.split or TRAIN, arguments.labels
+    _tell_of_split(before, split, [_listed_as(tar, folder) for tar in tars], folder, arguments)
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
     listed = label_list.read(Path(source)) if os.path.isfile(source) else None
@@ -291,13 +317,17 @@ def _numbers(
         raise ValueError(f"--classes {file}: {error}" if file else str(error)) from error
 
 
+def _listed_as(tar: Path, folder: Path) -> str:
+    return str(tar.relative_to(folder) if tar.is_relative_to(folder) else tar)
+
+
 def _shard(shard: index.Shard, tar: Path, folder: Path, name: str, values: np.ndarray, plain: bool) -> index.Shard:
     """The shard as dataset.json lists it; its labels are written where they are no plain .cls members."""
     if plain:
         labels.file_of(folder / name).unlink(missing_ok=True)
     return replace(
         shard,
-        tar=str(tar.relative_to(folder) if tar.is_relative_to(folder) else tar),
+        tar=_listed_as(tar, folder),
         index="" if name == f"{tar.stem}.idx" else name,
         labels="" if plain else labels.write(folder / name, values),
         num_labelled=int((values >= 0).sum()),

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
+from mae_dist.paths import is_url
 from mae_dist.watchdog import progress
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ class Remote(NamedTuple):
 
 
 def shown(url: str) -> str:
-    """A URL for people: without user, password, query and fragment."""
+    """A URL for people: without user, password, query and fragment. A path is shown as it is."""
+    if not is_url(url):
+        return url
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

@@ -51,6 +51,24 @@ def test_labels_of_a_list_follow_folders_and_columns(tmp_path: Path) -> None:
     assert label_list.columns(Path("x"), [["other", "label"], ["a.png", "3"]]) == [("a.png", "3")]
 
 
+def test_index_refuses_to_replace_a_split_unless_it_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", PNG)])
+    train, val = str(tmp_path / "train-*.tar"), str(tmp_path / "val-0.tar")
+    main(["index", train])
+    with pytest.raises(ValueError, match=r"2 images in other tars .first train-0.tar.; --split val makes"):
+        main(["index", val])
+    main(["index", val, "--split", "val"])
+    main(["index", train])
+    assert len(index.open_split(str(tmp_path), "train")) == 2
+    (tmp_path / "train-1.tar").rename(tmp_path / "train-2.tar")
+    main(["index", train])
+    main(["index", val, "--split", "train"])
+    assert "split train has 2 images in other tars" in caplog.text
+    main(["index", val, "--out", str(tmp_path / "out")])
+    assert "become split train, though by name they are val" in caplog.text
+
+
 def test_names_after_numbers_of_another_split_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", [("a.png", PNG), ("a.cls", b"1")])
     write_tar(tmp_path / "val.tar", [("b.png", PNG), ("b.cls", b"cat")])
