@@ -62,13 +62,13 @@ class Case(NamedTuple):
     ended: Ended
 
 
-def run(argv: list[str], folder: Path, limit: float = LIMIT) -> Ended:
+def run(argv: Sequence[str], folder: Path, limit: float = LIMIT) -> Ended:
     """Run `mae-dist ARGV`, or `submit ARGV`, in a forked process with this working folder; it is killed after `limit`
     seconds.
     """
     log, began = folder / ".log", time.monotonic()
     if not (child := os.fork()):
-        _be_child(argv, folder, log)
+        _be_child([*argv], folder, log)
     while True:
         pid, status, usage = os.wait4(child, os.WNOHANG)
         if pid:

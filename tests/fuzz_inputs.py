@@ -7,7 +7,7 @@ import pickle
 import random
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def make(folder: Path, names: set[str], run: Callable[[list[str]], None]) -> None:
+def make(folder: Path, names: set[str], run: Callable[[Sequence[str]], None]) -> None:
     """Write the good inputs into a folder, in which `run` runs `mae-dist ARGV`; of exports those with these names."""
     pack(from_synthetic(24, 8), folder / "data", shard_size=12)
     _make_tars(folder)

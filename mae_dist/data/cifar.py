@@ -143,6 +143,8 @@ class _Array:
 class _PlainUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """Python's own unpickler in Python, which no bytes can crash, without what imports, calls or changes objects."""
 
+    stack: list[Any]
+    append: Callable[[Any], None]
     dispatch: ClassVar[dict[int, Any]] = {
         key: do
         for key, do in pickle._Unpickler.dispatch.items()

@@ -103,7 +103,7 @@ def outside(places: Iterable[Place]) -> list[str]:
     """The tars and indexes that are not in the folder of their index or below it, by an absolute path, `..` or a link,
     although `data index` did not write the dataset.json there: it was brought by somebody, who may want to read more.
     """
-    real, links, inode = (functools.cache(read) for read in (os.path.realpath, _links_in, lambda f: os.stat(f).st_ino))
+    real, links, inode = functools.cache(_real), functools.cache(_links_in), functools.cache(_inode)
     found = []
     for tar, index, shard, dataset, _ in places:
         home = os.path.dirname(index) or "."
@@ -115,6 +115,14 @@ def outside(places: Iterable[Place]) -> list[str]:
             if not place.startswith(os.path.join(real(home), "")):
                 found.append(file)
     return found
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def _inode(path: str) -> int:
+    return os.stat(path).st_ino
 
 
 def _links_in(folder: str) -> set[str]:
