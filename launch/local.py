@@ -46,7 +46,7 @@ def print_failure(run: Run, status: int, output: list[str]) -> None:
     failure = root_failure(since_last_start(events.read(run.folder)))
     cause = find_cause(output, status, failure) or find_cause(output, status)
     line = last_line(output, cause) or (output[-1] if output else "")
-    print(f"submit: {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
+    print(f"mae-dist: {run.name} failed with status {status}: {line.removeprefix('mae-dist: ')}\n"
           f"its output is in {log_of(run)}", file=sys.stderr)  # fmt: skip
 
 

@@ -64,10 +64,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        print(f"submit: {printed.message(error)}", file=sys.stderr)
+        print(f"mae-dist: {printed.message(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("submit: interrupted, nothing is queued", file=sys.stderr)
+        print("mae-dist: interrupted, nothing is queued", file=sys.stderr)
         return INTERRUPTED
 
 

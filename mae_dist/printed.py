@@ -1,4 +1,5 @@
-"""Text that a terminal shows as it is: what others wrote into names and files is escaped and kept short. No torch."""
+"""Text that a terminal shows as it is: what others wrote into names and files is escaped and kept short; and words for
+numbers of things. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,6 +23,16 @@ def message(text: object) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
     return "\n".join(map(escaped, text.split("\n")))
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, "1 tar" or "2,000 tars", whose plural has an s more, or es after another s or ch."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s")
+
+
+def span(low: int, high: int) -> str:
+    """The values from `low` to `high`: "2 to 3", or "3" where that is all."""
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 class Formatter(logging.Formatter):

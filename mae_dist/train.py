@@ -21,6 +21,7 @@ from mae_dist import config as configuration
 from mae_dist import dist, optim, parallel, rewind, watchdog
 from mae_dist.batch import Batch
 from mae_dist.objectives import Objective
+from mae_dist.printed import counted
 from mae_dist.run import checkpoint, tracker
 from mae_dist.run.async_checkpoint import AsyncSaver
 from mae_dist.run.directory import RunDir
@@ -273,7 +274,7 @@ def announce(task: Task, run: RunDir, config: TrainingConfig, step: int, total: 
     batch, world = config.train.global_batch, dist.world()
     peak = optim.peak_lr(config.optim, batch)
     strategy = "" if world == 1 else f" ({config.machine.strategy})"
-    shape = f"{batch} images = {world} ranks{strategy} x {task.num_micro} micro-batches"
+    shape = f"{batch} images = {counted(world, 'rank')}{strategy} x {counted(task.num_micro, 'micro-batch')}"
     log.info("%s: %s steps of %s, lr %.3g, %s", task.verb, f"{total:,}", shape, peak, config.train.precision)
     log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
 
@@ -289,8 +290,8 @@ def over_budget(run: RunDir, tracking: Tracker, step: int, config: TrainingConfi
         return ""
     return (
         f"{tracking.num_bad} of {seen} samples could not be read: more than data.max_bad={data.max_bad:g} of all "
-        f"{num_samples}; the run has saved, and goes on with a greater data.max_bad, or with data.accept_change=true "
-        f"and without the samples that `mae-dist data check {data.path} --quarantine` finds"
+        f"{num_samples}; the run is saved. To go on: raise data.max_bad; or run `mae-dist data check {data.path} "
+        f"--quarantine`, then the same command with data.accept_change=true"
     )
 
 

@@ -21,6 +21,12 @@ def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printed.escaped(text) == shown
 
 
+def test_counts_agree_in_number_with_their_noun() -> None:
+    assert [printed.counted(number, "tar") for number in (0, 1, 2000)] == ["0 tars", "1 tar", "2,000 tars"]
+    assert [printed.counted(2, thing) for thing in ("class", "micro-batch")] == ["2 classes", "2 micro-batches"]
+    assert [printed.span(8, 8), printed.span(2, 3)] == ["8", "2 to 3"]
+
+
 def test_message_is_cut_in_its_middle() -> None:
     text = printed.message("begin" + "x" * 100_000 + "end")
     assert len(text) < printed.LONGEST + 20

@@ -23,6 +23,7 @@ from mae_dist.data import index, places
 from mae_dist.data.decode import decode, own_channels, stored_size
 from mae_dist.data.pixels import Decoding
 from mae_dist.errors import DONE
+from mae_dist.printed import counted, span
 from mae_dist.schema import DataConfig
 
 NUM_SIZES = 2000
@@ -97,14 +98,15 @@ def _print_classes(split: str, labels: np.ndarray, classes: list[str] | None) ->
     counts = Counter(labels[labels >= 0].tolist()).most_common()
     if not counts:
         return
-    largest = ", ".join(f"{_class_name(label, classes)} {count}" for label, count in counts[:5])
-    print(f"  {split}: {len(counts)} classes of {counts[-1][1]} to {counts[0][1]} images; largest: {largest}")
+    largest = ", ".join(f"{_class_name(label, classes)} ({count})" for label, count in counts[:5])
+    sizes = span(counts[-1][1], counts[0][1])
+    print(f"  {split}: {counted(len(counts), 'class')} of {sizes} images; largest: {largest}")
 
 
 def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], num_images: int) -> None:
     unreadable = sizes.pop(None, 0)
     common = ", ".join(f"{width} x {height} ({count})" for (height, width), count in _known(sizes).most_common(5))
-    more = f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+    more = f" and {counted(len(sizes) - 5, 'more size')}" if len(sizes) > 5 else ""
     many = (
         "" if unreadable <= DataConfig.max_bad * num_images else f", more than data.max_bad={DataConfig.max_bad} allows"
     )

@@ -20,6 +20,7 @@ from mae_dist.data.pack import LOST
 from mae_dist.data.places import Place, of_split, splits
 from mae_dist.data.workers import ordered_map
 from mae_dist.errors import DONE, FAILED
+from mae_dist.printed import counted, span
 from mae_dist.schema import DataConfig
 
 SHOWN = 10
@@ -119,15 +120,15 @@ def _shown(name: str) -> str:
 
 
 def _described(known: Facts) -> Iterator[str]:
-    yield f"{known.num_images:,} images in {known.num_tars} tars"
+    yield f"{known.num_images:,} images in {counted(known.num_tars, 'tar')}"
     if known.num_quarantined:
         yield f"{known.num_quarantined} more in quarantine"
     sizes = known.classes.values()
-    yield f"{len(sizes)} classes of {min(sizes)} to {max(sizes)} images" if sizes else "no labels"
+    yield f"{counted(len(sizes), 'class')} of {span(min(sizes), max(sizes))} images" if sizes else "no labels"
     tally = known.tally
     if tally.mean is not None and tally.std is not None:
         (top, left), (bottom, right) = tally.smallest, tally.largest
-        yield f"width {left} to {right}, height {top} to {bottom}"
+        yield f"width {span(left, right)}, height {span(top, bottom)}"
         yield "mean " + " ".join(f"{value:.4f}" for value in tally.mean)
         yield "std " + " ".join(f"{value:.4f}" for value in tally.std)
 
@@ -147,4 +148,4 @@ def _put_in_quarantine(places: list[Place], unusable: list[Finding], quiet: bool
                 f"and check that"
             ) from error
         if not quiet:
-            print(f"wrote {file}: {len(some)} more samples that runs leave out")
+            print(f"wrote {file}: runs leave out {counted(len(some), 'sample')} more")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mae_dist.data import index
 from mae_dist.data.pack import ProgressCallback
+from mae_dist.printed import counted
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def report(dataset: index.Dataset, folder: Path, more: str = "") -> None:
 
 def facts(dataset: index.Dataset) -> str:
     """Classes, common size, mean and standard deviation of a data set, as far as they are known."""
-    known = ["no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"]
+    known = ["no labels" if dataset.num_classes is None else counted(dataset.num_classes, "class")]
     if dataset.image_size is not None:
         known.append("{1} x {0} pixels".format(*dataset.image_size))
     if dataset.mean is not None and dataset.std is not None:
@@ -56,4 +57,4 @@ def print_splits(splits: Mapping[str, Sequence[index.Shard]]) -> None:
         samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
         size = sum(shard.num_bytes for shard in shards) / 1e6
         unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""
-        print(f"  {split:8s} {samples:9,d} images in {len(shards)} tars, {size:,.1f} MB{unlabelled}")
+        print(f"  {split:8s} {samples:9,d} images in {counted(len(shards), 'tar')}, {size:,.1f} MB{unlabelled}")

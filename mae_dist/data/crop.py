@@ -161,7 +161,7 @@ def log_changes(index: ShardIndex, changes: Mapping[str, tuple[int, int]], named
     """Log each kind of change that `Reader.fill` has met once: those that are not in `named`, which grows."""
     for what, (_, sample) in changes.items():
         if what not in named:
-            log.warning("%s: %s (others like it are not named)", index.sample_name(sample), what)
+            log.warning("%s: %s (said once)", index.sample_name(sample), what)
     named.update(changes)
 
 

@@ -232,10 +232,10 @@ def _write(
         counts[split] = [sum(column) for column in zip_longest(*(f.label_counts for f in writer.finished), fillvalue=0)]
         tallies[split] = sum((finished.tally for finished in writer.finished), Tally())
         if bad := tallies[split].bad:
-            log.warning("split %s: left out %s", split, _counted(bad, total))
+            log.warning("split %s: left out %s", split, _counted(bad, total, total))
         if len(kinds := tallies[split].kinds) > 1:
             listed = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
-            log.warning("split %s: stores %s; programs that read one kind need --format", split, listed)
+            log.warning("split %s: stores %s; datasets.load_dataset needs one kind: --format png or jpg", split, listed)
     every = sum(tallies.values(), Tally())
     _say_changes(every)
     train = tallies.get("train", Tally())
@@ -294,15 +294,15 @@ def _fill(
 ) -> None:  # fmt: skip
     first, total = writer.end, source.counts[split]
     chunks = [range(start, min(start + source.chunk, total)) for start in range(first, total, source.chunk)]
-    prepare, examples = partial(_prepare, source, encoding, split), dict[str, str]()
+    prepare, examples, seen = partial(_prepare, source, encoding, split), dict[str, str](), first
     with closing(ordered_map(prepare, chunks, min(workers, len(chunks)), LOST)) as prepared:
         for number, item in enumerate(prepared, first):
-            picture = item.picture
+            picture, seen = item.picture, number + 1
             if picture.problem:
                 writer.leave_out(item.tally)
                 origin = picture.origin or f"image {number}"
-                log.warning("%s: left out, %s", origin, picture.problem)
-                examples.setdefault(picture.problem.partition(":")[0], f"{origin}: {picture.problem}")
+                like = examples.setdefault(picture.problem, origin)
+                log.warning("%s: left out, %s", origin, picture.problem if like == origin else f"like {like}")
                 if writer.bad.total() > max(max_bad * total, MOST_NAMED - 1):
                     break  # enough to know what is wrong
             else:
@@ -312,14 +312,14 @@ def _fill(
                     members[grouping.LABEL] = str(picture.label).encode()
                 key = picture.key or f"{split}_{writer.num_samples:06d}{name}"
                 writer.write(number, picture.group, key, members, item.tally)
-            tick(f"pack {split}", number + 1, total)
+            tick(f"pack {split}", seen, total)
     if writer.bad.total() > max_bad * total:
         raise ValueError(
-            f"too many of split {split!r}, {_counted(writer.bad, total)}: {'; '.join([*examples.values()][:3])}; "
-            f"repair or remove them (all are logged), or allow a larger share than --max-bad {max_bad:g}"
+            f"{_counted(writer.bad, seen, total)} of split {split} cannot be used, more than --max-bad {max_bad:g} "
+            f"allows: {_examples(examples)}; repair or remove them (those met so far are logged), or raise --max-bad"
         )
     if not writer.num_samples:
-        raise ValueError(f"split {split!r}: none of its images can be packed, {_counted(writer.bad, total)}")
+        raise ValueError(f"split {split!r}: none of its images can be packed, {_counted(writer.bad, seen, total)}")
     writer.finish(total)
 
 
@@ -347,9 +347,19 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
         yield _Prepared(replace(picture, extension=extension, content=content), tally)
 
 
-def _counted(bad: Mapping[str, int], total: int) -> str:
-    """How many of the images of a split are left out, and why."""
-    return f"{sum(bad.values())} of {total} images ({', '.join(f'{n} {reason}' for reason, n in sorted(bad.items()))})"
+def _counted(bad: Mapping[str, int], seen: int, total: int) -> str:
+    """How many of the `seen` first images of a split, of `total`, are left out, and why."""
+    looked_at = f"the first {seen} of {total}" if seen < total else total
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
+    return f"{sum(bad.values())} of {looked_at} images ({reasons})"
+
+
+def _examples(problems: Mapping[str, str]) -> str:
+    """The first image of each of up to three kinds of problem, from a map of problems to images."""
+    kinds = dict[str, str]()
+    for problem, origin in problems.items():
+        kinds.setdefault(problem.partition(":")[0], f"{origin}: {problem}")
+    return "; ".join([*kinds.values()][:3])
 
 
 def permutation(count: int) -> np.ndarray:

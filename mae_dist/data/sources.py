@@ -16,6 +16,7 @@ from PIL import Image
 from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, synthetic
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.errors import from_os_error
+from mae_dist.printed import counted
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _log_left_out(folder: Path, found: folder_files.Found) -> None:
     """Log which files and folders are not looked at, and which are stored in another format."""
     if found.others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(8))
-        log.warning("%s: %d files are no images and are left out: %s", folder, found.others.total(), kinds)
+        log.warning("%s: left out what is no image (%s): %s", folder, counted(found.others.total(), "file"), kinds)
     if found.num_hidden:
         log.info("%s: %d hidden or system files and folders are left out", folder, found.num_hidden)
     if found.loops:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from mae_dist.data.index import ShardIndex
+from mae_dist.printed import counted
 
 UNSEEN, OVERLAP = "unseen_classes", "overlap"
 """Words of data.accept."""
@@ -35,7 +36,7 @@ def problems(train: ShardIndex, test: ShardIndex, needs_labels: bool) -> dict[st
     found = {}
     if tars := shared_tars(train, test):
         listed = f"{', '.join(tars[:SHOWN])}{', ...' if len(tars) > SHOWN else ''}"
-        found[OVERLAP] = f"{len(tars)} tars of the test split are also in the training split ({listed})"
+        found[OVERLAP] = f"{counted(len(tars), 'tar')} in both the test split and the training split ({listed})"
     if needs_labels and (unseen := sorted(unseen_classes(train, test))):
         names = test.dataset.classes or []
         listed = ", ".join(f"{n} {names[n]}" if n < len(names) else str(n) for n in unseen[:SHOWN])

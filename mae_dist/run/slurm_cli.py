@@ -38,9 +38,11 @@ def call(*command: str, stdin: str = "") -> str:
         raise ValueError(f"{command[0]}: no answer in {TIMEOUT:g} s; is SLURM's controller down?") from None
     if done.returncode:
         text = one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}"
-        no_config = any(part in text for part in NO_CONFIG)
-        advice = "; is SLURM set up in this shell? try `module load slurm`, or set SLURM_CONF"
-        raise ValueError(text + advice * no_config)
+        if any(part in text for part in NO_CONFIG):
+            text = (
+                f"no SLURM in this shell; try `module load slurm`, or set SLURM_CONF ({command[0]}: {text})"
+            )
+        raise ValueError(text)
     return done.stdout
 
 

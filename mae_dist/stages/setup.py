@@ -24,6 +24,7 @@ from mae_dist.model_sizes import sides
 from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
+from mae_dist.printed import counted
 from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
@@ -333,7 +334,7 @@ def check_cache(index: ShardIndex, window: int) -> None:
     if sizes[0] > cache.limit:
         raise ValueError(f"{given}: the largest tar has {sizes[0] / 1e9:g} GB; raise it to that of {window} tars")
     if dist.is_main():
-        log.info("%d tars of %.4g GB are fetched into %s", len(sizes), sum(sizes) / 1e9, cache.folder)
+        log.info("%s of %.4g GB, fetched into %s", counted(len(sizes), "tar"), sum(sizes) / 1e9, cache.folder)
     if dist.is_main() and needed > cache.limit:
         log.warning(
             "%s: is less than %.4g GB, the tars that data.shuffle_window=%d shuffles together: each is fetched again "

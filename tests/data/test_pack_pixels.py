@@ -142,7 +142,7 @@ def test_runs_say_each_change_once_from_tars_and_with_counts_from_memory(
     for _ in range(2):
         list(source.batches(plan, view))
     for what in expected:
-        assert caplog.text.count(f"{what} (others like it are not named)") == 1
+        assert caplog.text.count(f"{what} (said once)") == 1
     for _ in range(2):
         caplog.clear()
         ResidentSource(split, CPU, True)

@@ -46,7 +46,7 @@ def test_split_check_finds_classes_that_training_lacks(tmp_path: Path) -> None:
 def test_split_check_finds_tars_in_both_splits(tmp_path: Path) -> None:
     make(tmp_path / "a", "x", ["0", "1"])
     make(tmp_path / "b", "x", ["0", "1"], "test")
-    shared = {"overlap": "1 tars of the test split are also in the training split (x.tar)"}
+    shared = {"overlap": "1 tar in both the test split and the training split (x.tar)"}
     assert found(f"{tmp_path}/a", f"{tmp_path}/b", needs_labels=False) == shared
     assert found(f"{tmp_path}/a/x.tar", f"{tmp_path}/a/x.tar") == shared
 

@@ -158,7 +158,7 @@ def test_local_pipeline_fails_resumes_and_skips_what_is_done(tmp_path: Path, cap
     output = capfd.readouterr()
     assert output.out.count("done already") == 1
     line, where = output.err.splitlines()
-    assert line.startswith("submit: pretrain failed with status 2: train_0000")
+    assert line.startswith("mae-dist: pretrain failed with status 2: train_0000")
     assert "nor any sample that may replace it" in line
     assert where == f"its output is in {out / 'pipeline' / 'pretrain' / 'local.log'}"
     tar.write_bytes(sound)
@@ -179,7 +179,7 @@ def test_local_pipeline_failure_names_the_cause_as_logs_does(
     ]  # fmt: skip
     monkeypatch.setattr(local, "execute", lambda _: (1, output))
     assert local.run_stages(list(stages(tmp_path, SMALL_PIPELINE).values())) == 1
-    assert capsys.readouterr().err.splitlines()[0] == "submit: data failed with status 1: OSError: Input/output error"
+    assert capsys.readouterr().err.splitlines()[0] == "mae-dist: data failed with status 1: OSError: Input/output error"
 
 
 def test_pipeline_stage_without_ranks_gets_the_resources_of_one(tmp_path: Path, slurm: Path) -> None:
@@ -221,7 +221,7 @@ def test_pipeline_error_begins_with_the_name_of_the_stage(
     file = tmp_path / "pipeline.yaml"
     file.write_text(f"out: {tmp_path / 'out'}\nstages:\n" + SMALL_PIPELINE.replace("nodes: 2", f"nodes: {nodes}"))
     assert submit.main(["pipeline", str(file), "--cluster", CLUSTER_FILE]) == 2
-    assert capsys.readouterr().err.startswith(f"submit: stage pretrain: {message}")
+    assert capsys.readouterr().err.startswith(f"mae-dist: stage pretrain: {message}")
     assert not (slurm / "1.sbatch").exists()
 
 

@@ -71,7 +71,7 @@ def test_unwritable_folder_is_refused(
     words = ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, *where, "--dry-run"]
     assert submit.main(words) == 2
     output = capsys.readouterr().err
-    assert output.startswith(f"submit: out={others / 'a' / 'run'}: nothing can be written in {others}; choose")
+    assert output.startswith(f"mae-dist: out={others / 'a' / 'run'}: nothing can be written in {others}; choose")
     others.chmod(0o777)
     preflight.check_writable(others / "a" / "run")
 

@@ -57,7 +57,7 @@ def test_submit_without_slurm_is_refused(data: Path, tmp_path: Path, capsys: pyt
     finally:
         os.environ["PATH"] = path
     assert capsys.readouterr().err == (
-        "submit: sinfo: not found; is this a login node of a SLURM cluster? Without one: `mae-dist VERB ...`\n"
+        "mae-dist: sinfo: not found; is this a login node of a SLURM cluster? Without one: `mae-dist VERB ...`\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -125,7 +125,7 @@ def test_sigint_during_submission_leaves_nothing_queued_or_written(
         "from launch import submit; sys.exit(submit.main(sys.argv[1:]))"
     )
     done = subprocess.run([sys.executable, "-c", typed, *words], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (130, "submit: interrupted, nothing is queued\n")
+    assert (done.returncode, done.stderr) == (130, "mae-dist: interrupted, nothing is queued\n")
     assert (slurm / "cancelled").read_text().split() == ["1", "2"]
     if folder_exists:
         assert (out / "old").exists()
@@ -180,7 +180,7 @@ def test_failed_copy_of_the_code_leaves_nothing(
     words = ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}", f"out={tmp_path / 'new' / 'run'}"]
     assert submit.main(words) == 2
     output = capsys.readouterr().err
-    assert output.startswith(f"submit: {tmp_path / 'new' / 'run' / 'code'}")
+    assert output.startswith(f"mae-dist: {tmp_path / 'new' / 'run' / 'code'}")
     assert output.endswith(": the code could not be copied: [Errno 28] No space left on device: 'there'\n")
     assert not (tmp_path / "new").exists()
     (tmp_path / "new" / "run").mkdir(parents=True)
@@ -198,7 +198,7 @@ def test_run_is_not_submitted_again_while_slurm_does_not_answer(
     capsys.readouterr()
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        f"submit: out={run}: it is unknown whether job 1 of this run is still queued or running (slurm_load_jobs "
+        f"mae-dist: out={run}: it is unknown whether job 1 of this run is still queued or running (slurm_load_jobs "
         "error: Unable to contact slurm controller); try again when SLURM answers\n"
     )
     command(slurm, "squeue", "echo '1|PENDING'")
@@ -230,13 +230,13 @@ def test_slurm_without_configuration_is_explained(
     )
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        "submit: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host; is SLURM set up in this shell? "
-        "try `module load slurm`, or set SLURM_CONF\n"
+        "mae-dist: no SLURM in this shell; try `module load slurm`, or set SLURM_CONF "
+        "(sinfo: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host)\n"
     )
     jobs.record_submission(run, jobs.Submission("12", str(run / jobs.FOLDER), "1", 1))
     monkeypatch.setenv("PATH", "/nowhere")
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        f"submit: out={run}: it is unknown whether job 12 of this run is still queued or running, as there is no "
+        f"mae-dist: out={run}: it is unknown whether job 12 of this run is still queued or running, as there is no "
         "squeue here; submit from a login node of its cluster\n"
     )

@@ -92,6 +92,6 @@ def test_sweep_with_live_jobs_is_refused_and_names_them(
     capsys.readouterr()
     assert submit.main(words) == 2
     assert capsys.readouterr().err == (
-        f"submit: out={tmp_path / 'a' / 'seed-1'}: job 1_1 of this run is RUNNING, and 2 more are queued or running; "
+        f"mae-dist: out={tmp_path / 'a' / 'seed-1'}: job 1_1 of this run is RUNNING, and 2 more are queued or running; "
         "wait for them, or end them: scancel 1 2\n"
     )

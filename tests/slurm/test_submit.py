@@ -179,7 +179,7 @@ def test_user_error_is_one_line_and_queues_nothing(
     ]
     assert program.main([*base, *words]) == 2
     output, error = capsys.readouterr()
-    assert error.startswith("submit: ")
+    assert error.startswith("mae-dist: ")
     assert error.count("\n") == 1, error
     assert message in error
     assert output == ""
