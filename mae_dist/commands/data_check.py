@@ -41,6 +41,7 @@ def add_parser(actions: Any) -> None:
         "--quarantine", action="store_true",
         help=f"add samples that cannot be used to {quarantine.FILE} beside their index, so that runs leave them out",
     )  # fmt: skip
+    parser.add_argument("--unlabelled", action="store_true", help="samples without a label cannot be used, too")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, here {cores})")
     parser.set_defaults(run=_check)
@@ -53,7 +54,7 @@ def _check(arguments: argparse.Namespace) -> int:
     }
     tars = {split: [*_checked(listed, arguments.workers, split)] for split, listed in places.items()}
     known = [place.dataset.num_classes for listed in places.values() for place in listed if place.dataset.num_classes]
-    found = [*findings(tars, max(known, default=None), arguments.shuffle_window)]
+    found = [*findings(tars, max(known, default=None), arguments.shuffle_window, arguments.unlabelled)]
     if arguments.json:
         print(json.dumps({"splits": {split: _plain(facts(listed)) for split, listed in tars.items()},
                           "findings": [finding._asdict() for finding in found]}, indent=1))  # fmt: skip
@@ -101,6 +102,8 @@ def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
     print(f"{data}: {len(found)} finding{'s' * (len(found) > 1)}" if found else f"{data}: nothing is wrong with it")
     for split, known in splits.items():
         print(f"  {split}: {', '.join(_described(known))}")
+        if not known.classes and any(other.classes for other in splits.values()):
+            print(f"  {split}: note: none of its images has a label, as evaluation on it needs")
         for what, (count, example) in known.notes.items():
             print(f"  {split}: note: {what} ({count}; first {_shown(example)})")
     for kind, meaning in KINDS.items():

@@ -79,8 +79,12 @@ def facts(tars: Sequence[Checked]) -> Facts:
     )  # fmt: skip
 
 
-def findings(splits: Mapping[str, Sequence[Checked]], num_classes: int | None, window: int) -> Iterator[Finding]:
-    """Everything that is wrong with these splits. ``window``: data.shuffle_window; ``num_classes``: if known."""
+def findings(
+    splits: Mapping[str, Sequence[Checked]], num_classes: int | None, window: int, unlabelled: bool = False
+) -> Iterator[Finding]:
+    """Everything that is wrong with these splits. ``window``: data.shuffle_window; ``num_classes``: if known;
+    ``unlabelled``: samples without a label cannot be used, in splits that have labels.
+    """
     for split, tars in splits.items():
         for tar, report, quarantined in tars:
             yield from (Finding("tar", split, fault, str(tar)) for fault in report.faults)
@@ -96,9 +100,12 @@ def findings(splits: Mapping[str, Sequence[Checked]], num_classes: int | None, w
                     what = f"label {label}, but there are {num_classes} classes"
                     yield Finding(UNREADABLE, split, what, str(tar.tar), image)
         found = facts(tars)
+        for tar in tars if found.classes and unlabelled else ():
+            missing = (image for image, label in _labels(tar) if label < 0)
+            yield from (Finding(UNREADABLE, split, "has no label", str(tar.tar), image) for image in missing)
         total = num_classes or max(found.classes, default=-1) + 1
         total = total if split == "train" or "train" not in splits else 0  # others may lack classes
-        yield from (Finding("labels", split, what) for what in _label_faults(found, total))
+        yield from (Finding("labels", split, what) for what in _label_faults(found, total, unlabelled))
         yield from (Finding("order", split, what) for what in _order_faults(tars, found, window))
         flat = [str(channel) for channel, std in enumerate(found.tally.std or ()) if not std]
         if flat:
@@ -112,9 +119,11 @@ def _labels(tar: Checked) -> Iterator[tuple[str, int]]:
     return ((image, label) for image, label in tar.report.labels.items() if image not in tar.quarantined)
 
 
-def _label_faults(found: Facts, total: int) -> Iterator[str]:
-    """Whether images lack labels, and which of `total` classes lack images."""
-    if found.classes and found.num_unlabelled:
+def _label_faults(found: Facts, total: int, unlabelled: bool) -> Iterator[str]:
+    """Whether images lack labels, and which of `total` classes lack images. Where `unlabelled` ones cannot be used,
+    those of a split with labels are told one by one.
+    """
+    if found.num_unlabelled and bool(found.classes) != unlabelled:
         yield f"{found.num_unlabelled} of {found.num_images} images have no label"
     if found.classes and (gaps := total - len(found.classes)) > 0:
         first = next(label for label in range(total) if label not in found.classes)

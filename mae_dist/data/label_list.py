@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae_dist import paths
 from mae_dist.data import folder_files
 from mae_dist.data.labels import ABSENT, NAMES, Label, of_text
 
@@ -230,6 +231,13 @@ def columns(file: Path, table: list[list[str]]) -> list[tuple[str, str]]:
             "%s: reads files from column %s and labels from column %s, not %s; take out columns to choose others",
             file, head[key], head[label], ", ".join(unread),
         )  # fmt: skip
+    for number in {*range(len(head))} - {key, label}:
+        words = {row[number].strip().lower() for row in body if len(row) > number} - {""}
+        if "split" in head[number] or (words and words <= paths.SPLITS.keys()):
+            log.warning(
+                "%s: column %s is not read: splits are folders (--splits) or tars (--split) of their own",
+                file, head[number] or number + 1,
+            )  # fmt: skip
     if short := next((row for row in body if len(row) <= max(key, label)), None):
         raise ValueError(f"a line without a label: {' '.join(short)[:40]!r}")
     if long := next((row for row in body if any(row[len(head) :])), None):

@@ -248,8 +248,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     test_split = find_test_split(config, needs_labels, train_split)
     config = with_imported(config)
     initial = find_initial_weights(config.origin, began) if config.origin is not None else None
-    for split in (train_split, test_split) if needs_labels else ():
-        refuse_unlabelled(split, verb)
+    for split, name in ((train_split, config.data.split), (test_split, config.data.test_split)) if needs_labels else ():
+        refuse_unlabelled(split, name, verb)
     if initial is not None:
         configuration.check_same_model(config, initial.config)
     if test_split is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from mae_dist import dist
+from mae_dist import dist, paths
 from mae_dist.data import split_checks
 from mae_dist.data.cache import Cache
 from mae_dist.data.index import ShardIndex, open_split
@@ -44,17 +44,17 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
     known = splits(data.path) if data.test_path is None else []
     if data.test_path is None and not required and data.test_split not in known:
         if dist.is_main():
-            log.info(
-                "no test loss: data.path has no split %s in all its places, and data.test_path is not given",
-                data.test_split,
-            )
+            wanted = "val or test" if data.test_split == "test" and "val" not in known else data.test_split
+            every = "all of " if len(paths.parts(data.path)) > 1 else ""
+            log.info("no test loss: no split %s in %s%s (data.test_path gives one)", wanted, every, data.path)
         return None
     if data.test_path is None and not known:
         raise ValueError(f"data.path={data.path}: tars have no test split; give data.test_path too")
     if data.test_path is None and data.test_split not in known:
         raise ValueError(
             f"data.path={data.path}: has no split {data.test_split!r} to evaluate on, only {', '.join(known)}; give "
-            f"data.test_path or data.test_split, or pack again with --test-share 0.1"
+            f"data.test_path or data.test_split, or make it with `mae-dist data index TARS --split {data.test_split}`, "
+            f"or by packing again with --test-share 0.1"
         )
     test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels, data.allow_outside)
     split_checks.refuse_mixed(test, f"data.test_path={data.test_path}")
@@ -77,15 +77,26 @@ def check_splits(config: RunConfig, train: ShardIndex, test: ShardIndex, needs_l
     return split_checks.with_classes_of(train, test) if needs_labels else train
 
 
-def refuse_unlabelled(index: ShardIndex | None, verb: str) -> None:
-    """Every sample must have a label, and those of several data sets must go together."""
+def refuse_unlabelled(index: ShardIndex | None, name: str, verb: str) -> None:
+    """Every sample of the split `name` must have a label, and those of several data sets must go together."""
     assert index is not None
     if index.parts.problem:
         raise ValueError(f"data.path: {index.parts.problem}")
     missing = len(index) - index.num_labelled
     if missing:
+        lacking = next(number for number, shard in enumerate(index.shards) if shard.num_labelled < shard.num_samples)
+        folder = index.indexes[lacking].parent
+        if missing < len(index):
+            way = f"`mae-dist data check {folder} --unlabelled --quarantine` leaves them out"
+        else:
+            way = "name one with labels (data.split, data.test_split, data.test_path), pack again with --test-share 0.1"
+        if index.dataset.is_packed:
+            other = "pack again with --labels FILE"
+        else:
+            other = (
+                f"index again with --split {name} --labels SOURCE (folder, json:FIELD, an extension, a FILE of rows)"
+            )
         raise ValueError(
-            f"{index.tars[0].parent}: {missing} of {len(index)} samples have no label, which {verb} needs; index the "
-            f"tars again with `mae-dist data index TARS --labels SOURCE` (folder, json:FIELD, an extension, or a FILE "
-            f"of names and labels), or pack folders again with --labels FILE"
+            f"{folder}: {missing} of {len(index)} samples have no label in split {name}, which {verb} needs; {way}; or "
+            f"{other}"
         )

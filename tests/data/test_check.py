@@ -122,6 +122,10 @@ def test_findings_of_labels() -> None:
         ("labels", "1 of 4 images have no label"), ("labels", "1 of 4 classes have no image, 2 first"),
     ]  # fmt: skip
     assert said({"train": [report([-1, -1])]}) == [], "unlabelled data are fine"
+    splits = {"train": [report([0, -1, 0])], "test": [report([-1, -1])]}
+    assert [(f.split, f.image, f.what) for f in findings(splits, None, 64, unlabelled=True)] == [
+        ("train", "1.png", "has no label"), ("test", "", "2 of 2 images have no label"),
+    ]  # fmt: skip
     assert said({"train": [report([0, 1])], "test": [report([0, 1, 2])]}, 2) == [
         ("unreadable", "label 2, but there are 2 classes"), ("labels", "1 classes that train lacks, 2 first"),
     ]  # fmt: skip

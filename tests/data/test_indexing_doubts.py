@@ -51,6 +51,14 @@ def test_labels_of_a_list_follow_folders_and_columns(tmp_path: Path) -> None:
     assert label_list.columns(Path("x"), [["other", "label"], ["a.png", "3"]]) == [("a.png", "3")]
 
 
+@pytest.mark.parametrize("column", ["split", "set"])
+def test_split_column_of_a_list_is_told_to_be_unread(column: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [["id", "label", column, "view"], ["a.png", "3", "Train", "test"], ["b.png", "4", "val", "side"]]
+    assert label_list.columns(Path("x.csv"), rows) == [("a.png", "3"), ("b.png", "4")]
+    (record,) = caplog.records
+    assert f"column {column} is not read" in record.getMessage()
+
+
 def test_index_refuses_to_replace_a_split_unless_it_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train-0", "train-1", "val-0"):
         write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", PNG)])

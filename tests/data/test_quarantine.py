@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shared_types import Tars
+from test_index import png, write_tar
 
+from mae_dist.__main__ import main
 from mae_dist.data import quarantine
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.order import Order
 from mae_dist.data.quarantine import Line
+from mae_dist.stages.splits import refuse_unlabelled
 
 
 def reopened(data: ShardIndex, *lines: tuple[str, str]) -> ShardIndex:
@@ -68,3 +71,21 @@ def test_quarantine_of_a_sample_whose_label_cannot_be_read(tars: Tars) -> None:
     data.tars[0].write_bytes(content[:where] + b"-" + content[where + 1 :])
     less = reopened(data, ("x-0.idx", "s0001.png"))
     assert (len(less), less.num_labelled, [less.label(i) for i in range(2)]) == (2, 2, [0, 2])
+
+
+def test_samples_without_label_are_refused_by_split_until_check_leaves_them_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [(f"{number}.png", png(60 * number)) for number in range(3)]
+    write_tar(tmp_path / "x.tar", [*images, ("0.cls", b"0"), ("2.cls", b"1")])
+    write_tar(tmp_path / "t.tar", [("7.png", png(200))])
+    for name, split in (("x", "train"), ("t", "test")):
+        assert main(["data", "index", str(tmp_path / f"{name}.tar"), "--split", split]) == 0
+    check = f"data check {tmp_path} --unlabelled --quarantine"
+    with pytest.raises(ValueError, match=f"1 of 3 samples have no label in split train.*`mae-dist {check}`"):
+        refuse_unlabelled(open_split(str(tmp_path), "train"), "train", "probe")
+    assert main(check.split()) == 1, "the test split has no labels at all"
+    assert "test: note: none of its images has a label" in capsys.readouterr().out
+    refuse_unlabelled(open_split(str(tmp_path), "train"), "train", "probe")
+    with pytest.raises(ValueError, match="1 of 1 samples have no label in split test.*--split test --labels SOURCE"):
+        refuse_unlabelled(open_split(str(tmp_path), "test"), "test", "probe")
