@@ -14,6 +14,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from running import MAE, SETTINGS, environment, finish_ranks, losses, start_rank
 from mae_dist import dist, train, watchdog
 from mae_dist.__main__ import main
 from mae_dist.data.workers import Workers
-from mae_dist.run import events, tracker
+from mae_dist.run import events, mirror
 from mae_dist.stages import setup
 
 
@@ -217,9 +218,11 @@ def test_process_whose_work_is_over_ends_though_a_library_waits_at_the_exit() ->
 
 
 def test_wandb_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(tracker, "MIRROR_WAIT", 0.1)
-    tracking = object.__new__(tracker.Tracker)
-    tracking.mirror = object()
-    tracking._mirrored(lambda _: time.sleep(600))
-    tracking._mirrored(lambda _: pytest.fail("asked again"))
+    monkeypatch.setattr(mirror, "WAIT", 0.1)
+    found = object.__new__(mirror.Mirror)
+    found.run = SimpleNamespace(log=lambda *_, **__: time.sleep(600))
+    found.lines = found.next = 0
+    found.log({"kind": "step", "step": 1})
+    assert found.run is None
+    found.log({"kind": "step", "step": 2})
     assert "wandb failed (no answer in 0.1 s): going on without it" in caplog.text
