@@ -119,9 +119,9 @@ def _known(sizes: Counter[tuple[int, int] | None]) -> Counter[tuple[int, int]]:
 
 
 def _sheet(data: index.ShardIndex, labels: np.ndarray, classes: list[str] | None, how: Decoding) -> Image.Image:
-    """Draw ROWS samples of up to COLUMNS classes, a column per class; samples of all if most classes are smaller."""
+    """Draw up to ROWS samples of up to COLUMNS classes, a column per class; samples of all if most classes have one."""
     present = np.unique(labels[labels >= 0])
-    if 0 < len(present) * ROWS <= len(data):
+    if 0 < 2 * len(present) <= len(data):
         shown = _evenly(present, COLUMNS)
         columns = [_evenly(np.flatnonzero(labels == label), ROWS) for label in shown]
         captions = [_class_name(int(label), classes) for label in shown]

@@ -123,13 +123,15 @@ class Dataset:
 class Parts(NamedTuple):
     """How several data sets make one split: the number of shards of each; for each shard the new numbers of its classes
     (None: they stay); why their labels cannot be used together (empty: they can); and of which splits its tars are,
-    where data.path may have caught several by mistake (see `places.mixed_splits`).
+    where data.path may have caught several by mistake (see `places.mixed_splits`); and the names of the
+    first data sets that know no mean and std.
     """
 
     sizes: list[int]
     labels: list[np.ndarray | None]
     problem: str = ""
     mixed: Sequence[str] = ()
+    unmeasured: Sequence[str] = ()
 
 
 def united(

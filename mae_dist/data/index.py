@@ -251,8 +251,9 @@ def open_split(
     _check_files(path, found)
     shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]
     left_out = _left_out([place.idx for place in found], shards)
+    unmeasured = [*dict.fromkeys(place.dataset.name for place in found if place.dataset.mean is None)][:5]
     dataset, maps, problem = united([place.dataset for place in found] or [Dataset("")], shards, merging)
-    together = Parts([len(part) for part in parts], maps, problem, places.mixed_splits(path, found))
+    together = Parts([len(part) for part in parts], maps, problem, places.mixed_splits(path, found), unmeasured)
     index = ShardIndex([p.tar for p in found], [p.idx for p in found], shards, dataset, left_out, cache, together)
     if left_out:
         log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)

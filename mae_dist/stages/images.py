@@ -57,7 +57,8 @@ def with_statistics(config: C, earlier: RunConfig | None, index: ShardIndex) -> 
             )
         if (known.mean is None or known.std is None) and dist.is_main():
             whose = "ImageNet's" if channels == 3 else f"{UNKNOWN_MEAN} and {UNKNOWN_STD}"
-            log.info("the data set has no mean and std of its own: using %s (data.mean, data.std)", whose)
+            names = ", ".join(index.parts.unmeasured) or "the data sets"
+            log.info("mean and std are not known of %s: using %s (data.mean, data.std)", names, whose)
         colours = channels == 3
         mean = mean or known.mean or (IMAGENET_MEAN if colours else (UNKNOWN_MEAN,) * channels)
         std = std or known.std or (IMAGENET_STD if colours else (UNKNOWN_STD,) * channels)

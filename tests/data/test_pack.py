@@ -335,7 +335,8 @@ def test_data_show_command_counts_and_draws_a_sheet(tmp_path: Path, capsys: pyte
         assert sheet.width > 10 * 90
         assert len(sheet.getcolors(1 << 20) or []) > 1000
     main(["show", str(tmp_path / "out"), "--split", "test", "--out", str(tmp_path / "x.png")])
-    assert (tmp_path / "x.png").is_file()
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.size == (1004, 14 + 204), "two rows below the names of the classes, which have two images each"
 
 
 def test_data_show_command_handles_unreadable_and_unlabelled_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from running import MAE, SETTINGS, finish_ranks, losses, refused, start_ranks
 
 from mae_dist import config
 from mae_dist.__main__ import main
+from mae_dist.batch import IMAGENET_MEAN
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.index import open_split
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
+from mae_dist.stages.images import with_statistics
+from mae_dist.stages.splits import find_test_split, open_train_split, with_test_split
 from mae_dist.verify.compare import planned_order
 
 STEPS = 5
@@ -36,6 +40,20 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 def words(parts: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     return ["pretrain", f"data.path=[{parts[0]}, {parts[1]}]", f"out={out}", *SETTINGS, *MAE, f"train.steps={STEPS}",
             "track.ids=true", "data.weights=[2, 1]", "checkpoint.every=2", *more]  # fmt: skip
+
+
+def test_start_names_the_data_set_without_statistics_and_the_splits_that_a_test_loss_needs(
+    parts: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    known = Dataset.load(parts[1])
+    replace(known, splits={"train": known.splits["train"]}, mean=None, std=None).save(parts[1])
+    settings = config.load("pretrain", None, words(parts, tmp_path / "run")[1:])
+    train = open_train_split(settings)
+    assert with_statistics(settings, None, train).data.mean == IMAGENET_MEAN
+    assert "mean and std are not known of B: using ImageNet's" in caplog.text
+    assert find_test_split(with_test_split(settings, None), required=False, train=train) is None
+    assert f"no split val or test in all of [{parts[0]}, {parts[1]}]" in caplog.text
 
 
 def test_mixture_on_two_ranks_and_resumed_takes_the_planned_samples(parts: tuple[Path, Path], tmp_path: Path) -> None:
