@@ -35,6 +35,11 @@ def span(low: int, high: int) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
+def rate(value: float) -> str:
+    """Events a second: whole from 10 on, below with a decimal, and below 1 with three digits."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.3g}"
+
+
 class Formatter(logging.Formatter):
     """Formats records as `message` does."""
 

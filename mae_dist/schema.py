@@ -315,7 +315,7 @@ class CheckpointConfig:
 class TrackConfig:
     """What is recorded, and how often."""
 
-    every: int = setting(20, "steps between log flushes, the only host-device synchronisation of training", at_least=1)
+    every: int = setting(20, "steps between log flushes, the only host-device syncs but the first step's", at_least=1)
     evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end", above=0)
     ids: bool = setting(False, "write ids.jsonl: the ids of the samples of each step")
     wandb: Literal["off", "online", "offline"] | None = setting(None, "mirror on wandb; none: WANDB_MODE, else off")

@@ -140,7 +140,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
     evaluate_every = evaluation_interval(config, task.num_samples)
     module, state = prepare(task, run, config, device)
-    run.record_launch(state.step, device)
+    run.record_launch(first := state.step, device)
     announce(task, run, config, state.step, total)
     with (
         dist.name_lost_ranks(lambda: f"step {state.step + 1}"),
@@ -157,7 +157,8 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
             wanted = agree(stop, saver, last=step == total)
             evaluating = due(step, evaluate_every, total)
             saving = wanted.save or due(step, config.checkpoint.every, total)
-            if not (wanted.stop or evaluating or saving or due(step, config.track.every, total)):
+            flushing = step == first + 1 or due(step, config.track.every, total)  # the first: soon there is a line
+            if not (wanted.stop or evaluating or saving or flushing):
                 continue  # a quiet step: the host waits for nobody
             tracking.flush()
             refusal = over_budget(run, tracking, step, config, task.num_samples)

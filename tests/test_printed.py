@@ -27,6 +27,10 @@ def test_counts_agree_in_number_with_their_noun() -> None:
     assert [printed.span(8, 8), printed.span(2, 3)] == ["8", "2 to 3"]
 
 
+def test_rates_of_slow_machines_keep_digits() -> None:
+    assert [printed.rate(value) for value in (12345.6, 10.4, 3.14, 0.0312)] == ["12,346", "10", "3.1", "0.0312"]
+
+
 def test_message_is_cut_in_its_middle() -> None:
     text = printed.message("begin" + "x" * 100_000 + "end")
     assert len(text) < printed.LONGEST + 20

@@ -89,8 +89,10 @@ def check_links(source: Path, named: Named, meant: bool) -> None:
             log.warning("%s: %d images are links to the file of one%s: %s", source, len(pairs), where, pairs[0])
 
 
-def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> None:
-    """Log what may be a mistake: files and folders left out, classes without images, images without labels."""
+def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_list: set[str]) -> None:
+    """Log what may be a mistake: files and folders left out, classes without images, images without labels (in splits
+    of ``by_list``, reading their list has told those).
+    """
     used = {f.path for files in named.values() for f, _ in files}
     if unused := [f.path for f in found.files if f.path not in used]:
         log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
@@ -100,7 +102,7 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named) -> N
     for split, files in named.items():
         here = classes_of(files)
         unlabelled = sum(name is None and not f.problem for f, name in files)
-        if classes and unlabelled and split != "test":
+        if classes and unlabelled and split not in {"test", *by_list}:
             log.warning(
                 "split %s: %d of %d images get no label (--labels FILE gives some)", split, unlabelled, len(files)
             )

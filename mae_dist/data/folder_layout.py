@@ -59,7 +59,7 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     if answer is None and level is None:
         _ask_about_parts(source, folders, {split: files for split, files in named.items() if split not in by_list})
     check_links(source, named, meant=answer is not None)
-    warn(source, found, folders, named)
+    warn(source, found, folders, named, by_list)
     return _numbered(named, by_number=by_list >= {split for split in named if classes_of(named[split])})
 
 

@@ -254,7 +254,7 @@ def page(runs: Sequence[Run], title: str, written: str) -> str:
         title=title, written=written, runs=runs, pairs=pairs(runs), curves=curves(runs), galleries=galleries(runs),
         style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, summary=summary,
         documents=documents, number=number, colour=svg.colour, swatch=lambda style: Markup(svg.swatch(style)),
-        file_name=lambda path: Path(path).name,
+        file_name=lambda path: Path(path).name, end_of=lambda text: text if len(text) <= 40 else f"...{text[-37:]}",
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from mae_dist import config as configuration
 from mae_dist.cli import Parser, duration
 from mae_dist.monitor.status import QUIET, RunStatus, find_runs, newest_submissions, run_status
-from mae_dist.printed import escaped
+from mae_dist.printed import escaped, rate
 from mae_dist.run import jobs, jsonl, layout, slurm_cli
 
 WATCH_SECONDS = 5.0
@@ -72,7 +72,7 @@ class Row:
             escape(escaped(name)), escape(escaped(self.verb)), f"[{style}]{escape(str(self.status))}[/]",
             "" if self.step is None else f"{self.step:,}{total}",
             "" if self.loss is None else f"{self.loss:.4f}",
-            "" if self.images_per_second is None else f"{self.images_per_second:,.0f}",
+            "" if self.images_per_second is None else rate(self.images_per_second),
             "" if self.seconds_left is None else duration(self.seconds_left),
             "" if self.seconds_saved is None else duration(self.seconds_saved),
             self.status.job,

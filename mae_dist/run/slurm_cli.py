@@ -39,9 +39,7 @@ def call(*command: str, stdin: str = "") -> str:
     if done.returncode:
         text = one_line(done.stderr or done.stdout) or f"{command[0]}: status {done.returncode}"
         if any(part in text for part in NO_CONFIG):
-            text = (
-                f"no SLURM in this shell; try `module load slurm`, or set SLURM_CONF ({command[0]}: {text})"
-            )
+            text = f"no SLURM in this shell; try `module load slurm`, or set SLURM_CONF ({command[0]}: {text})"
         raise ValueError(text)
     return done.stdout
 

@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mae_dist import dist
+from mae_dist import dist, printed
 from mae_dist.errors import MachineFault
 from mae_dist.run import events, jsonl, layout
 from mae_dist.run.mirror import Mirror
@@ -46,7 +47,7 @@ class Tracker:
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-        self.flushed = self.last_line = time.perf_counter()
+        self.flushed, self.last_line = time.perf_counter(), -math.inf
         self.watched: tuple[float, float] | None = None
         self.workers = config.machine.workers
         self.progress, self.mirror = None, None
@@ -107,7 +108,7 @@ class Tracker:
         self.flushed = now
         records = []
         for known, bad, (loss, norm, scale) in zip(plain, bads, shared.tolist(), strict=True):
-            record = known | {"images_per_second": round(rate, 1)}
+            record = known | {"images_per_second": float(f"{rate:.6g}")}
             record |= {k: v for k, v in (("loss", loss), ("grad_norm", norm)) if math.isfinite(v)}
             record |= {"loss_scale": scale} if self.scaled else {}
             record |= {} if math.isfinite(norm) else {"skipped": True}
@@ -175,14 +176,12 @@ class Tracker:
             return
         share = last["data_wait"] * last["images_per_second"] / self.unit
         loss, rate = last.get("loss", math.nan), last["images_per_second"]
-        text = f"loss {loss:.4f}  {rate:,.0f} images/s  data {min(share, 1):.0%}"
+        text = f"loss {loss:.4f}  {printed.rate(rate)} images/s  data {min(share, 1):.0%}"
         self.progress.update(self.progress.task_ids[0], completed=last["step"], text=text)
         if self.progress.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
-            left = (self.total - last["step"]) * self.unit / max(last["images_per_second"], 1e-9)
-            log.info(
-                "step %d/%d  %s  %s left", last["step"], self.total, text, time.strftime("%H:%M:%S", time.gmtime(left))
-            )
+            left = timedelta(seconds=round((self.total - last["step"]) * self.unit / max(rate, 1e-3)))
+            log.info("step %d/%d  %s  %s left", last["step"], self.total, text, left)
 
     def _print(self, text: str) -> None:
         if self.progress and not self.progress.disable:

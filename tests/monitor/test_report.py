@@ -138,9 +138,9 @@ def test_report_summary_has_the_numbers(family: list[Path]) -> None:
     html = render(*family)
     tail = ["0", "640", "8 s", "finished"]
     numbers = ["4", "40", report.DASH, report.DASH, "0.4123", report.DASH]
-    assert cells(html, "mae") == ["mae", "pretrain", "vit_p4_d128", "random", *numbers, *tail]
+    assert cells(html, "mae") == ["mae", "pretrain", "vit_p4_d128", "random", "/data", *numbers, *tail]
     numbers = ["4", "40", "31.25", "60.12", "2.75", "2,000"]
-    assert cells(html, "probe-mae") == ["probe-mae", "probe", "vit_p4_d128", "mae", *numbers, *tail]
+    assert cells(html, "probe-mae") == ["probe-mae", "probe", "vit_p4_d128", "mae", "/data", *numbers, *tail]
     assert "per-patch variance" in html
 
 

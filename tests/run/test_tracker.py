@@ -101,6 +101,20 @@ def test_resume_drops_later_metrics_and_a_torn_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_log_has_a_line_of_the_first_step_and_days_that_are_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with new_tracker(tmp_path) as tracked:
+        tracked.flushed -= 1e4  # the step took so many seconds
+        for step in (1, 2):
+            record_step(tracked, step)
+            tracked.flush()
+    (line,) = [message for message in caplog.messages if message.startswith("step ")]
+    assert line.startswith("step 1/100  loss 0.5000  0.001 images/s")
+    assert line.endswith(" 11 days, 11:00:00 left")
+
+
 @pytest.mark.parametrize("broken", [{"loss": math.nan, "norm": math.nan}, {"norm": math.inf}])
 def test_nonfinite_steps_are_counted_as_skipped_over_resumes(tmp_path: Path, broken: dict[str, Any]) -> None:
     with new_tracker(tmp_path) as tracked:
