@@ -124,7 +124,8 @@ def _label_faults(found: Facts, total: int, unlabelled: bool) -> Iterator[str]:
     those of a split with labels are told one by one.
     """
     if found.num_unlabelled and bool(found.classes) != unlabelled:
-        yield f"{found.num_unlabelled} of {found.num_images} images have no label"
+        hint = "" if unlabelled else " (--unlabelled lists them, and with --quarantine leaves them out)"
+        yield f"{found.num_unlabelled} of {found.num_images} images have no label{hint}"
     if found.classes and (gaps := total - len(found.classes)) > 0:
         first = next(label for label in range(total) if label not in found.classes)
         yield f"{gaps} of {total} classes have no image, {first} first"
