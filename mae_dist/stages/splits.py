@@ -89,7 +89,7 @@ def refuse_unlabelled(index: ShardIndex | None, name: str, verb: str) -> None:
         if missing < len(index):
             way = f"`mae-dist data check {folder} --unlabelled --quarantine` leaves them out"
         else:
-            way = "name one with labels (data.split, data.test_split, data.test_path); or pack again with --test-share 0.1"
+            way = "name one with labels (data.split, data.test_split, data.test_path); pack again with --test-share 0.1"
         if index.dataset.is_packed:
             other = "pack again with --labels FILE"
         else:
