@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mae_dist import paths
 from mae_dist.data.dataset import FILE, Dataset, Shard
 from mae_dist.data.remote import shown
+from mae_dist.printed import counted
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def of_split(path: str, split: str, allow_outside: bool = False) -> list[list[Pl
     files, listed_in = Files(), functools.cache(_listed_in)
     places = [[*_of_split(names, split, files, listed_in)] for names in parts]
     if away := outside(place for part in places for place in part):
-        found = f"{len(away)} tars or indexes lie outside the folder of their data set, by {FILE} or a link"
+        found = f"outside the folder of their data set, by {FILE} or a link: {counted(len(away), 'file')}"
         if not allow_outside:
             raise ValueError(
                 f"data.path={path}: {found} (first {away[0]}): data.allow_outside=true reads them, or index them again "
