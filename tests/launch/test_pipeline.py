@@ -158,8 +158,8 @@ def test_local_pipeline_fails_resumes_and_skips_what_is_done(tmp_path: Path, cap
     output = capfd.readouterr()
     assert output.out.count("done already") == 1
     line, where = output.err.splitlines()
-    assert line.startswith("mae-dist: pretrain failed with status 2: train_0000")
-    assert "nor any sample that may replace it" in line
+    assert line.startswith("mae-dist: pretrain failed with status 2: none of the first ")
+    assert "train_0000" in line
     assert where == f"its output is in {out / 'pipeline' / 'pretrain' / 'local.log'}"
     tar.write_bytes(sound)
     assert submit.main(["pipeline", str(file), "--local"]) == 0
@@ -234,10 +234,10 @@ def test_local_sweep_makes_a_table_of_the_runs_that_finish(
     monkeypatch.setattr(local, "execute", lambda run: (main(list(run.argv)), []))
     small = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "track.every=1"]
     words = ["pretrain", *SMALL, *small, f"data.path={data}", f"out={out}", "train.steps=4", "machine.processes=1"]
-    words += ["checkpoint.max_skipped=1", "--sweep", "optim.base_lr=1e-3,1e30,1e-2", "--local"]
+    words += ["checkpoint.max_skipped=1", "--sweep", "optim.base_lr=1e-3,1e15,1e-2", "--local"]
     assert submit.main(words) == 2
     error = capsys.readouterr().err
-    assert f"base_lr-1e30 failed with status 2: \nits output is in {out / 'base_lr-1e30' / 'jobs'}" in error
+    assert f"base_lr-1e15 failed with status 2: \nits output is in {out / 'base_lr-1e15' / 'jobs'}" in error
     table = (out / "results.md").read_text()
     assert "base\\_lr-1e-3" in table.replace("base_lr", "base\\_lr")
     assert {path.parent.name for path in out.glob("*/result.json")} == {"base_lr-1e-3", "base_lr-1e-2"}
