@@ -9,9 +9,7 @@ from PIL import Image
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """The files of a data set, without the inode of its folder, which dataset.json has."""
-    inode = f'"folder": {folder.stat().st_ino}'.encode()
-    return {file.name: file.read_bytes().replace(inode, b"") for file in sorted(folder.iterdir())}
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def noise(count: int, seed: int = 0) -> np.ndarray:

@@ -92,7 +92,7 @@ def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], inde
         with _lock(folder):
             if _known(folder) != before:
                 raise ValueError(f"{folder / index.FILE}: another command has written it meanwhile; run this one again")
-            dataset.save(folder)
+            replace(dataset, folder=folder.stat().st_ino).save(folder)
     except OSError as error:
         what = f"{folder}: cannot be written ({error.strerror or error}); pass --out DIR for the index"
         raise from_os_error(error, what) from error

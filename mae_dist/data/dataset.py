@@ -66,8 +66,8 @@ class Dataset:
     when all images share one; ``channels`` is the number that packing made of each image, and ``mean`` and ``std`` are
     their statistics in the training split in 0..1; ``white`` is the stored value that is white, where pixels have more
     than 8 bits and packing was given it; ``label_counts`` is how many samples of a split have each label, from 0 on.
-    ``folder`` is the inode of the folder that it was written into: in another one it was brought by somebody, who may
-    not name tars outside.
+    ``folder`` is the inode of the folder that `mae-dist data index` wrote it into: in another one it was brought by
+    somebody, who may not name tars outside.
     """
 
     name: str
@@ -95,8 +95,7 @@ class Dataset:
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`, atomically."""
         with replacing(folder / FILE) as work:
-            plain = {"format": FORMAT} | asdict(self) | {"folder": os.stat(folder).st_ino}
-            work.write_text(json.dumps(plain, indent=1) + "\n")
+            work.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Dataset:

@@ -108,7 +108,7 @@ def outside(places: Iterable[Place]) -> list[str]:
     found = []
     for tar, index, shard, dataset, _ in places:
         home = os.path.dirname(index) or "."
-        if os.path.isdir(home) and dataset.folder == inode(home):
+        if dataset.folder is not None and dataset.folder == inode(home):
             continue
         for file in [index] if shard is not None and paths.is_url(shard.tar) else [tar, index]:
             folder, name = os.path.split(file)
@@ -122,8 +122,8 @@ def _real(path: str) -> str:
     return os.path.realpath(path)
 
 
-def _inode(path: str) -> int:
-    return os.stat(path).st_ino
+def _inode(path: str) -> int | None:
+    return os.stat(path).st_ino if os.path.isdir(path) else None
 
 
 def _links_in(folder: str) -> set[str]:
