@@ -220,7 +220,7 @@ def test_process_whose_work_is_over_ends_though_a_library_waits_at_the_exit() ->
 def test_wandb_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(mirror, "WAIT", 0.1)
     found = object.__new__(mirror.Mirror)
-    found.run = SimpleNamespace(log=lambda *_, **__: time.sleep(600))
+    found.run = SimpleNamespace(log=lambda *_, **__: time.sleep(600))  # pyright: ignore
     found.lines = found.next = 0
     found.log({"kind": "step", "step": 1})
     assert found.run is None

@@ -110,7 +110,7 @@ def test_resident_file_is_stale_after_a_tar_changed(tars: Tars, info: pytest.Log
 def test_resident_file_that_is_damaged_is_made_anew(tars: Tars, info: pytest.LogCaptureFixture, damage: str) -> None:
     data = tars([3])
     opened, path = open_resident(data), path_of(data)
-    before = Pixels(*(tensor.clone() for tensor in opened.tensors.values()), opened.changes)
+    before = Pixels(*(tensor.clone() for tensor in opened.tensors.values()), opened.changes)  # pyright: ignore
     content = path.read_bytes()
     path.unlink()
     path.write_bytes({"cut": content[:-1], "header": b"x" * len(content), "empty": b""}[damage])
