@@ -419,7 +419,7 @@ def test_probe_heads_mistakes_print_one_line_and_write_nothing(
         (["heads.held_out=0"], ["heads.held_out=0", "greater than 0"]),
         (["heads.held_out=1e-6"], ["heads.held_out=1e-06", "0 of the 700"]),
         (["heads.lars=[0]"], ["heads.lars", "greater than 0"]),
-        (["heads.lars=[many]"], ["heads.lars", "Float"]),
+        (["heads.lars=[many]"], ["heads.lars", "must be a list of numbers"]),
         (["heads.features=[]"], ["heads.features=[]"]),
         (["heads.features=[token]"], ["heads.features", "cls"]),
         (["heads.weight_decay=[-1]"], ["heads.weight_decay", "at least 0"]),
