@@ -138,7 +138,7 @@ NO_SETTING = {
     "sync_bn sync_batchnorm dist_bn split_bn": "batch norm, where a head has one, is over the global batch",
     "find_unused_parameters no_ddp_bb static_graph gradient_as_bucket_view bucket_cap_mb":
         "leave it out: DDP needs no options here",
-    "deterministic benchmark cudnn_benchmark worker_seeding": "train.seed decides everything random",
+    "benchmark cudnn_benchmark worker_seeding": "train.seed decides everything random",
     "tensor_parallel_degree pipeline_parallel_degree context_parallel_degree tensor_parallel pipeline_parallel tp pp":
         "machine.strategy has ddp, fsdp and hsdp only",
     "data_parallel_replicate_degree": "the number of copies is the number of ranks over machine.shards",

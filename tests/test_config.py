@@ -312,7 +312,7 @@ def test_none_override_is_null_for_optional_settings(none: str) -> None:
 
 def test_none_is_text_in_a_file_and_for_required_values(tmp_path: Path) -> None:
     """Neither in a file, which has YAML's word, nor for a setting that needs a value."""
-    assert load("pretrain", "track.project=none").track.project == "none"
+    assert load("pretrain", "data.split=none").data.split == "none"
     for word in ("train.epochs=none", "train.precision=none"):
         with pytest.raises(ValueError, match=r"none"):
             load("pretrain", word)
