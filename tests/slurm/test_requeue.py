@@ -121,7 +121,7 @@ def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:
 def test_requeue_where_a_node_dies_between_allocation_and_start(launch: Launch) -> None:
     """The job waits in `setup` until the node is dead; srun then cannot start its tasks."""
     go = launch.folder / "go"
-    cluster = f"setup: ['until [ -e {go} ]; do sleep 0.1; done']\npartition: main,urgent\ngres: gpu\ngpus_per_node: 1"
+    cluster = f"setup: ['until [ -e {go} ]; do sleep 0.1; done']\npartition: main,urgent"
     launched = launch("unstarted", "train.steps=2", "track.ids=false", cluster=cluster)
     launched.wait(lambda: launched.slurm.state(launched.job) == "RUNNING", "an allocation")
     launched.slurm.cluster("kill-node", NODES[1])
