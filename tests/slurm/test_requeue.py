@@ -118,6 +118,7 @@ def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:
     assert json.loads((reference.run / "result.json").read_text())["loss"] > 0
 
 
+@pytest.mark.slow
 def test_requeue_where_a_node_dies_between_allocation_and_start(launch: Launch) -> None:
     """The job waits in `setup` until the node is dead; srun then cannot start its tasks."""
     go = launch.folder / "go"
