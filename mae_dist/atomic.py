@@ -85,9 +85,12 @@ def leftovers(folder: Path, suffix: str) -> Iterator[Path]:
     return folder.glob(f".*-*{suffix}")
 
 
-def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
-    """Open the file of a lock, which is made where there is none; no link is followed. Raises OSError."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "r+b")
+def open_own(path: Path, permissions: int = 0o666, append: bool = False) -> IO[bytes]:
+    """Open a file to read and write, a lock, say, which is made where there is none. Raises OSError, also where it is a
+    link, which may lead to a file of another's choice.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+    return os.fdopen(os.open(path, flags, permissions), "a+b" if append else "r+b")
 
 
 def sign(lock: IO[bytes]) -> None:

@@ -121,7 +121,7 @@ def _labels(tar: Checked) -> Iterator[tuple[str, int]]:
 
 def _label_faults(found: Facts, total: int, unlabelled: bool) -> Iterator[str]:
     """Whether images lack labels, and which of `total` classes lack images. Where `unlabelled` ones cannot be used,
-    those of a split with labels are told one by one.
+    those of a split with labels are named one by one.
     """
     if found.num_unlabelled and bool(found.classes) != unlabelled:
         hint = "" if unlabelled else " (--unlabelled lists them, and with --quarantine leaves them out)"

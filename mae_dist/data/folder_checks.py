@@ -91,7 +91,7 @@ def check_links(source: Path, named: Named, meant: bool) -> None:
 
 def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_list: set[str]) -> None:
     """Log what may be a mistake: files and folders left out, classes without images, images without labels (in splits
-    of ``by_list``, reading their list has told those).
+    of ``by_list``, reading their list has logged those).
     """
     used = {f.path for files in named.values() for f, _ in files}
     if unused := [f.path for f in found.files if f.path not in used]:

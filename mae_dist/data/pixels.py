@@ -1,6 +1,6 @@
 """The rules by which stored values become 8-bit pixels of a number of channels. Knows no file format, imports no torch.
 
-Nothing is guessed: what the rules do not say is refused, and what they change is told beside the pixels.
+Nothing is guessed: what the rules do not say is refused, and what they change is named beside the pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ WHITE = (255, 255, 255, 255)
 Changes = tuple[str, ...]
 """What decoding has changed in an image, each as a phrase."""
 DEEP = "of 16-bit values the upper 8 bits are taken"
-CUT = "values above"
-"""How the phrase begins that says that values were larger than white."""
 TURNED, NOT_TURNED = "turned as the EXIF orientation says", "EXIF orientation is ignored"
 ON_WHITE, FIRST = "transparency is drawn on white", "the first of several images in a file is taken"
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mae_dist.atomic import replacing, sync, try_lock
+from mae_dist.atomic import open_own, replacing, sync, try_lock
 
 Record = dict[str, Any]
 
@@ -105,19 +105,12 @@ def append(path: Path, *records: Record) -> None:
     append at the same time, also from other machines, wait for each other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_own(path, os.O_APPEND, "a+b") as stream:
+    with open_own(path, append=True) as stream:
         _lock(stream)
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
         torn = stream.read(1) not in (b"\n", b"")
         stream.write(b"\n" * torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
-
-
-def _open_own(path: Path, flag: int, mode: str) -> IO[bytes]:
-    """Open a file to read and write, which is made where there is none. Raises OSError where it is a link, which may
-    lead to a file of another's choice.
-    """
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flag, 0o666), mode)
 
 
 def _lock(stream: IO[bytes]) -> None:
@@ -135,7 +128,7 @@ def cut_after(path: Path, step: int) -> None:
     Records have a field `step`, which grows; evaluations of one step or an earlier one may follow it. Reads from the
     end as far as needed. What stays is written before the rest goes, so a kill in between loses no record.
     """
-    _open_own(path, 0, "r+b").close()
+    open_own(path).close()
     evaluations: list[bytes] = []
     with _mapped(path) as content:
         end = size = len(content)
@@ -148,7 +141,7 @@ def cut_after(path: Path, step: int) -> None:
                 if line not in evaluations:  # an earlier cut may have been killed between its two writes
                     evaluations.append(line)
             end = start
-    with _open_own(path, 0, "r+b") as stream:
+    with open_own(path) as stream:
         stream.seek(end)
         stream.writelines(reversed(evaluations))
         if stream.tell() < size:
