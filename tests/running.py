@@ -38,6 +38,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
+def bytes_read() -> int:
+    """How many bytes this process has read so far, from files or the page cache (rchar of proc(5))."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def start(*argv: object, check: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run `mae-dist ARGV` to its end in a process of its own; it must end with status `check` (None: with any)."""
     done = subprocess.run(
