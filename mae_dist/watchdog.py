@@ -182,9 +182,11 @@ def guard(process: int, shared: memoryview[float]) -> None:
     while os.getppid() == process:
         time.sleep(TICK)
         seen, idle = (now, 0.0) if (now := shared[TICKED]) != seen else (seen, idle + TICK)
-        if state_of(process).startswith("stopped"):
+        state = state_of(process)
+        if state.startswith("stopped"):
             idle = 0.0
-        if idle > shared[LIMIT]:
+        working = not shared[PROGRESS] or state.startswith("running")  # imports, or computes with Python's lock
+        if idle > (max(shared[LIMIT], STARTING) if working else shared[LIMIT]):
             where = f" on {file}" if (file := file_of(process)) else ""
             with suppress(OSError):
                 os.write(2, f"mae-dist: {sentence(f'waits{where} in a library for {idle:.0f} s')}\n".encode())

@@ -46,6 +46,7 @@ def hurry_at(module: str, name: str) -> None:
         watchdog.STARTING = watchdog.ANSWER = watchdog.LAST_WORDS = 0.5
         if watchdog._watchdog is not None:
             watchdog._watchdog.shared[watchdog.LIMIT] = 0.5
+            watchdog.progress()
         return real(*arguments, **named)
 
     setattr(owner, name, impatient)

@@ -52,7 +52,7 @@ def one_line(text: str) -> str:
 
 def states(jobs: Iterable[str]) -> dict[str, str]:
     """The state of each of these jobs now, RUNNING or TIMEOUT for example; of one that waits or was cancelled also why,
-    after a space, where that is worth saying: "PENDING QOSMaxJobsPerUserLimit".
+    after a space, where that is explained saying: "PENDING QOSMaxJobsPerUserLimit".
 
     Jobs that SLURM does not know are left out: all of them where there is no SLURM or it does not answer.
     """
@@ -90,8 +90,8 @@ def _job_states(*command: str) -> dict[str, str]:
     found = {}
     for job, state, *reason in (line.split("|") for line in _output(*command).splitlines() if line.count("|")):
         words = [*state.split()[:1], *reason]  # CANCELLED by 0
-        told = len(words) > 1 and words[0] in (*WAITING, CANCELLED) and words[1] not in ORDINARY
-        found |= {job: " ".join(words[: 1 + told])} if words else {}
+        explained = len(words) > 1 and words[0] in (*WAITING, CANCELLED) and words[1] not in ORDINARY
+        found |= {job: " ".join(words[: 1 + explained])} if words else {}
     return found
 
 
