@@ -125,7 +125,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
             raise ValueError(f"{origin}expected sections with keys, found a list")
         plain = setting_texts.as_written(plain, written, kinds, origin)
         try:
-            config = OmegaConf.merge(config, plain)
+            config = OmegaConf.unsafe_merge(config, plain)  # in place: half of a start is copying otherwise
         except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
