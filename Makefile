@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
-SLURM = tests/slurm tests/stages
-RUNS = tests/verify tests/launch
+SLURM = tests/slurm
+RUNS = tests/stages tests/verify tests/launch tests/weights
 
 .PHONY: demo test test-others test-runs test-slurm test-slow lint docs clean
 .DEFAULT_GOAL := demo

@@ -192,6 +192,7 @@ def test_certify_passes_ddp_fsdp_accumulation_resume_and_elastic(tmp_path: Path)
     assert "Every row passes" in (certified / "certificate.md").read_text()
 
 
+@pytest.mark.slow
 def test_certify_skips_finished_shapes_and_fails_another_sample_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
