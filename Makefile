@@ -6,6 +6,8 @@ OUT ?= runs/demo
 SLURM = tests/slurm
 RUNS = tests/stages tests/verify tests/launch tests/weights
 
+unexport PYTHONDONTWRITEBYTECODE  # or each process that a test starts would compile all of torch again
+
 .PHONY: demo test test-others test-runs test-slurm test-slow lint docs clean
 .DEFAULT_GOAL := demo
 
