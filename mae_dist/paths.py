@@ -110,7 +110,17 @@ def tars_in(folder: str) -> list[str]:
 
 
 def _tars_below(top: str) -> Iterator[str]:
-    """The tars below a folder, compressed ones too; hidden folders are left out, and those of links are read once."""
+    """The tars below a folder, compressed ones too."""
+    for folder, entries in _folders_below(top):
+        for entry in entries:
+            if entry.name.lower().endswith((".tar", *COMPRESSED)) and not entry.is_dir():
+                yield os.path.join(folder, entry.name)
+
+
+def _folders_below(top: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """A folder and all below it, with what is in each; hidden ones are left out, and those of links are read once.
+    Raises ValueError for one that may not be read, and where there are more than MOST_FOLDERS.
+    """
     todo, seen = [top], set[tuple[int, int]]()
     while todo:
         folder = todo.pop()
@@ -124,13 +134,9 @@ def _tars_below(top: str) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         if len(seen) > MOST_FOLDERS:
             raise ValueError(f"{top}: has more than {MOST_FOLDERS:,} folders; name tars, like {top}/x-*.tar")
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "lost+found":
-                continue
-            if entry.is_dir():
-                todo.append(os.path.join(folder, entry.name))
-            elif entry.name.lower().endswith((".tar", *COMPRESSED)):
-                yield os.path.join(folder, entry.name)
+        kept = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "lost+found"]
+        yield folder, kept
+        todo += [os.path.join(folder, entry.name) for entry in kept if entry.is_dir()]
 
 
 def splits_of(text: str) -> list[str]:
@@ -172,6 +178,18 @@ def _names(piece: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     if not glob.has_magic(pattern):
         return []
-    pattern = f"{pattern}/*.tar" if pattern.endswith("**") else pattern
-    matches = (name for name in glob.glob(pattern, recursive=True) if not name.lower().endswith(BESIDE_TARS))
-    return sorted(matches)
+    pattern = re.sub(r"(?<![^/])(\*\*/)+", "**/", f"{pattern}/*.tar" if pattern.endswith("**") else pattern)
+    return sorted({name for name in _glob(pattern) if not name.lower().endswith(BESIDE_TARS)})
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """The matches of a pattern, in which ** is any number of folders, as `_folders_below` finds them."""
+    found = re.fullmatch(r"(?:(.*?)/)?\*\*/(.*)", pattern)
+    if found is None:
+        yield from glob.iglob(pattern)
+        return
+    top, rest = found.groups()
+    for start in [os.curdir if top is None else "/"] if not top else glob.iglob(top):
+        for folder, _ in _folders_below(start) if os.path.isdir(start) else ():
+            below = os.path.join("" if folder == os.curdir else glob.escape(folder.removeprefix("./")), rest)
+            yield from _glob(below)

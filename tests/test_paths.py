@@ -34,6 +34,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("A/*", ["A/x-000.tar", "A/x-001.tar", "A/x-002.tar", "A/x-003.tar"]),
         ("B/**/*.tar", ["B/1/y.tar", "B/z.tar"]),
         ("B/**", ["B/1/y.tar", "B/z.tar"]),
+        ("**/y.tar", ["B/1/y.tar"]),
+        ("[B]/**/**/?.tar", ["B/1/y.tar", "B/z.tar"]),
+        ("**/1/**/*.tar", ["B/1/y.tar"]),
         ("B", ["B"]),
         ("a {0..1} [b]::c, d.tar", ["a {0..1} [b]::c, d.tar"]),
         ("s3://b/x-{0..1}.tar::hf://d/y.tar", ["s3://b/x-0.tar", "s3://b/x-1.tar", "hf://d/y.tar"]),
@@ -126,6 +129,8 @@ def test_path_folder_that_is_a_whole_disk_is_refused_and_links_are_read_once(
     monkeypatch.setattr(paths, "MOST_FOLDERS", 2)
     with pytest.raises(ValueError, match=f"^{tree}: has more than 2 folders; name tars, like"):
         paths.tars_in(str(tree))
+    with pytest.raises(ValueError, match="^/: has more than 2 folders; name tars, like"):
+        paths.names("/**")
 
 
 def test_paths_colons_of_an_address_are_no_list() -> None:

@@ -94,7 +94,7 @@ def _checked(places: list[Place], workers: int, split: str) -> Iterator[Checked]
 
 def _plain(found: Facts) -> dict[str, Any]:
     tally = found.tally
-    more = {"smallest": tally.smallest, "largest": tally.largest, "mean": tally.mean, "std": tally.std}
+    more = {name: getattr(tally, name) for name in ("smallest", "largest", "mean", "std", "changes")}
     return {name: value for name, value in asdict(found).items() if name != "tally"} | more
 
 
@@ -106,6 +106,8 @@ def _print(data: str, splits: dict[str, Facts], found: list[Finding]) -> None:
             print(f"  {split}: note: none of its images has a label, as evaluation on it needs")
         for what, (count, example) in known.notes.items():
             print(f"  {split}: note: {what} ({count}; first {_shown(example)})")
+        for remark in known.tally.remarks():
+            print(f"  {split}: note: {remark}")
     for kind, meaning in KINDS.items():
         some = [finding for finding in found if finding.kind == kind]
         if some:

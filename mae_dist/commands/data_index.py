@@ -47,8 +47,8 @@ def add_parser(actions: Any) -> None:
     parser.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     parser.add_argument(
         "--labels", default=AUTO, metavar="SOURCE",
-        help="where labels are: folder (in the tar; folder:1 the first, folder:-1 the last), json:FIELD, the extension "
-        "of members (txt, npy), a FILE of names and labels, none (default: .cls members)",
+        help="where labels are: folder (in the tar; folder:1 the first, folder:-1 the last), name (cat.12.jpg), "
+        "json:FIELD, the extension of members (txt, npy), a FILE of names and labels, none (default: .cls members)",
     )  # fmt: skip
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names in the order of their numbers")
     parser.add_argument("--whole", action="store_true", help="read tars at URLs although an .idx lies beside them")

@@ -46,8 +46,9 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         "(default: those called train, val, valid, validation and test)",
     )
     folder.add_argument(
-        "--labels", metavar="FILE|folder:N",
-        help="list of rows IMAGE,LABEL; or the class is the folder at level N: 1 the first (default), -1 the last",
+        "--labels", metavar="FILE|folder:N|name",
+        help="list of rows IMAGE,LABEL; or the class is the folder at level N: 1 the first (default), -1 the last; or "
+        "what is before the number in a file's name, as in cat.12.jpg",
     )  # fmt: skip
     _add_test_share(folder)
     _complete(

@@ -21,7 +21,7 @@ import numpy as np
 from mae_dist.atomic import replacing
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.decode import decode, own_channels
+from mae_dist.data.decode import decoded, own_channels
 from mae_dist.data.index import ShardIndex, shard_of
 from mae_dist.data.indexing import NO_LABELS, build
 from mae_dist.data.pixels import Decoding
@@ -31,7 +31,7 @@ from mae_dist.data.shard_files import ChangedError, ShardFiles
 from mae_dist.data.tally import Tally
 from mae_dist.data.tar_reader import Notes
 
-FORMAT = "mae_dist check 1"
+FORMAT = "mae_dist check 2"
 """Changes when other things are checked, or when they are kept in another way."""
 FOLDER = ".check"
 
@@ -104,8 +104,11 @@ def _local(place: Place) -> Iterator[Place]:
 
 
 def _key(place: Place) -> str:
-    """A hash of what a report depends on: the tar and its index by size and time, and what dataset.json says."""
-    files = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.isfile, (place.tar, place.idx)))]
+    """A hash of what a report depends on: the tar and its index by size, time and whether this user may read them, and
+    what dataset.json says.
+    """
+    paths = [*filter(os.path.isfile, (place.tar, place.idx))]
+    files = [(s.st_size, s.st_mtime_ns, os.access(path, os.R_OK)) for path in paths for s in [os.stat(path)]]
     known = place.shard and asdict(place.shard), place.dataset.mean, place.dataset.white
     return hashlib.sha256(json.dumps([FORMAT, files, known]).encode()).hexdigest()
 
@@ -124,7 +127,7 @@ def check(place: Place, key: str = "") -> Report:
     notes = Notes()
     tar, index = Path(place.tar), Path(place.idx)
     faults = [*_faults(place, notes)]
-    if not (tar.is_file() and index.is_file()):
+    if not all(file.is_file() and os.access(file, os.R_OK) for file in (tar, index)):
         return Report(key, faults)
     try:
         data = ShardIndex([tar], [index], [place.shard or shard_of(tar, index)], place.dataset)
@@ -138,8 +141,8 @@ def check(place: Place, key: str = "") -> Report:
     for row, name in enumerate(names):
         try:
             sample = data.read(row)
-            pixels = decode(sample, how=how)
-            tallies.append(Tally.of(np.asarray(pixels), sample.label))
+            pixels, changes = decoded(sample, how=how)
+            tallies.append(Tally.of(np.asarray(pixels), sample.label, changes))
         except ChangedError:
             unreadable[name] = "the tar ends before it does"
         except ValueError as error:
@@ -172,6 +175,9 @@ def _faults(place: Place, notes: Notes) -> Iterator[str]:
         if shard is not None and size == shard.num_bytes and shard.sha256 not in ("", found.shard.sha256):
             yield "its content is not what it was when dataset.json was written (sha256)"
         if not index.is_file():
+            return
+        if not os.access(index, os.R_OK):
+            yield "its index cannot be read (no permission)"
             return
         rows, wanted = (set(file.read_bytes().splitlines()[1:]) for file in (index, new))
         if rows != wanted:

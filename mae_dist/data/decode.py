@@ -40,18 +40,22 @@ from mae_dist.data.pixels import (
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may recognise in a file. Of all that it knows, others start programs (EPS) or fail in unforeseen ways."""
-SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")
+SEVERAL = ("GIF", "MPO", "PNG", "TIFF", "WEBP")
 """Formats in which a file may have several images."""
 ONE_CHANNEL = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of one channel with more than 8 bits."""
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
-"""TIFF tags: bits of a value; 0 where 0 is white; 2 where each channel is a plane; 2 for signed integers."""
+KIND, BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 262, 284, 339
+"""TIFF tags: 1 and 4 in a page that is a smaller copy, or a mask, of another; bits of a value; 0 where 0 is white; 2
+where each channel is a plane; 2 for signed integers.
+"""
 MAX_HEADER = 10_000
 """Largest header of an array in bytes, as in NumPy."""
 ORIENTATION = 0x0112
 """EXIF tag: 1 is upright; 2 to 8 name the mirroring and the quarter turns that make an image so."""
-JPEG, EXIF, EXIF_WITHIN = b"\xff\xd8", b"Exif\0\0", 2**16
-"""What a JPEG begins with, what EXIF data in it begin with (two bytes of their length before), and where they lie."""
+JPEG, EXIF, MPO, HEAD = b"\xff\xd8", b"Exif\0\0", b"MPF\0", 2**16
+"""What a JPEG begins with, what EXIF data in it begin with (two bytes of their length before), what the list of the
+images in a file of several (MPO) begins with, and where both lie.
+"""
 
 
 class Memory:
@@ -210,14 +214,15 @@ def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None,
         )
     except ValueError:  # simplejpeg refuses any damage, Pillow only what makes an image incomplete
         return _decode_by_pillow(content, how)
-    return _upright(Decoded(pixels, ()), orientation(content), how)
+    changes = (FIRST,) if content.find(MPO, 0, HEAD) > 0 else ()
+    return _upright(Decoded(pixels, changes), orientation(content), how)
 
 
 def _decode_by_pillow(content: bytes, how: Decoding) -> Decoded:
     with _opened(content) as image:
         how.check_size(image.height, image.width)
         deep, several, white, changes = is_deep(image), has_several(image), how.white or own_white(image), ()
-        if several and image.format == "TIFF":
+        if several and image.format == "TIFF" and not _has_copies_alone(image):
             raise ValueError("a TIFF of several pages; store each as a file of its own")
         values, number = _deep_values(image, content), _orientation(image)
         if values is not None:
@@ -281,6 +286,16 @@ def has_several(image: Image.Image) -> bool:
     return image.format in SEVERAL and getattr(image, "is_animated", False)
 
 
+def _has_copies_alone(image: ImageFile.ImageFile) -> bool:
+    """Whether all pages of a TIFF behind the first are smaller copies or masks, as thumbnails and overviews are."""
+    kinds = []
+    for page in range(1, getattr(image, "n_frames", 1)):
+        image.seek(page)
+        kinds.append(_tags(image).get(KIND, 0))
+    image.seek(0)
+    return all(kind & 5 for kind in kinds)
+
+
 def is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether a file that was only opened has values of 16 bits; of colours Pillow reads the upper 8."""
     return any(";16" in str(tile) for tile in image.tile) or (image.format == "PPM" and (own_white(image) or 0) > 255)
@@ -291,7 +306,7 @@ def orientation(content: bytes) -> int:
     if not content.startswith(JPEG):
         with _opened(content) as image:
             return _orientation(image)
-    start, exif = content.find(EXIF, 0, EXIF_WITHIN), Image.Exif()
+    start, exif = content.find(EXIF, 0, HEAD), Image.Exif()
     if start < 0:
         return 1
     with suppress(Exception):  # damaged EXIF data are none

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from mae_dist.data.folder_files import File, Found
 from mae_dist.data.folder_words import listed, parts_of_others
-from mae_dist.data.labels import of_text
+from mae_dist.data.labels import NAME, class_in_name, of_text
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,10 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_l
     classes = set().union(*map(classes_of, named.values()))
     if not classes and (lists := sorted(LISTS & found.others.keys())):
         log.warning("%s: no labels; perhaps a %s file has them: --labels FILE", source, " or ".join(lists))
+    begins = Counter(class_in_name(path) for path in used)
+    if not classes and 1 < len(begins.keys() - {None}) <= 0.5 * (begins.total() - begins[None]):
+        some = listed(sorted(filter(None, begins)))
+        log.warning("%s: no labels; if names of images begin with classes (%s): --labels %s", source, some, NAME)
     for split, files in named.items():
         here = classes_of(files)
         unlabelled = sum(name is None and not f.problem for f, name in files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dist.errors import from_os_error
+
+log = logging.getLogger(__name__)
 
 AS_THEY_ARE = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "npy")
 """Kinds of files that are stored as they are."""
@@ -23,6 +26,10 @@ NOT_READ = (
 """Kinds of images that are left out, each counted as an image that could not be packed."""
 OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found")
 """Names (in lower case) of files and folders that operating systems leave behind; hidden ones begin with a dot."""
+
+
+OFTEN = 10_000
+"""Folders after which a search says how far it is."""
 
 
 class File(NamedTuple):
@@ -68,9 +75,11 @@ def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
     """All files below `root`. Links are followed, unless they lead back to a folder that they lie in. `tick` is called
     with the number of images found so far.
 
-    Raises ValueError for a folder that this user may not read, or a link to one that is not there, and MachineFault
-    where the storage fails.
+    Raises ValueError for a folder that this user may not read, a link to one that is not there, or the folder of the
+    whole machine, and MachineFault where the storage fails.
     """
+    if os.path.realpath(root) == "/":
+        raise ValueError(f"{root}: is the whole machine; name the folder of the images")
     found = Found()
     todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while todo:
@@ -92,6 +101,8 @@ def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
                 todo.append((path, (*above, here)))
             elif isinstance(kept, File):
                 found.files.append(kept)
+        if len(found.folders) % OFTEN == 0:
+            log.info("%s: %s folders so far, with %s images", root, f"{len(found.folders):,}", f"{len(found.files):,}")
         tick(len(found.files))
     found.files.sort()
     return found

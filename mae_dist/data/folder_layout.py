@@ -20,7 +20,7 @@ from mae_dist.data.folder_checks import Named, check_classes, check_links, class
 from mae_dist.data.folder_files import File, Found
 from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like
 from mae_dist.data.label_list import TINY_IMAGENET, Image, LabelList, Row
-from mae_dist.data.labels import class_in, level_of
+from mae_dist.data.labels import NAME, class_in, class_in_name, level_of
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +42,30 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     """The splits and labels of what lies below `source`.
 
     `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER'. `labels` is the option --labels: a file that
-    `label_list` reads, which decides in splits whose images it names, or 'folder:N' (see `labels.level_of`). Raises
-    ValueError where something is not clear.
+    `label_list` reads, which decides in splits whose images it names, 'folder:N' (see `labels.level_of`), or 'name'
+    (see `labels.class_in_name`). Raises ValueError where something is not clear.
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
         more = "; tars are for `mae-dist data index`" if ".tar" in found.others else ""
         raise ValueError(f"--source {source}: no images below it" + (f", only {others}{more}" if others else ""))
-    by_level = labels is not None and re.fullmatch(r"folder(:.*)?", str(labels)) is not None
-    level = level_of(str(labels)) if by_level else None
-    option = None if labels is None or by_level else label_list.read(Path(labels))
+    rule = re.fullmatch(rf"({NAME})|folder(:.*)?", str(labels))
+    level = None if rule is None else NAME if rule[1] else level_of(rule[0])
+    option = None if labels is None or rule else label_list.read(Path(labels))
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
     named, by_list = _named(source, found, folders, option, level)
     check_classes(source, named, by_list)
     _unlabel_lone_folders(named, by_list)
-    if answer is None and level is None:
-        _ask_about_parts(source, folders, {split: files for split, files in named.items() if split not in by_list})
+    if answer is None and level in (None, NAME):
+        by_folder = {split: files for split, files in named.items() if split not in by_list}
+        _ask_about_parts(source, folders, by_folder, allow_one=level == NAME)
     check_links(source, named, meant=answer is not None)
     warn(source, found, folders, named, by_list)
     return _numbered(named, by_number=by_list >= {split for split in named if classes_of(named[split])})
 
 
 def _named(
-    source: Path, found: Found, folders: dict[str, str], option: LabelList | None, level: int | None
+    source: Path, found: Found, folders: dict[str, str], option: LabelList | None, level: int | str | None
 ) -> tuple[Named, set[str]]:
     """The images of each split with the names of their classes, and the splits that have these from a list."""
     named: Named = {}
@@ -85,10 +86,10 @@ def _named(
             table.check(images, rows, f"split {split}")
     if option is not None:
         if not by_list:
-            what = (
-                "rows name no image" if option.files is not None else "labels are not as many as the images of a split"
-            )
-            raise ValueError(f"--labels {option.source}: its {len(option.labels)} {what} of {source}")
+            what = f"labels are not as many as the images of a split of {source}"
+            if option.files is not None:
+                what = f"rows name no image of {source} ({option.files[0]!r} first); write IMAGE,LABEL"
+            raise ValueError(f"--labels {option.source}: its {len(option.labels)} {what}")
         if option.files is None and len(by_list) > 1:
             raise ValueError(f"--labels {option.source}: fits the splits {listed(by_list)}; write rows IMAGE,LABEL")
         pairs = [pair for some in by_list.values() for pair in some]
@@ -184,10 +185,13 @@ def _option(splits: dict[str, str]) -> str:
     return f"--splits {shlex.quote(','.join(f'{split}={folder}' for split, folder in splits.items()))}"
 
 
-def _ask_about_parts(source: Path, folders: dict[str, str], named: Named) -> None:
-    """Raise ValueError where the classes are called like parts of samples, as images and masks."""
-    names = set().union(*map(classes_of, named.values()))
-    if why := doubt(names):
+def _ask_about_parts(source: Path, folders: dict[str, str], named: Named, allow_one: bool) -> None:
+    """Raise ValueError where the folders of labelled images are called like parts of samples, as images and masks. A
+    single one is no part of anything if its name is not that of a class (`allow_one`).
+    """
+    above = [_above(file, folders[split]) for split, files in named.items() for file, name in files if name]
+    names = {inner[0] for inner in above if inner}
+    if (why := doubt(names)) and not (allow_one and len(names) == 1):
         images = sorted(filter(is_images, names)) or sorted(names)
         chosen = {split: join(folder, images[0]) for split, folder in folders.items()}
         raise ValueError(
@@ -235,11 +239,18 @@ def _rows(path: Path, images: list[Image], option: LabelList | None) -> tuple[La
     return (table, rows) if any(rows) else (None, [])
 
 
-def _by_folder(split: str, folder: str, files: list[File], level: int | None) -> list[tuple[File, str | None]]:
+def _above(file: File, folder: str) -> list[str]:
+    """The folders below `folder` that a file in it lies in."""
+    return file.path[len(folder) + bool(folder) :].split("/")[:-1]
+
+
+def _by_folder(split: str, folder: str, files: list[File], level: int | str | None) -> list[tuple[File, str | None]]:
     """The files, each with the folder below `folder` as its class that is at `level` (see `labels.level_of`), or the
-    first; files beside class folders have a problem.
+    first, or by NAME with the class in its name; files beside class folders have a problem.
     """
-    above = [f.path[len(folder) + bool(folder) :].split("/")[:-1] for f in files]
+    above = [_above(f, folder) for f in files]
+    if isinstance(level, str):
+        return [(f, class_in_name(f.path)) for f in files]
     if not any(above):
         return [(f, None) for f in files]
     by_letter = level is None and len({names[0] for names in above if names}) > 1 and all(

@@ -212,6 +212,11 @@ class ShardIndex:
         name, extension = table.names[row], table.extensions[row]
         return Sample(name[: -len(extension) - 1], extension.rpartition(".")[2], image, self.label(sample))
 
+    def place_of_image(self, sample: int) -> tuple[int, int]:
+        """The tar that a sample's image is in, and its first byte there: those of links to one image are the same."""
+        shard, row = self.locate(sample)
+        return shard, int(self._table(shard).spans[row, 0])
+
     def label(self, sample: int) -> int:
         """Read the label of one sample (-1: none). Raises as `read`."""
         return self._label(*self.locate(sample))
@@ -246,9 +251,10 @@ def open_split(
     folder of its data set, unless that is allowed.
     """
     split = places.evaluation_split(path, split)
-    parts = places.of_split(path, split, allow_outside)
+    files = places.Files()
+    parts = places.of_split(path, split, allow_outside, files)
     found = [place for part in parts for place in part]
-    _check_files(path, found)
+    _check_files(path, found, files)
     shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]
     left_out = _left_out([place.idx for place in found], shards)
     unmeasured = [*dict.fromkeys(place.dataset.name for place in found if place.dataset.mean is None)][:5]
@@ -262,9 +268,9 @@ def open_split(
     return index
 
 
-def _check_files(path: str, found: Sequence[places.Place]) -> None:
+def _check_files(path: str, found: Sequence[places.Place], files: places.Files) -> None:
     """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar."""
-    seen, files = {}, places.Files()
+    seen = {}
     for tar, index, shard, *_ in found:
         status = None if shard is not None and is_url(shard.tar) else _status(tar)
         if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:

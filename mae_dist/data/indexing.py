@@ -90,8 +90,9 @@ def _label_reader(source: str, stream: BinaryIO) -> Callable[[str, Members], Lab
             return labels.NONE
         if source == FOLDER:
             return posixpath.dirname(key) or labels.NONE
-        if source == LIST:
-            return sample[grouping.image_of(sample) or ""].name
+        if source in (LIST, labels.NAME):
+            name = sample[grouping.image_of(sample) or ""].name
+            return name if source == LIST else labels.class_in_name(name) or labels.NONE
         wanted = "json" if source.startswith(JSON) else source.lower().lstrip(".")
         extension = grouping.label_of(sample) if source == AUTO else _extension(sample, wanted)
         if extension is None:

@@ -27,6 +27,8 @@ from mae_dist.errors import from_os_error
 Label = int | str
 NONE = -1
 """The label of a sample that has none."""
+NAME = "name"
+"""Where --labels says that the class is in the name of an image's file (`class_in_name`)."""
 MOST_TEXT = 1000
 """Bytes of a label that is a text."""
 MOST_BYTES = 2**24
@@ -52,9 +54,17 @@ def of_text(content: bytes) -> Label:
         if len(text) > 20 or int(text) >= MOST_CLASSES:
             raise ValueError(f"holds {short}, more than the number of any class (below {MOST_CLASSES:,})")
         return int(text)
-    if re.fullmatch(r"[-+.\d][-+.,\deE\s]*", text) or len(text) > 200 or not text.isprintable():
+    if re.fullmatch(r"[-+.\d][-+.,\deE\s]*", text) or len(text) > 200 or not text.isprintable() or _is_json(text):
         raise ValueError(f"holds {short}, expected a class number like 7, or a name")
     return text
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object, list or quoted string, which would be a strange name of a class."""
+    try:
+        return text[0] in '{["' and json.loads(text) is not None
+    except (ValueError, RecursionError):
+        return False
 
 
 def of_json(content: bytes, field: str) -> Label:
@@ -92,6 +102,14 @@ def class_in(folders: Sequence[str], level: int) -> str | None:
     """The folder that is the class (see `level_of`) among those above an image; None where there are not so many."""
     place = level - 1 if level > 0 else level
     return folders[place] if -len(folders) <= place < len(folders) else None
+
+
+def class_in_name(path: str) -> str | None:
+    """The class in the name of a file: what is before the number at its end, as in cat.12.jpg; None where that is
+    nothing.
+    """
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    return re.sub(r"[\W_]*\d+\W*$", "", stem) or None
 
 
 def of_folders(

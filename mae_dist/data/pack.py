@@ -29,7 +29,6 @@ from mae_dist import rng
 from mae_dist.atomic import holder_of, mount_points, open_own, replacing, sign, try_lock
 from mae_dist.data import grouping, index
 from mae_dist.data.decode import decoded
-from mae_dist.data.pixels import DEEP
 from mae_dist.data.reencode import Encoding, as_png
 from mae_dist.data.shard_writer import ShardWriter
 from mae_dist.data.tally import Tally
@@ -38,8 +37,6 @@ from mae_dist.errors import MachineFault, from_os_error
 
 log = logging.getLogger(__name__)
 
-DARK = 64
-"""8-bit value below which all images together are so dark that their 16-bit values may have another range."""
 MAX_BAD = 0.01
 """Largest share of a split's images that may be left out, where --max-bad does not say another."""
 MOST_NAMED = 100
@@ -237,7 +234,8 @@ def _write(
             listed = ", ".join(f"{count} .{kind}" for kind, count in sorted(kinds.items()))
             log.warning("split %s: stores %s; datasets.load_dataset needs one kind: --format png or jpg", split, listed)
     every = sum(tallies.values(), Tally())
-    _say_changes(every)
+    for remark in every.remarks():
+        log.warning("%s", remark)
     train = tallies.get("train", Tally())
     known = source.mean is not None and not train.num_encoded
     num_classes = len(source.classes) if source.classes is not None else source.num_classes
@@ -256,14 +254,6 @@ def _write(
     dataset.save(work / "data")
     _save_timm_info(dataset, work / "data")
     return Packed(dataset, every)
-
-
-def _say_changes(tally: Tally) -> None:
-    """Log what decoding changes in images, and 16-bit values that use little of their range."""
-    for what, count in tally.changes:
-        log.warning("%d images: %s", count, what)
-    if DEEP in dict(tally.changes) and tally.top_value < DARK:
-        log.warning("no 16-bit value exceeds %d of 65535; try --white with the largest", 256 * tally.top_value + 255)
 
 
 def _without_zeros(std: tuple[float, ...] | None) -> Any:
@@ -342,7 +332,7 @@ def _prepare(source: Source, encoding: Encoding, split: str, numbers: range) -> 
         tally = Tally.of(
             pixels, picture.label, kinds={extension: 1}, source_bytes=len(picture.content), stored_bytes=len(content),
             num_resized=int(pixels is not found.pixels), num_encoded=int(content is not picture.content),
-            changes=tuple((what, 1) for what in found.changes),
+            changes=found.changes,
         )  # fmt: skip
         yield _Prepared(replace(picture, extension=extension, content=content), tally)
 

@@ -44,8 +44,8 @@ class Decoding:
     many as ``channels``, except that 1 and 3 are converted as in image files.
 
     ``upright`` turns an image as its EXIF orientation says, which is ignored otherwise, as in the official code; a TIFF
-    is always upright. Of several images in a file the first is taken; a TIFF of several pages is refused. So are images
-    of more than ``max_pixels`` pixels, before they are decoded.
+    is always upright. Of several images in a file the first is taken; a TIFF of several pages is refused, unless all
+    but the first are smaller copies of it. So are images of more than ``max_pixels`` pixels, before they are decoded.
     """
 
     channels: int = 3

@@ -77,17 +77,17 @@ def evaluation_split(path: str, split: str) -> str:
     return split if split != "auto" else "val" if "val" in splits(path) else "test"
 
 
-def of_split(path: str, split: str, allow_outside: bool = False) -> list[list[Place]]:
+def of_split(path: str, split: str, allow_outside: bool = False, files: Files | None = None) -> list[list[Place]]:
     """Where the tars of a split lie, of which none need exist, for each data set of `path` in the order of its folders
     and tars. Raises ValueError where `path` names nothing, and where files lie `outside`, unless that is allowed.
     """
+    files, listed_in = files or Files(), functools.cache(_listed_in)
     try:
         parts = [paths.names(part) for part in paths.parts(path)]
     except ValueError as error:
         raise ValueError(f"data.path={path}: {str(error).removeprefix(f'{path}: ')}") from error
     if not any(parts):
         raise ValueError(f"data.path={path}: names no data; give a folder, tars, or a list of them")
-    files, listed_in = Files(), functools.cache(_listed_in)
     places = [[*_of_split(names, split, files, listed_in)] for names in parts]
     if away := outside(place for part in places for place in part):
         found = f"outside the folder of their data set, by {FILE} or a link: {counted(len(away), 'file')}"
@@ -104,32 +104,32 @@ def outside(places: Iterable[Place]) -> list[str]:
     """The tars and indexes that are not in the folder of their index or below it, by an absolute path, `..` or a link,
     although `data index` did not write the dataset.json there: it was brought by somebody, who may want to read more.
     """
-    real, links, inode = functools.cache(_real), functools.cache(_links_in), functools.cache(_inode)
+    inode, links, is_inside = functools.cache(_inode), functools.cache(_links_in), functools.cache(_is_inside)
     found = []
     for tar, index, shard, dataset, _ in places:
-        home = os.path.dirname(index) or "."
+        home = index[: index.rfind("/") + 1]
         if dataset.folder is not None and dataset.folder == inode(home):
             continue
         for file in [index] if shard is not None and paths.is_url(shard.tar) else [tar, index]:
-            folder, name = os.path.split(file)
-            place = real(file) if name in links(folder or ".") else os.path.join(real(folder or "."), name)
-            if not place.startswith(os.path.join(real(home), "")):
+            folder = file[: file.rfind("/") + 1]
+            if not is_inside(file if file[len(folder) :] in links(folder) else folder, home):
                 found.append(file)
     return found
 
 
-def _real(path: str) -> str:
-    return os.path.realpath(path)
+def _is_inside(path: str, home: str) -> bool:
+    """Whether a path, with links followed, is a folder or below it."""
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(os.path.realpath(home), ""))
 
 
-def _inode(path: str) -> int | None:
-    return os.stat(path).st_ino if os.path.isdir(path) else None
+def _inode(folder: str) -> int | None:
+    return os.stat(folder or ".").st_ino if os.path.isdir(folder or ".") else None
 
 
 def _links_in(folder: str) -> set[str]:
     """The names of the links in a folder; none where it cannot be listed."""
     try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
+        return {entry.name for entry in os.scandir(folder or ".") if entry.is_symlink()}
     except OSError:
         return set()
 
@@ -170,7 +170,8 @@ def _of_split(
             )
         folder = os.path.join(name, "")
         for shard in dataset.splits[split]:
-            tar = shown(shard.tar) if paths.is_url(shard.tar) else os.path.join(folder, shard.tar)
+            below = "" if shard.tar[0] == "/" else folder
+            tar = shown(shard.tar) if paths.is_url(shard.tar) else below + shard.tar
             yield Place(tar, folder + shard.index_name, shard, dataset)
 
 

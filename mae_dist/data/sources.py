@@ -99,7 +99,7 @@ def from_folder(
     shuffled = {split: [files[i] for i in permutation(len(files))] for split, files in layout.splits.items()}
     if test_share:
         held_out, train = _held_out_split(test_share, shuffled), shuffled["train"]
-        chosen = _held_out([label for _, label in train], test_share)
+        chosen = _held_out([label for _, label in train], test_share, [file.inode for file, _ in train])
         shuffled["train"] = [train[i] for i in np.flatnonzero(~chosen)]
         shuffled[held_out] = [train[i] for i in np.flatnonzero(chosen)]
 
@@ -159,9 +159,10 @@ def _held_out_split(share: float, splits: Collection[str]) -> str:
     return "val" if "test" in splits else "test"
 
 
-def _held_out(labels: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
+def _held_out(labels: Sequence[int], share: float, files: Sequence[tuple[int, int] | None]) -> np.ndarray:
     """Which of the images with these labels are held out: bool (n,). As far as this is possible, the same share of each
-    class; within a class by a fixed permutation.
+    class; within a class by a fixed permutation. Images that are one of the ``files`` by links (None: not known) stay
+    together.
     """
     num = len(labels)
     count = round(share * num)
@@ -173,7 +174,11 @@ def _held_out(labels: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
     places[np.lexsort((drawn, classes))] = np.arange(num) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     chosen = np.zeros(num, dtype=bool)
     chosen[np.lexsort((drawn, (places + 0.5) / sizes[classes]))[:count]] = True
-    return chosen
+    first: dict[tuple[int, int], int] = {}
+    twins = [number if file is None else first.setdefault(file, number) for number, file in enumerate(files)]
+    if not 0 < chosen[twins].sum() < num:
+        raise ValueError(f"--test-share {share:g}: leaves a split empty, as images are links to one file")
+    return chosen[twins]
 
 
 # --- tars
@@ -198,7 +203,8 @@ def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> S
     origins = {name: (data, np.arange(len(data))) for name, data in splits.items()}
     if test_share:
         name, train = _held_out_split(test_share, splits), splits["train"]
-        chosen = _held_out([train.label(sample) for sample in range(len(train))], test_share)
+        samples = range(len(train))
+        chosen = _held_out([*map(train.label, samples)], test_share, [*map(train.place_of_image, samples)])
         origins |= {"train": (train, np.flatnonzero(~chosen)), name: (train, np.flatnonzero(chosen))}
 
     def pictures(split: str, numbers: range) -> Iterator[Picture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mae_dist.data.pixels import DEEP
+from mae_dist.printed import counted
+
+DARK = 64
+"""8-bit value below which all images together are so dark that their 16-bit values may have another range."""
 NO_SIZE = (2**31, 2**31)
 """A size that every picture's is smaller than."""
 Sums = tuple[int, ...]
@@ -58,8 +64,10 @@ class Tally:
         )
 
     @staticmethod
-    def of(pixels: np.ndarray, label: int, changes: tuple[tuple[str, int], ...] = (), **counts: Any) -> Tally:
-        """The tally of one picture with these pixels, uint8 (height, width, channels), and these other counts."""
+    def of(pixels: np.ndarray, label: int, changes: Sequence[str] = (), **counts: Any) -> Tally:
+        """The tally of one picture with these pixels, uint8 (height, width, channels), the changes that decoding made,
+        and these other counts.
+        """
         size = pixels.shape[:2]
         planes = [pixels] if pixels.shape[2] == 3 else list(np.moveaxis(pixels, 2, 0))
         counted = [Image.fromarray(np.ascontiguousarray(plane)).histogram() for plane in planes]
@@ -67,8 +75,16 @@ class Tally:
         sums, squares = (tuple((histogram @ powers).tolist()) for powers in (values, values**2))
         return Tally(
             **counts, top_label=label, smallest=size, largest=size, num_pixels=size[0] * size[1],
-            sums=sums, squares=squares, changes=changes, top_value=int(np.flatnonzero(histogram.sum(0))[-1]),
+            sums=sums, squares=squares, changes=tuple((what, 1) for what in changes),
+            top_value=int(np.flatnonzero(histogram.sum(0))[-1]),
         )  # fmt: skip
+
+    def remarks(self) -> Iterator[str]:
+        """What decoding changes in pictures, a sentence each, and 16-bit values that use little of their range."""
+        yield from (f"{counted(count, 'image')}: {what}" for what, count in self.changes)
+        if DEEP in dict(self.changes) and self.top_value < DARK:
+            top = 256 * self.top_value + 255
+            yield f"no 16-bit value exceeds {top} of 65535; try data.white (data pack: --white) with the largest"
 
     @property
     def num_bad(self) -> int:

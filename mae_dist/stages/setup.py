@@ -42,6 +42,8 @@ from mae_dist.train import Task
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FEW_STEPS = 3
+"""Steps an epoch below which a start warns: the batch is too large for the data."""
 EMBEDDINGS = (".patch_embed.proj.weight", ".stem.proj.weight")
 """Ends of the names of patch embeddings, a ViT's and a Mixer's."""
 
@@ -282,9 +284,16 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
 
 
 def warn(config: RunConfig, device: torch.device, num_samples: int) -> None:
-    """Log settings that are possible, but seldom meant: a warmup that does not end, and 16 bits on a CPU."""
+    """Log settings that are possible, but seldom meant: a batch that is most of the data, a warmup that does not end,
+    and 16 bits on a CPU.
+    """
     epochs = configuration.total_steps(config.train, num_samples) * config.train.global_batch / num_samples
     optim, precision = getattr(config, "optim", None), config.train.precision
+    if optim is not None and num_samples < FEW_STEPS * config.train.global_batch:
+        log.warning(
+            "train.global_batch=%d: an epoch of %d images is %.2g steps; a smaller batch gives more",
+            config.train.global_batch, num_samples, num_samples / config.train.global_batch,
+        )  # fmt: skip
     if optim is not None and epochs and optim.warmup_epochs >= epochs:
         log.warning(
             "optim.warmup_epochs=%g: the run has %.3g epochs, so its lr does not reach its peak before the end",

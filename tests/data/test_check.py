@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from running import MAE, SETTINGS, refused
 from shared_types import Tars
+from test_index import write_tar
+from test_indexing import npy
 
 from mae_dist.__main__ import main
 from mae_dist.data import check, index
@@ -149,6 +151,35 @@ def test_findings_of_a_constant_channel() -> None:
     assert said({"train": [report([0], tally=Tally.of(pixels, 0))]}) == [
         ("channels", "channel 1 of all images has one value")
     ]
+
+
+def test_check_names_changes_of_pixels_and_16_bit_values_of_a_small_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (3, 8, 8), dtype=np.uint16)
+    write_tar(tmp_path / "x.tar", [(f"{n}.npy", npy(values[n])) for n in range(3)])
+    main(["data", "index", str(tmp_path)])
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: note: 3 images: of 16-bit values the upper 8 bits are taken" in printed
+    assert "train: note: no 16-bit value exceeds 4095 of 65535; try data.white (data pack: --white)" in printed
+
+
+def test_check_of_a_tar_that_may_not_be_read_any_more_names_it_and_blames_no_sample(
+    tars: Tars, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tars([3, 3]).tars[0].parent
+    assert found(capsys, folder) == []
+    access, opened = os.access, Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:  # the tests' user may be root, who may read all
+        if path.name == "x-1.tar":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("x-1.tar") and access(path, mode))
+    monkeypatch.setattr(Path, "open", refuse)
+    assert found(capsys, folder) == [("tar", "x-1.tar", "", "cannot be read (Permission denied)")]
 
 
 def test_check_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mae_dist.data import folder_files, folder_layout
+from mae_dist.data.labels import class_in_name
 
 Splits = dict[str, dict[str | None, int]]
 """How many images of each class (None: no label) a split has."""
@@ -26,7 +28,7 @@ def files(folder: Path, *paths: str, content: str = "x") -> Path:
 
 def read(folder: Path, answer: str | None = None, labels: str | None = None) -> Splits:
     found = folder_files.find(folder)
-    option = labels if labels is None or labels.startswith("folder") else folder / labels
+    option = labels if labels is None or labels.startswith(("folder", "name")) else folder / labels
     layout = folder_layout.read(folder, found, answer, option)
     names = layout.classes or [*map(str, range(layout.num_classes or 0))]
     splits: Splits = {}
@@ -270,6 +272,44 @@ def test_folder_without_labels_says_where_they_may_be(tmp_path: Path, caplog: py
     assert "no labels; perhaps a .csv file has them: --labels FILE" in caplog.text
     with pytest.raises(ValueError, match=r"no images below it, only 1 .tar; tars are for `mae-dist data index`"):
         read(files(tmp_path / "more", "1.tar"))
+
+
+def test_folder_labels_option_name_takes_the_class_from_file_names_and_is_hinted_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files(tmp_path, *(f"train/{kind}.{n}.jpg" for kind in ("cat", "dog") for n in range(3)), "test1/1.jpg")
+    splits = "train=train,test=test1"
+    assert read(tmp_path, splits) == {"train": {None: 6}, "test": {None: 1}}
+    assert "no labels; if names of images begin with classes (cat, dog): --labels name" in caplog.text
+    assert read(tmp_path, splits, "name") == {"train": {"cat": 3, "dog": 3}, "test": {None: 1}}
+    pets = files(tmp_path / "pets", "images/Abyssinian_1.jpg", "images/pit_bull_2.jpg", "images/pit_bull_10.jpg")
+    assert read(pets, labels="name") == {"train": {"Abyssinian": 1, "pit_bull": 2}}
+    files(pets, "trimaps/Abyssinian_1.png")
+    with pytest.raises(ValueError, match="images, trimaps may be parts of samples.*--splits train=images"):
+        read(pets, labels="name")
+    files(pets, "list.txt", content="#Image CLASS-ID SPECIES\nAbyssinian_1 1 1\npit_bull_2 2 2\n")
+    with pytest.raises(ValueError, match=r"rows name no image of .*\('#Image CLASS-ID' first\); write IMAGE,LABEL"):
+        read(pets, "train=images", "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("n01440764_10026.JPEG", "n01440764"), ("a/cat (1).jpg", "cat"), ("cat12.jpg", "cat"), ("cat_1_2.jpg", "cat_1"),
+     ("12.jpg", None), ("cat.jpg", "cat"), ("train/-7-.png", None)],
+)  # fmt: skip
+def test_folder_class_in_a_name_is_what_is_before_its_last_number(name: str, expected: str | None) -> None:
+    assert class_in_name(name) == expected
+
+
+def test_folder_of_the_whole_machine_is_refused_and_a_long_search_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="/: is the whole machine; name the folder of the images"):
+        folder_files.find(Path("/"))
+    monkeypatch.setattr(folder_files, "OFTEN", 2)
+    caplog.set_level(logging.INFO)
+    read(files(tmp_path, "a/1.jpg", "b/1.jpg"))
+    assert "2 folders so far, with 1 images" in caplog.text
 
 
 def test_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

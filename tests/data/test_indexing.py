@@ -57,6 +57,7 @@ def pairs(count: int, image: str, label: str) -> list[tuple[str, bytes]]:
          [os.fsdecode(b"caf\xe9%200"), os.fsdecode(b"caf\xe9%201")], [0, 1]),
         ([("a.png", PNG), ("a.cls", b" -1\n"), ("b.png", PNG), ("b.cls", b"\xef\xbb\xbf7\r\n"), ("c.png", PNG),
           ("c.cls", b""), ("d.png", PNG), ("d.cls", b"3.0")], ["a", "b", "c", "d"], [-1, 7, -1, 3]),
+        ([("a.png", PNG), ("a.cls", b"[unk]"), ("b.png", PNG), ("b.cls", b"{x")], ["a", "b"], [0, 1]),
     ],
 )  # fmt: skip
 def test_index_names_and_labels_of_tars_of_others(
@@ -105,6 +106,7 @@ def test_index_of_joined_tars_keeps_samples_of_one_key_apart(tmp_path: Path) -> 
         (b"0.5", "expected a class number"),
         (b"\xff\xfe7\x00", "expected a class number"),
         (b"x" * 10**4, "b'xxxxxxxxxxxxxxxxxxxx'..."),
+        *((text, "expected a class number like 7, or a name") for text in (b'{"label": 3}', b"[3]", b'"cat"')),
     ],
 )
 def test_index_refuses_labels_that_are_none_with_a_short_piece_of_them(
@@ -139,6 +141,7 @@ JSONS = [b'{"meta": {"y": 2}, "id": "a"}', b'{"meta": {"y": 0}, "id": "b"}']
     [
         (("t/cat/2/0.png", "t/dog/1.png"), {}, ["--labels", "folder"], [0, 1]),
         (("0.png", "1.png"), {".txt": [b"dog", b"cat"]}, ["--labels", "txt"], [1, 0]),
+        (("t/dog.2.png", "t/cat_17.png"), {}, ["--labels", "name"], [1, 0]),
         (("0.png", "1.png"), {".json": JSONS}, ["--labels", "json:meta.y"], [2, 0]),
         (("0.png", "1.png"), {".json": JSONS}, ["--labels", "json:id"], [0, 1]),
         (("0.png", "1.png"), {".npy": ONE_HOT}, ["--labels", "npy"], [2, 0]),

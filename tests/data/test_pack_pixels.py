@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_pack_of_12_bit_images_says_what_it_does_and_white_makes_them_bright(
     with caplog.at_level(logging.WARNING):
         dark = pack(images)
     assert "2 images: of 16-bit values the upper 8 bits are taken" in caplog.text
-    assert "no 16-bit value exceeds 4095 of 65535; try --white" in caplog.text
+    assert "no 16-bit value exceeds 4095 of 65535; try data.white (data pack: --white)" in caplog.text
     (tmp_path / "packed").rename(tmp_path / "dark")
     bright = pack(images, "--white", "4095")
     assert (dark.white, bright.white) == (None, 4095)
@@ -120,9 +121,9 @@ def test_pack_says_each_change_with_its_count(tmp_path: Path, caplog: pytest.Log
     expected = save_changed(tmp_path / "images" / "a")
     pack(tmp_path / "images")
     said = [record.message for record in caplog.records]
-    assert [line for line in said if " images: " in line] == sorted(
-        (f"{count} images: {what}" for what, count in expected.items()), key=lambda line: line[2:]
-    )
+    assert [line for line in said if re.match(r"\d+ images?: ", line)] == [
+        f"{count} image{'s' * (count > 1)}: {what}" for what, count in sorted(expected.items())
+    ]
 
 
 def test_runs_say_each_change_once_from_tars_and_with_counts_from_memory(

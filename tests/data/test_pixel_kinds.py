@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,36 @@ def test_decode_of_several_images_in_a_file_says_that_it_takes_the_first(kind: s
         pixels, said = found(stream.getvalue())
         assert np.array_equal(pixels, rgb(GREY))
         assert said == expected
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_decode_of_mpo_says_that_it_takes_the_first_image(channels: int) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(COLOURS).save(stream, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 24))])
+    pixels, said = found(stream.getvalue(), channels=channels)
+    assert said == FIRST
+    assert pixels.shape == (24, 40, channels)
+    assert pixels[..., :3].mean() > 100
+
+
+def test_decode_of_tiff_with_smaller_copies_takes_the_first_page(tmp_path: Path) -> None:
+    def pages(*kinds: int) -> bytes:
+        images = [Image.fromarray(COLOURS[:: 1 + page, :: 1 + page]) for page in range(len(kinds))]
+        for image, kind in zip(images, kinds, strict=True):
+            image.encoderinfo = {"tiffinfo": {254: kind}}  # pyright: ignore[reportAttributeAccessIssue]
+        images[0].save(tmp_path / "x.tif", save_all=True, append_images=images[1:], tiffinfo={254: kinds[0]})
+        return (tmp_path / "x.tif").read_bytes()
+
+    content = pages(0, 1, 5)
+    pixels, said = found(content)
+    assert np.array_equal(pixels, COLOURS)
+    assert said == FIRST
+    stored = as_png(content)
+    assert stored is not None
+    assert np.array_equal(found(stored)[0], COLOURS)
+    for kinds in ((0, 0), (0, 1, 0), (1, 0)):
+        with pytest.raises(ValueError, match="a TIFF of several pages"):
+            found(pages(*kinds))
 
 
 def test_decode_of_tiff_orientation_is_that_of_pillow_once() -> None:

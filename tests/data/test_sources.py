@@ -379,6 +379,25 @@ def test_pack_tars_test_share_keeps_keys_and_holds_out_of_every_class(tmp_path: 
     assert sorted(both) == sorted(2 * [str(n) for n in range(10)])
 
 
+def test_pack_test_share_keeps_links_to_one_image_together(tmp_path: Path) -> None:
+    for number in range(20):
+        image = image_file(tmp_path / f"in/a/{number}.png", number)
+        os.link(image, image.with_name(f"{number}-hard.png"))
+        image.with_name(f"{number}-soft.png").symlink_to(image)
+    folder = from_folder(tmp_path / "in", test_share=0.3)
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        tar.add(tmp_path / "in/a", ".")
+    main(["index", str(tmp_path / "x-0.tar")])
+    for source in (folder, from_tars(str(tmp_path / "x-0.tar"), test_share=0.3)):
+        train, test = (
+            {picture.content for picture in source.pictures(split, range(source.counts[split]))}
+            for split in ("train", "test")
+        )
+        assert len(train) + len(test) == 20
+        assert not train & test
+        assert test
+
+
 def test_pack_tars_fingerprint_changes_with_a_tar_of_the_same_size_that_nothing_lists(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {"0.png": image_file(tmp_path / "a.png", 1).read_bytes()})
     main(["index", str(tmp_path / "x.tar")])

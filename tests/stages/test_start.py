@@ -40,6 +40,13 @@ def test_start_says_that_warmup_outlasts_the_run(
     assert ("its lr does not reach its peak before the end" in caplog.text) == said
 
 
+@pytest.mark.parametrize(("images", "said"), [(7, "an epoch of 7 images is 0.7 steps"), (29, "is 2.9 steps"), (30, "")])
+def test_start_says_that_an_epoch_has_few_steps(images: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    train = TrainConfig(epochs=800, global_batch=10, precision="fp32")
+    warn(PretrainConfig(data=DataConfig("x"), train=train), CPU, images)
+    assert (said in caplog.text) if said else not caplog.text
+
+
 @pytest.mark.parametrize(("precision", "fast", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp16", True, 1),
                                                          ("fp32", False, 0)])  # fmt: skip
 def test_start_says_once_that_16_bits_are_slow_on_a_cpu(
