@@ -104,6 +104,8 @@ def decoded(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: 
     except MemoryError:
         raise
     except UnidentifiedImageError:
+        if sample.image[:4] in (b"II*\0", b"MM\0*"):
+            raise ValueError("a damaged TIFF, or one of more than 4 channels; store these as .npy") from None
         raise ValueError(f"is no {', '.join(FORMATS)} image, or a damaged one") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise ValueError(str(error) or type(error).__name__) from error

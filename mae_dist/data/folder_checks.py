@@ -95,7 +95,7 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_l
     """
     used = {f.path for files in named.values() for f, _ in files}
     if unused := [f.path for f in found.files if f.path not in used]:
-        log.warning("%s: %d images, in no folder of a split, are left out: %s", source, len(unused), listed(unused))
+        log.warning("%s: %d images, of no split, are left out: %s", source, len(unused), listed(unused))
     classes = set().union(*map(classes_of, named.values()))
     if not classes and (lists := sorted(LISTS & found.others.keys())):
         log.warning("%s: no labels; perhaps a %s file has them: --labels FILE", source, " or ".join(lists))

@@ -41,9 +41,10 @@ class Labelled:
 def read(source: Path, found: Found, answer: str | None = None, labels: str | Path | None = None) -> Labelled:
     """The splits and labels of what lies below `source`.
 
-    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER'. `labels` is the option --labels: a file that
-    `label_list` reads, which decides in splits whose images it names, 'folder:N' (see `labels.level_of`), or 'name'
-    (see `labels.class_in_name`). Raises ValueError where something is not clear.
+    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER', where FOLDER may also be a file that lists
+    images. `labels` is the option --labels: a file that `label_list` reads, which decides in splits whose images it
+    names, 'folder:N' (see `labels.level_of`), or 'name' (see `labels.class_in_name`). Raises ValueError where something
+    is not clear.
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
@@ -53,7 +54,7 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     level = None if rule is None else NAME if rule[1] else level_of(rule[0])
     option = None if labels is None or rule else label_list.read(Path(labels))
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
-    named, by_list = _named(source, found, folders, option, level)
+    named, by_list = _named(source, _files_of_splits(source, found.files, folders), folders, option, level)
     check_classes(source, named, by_list)
     _unlabel_lone_folders(named, by_list)
     if answer is None and level in (None, NAME):
@@ -65,15 +66,14 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
 
 
 def _named(
-    source: Path, found: Found, folders: dict[str, str], option: LabelList | None, level: int | str | None
-) -> tuple[Named, set[str]]:
+    source: Path, splits: dict[str, list[File]], folders: dict[str, str], option: LabelList | None,
+    level: int | str | None,
+) -> tuple[Named, set[str]]:  # fmt: skip
     """The images of each split with the names of their classes, and the splits that have these from a list."""
     named: Named = {}
     by_list: dict[str, list[tuple[Image, Row | None]]] = {}
-    for split, folder in folders.items():
-        files = _files_of(found.files, folder, folders.values())
-        if not files:
-            raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folder or '.'}")
+    for split, files in splits.items():
+        folder = folders[split]
         images = [Image(f.path, f.path[len(folder) + bool(folder) :]) for f in files]
         table, rows = _rows(source / folder, images, option)
         if table is None:
@@ -201,7 +201,7 @@ def _ask_about_parts(source: Path, folders: dict[str, str], named: Named, allow_
 
 
 def _answered_splits(source: Path, answer: str) -> dict[str, str]:
-    """The folder of each split as the option --splits says."""
+    """The folder of each split as the option --splits says, or the file that lists its images."""
     if answer == "none":
         return {"train": ""}
     folders: dict[str, str] = {}
@@ -210,12 +210,57 @@ def _answered_splits(source: Path, answer: str) -> dict[str, str]:
         folder = os.path.normpath(folder)
         if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split in folders:
             raise ValueError(f"--splits {answer}: write none, or each split once as train=FOLDER,test=FOLDER")
+        if os.path.isfile(folder) and not (source / folder).is_dir():
+            folders[split] = os.path.abspath(folder)
+            continue
         if os.path.isabs(folder) or folder.startswith("..") or not (source / folder).is_dir():
             raise ValueError(f"--splits {answer}: {source} has no folder {folder}")
         folders[split] = "" if folder == "." else folder
     if len(set(folders.values())) < len(folders):
         raise ValueError(f"--splits {answer}: two splits have the same folder")
     return folders
+
+
+def _files_of_splits(source: Path, files: list[File], folders: dict[str, str]) -> dict[str, list[File]]:
+    """The images of each split. Those of splits that are listed in files are in the folder that they have in common,
+    which becomes that of these splits in `folders`.
+    """
+    listed_in = {split: file for split, file in folders.items() if os.path.isabs(file)}
+    splits = {split: _files_in_list(Path(file), files) for split, file in listed_in.items()}
+    first: dict[str, str] = {}
+    for split, some in splits.items():
+        if twice := next((f.path for f in some if first.setdefault(f.path, split) != split), None):
+            raise ValueError(f"--splits: {twice} is in the lists of {first[twice]} and {split}")
+    if first:
+        folders |= dict.fromkeys(splits, os.path.commonpath([os.path.dirname(path) for path in first]))
+    for split in folders.keys() - splits.keys():
+        splits[split] = _files_of(files, folders[split], folders.values())
+        if not splits[split]:
+            raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folders[split] or '.'}")
+    return {split: splits[split] for split in folders}
+
+
+def _files_in_list(file: Path, files: list[File]) -> list[File]:
+    """The images that the rows of a list name, by their first column."""
+    images, found, names = [Image(f.path, f.path) for f in files], dict[str, File](), list[str]()
+    try:
+        table = label_list.read(file)
+        whole = [name for name in (table.labels if table.files is None else table.files) if name.strip()]
+        for names in (whole, [name.split()[0] for name in whole]):
+            rows = LabelList(file, names, [""] * len(names)).rows_of(images)
+            for image, row in zip(files, rows, strict=True):
+                if row is not None and (twin := found.setdefault(row.file, image)) is not image:
+                    raise ValueError(f"--labels {file}: {row.file} may be {twin.path} or {image.path}; write paths")
+            if found:
+                break
+    except ValueError as error:
+        raise ValueError(str(error).replace("--labels", "--splits", 1)) from error
+    if missing := [name for name in names if os.path.normpath(name) not in found]:
+        what = f"--splits {file}: {len(missing)} of its {len(names)} rows name no image ({missing[0]!r} first)"
+        if not found:
+            raise ValueError(what)
+        log.warning("%s", what)
+    return [*found.values()]
 
 
 def _files_of(files: list[File], folder: str, claimed: Iterable[str]) -> list[File]:

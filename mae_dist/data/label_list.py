@@ -1,7 +1,8 @@
 """Labels of images from a list in a file, and which image each row is about, in folders and in tars alike.
 
 A list is a table whose columns are separated by tabs, commas, semicolons or the last space, with or without a header; a
-label a line, for sorted files; or JSON: an object from file to label, or an object a row. Imports no torch.
+label a line, for sorted files; or JSON: an object from file to label, an object a row, or images, annotations and
+categories as in COCO. Imports no torch.
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ def _json_rows(text: str) -> list[list[str]]:
     if isinstance(plain, list) and plain and all(isinstance(row, dict) for row in plain):
         head = list(dict.fromkeys(key for row in plain for key in row))
         return [head, *([_cell(row.get(key)) for key in head] for row in plain)]
+    if isinstance(plain, dict) and {"images", "annotations"} <= plain.keys():
+        return _coco_rows(plain)
     if isinstance(plain, dict) and plain.keys() == {"labels"} and isinstance(plain["labels"], list):  # as in StyleGAN's
         plain = plain["labels"]
     if isinstance(plain, list):
@@ -197,6 +200,17 @@ def _json_rows(text: str) -> list[list[str]]:
     if any(isinstance(label, dict | list) for label in plain.values()):
         raise ValueError("expected an object from file to label, or an object a row")
     return [["file", "label"], *([file, _cell(label)] for file, label in plain.items())]
+
+
+def _coco_rows(plain: dict[str, Any]) -> list[list[str]]:
+    """The rows of what COCO, iNaturalist and others write: images, categories, and annotations that join them by id."""
+    try:
+        files = {row["id"]: row["file_name"] for row in plain["images"]}
+        names = {row["id"]: row["name"] for row in plain.get("categories", [])}
+        pairs = [(files[row["image_id"]], row["category_id"]) for row in plain["annotations"]]
+        return [["file", "label"], *([str(file), _cell(names.get(number, number))] for file, number in pairs)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its images and annotations do not go together ({type(error).__name__} {error})") from error
 
 
 def _cell(value: Any) -> str:

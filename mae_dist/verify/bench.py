@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 AT_PHOTOS = ["model.name=vit_b16", "model.image_size=224", "train.global_batch=64"]
 AT_224 = ["model.image_size=224", "train.global_batch=4"]
 ROUNDS = {"rounds": (3, "how often each variant is measured; medians are reported")}
+SHARDS = {"samples": (10**9, "samples"), "shards": (10**5, "shards")}
 IMAGES = {"images": (512, "images that each measurement loads")}
 BENCHES = {
     "resume": Bench(
@@ -36,7 +37,11 @@ BENCHES = {
     ),
     "order": Bench(
         benchmarks.order, "memory and start-up time of the order of samples",
-        ROUNDS | {"samples": (10**9, "samples"), "shards": (10**5, "shards")}, needs_data=False,
+        ROUNDS | SHARDS, needs_data=False,
+    ),
+    "open": Bench(
+        benchmarks.opening, "memory and time of opening a data set of many tars, which are simulated",
+        ROUNDS | SHARDS, needs_data=False,
     ),
     "save": Bench(
         benchmarks.save, "time of a step while a checkpoint is written in the background, and while none is", {},

@@ -26,7 +26,7 @@ from mae_dist.model_sizes import sides
 from mae_dist.objectives.mae import MAE
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import MANIFEST
-from mae_dist.verify import processes
+from mae_dist.verify import bench_open, processes
 from mae_dist.verify.measurement import Measurement, Result, Runner
 
 FAR_STEP = 1_000_000
@@ -94,15 +94,11 @@ def fill_metrics(path: Path) -> None:
 def order(runner: Runner) -> Result:
     """Memory and time to the first batch of the order of samples over many shards, in new processes."""
     window, batch = runner.settings.data.shuffle_window, runner.settings.train.global_batch
-    command = [sys.executable, "-m", "mae_dist.verify.bench_order"]
     found: dict[int, list[dict[str, float]]] = {0: [], FAR_POSITION: []}
     for _ in range(runner.options["rounds"]):
         for position, costs in found.items():
             numbers = (runner.options["samples"], runner.options["shards"], window, position, batch)
-            done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ValueError(f"order at position {position}: {done.stderr.strip().splitlines()[-1]}")
-            costs.append(json.loads(done.stdout))
+            costs.append(_costs("bench_order", *numbers))
     measurements = []
     for position, costs in found.items():
         middle = {name: median(cost[name] for cost in costs) for name in costs[0]}
@@ -116,6 +112,33 @@ def order(runner: Runner) -> Result:
     measurements.append(Measurement("time, far / first", far / first))
     title = f"{runner.options['samples']:,} samples in {runner.options['shards']:,} shards"
     return Result(title, measurements, {"by_position": found})
+
+
+def _costs(module: str, *words: object) -> dict[str, float]:
+    """What a module of this package measures in a new process."""
+    command = [sys.executable, "-m", f"mae_dist.verify.{module}", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{module} {' '.join(map(str, words))}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def opening(runner: Runner) -> Result:
+    """Memory and time of opening a data set of many tars, in new processes."""
+    num_samples, num_shards = (runner.options[name] for name in ("samples", "shards"))
+    folder = runner.new_folder("shards")
+    try:
+        bench_open.simulate(folder, num_samples, num_shards)
+        costs = [_costs("bench_open", folder) for _ in range(runner.options["rounds"])]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    middle = {name: median(cost[name] for cost in costs) for name in costs[0]}
+    measurements = [
+        Measurement("opened in", middle["seconds"], "s", at_most=2.0),
+        Measurement("of which the processor computed", middle["cpu_seconds"], "s"),
+        Measurement("resident memory", middle["resident_mb"], "MB", at_most=300.0),
+    ]
+    return Result(f"{num_samples:,} samples in {num_shards:,} shards", measurements, {"rounds": costs})
 
 
 def save(runner: Runner) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -125,13 +126,49 @@ def test_folder_splits_option_answers(tmp_path: Path) -> None:
             read(folder, answer)
 
 
+def test_folder_splits_option_takes_lists_of_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files(tmp_path, *(f"images/{kind}/{number}.jpg" for kind in ("pie", "sushi") for number in range(3)))
+    lists = {"train": "pie/0\nsushi/0\nsushi/1\ngone/7\n", "test": "images/pie/1.jpg 1 7\nimages/sushi/2.jpg 2 7\n"}
+    for split, rows in lists.items():
+        files(tmp_path, f"meta/{split}.txt", content=rows)
+    answer = ",".join(f"{split}={tmp_path}/meta/{split}.txt" for split in lists)
+    assert read(tmp_path, answer) == {"train": {"pie": 1, "sushi": 2}, "test": {"pie": 1, "sushi": 1}}
+    assert "train.txt: 1 of its 4 rows name no image ('gone/7' first)" in caplog.text
+    assert "1 images, of no split, are left out: images/pie/2.jpg" in caplog.text
+    files(tmp_path, "meta/more.txt", content="pie/1\n")
+    files(tmp_path, "meta/none.txt", content="9 1\n")
+    files(tmp_path, "meta/short.txt", content="0\n")
+    for last, message in {
+        "more": r"--splits: images/pie/1.jpg is in the lists of test and val", "none": "1 of its 1 rows name no image",
+        "short": "--splits .*short.txt: 0 may be images/pie/0.jpg or images/sushi/0.jpg; write paths",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, f"{answer},val={tmp_path}/meta/{last}.txt")
+
+
+def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:
+    files(tmp_path, "a/1.jpg", "b/2.jpg")
+    plain = {"images": [{"id": 7, "file_name": "a/1.jpg"}, {"id": 8, "file_name": "b/2.jpg"}],
+             "annotations": [{"image_id": 8, "category_id": 3}, {"image_id": 7, "category_id": 4}],
+             "categories": [{"id": 3, "name": "elk"}, {"id": 4, "name": "fox"}]}  # fmt: skip
+    (tmp_path / "l.json").write_text(json.dumps(plain))
+    assert read(tmp_path, labels="l.json") == {"train": {"fox": 1, "elk": 1}}
+    plain["annotations"] += [{"image_id": 8, "category_id": 4}]
+    (tmp_path / "l.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"b/2.jpg has two labels, elk and fox"):
+        read(tmp_path, labels="l.json")
+    (tmp_path / "l.json").write_text(json.dumps(plain | {"images": []}))
+    with pytest.raises(ValueError, match=r"its images and annotations do not go together \(KeyError 8\)"):
+        read(tmp_path, labels="l.json")
+
+
 def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/2.jpg", "cover.jpg", "train/c/notes.txt")
     assert read(tmp_path)["val"] == {"a": 1, "in no class folder": 1}
     for said in (
-        "1 images, in no folder of a split, are left out: cover.jpg",
+        "1 images, of no split, are left out: cover.jpg",
         "val has no image of 1 classes, b first",
         "no classes: train/c",
     ):

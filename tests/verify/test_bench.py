@@ -34,6 +34,14 @@ def test_bench_order_measures_and_writes_its_file(tmp_path: Path, capsys: pytest
         assert 0 < costs["increase_mb"] < costs["resident_mb"] < 150, "the memory of another process was measured"
 
 
+def test_bench_open_simulates_tars_and_leaves_none(tmp_path: Path) -> None:
+    assert main(["bench", "open", "--rounds", "1", "--samples", "60", "--shards", "20", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench-open.json").read_text())
+    assert found["raw"]["rounds"][0]["num_samples"] == 60
+    assert [row["at_most"] for row in found["measurements"]] == [2.0, None, 300.0]
+    assert not list((tmp_path / "open").glob("shards*"))
+
+
 @pytest.mark.parametrize(
     ("bench", "model", "at_most"), [("mixer", "mixer_demo4", 1 / 2), ("decoder", "vit_demo4", 1 / 1.5)]
 )
@@ -91,7 +99,7 @@ def test_bench_resume_copies_a_run_to_a_far_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["speed"], ["bench speed", "resume, order, save, scaling, heads, mixer, decoder"]),
+        (["speed"], ["bench speed", "resume, order, open, save, scaling, heads, mixer, decoder"]),
         (["order", "--shards", "0"], ["--shards 0", "1 or more"]),
         (["order", "--shards", "many"], ["--shards", "many"]),
         (["save", "--shards", "5"], ["--shards"]),
