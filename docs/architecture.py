@@ -13,8 +13,8 @@ FLOORS = [
     {"setting", "environment", "errors", "interfaces", "printed", "signals", "checksum", "devices"},
     {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"starts", "watchdog"},
-    {"cli", "image_settings", "recipes", "setting_texts"},
-    {"models", "optim", "dist", "config", "launcher"},
+    {"cli", "image_settings", "patch_counts", "recipes", "setting_texts"},
+    {"models", "optim", "dist", "config", "cost", "launcher"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},
     {"rewind", "verify"},

@@ -6,6 +6,7 @@ Imports no torch, so that a launcher can compute the size of a checkpoint.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 
 VIT_SIZES = {
@@ -73,11 +74,22 @@ def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
+def grid_of(image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
+    """(rows, columns) of patches. Raises ValueError when a side of the image is no multiple of the patch size."""
+    for side in sides(image_size):
+        if side % patch or side < patch:
+            below, above = side // patch * patch, -(-side // patch) * patch
+            near = f"{below} or {above}" if below > 0 else f"{max(above, patch)}"
+            raise ValueError(f"model.image_size={side}: not divisible by the patch size {patch}; try {near}")
+    rows, columns = (side // patch for side in sides(image_size))
+    return rows, columns
+
+
 def num_parameters(name: str, image_size: int | tuple[int, int], channels: int = 3) -> int:
     """Number of parameters of a backbone, with fixed ones (ViT: class token, one last norm)."""
-    size, (height, width) = size_of(name), sides(image_size)
+    size = size_of(name)
     patch, dim = size["patch"], size["dim"]
-    tokens = (height // patch) * (width // patch)
+    tokens = math.prod(grid_of(image_size, patch))
     embedding = channels * patch**2 * dim + dim
     if "token_hidden" in size:
         hidden, wide = size["token_hidden"], size["channel_hidden"]

@@ -13,8 +13,8 @@ import pytest
 from docs.architecture import FLOORS, PACKAGE, ROOT, imports, part_of, sources
 
 TORCH_FREE = [
-    "atomic", "cli", "commands.data", "config", "environment", "errors", "hints", "image_grid", "interfaces",
-    "model_sizes", "rng", "schema", "setting", "signals", "data.index", "data.order", "data.pack", "data.sources",
+    "atomic", "cli", "commands.data", "commands.models", "config", "cost", "environment", "errors", "hints",
+    "image_grid", "interfaces", "model_sizes", "patch_counts", "rng", "schema", "setting", "signals", "data.index", "data.order", "data.pack", "data.sources",
     "data.synthetic", "data.workers", "run.events", "run.identity", "run.jobs", "run.jsonl", "run.layout",
     "run.slurm_cli", "watchdog",
 ]  # fmt: skip

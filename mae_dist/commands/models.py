@@ -1,22 +1,14 @@
-"""`mae-dist models [NAME ...]`: parameters, multiply-adds and activation memory of models, counted without weights."""
+"""`mae-dist models [NAME ...]`: parameters, multiply-adds and activation memory of models, in closed form."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from mae_dist import config, models
-from mae_dist.batch import Batch
+from mae_dist import config, cost, model_sizes
 from mae_dist.cli import Parser
-from mae_dist.models import cost
-from mae_dist.models.backbone import Backbone
-from mae_dist.models.cost import Cost
-from mae_dist.objectives.mae import MAE
 from mae_dist.schema import MaeConfig
 
 LEGEND = """\
@@ -38,15 +30,14 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     names = [name for name in options.names if "=" not in name]
     settings = mae_settings([name for name in options.names if "=" in name])
-    size = {} if options.image_size is None else {"image_size": options.image_size}
     table = Table("model", "px", "params M", "GFLOPs\npretrain", "GFLOPs\nfine-tune", "MB\npretrain", "MB\nfine-tune")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     unsuitable = []
-    for name in names or models.BACKBONES:
+    for name in names or model_sizes.SIZES:
         try:
-            table.add_row(*row(name, settings, size))
+            table.add_row(*row(name, settings, options.image_size))
         except ValueError:
             if names:
                 raise
@@ -79,17 +70,16 @@ def mae_settings(overrides: list[str]) -> MaeConfig:
     return config.load("pretrain", None, ["data.path=.", "out=.", "model.name=.", *overrides]).mae
 
 
-def row(name: str, settings: MaeConfig, size: dict[str, Any]) -> list[str]:
+def row(name: str, settings: MaeConfig, image_size: int | tuple[int, int] | None) -> list[str]:
     """Cells of one model's row. Raises ValueError when it cannot be built or pretrained with these settings."""
-    pretrain, finetune = pretraining(name, settings, **size), finetuning(name, **size)
-    with torch.device("meta"):
-        backbone = models.build(name, **size)
-    counts = [pretrain.multiply_adds / 1e9, finetune.multiply_adds / 1e9]
+    size = image_size or model_sizes.default_image_size(model_sizes.size_of(name)["patch"])
+    pixels = " x ".join(map(str, dict.fromkeys(model_sizes.sides(size))))
+    pretrain, finetune = cost.pretraining(name, settings, size), cost.finetuning(name, size)
+    if pretrain is None or finetune is None:
+        return [name, pixels, *["unknown"] * 5]
+    counts = [pretrain.forward / 1e9, finetune.forward / 1e9]
     memory = [pretrain.activations / 1e6, finetune.activations / 1e6]
-    pixels, parameters = (
-        " x ".join(map(str, dict.fromkeys(backbone.image_size))),
-        f"{cost.num_parameters(backbone) / 1e6:.2f}",
-    )
+    parameters = f"{model_sizes.num_parameters(name, size) / 1e6:.2f}"
     return [name, pixels, parameters, *(f"{n:.3g}" if n < 100 else f"{n:.0f}" for n in counts + memory)]
 
 
@@ -100,32 +90,3 @@ def _size(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text}: expected a number of pixels, or HEIGHTxWIDTH like 96x160")
     height, width = map(int, (sides * 2)[:2])
     return height if height == width else (height, width)
-
-
-def finetuning(name: str, **overrides: Any) -> Cost:
-    """Cost of a forward pass of all patches through the backbone."""
-
-    def measure(depth: int) -> Cost:
-        backbone = models.build(name, depth=depth, pool="avg", **overrides)
-        return cost.count(backbone, one(backbone).images)
-
-    with torch.device("meta"):
-        return cost.of_depths(measure, models.build(name, **overrides).depth)
-
-
-def pretraining(name: str, settings: MaeConfig, **overrides: Any) -> Cost:
-    """Cost of a forward pass of masked autoencoding with its decoder."""
-
-    def measure(depth: int, decoder_depth: int) -> Cost:
-        backbone = models.build(name, depth=depth, **overrides)
-        return cost.count(MAE(backbone, replace(settings, decoder_depth=decoder_depth), seed=0), one(backbone))
-
-    with torch.device("meta"):
-        return cost.of_depths(measure, models.build(name, **overrides).depth, settings.decoder_depth)
-
-
-def one(backbone: Backbone) -> Batch:
-    """A batch of one image. Its id is on the CPU: drawing masks, in many small operations, is faster there."""
-    number = torch.zeros(1, dtype=torch.int64, device="cpu")
-    images = torch.zeros(1, backbone.channels, *backbone.image_size)
-    return Batch(images, number, number, number, number.bool())

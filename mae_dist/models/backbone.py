@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mae_dist.model_sizes import sides
+from mae_dist.model_sizes import grid_of, sides
 from mae_dist.models.layers import EPS, Block
 
 
@@ -72,14 +72,8 @@ class Backbone(nn.Module):
 
     def __init__(self, patch: int, dim: int, depth: int, image_size: int | tuple[int, int], channels: int, pool: str):
         super().__init__()
-        height, width = sides(image_size)
-        for side in (height, width):
-            if side % patch or side < patch:
-                below, above = side // patch * patch, -(-side // patch) * patch
-                near = f"{below} or {above}" if below > 0 else f"{max(above, patch)}"
-                raise ValueError(f"model.image_size={side}: not divisible by the patch size {patch}; try {near}")
         self.patch, self.dim, self.depth, self.channels, self.pool = patch, dim, depth, channels, pool
-        self.image_size, self.grid = (height, width), (height // patch, width // patch)
+        self.image_size, self.grid = sides(image_size), grid_of(image_size, patch)
 
     @property
     def num_patches(self) -> int:

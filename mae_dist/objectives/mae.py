@@ -20,6 +20,7 @@ from mae_dist.models.backbone import Backbone, patchify, take, unpatchify
 from mae_dist.models.layers import EPS, CrossBlock, sincos_positions, single
 from mae_dist.objectives import Objective, Output, masks
 from mae_dist.objectives.masks import Mask
+from mae_dist.patch_counts import patch_counts
 from mae_dist.schema import MaeConfig
 
 
@@ -39,15 +40,8 @@ class MAE(Objective):
         check_mae(settings)
         super().__init__(backbone, seed)
         self.settings, dim = settings, settings.decoder_dim
-        self.num_visible = masks.num_visible(settings.masking, backbone.grid, settings.mask_ratio)
-        self.num_predicted = round((backbone.num_patches - self.num_visible) * settings.predict)
+        self.num_visible, self.num_predicted = patch_counts(settings, backbone.grid)
         whole, cross = settings.hidden == "token", settings.decoder == "cross"
-        if not self.num_predicted:
-            raise ValueError(f"mae.predict={settings.predict}: leaves no patch to predict")
-        if settings.decoder_depth == 0 and (cross or not whole):
-            raise ValueError("mae.decoder_depth=0: only mae.hidden=token with mae.decoder=full needs no block")
-        if whole and not cross and settings.predict < 1:
-            raise ValueError(f"mae.predict={settings.predict}: mae.hidden=token has all patches in its decoder already")
         if whole:  # the encoder's mask token; its name is in checkpoints, and seeds its initial value
             self.stand_in = nn.Parameter(torch.zeros(1, 1, backbone.dim))
         if cross:

@@ -33,24 +33,6 @@ class Mask(NamedTuple):
     masked: Int[Tensor, "b m"]
 
 
-def num_visible(kind: str, grid: tuple[int, int], mask_ratio: float) -> int:
-    """Number of visible patches of every image, for a mask of this `kind` on a grid of (rows, columns) patches.
-
-    Raises ValueError when it would be none or all, or when a grid mask does not fit the grid or the ratio.
-    """
-    num = grid[0] * grid[1]
-    visible = int(num * (1 - mask_ratio))
-    if not 0 < visible < num:
-        raise ValueError(f"mae.mask_ratio={mask_ratio}: of {num} patches some must be hidden and some visible")
-    if kind == "grid":
-        needs = [f"mae.mask_ratio must be 0.75 (not {mask_ratio})"] if mask_ratio != 0.75 else []
-        if grid[0] % 2 or grid[1] % 2:
-            needs.append(f"the grid must be even (not {grid[0]} x {grid[1]}; try another model.image_size)")
-        if needs:
-            raise ValueError(f"mae.masking=grid: shows one patch of every 2 x 2, so {' and '.join(needs)}")
-    return visible
-
-
 def draw(
     kind: str, seed: int, epochs: Int[Tensor, " b"], ids: Int[Tensor, " b"], grid: tuple[int, int], num_visible: int
 ) -> Mask:

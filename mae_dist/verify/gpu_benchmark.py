@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae_dist import dist, models, optim, parallel
+from mae_dist import cost, dist, models, optim, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.index import open_split
 from mae_dist.data.views import View
 from mae_dist.model_sizes import size_of
-from mae_dist.models import cost
 from mae_dist.objectives.mae import MAE
 from mae_dist.run import jsonl
 from mae_dist.verify import data_benchmark, processes
@@ -138,13 +137,8 @@ def sized(settings: Any, name: str, side: int, images: int) -> Any:
 def steps(
     settings: Any, name: str, side: int, images: int, compiled: bool, peak: Peak, device: torch.device, rounds: int
 ) -> Iterator[Measurement]:
-    """Forward and backward passes of MAE: images/s, share of the peak (3 forward passes of 2 FLOPs a multiply-add), and
-    memory; then the optimizer's update.
-    """
+    """Forward and backward passes of MAE: images/s, share of the peak, and memory; then the optimizer's update."""
     settings = sized(settings, name, side, images)
-    with torch.device("meta"):
-        objective = MAE(models.build(name, image_size=side), settings.mae, seed=0)
-        multiply_adds = cost.count(objective, noise(1, side, torch.device("meta"))).multiply_adds
     objective = MAE(models.build(name, image_size=side), settings.mae, seed=0).to(device)
     if compiled:
         for block in parallel.blocks_of(objective):
@@ -156,8 +150,9 @@ def steps(
     seconds = median(one_step(objective, settings, device) for _ in range(3 * rounds))
     what = f"{name}, {'compiled' if compiled else 'eager'}, {images} images of {side} px"
     yield Measurement(f"{what}: forward and backward", images / seconds, "images/s")
-    if peak.flops:
-        yield Measurement(f"{what}: of the peak", 100 * 6 * multiply_adds * images / seconds / peak.flops, "%")
+    image = cost.pretraining(name, settings.mae, side)
+    if peak.flops and image:
+        yield Measurement(f"{what}: of the peak", 100 * image.training_flops * images / seconds / peak.flops, "%")
     if device.type == "cuda":
         yield Measurement(f"{what}: memory", torch.cuda.max_memory_allocated(device) / 1e9, "GB")
     if not compiled:

@@ -14,6 +14,7 @@ from mae_dist import models
 from mae_dist.objectives import masks
 from mae_dist.objectives.mae import MAE
 from mae_dist.objectives.masks import Mask
+from mae_dist.patch_counts import num_visible
 from mae_dist.schema import MaeConfig
 
 KINDS = ["random", "block", "grid"]
@@ -193,4 +194,4 @@ def test_mask_impossible_settings_are_refused_in_a_sentence(settings: MaeConfig,
 def test_mask_grid_error_names_only_what_is_wrong(grid: tuple[int, int], ratio: float, wrong: str) -> None:
     message = f"mae.masking=grid: shows one patch of every 2 x 2, so {wrong}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        masks.num_visible("grid", grid, ratio)
+        num_visible("grid", grid, ratio)

@@ -1,0 +1,188 @@
+"""What models cost, in closed form: multiply-adds of an image's forward and backward pass, and memory kept in between.
+
+Counted are matrix products, linear layers and attention, as in the papers' tables; norms, GELU and softmax are below
+1 %. A ViT and a Mixer are known; of another kind of model nothing is. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Protocol
+
+from mae_dist.model_sizes import grid_of, size_of
+from mae_dist.patch_counts import patch_counts
+from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, TrainingConfig
+
+FP32 = 4
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost per image. ``forward`` and ``backward`` are multiply-adds, which the papers' tables call FLOPs; ``kept``
+    counts the numbers that autograd keeps for the backward pass, parameters and indices left out, with attention as
+    fused kernels compute it: they keep queries, keys, values, the result and one number a row.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    kept: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * number for number in astuple(self)))
+
+    @property
+    def training_flops(self) -> int:
+        """Floating point operations of a forward and a backward pass: two for each multiply-add. What activation
+        checkpointing computes again does not count (Chowdhery et al. 2022, appendix B).
+        """
+        return 2 * (self.forward + self.backward)
+
+    @property
+    def activations(self) -> int:
+        """Bytes in fp32 of what autograd keeps, without activation checkpointing."""
+        return FP32 * self.kept
+
+    @property
+    def frozen(self) -> Cost:
+        """The cost without a backward pass."""
+        return Cost(self.forward)
+
+
+class BlockCost(Protocol):
+    """Cost of a block that is given `tokens` tokens and computes the last `out` of them; ``dropped``: hidden patches
+    are not among them.
+    """
+
+    def __call__(self, tokens: int, out: int, dropped: bool) -> Cost: ...
+
+
+def product(rows: int, inner: int, columns: int, kept: int = 0, into_input: bool = True) -> Cost:
+    """A matrix product, whose backward pass takes two; one where the input needs no gradient."""
+    forward = rows * inner * columns
+    return Cost(forward, (1 + into_input) * forward, kept)
+
+
+def norm(rows: int, dim: int) -> Cost:
+    """A LayerNorm, which keeps its input, means and deviations; it counts as no operations."""
+    return Cost(kept=rows * (dim + 2))
+
+
+def mlp(rows: int, dim: int, hidden: int) -> Cost:
+    """A norm and an MLP: it keeps its input, and what goes into and comes out of GELU."""
+    return norm(rows, dim) + product(rows, dim, hidden, rows * dim) + product(rows, hidden, dim, 2 * rows * hidden)
+
+
+def attention(queries: int, keys: int, dim: int, context_dim: int, heads: int) -> Cost:
+    """Queries, keys and values, the two products of attention and the projection (Vaswani et al. 2017, section 3.2);
+    without what is kept of the inputs.
+    """
+    return (
+        product(queries, dim, dim, queries * dim) + product(keys, context_dim, 2 * dim, 2 * keys * dim)
+        + product(2 * queries, dim, keys, queries * heads) + product(queries, dim, dim, queries * dim)
+    )  # fmt: skip
+
+
+def vit_block(tokens: int, out: int, dropped: bool, *, dim: int, heads: int) -> Cost:  # noqa: ARG001
+    """`layers.AttentionBlock`."""
+    attended = norm(tokens, dim) + Cost(kept=tokens * dim) + attention(out, tokens, dim, dim, heads)
+    return attended + mlp(out, dim, 4 * dim)
+
+
+def cross_block(tokens: int, context: int, dim: int, context_dim: int, heads: int) -> Cost:
+    """`layers.CrossBlock`."""
+    queries = norm(tokens, dim) + Cost(kept=tokens * dim)
+    return queries + attention(tokens, context, dim, context_dim, heads) + mlp(tokens, dim, 4 * dim)
+
+
+def mixer_block(tokens: int, out: int, dropped: bool, *, dim: int, hidden: int, wide: int) -> Cost:
+    """`mixer.MixerBlock`; where patches are hidden, each sample keeps the weights of its own positions."""
+    weights = hidden * (tokens + out) if dropped else 0
+    mixing = product(dim, tokens, hidden, tokens * dim) + product(dim, hidden, out, 2 * dim * hidden)
+    return norm(tokens, dim) + mixing + Cost(kept=weights) + mlp(out, dim, wide)
+
+
+def block_of(name: str, dim: int, heads: int = 0) -> BlockCost | None:
+    """The blocks of a model, or with `heads` those of its decoder, which is `dim` wide (see `decoder_block`)."""
+    size, kind = size_of(name), name.partition("_")[0]
+    if kind == "vit":
+        return partial(vit_block, dim=dim, heads=heads or size["num_heads"])
+    if kind == "mixer":
+        hidden, wide = (dim // 2, 4 * dim) if heads else (size["token_hidden"], size["channel_hidden"])
+        return partial(mixer_block, dim=dim, hidden=hidden, wide=wide)
+    return None
+
+
+def encoder(name: str, image_size: int | tuple[int, int], channels: int, mae: MaeConfig | None = None) -> Cost | None:
+    """The backbone without its last norm: of all patches, or as masked autoencoding uses it."""
+    size, grid = size_of(name), grid_of(image_size, size_of(name)["patch"])
+    if (block := block_of(name, size["dim"])) is None:
+        return None
+    embedded = math.prod(grid) if mae is None else patch_counts(mae, grid).visible
+    pixels = channels * size["patch"] ** 2
+    dropped = mae is not None and mae.hidden == "drop"
+    tokens = num_prefix(name) + (embedded if dropped else math.prod(grid))
+    embedding = product(embedded, pixels, size["dim"], embedded * pixels, into_input=False)
+    return embedding + block(tokens, tokens, dropped) * size["depth"]
+
+
+def num_prefix(name: str) -> int:
+    """Tokens before the patches: a ViT has a class token."""
+    return int(name.startswith("vit_"))
+
+
+def pretraining(name: str, mae: MaeConfig, image_size: int | tuple[int, int], channels: int = 3) -> Cost | None:
+    """Masked autoencoding of an image, decoder and loss included; None for a model of an unknown kind. Raises
+    ValueError for settings that are impossible with this model.
+    """
+    size, grid = size_of(name), grid_of(image_size, size_of(name)["patch"])
+    (visible, predicted), whole, prefix = patch_counts(mae, grid), mae.hidden == "token", num_prefix(name)
+    block, encoding = block_of(name, mae.decoder_dim, mae.decoder_heads), encoder(name, image_size, channels, mae)
+    if block is None or encoding is None:
+        return None
+    dim, wide, depth, pixels = size["dim"], mae.decoder_dim, mae.decoder_depth, channels * size["patch"] ** 2
+    encoded = prefix + (math.prod(grid) if whole else visible)
+    head = norm(predicted, wide) + product(predicted, wide, pixels, predicted * (wide + pixels))
+    if mae.decoder == "cross":
+        latent = Cost(kept=encoded * dim)
+        decoder = cross_block(predicted, encoded, wide, dim, mae.decoder_heads) * depth
+    else:
+        latent = product(encoded, dim, wide, encoded * dim)
+        tokens = encoded if whole else encoded + predicted
+        last = tokens if whole else predicted
+        decoder = block(tokens, tokens, not whole) * (depth - 1) + block(tokens, last, not whole) if depth else Cost()
+    return encoding + norm(encoded, dim) + latent + decoder + head
+
+
+def finetuning(
+    name: str, image_size: int | tuple[int, int], channels: int = 3, classes: int = 0, trained: float | None = None
+) -> Cost | None:
+    """A backbone with mean pooling and a head of some classes, of which the last `trained` blocks are trained (None:
+    all); None for a model of an unknown kind.
+    """
+    size = size_of(name)
+    whole, block = encoder(name, image_size, channels), block_of(name, size["dim"])
+    if whole is None or block is None:
+        return None
+    dim, prefix = size["dim"], num_prefix(name)
+    tokens = prefix + math.prod(grid_of(image_size, size["patch"]))
+    head = norm(tokens if prefix == 0 else 1, dim) + product(1, dim, classes, dim)
+    if trained is None:
+        return whole + head
+    one = mlp(tokens, dim, size.get("channel_hidden", 4 * dim)) if trained == 0.5 else block(tokens, tokens, False)
+    trains = one * math.ceil(trained) + head
+    return Cost(whole.forward + head.forward, trains.backward, trains.kept)
+
+
+def of_run(config: TrainingConfig, classes: int) -> Cost | None:
+    """The cost of an image in a step of a run; of a probe without its heads, which are below 1 %."""
+    model, channels = config.model, config.data.channels or 3
+    if isinstance(config, PretrainConfig):
+        return pretraining(model.name, config.mae, model.image_size, channels)
+    trained = config.model.train_blocks if isinstance(config, FinetuneConfig) else 0
+    return finetuning(model.name, model.image_size, channels, classes, trained)
