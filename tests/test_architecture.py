@@ -14,9 +14,9 @@ from docs.architecture import FLOORS, PACKAGE, ROOT, imports, part_of, sources
 
 TORCH_FREE = [
     "atomic", "cli", "commands.data", "commands.models", "config", "cost", "environment", "errors", "hints",
-    "image_grid", "interfaces", "model_sizes", "patch_counts", "rng", "schema", "setting", "signals", "data.index", "data.order", "data.pack", "data.sources",
-    "data.synthetic", "data.workers", "run.events", "run.identity", "run.jobs", "run.jsonl", "run.layout",
-    "run.slurm_cli", "watchdog",
+    "image_grid", "interfaces", "model_sizes", "patch_counts", "rng", "schema", "setting", "signals", "data.index",
+    "data.order", "data.pack", "data.sources", "data.synthetic", "data.workers", "run.events", "run.identity",
+    "run.jobs", "run.jsonl", "run.layout", "run.slurm_cli", "watchdog",
 ]  # fmt: skip
 """Modules that import no torch, beside all of monitor/."""
 
