@@ -179,10 +179,10 @@ def finetuning(
     return Cost(whole.forward + head.forward, trains.backward, trains.kept)
 
 
-def of_run(config: TrainingConfig, classes: int) -> Cost | None:
-    """The cost of an image in a step of a run; of a probe without its heads, which are below 1 %."""
+def of_run(config: TrainingConfig) -> Cost | None:
+    """The cost of an image in a step of a run, without heads of classes, which are below 1 %."""
     model, channels = config.model, config.data.channels or 3
     if isinstance(config, PretrainConfig):
         return pretraining(model.name, config.mae, model.image_size, channels)
     trained = config.model.train_blocks if isinstance(config, FinetuneConfig) else 0
-    return finetuning(model.name, model.image_size, channels, classes, trained)
+    return finetuning(model.name, model.image_size, channels, trained=trained)
