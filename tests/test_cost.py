@@ -48,8 +48,8 @@ def known(found: Cost | None) -> Cost:
 
 
 def small_decoder(settings: dict[str, Any]) -> MaeConfig:
-    shape: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 3, "decoder_heads": 4}
-    return MaeConfig(**(shape | settings))
+    sizes: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 3, "decoder_heads": 4}
+    return MaeConfig(**(sizes | settings))
 
 
 def empty(name: str) -> Backbone:
@@ -83,13 +83,17 @@ class OnImages(nn.Module):
         return self.objective(self.batch._replace(images=images)).loss
 
 
+def shape(value: Any) -> list[int]:
+    return get_shape(value) or []
+
+
 def attention_products(inputs: list[Any], _: list[Any]) -> int:
-    q, k, v = map(get_shape, inputs[:3])
+    q, k, v = map(shape, inputs[:3])
     return math.prod(q) * k[-2] + math.prod(q[:-1]) * k[-2] * v[-1]
 
 
 def batched_product(inputs: list[Any], _: list[Any]) -> int:
-    return math.prod(get_shape(inputs[1])) * get_shape(inputs[2])[-1]
+    return math.prod(shape(inputs[1])) * shape(inputs[2])[-1]
 
 
 def fvcore_count(objective: Objective, norms: bool = False) -> float:
