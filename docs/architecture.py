@@ -10,11 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "environment", "errors", "interfaces", "printed", "signals", "checksum", "devices"},
-    {"atomic", "batch", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
+    {"setting", "errors", "interfaces", "printed", "signals", "checksum", "devices"},
+    {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"starts", "watchdog"},
     {"cli", "image_settings", "patch_counts", "recipes", "setting_texts"},
-    {"models", "optim", "dist", "config", "cost", "launcher"},
+    {"models", "optim", "rendezvous", "config", "cost", "launcher"},
+    {"dist"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor"},
     {"rewind", "verify"},

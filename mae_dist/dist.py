@@ -1,7 +1,7 @@
 """The process group from the environment, rank and world size, a few collectives, and naming ranks that are lost.
 
 A single process is a group of one, so no other module checks whether there is a group. Apart from this one only
-`parallel`, `launcher` and the checkpoints in run/ import torch.distributed.
+`rendezvous`, `parallel`, `launcher` and the checkpoints in run/ import torch.distributed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dist import devices, environment, interfaces
-from mae_dist.environment import MEETING_FILE
-from mae_dist.errors import FAILED, MachineFault, RankError, RankLost, from_os_error
+from mae_dist import devices, environment, rendezvous
+from mae_dist.errors import FAILED, MachineFault, RankLost, from_os_error
 from mae_dist.watchdog import waiting_for
 
 log = logging.getLogger(__name__)
@@ -33,16 +31,12 @@ T = TypeVar("T")
 
 ROLL_CALL = 3.0
 """Seconds in which the survivors of a failed collective must report to each other."""
-LEAST_RENDEZVOUS = timedelta(seconds=60)
-"""Time to wait for all ranks at the start, however short `machine.timeout` is: importing libraries reads gigabytes."""
 GLOO_MESSAGES = ("gloo", "pair closure", "connection", "timed out", "timeout", "broken pipe")
 """Words in a plain RuntimeError of a failed gloo collective, for which torch has no type (it has one for NCCL and the
 store). They decide only whether the rank prints who is lost or a traceback: its exit status is FAILED either way.
 """
 RING = 32
 """Up to so many ranks a ring is the faster way: a round takes several messages and Python's time."""
-INTERFACE = "GLOO_SOCKET_IFNAME"
-"""Environment variable: the network interface on which gloo listens."""
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=10)
 
@@ -67,25 +61,15 @@ def setup(timeout: float = 600.0, use_gpu: bool = True) -> torch.device:
         _timeout = timedelta(seconds=timeout)
         if launched():
             with waiting_for(lambda: "the other ranks, to meet them"):
-                store, number, count = _meet(device)
+                store, number, count = rendezvous.meet(device, _timeout)
             _store = dist.PrefixStore("mae_dist", store)
         else:
             store, number, count = dist.HashStore(), 0, 1
             if use_gpu:
-                agree_on_devices(store, number, count, device)
+                rendezvous.agree_on_devices(store, number, count, device)
         _connect(store, number, count, device)
         atexit.register(shutdown)
     return device
-
-
-def agree_on_devices(store: dist.Store, number: int, count: int, device: torch.device) -> None:
-    """Raise ValueError on all ranks where not all have a GPU of their own, or none has one."""
-    store.set(f"device/{number}", devices.describe(device))
-    if number == 0:
-        described = [text.decode() for text in store.multi_get([f"device/{n}" for n in range(count)])]
-        store.set("devices", devices.complaint(described) or devices.refuse_missing(device) or "fit")
-    if (found := store.get("devices").decode()) != "fit":
-        raise ValueError(found)
 
 
 def _connect(store: dist.Store, number: int, count: int, device: torch.device) -> None:
@@ -100,10 +84,11 @@ def _connect(store: dist.Store, number: int, count: int, device: torch.device) -
     except RuntimeError as error:
         if count == 1:
             raise
-        name, text = os.environ.get(INTERFACE, "the address of its host name"), " ".join(str(error).split())
+        name, text = os.environ.get(rendezvous.INTERFACE, "the address of its host name"), " ".join(str(error).split())
         raise RankLost(
             f"rank {number} on {socket.gethostname()} could not connect with the others over {name} ({text:.300}); set "
-            f"{INTERFACE} (with GPUs also NCCL_SOCKET_IFNAME) to the network interface that all machines share"
+            f"{rendezvous.INTERFACE} (with GPUs also NCCL_SOCKET_IFNAME) to the network interface that all machines "
+            f"share"
         ) from error
     assert dist.group.WORLD is not None
     limit_wait(dist.group.WORLD)
@@ -121,71 +106,6 @@ def limit_wait(group: dist.ProcessGroup) -> None:
 def has_nccl(group: dist.ProcessGroup | None = None) -> bool:
     """Whether a group, or that of all ranks, sends between GPUs."""
     return "nccl" in dist.get_backend_config(group)
-
-
-def _meet(device: torch.device) -> tuple[dist.Store, int, int]:
-    """Store, rank and world size. Raises RankLost where a rank does not come in time, and ValueError where the ranks'
-    devices do not go together.
-    """
-    patience = max(_timeout, LEAST_RENDEZVOUS)
-    try:
-        if file := os.environ.get(MEETING_FILE):
-            number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = dist.FileStore(file, count)
-            store.set_timeout(patience)
-        else:
-            store, number, count = next(dist.rendezvous("env://", timeout=patience))
-        store = _of_this_attempt(store, number, count)
-        _choose_interface(store, number, count)
-        agree_on_devices(store, number, count, device)
-        return store, number, count
-    except RuntimeError as error:  # of a file, torch has no type of its own
-        here = os.environ["RANK"]
-        what = f"rank {here} did not meet the others within {patience.total_seconds():g} s of its start"
-        raise RankLost(f"{what}; the same command resumes from the last checkpoint") from error
-
-
-def _of_this_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
-    """The part of `store` that no earlier attempt of these ranks has written to, under a random name by rank 0.
-
-    torchrun keeps one store when it starts ranks again, with the addresses of the dead in it (pytorch#135712). Rank 0
-    answers a rank only under a random word that this rank has just written, so no rank takes the name of an earlier
-    attempt.
-    """
-    own = uuid.uuid4().hex
-    if number == 0:
-        store.set("attempt", own)
-        for other in range(1, count):
-            word = store.get(f"{own}/{other}").decode()  # waits for it
-            store.set(f"{own}/{word}", "welcome")
-        return dist.PrefixStore(own, store)
-    deadline = time.monotonic() + max(_timeout, LEAST_RENDEZVOUS).total_seconds()
-    while time.monotonic() < deadline:
-        name = store.get("attempt").decode()
-        store.set(f"{name}/{number}", own)
-        if store.check([f"{name}/{own}"]):
-            return dist.PrefixStore(name, store)
-        time.sleep(0.05)
-    raise RankLost(f"rank 0 does not answer rank {number} at the start; start again")
-
-
-def _choose_interface(store: dist.Store, number: int, count: int) -> None:
-    """Have gloo listen on the interface that leads to the other ranks, unless GLOO_SOCKET_IFNAME names one: that from
-    which this machine reaches rank 0's; on rank 0's own machine, by whose name it may reach itself alone, that from
-    which it reaches another one.
-    """
-    own = interfaces.LOCALHOST
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(count):
-        own = interfaces.address_towards(os.environ["MASTER_ADDR"])
-        store.set(f"address/{number}", own)
-        if interfaces.is_loopback(own):
-            there = [address.decode() for address in store.multi_get([f"address/{n}" for n in range(count)])]
-            own = next((interfaces.address_towards(a) for a in there if not interfaces.is_loopback(a)), own)
-    if (given := os.environ.get(INTERFACE)) is None:
-        os.environ |= {INTERFACE: name} if (name := interfaces.with_address(own)) else {}
-    elif missing := [name for name in given.split(",") if name not in interfaces.names()]:
-        here, host = ", ".join(interfaces.names()), socket.gethostname()
-        raise RankError(f"environment variable {INTERFACE}={given}: {host} has no {missing[0]}, only {here}")
 
 
 def shutdown() -> None:
@@ -212,6 +132,11 @@ def local_world() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, the one that writes."""
     return rank() == 0
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the rank that asks for all of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -288,21 +213,46 @@ def run_on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None
     """
     if world() == 1:
         return action()
-    result: Any = None
-    error: ValueError | MachineFault | None = None
-    if is_main():
-        try:
-            result = action()
-        except OSError as caught:
-            error = from_os_error(caught, str(caught))
-        except (ValueError, MachineFault) as caught:
-            error = caught
-    failure = None if error is None else [isinstance(error, MachineFault), str(error)]
-    result, failure = _of_rank0([result, failure], group)
+    result, error = _attempt(action) if is_main() else (None, None)
+    result, failure = _of_rank0([result, _described(error)], group)
+    _raise_failure(0, failure, error)
+    return result
+
+
+def run_together(action: Callable[[], T]) -> T:
+    """Call `action` on every rank, and return this rank's result once all have one. The first error is raised on every
+    rank as by `run_on_rank0`, so that none waits for a rank whose machine lacks a file, say.
+    """
+    if world() == 1:
+        return action()
+    result, error = _attempt(action)
+    failures = gather_objects(_described(error))
+    first = next((number for number, failure in enumerate(failures) if failure), 0)
+    _raise_failure(first, failures[first], error)
+    return cast("T", result)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, ValueError | MachineFault | None]:
+    """(result, error) of a call."""
+    try:
+        return action(), None
+    except OSError as error:
+        return None, from_os_error(error, str(error))
+    except (ValueError, MachineFault) as error:
+        return None, error
+
+
+def _described(error: ValueError | MachineFault | None) -> list[Any] | None:
+    """An error of this rank as a value of JSON, with the rank's machine where it is not rank 0."""
+    where = "" if is_main() else f" (rank {rank()} on {socket.gethostname()})"
+    return None if error is None else [isinstance(error, MachineFault), f"{error}{where}"]
+
+
+def _raise_failure(number: int, failure: list[Any] | None, error: Exception | None) -> None:
+    """Raise the described error of a rank, if there is one; `error` is this rank's own."""
     if failure is not None:
         is_fault, message = failure
-        raise (MachineFault(message if is_main() else "") if is_fault else ValueError(message)) from error
-    return result
+        raise (MachineFault(message if number == rank() else "") if is_fault else ValueError(message)) from error
 
 
 def _of_rank0(value: list[Any], group: dist.ProcessGroup | None) -> list[Any]:

@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from mae_dist import interfaces
+
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING_FILE = "MAE_DIST_MEETING_FILE"
 """Environment variable: a file through which ranks of one machine find each other, instead of a server's port."""
@@ -140,7 +142,7 @@ def tasks_of_node(text: str, node: int) -> int | None:
 def first_host(environ: Mapping[str, str], launcher: str, alone: bool) -> str:
     """Where rank 0 is. Raises ValueError where the launcher does not say it and the ranks are on several machines."""
     if alone:
-        return "127.0.0.1"
+        return interfaces.LOCALHOST
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     if launcher == "srun" and (match := re.match(r"([^,\[]+)(?:\[(\w+))?([^,\]]*\]([^,]*))?", nodes)):
         return f"{match[1]}{match[2] or ''}{match[4] or ''}"

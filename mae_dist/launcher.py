@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mae_dist import environment
+from mae_dist import environment, interfaces
 from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
         with tempfile.TemporaryDirectory(prefix="mae_dist-", ignore_cleanup_errors=True) as folder:
             os.environ[environment.MEETING_FILE] = str(Path(folder) / "ranks")
             config = LaunchConfig(
-                min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", local_addr="127.0.0.1",
-                rdzv_endpoint=str(Path(folder) / "agent"), rdzv_configs={"store_type": "file"}, max_restarts=0,
-                monitor_interval=0.2, run_id=uuid.uuid4().hex,
+                min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", monitor_interval=0.2,
+                local_addr=interfaces.LOCALHOST, rdzv_endpoint=str(Path(folder) / "agent"), max_restarts=0,
+                rdzv_configs={"store_type": "file"}, run_id=uuid.uuid4().hex,
             )  # fmt: skip
             status = run(argv, config)
         if status in FINAL or not restarts:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mae_dist import devices, dist
+from mae_dist import devices, dist, rendezvous
 
 CUDA = torch.device("cuda", 0)
 
@@ -55,7 +55,7 @@ def refusals(monkeypatch: pytest.MonkeyPatch, *ranks: torch.device) -> list[str]
 
     def meet(number: int) -> None:
         try:
-            dist.agree_on_devices(store, number, len(ranks), ranks[number])
+            rendezvous.agree_on_devices(store, number, len(ranks), ranks[number])
         except ValueError as error:
             told[number] = str(error)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from running import MAE, SETTINGS, finish_ranks, losses, start_rank, start_ranks
 
-from mae_dist import dist, interfaces
+from mae_dist import dist, interfaces, rendezvous
 from mae_dist.run import checkpoint, events
 
 NETWORKS = {"management0": "10.77.1", "data0": "10.77.2"}
@@ -99,7 +99,7 @@ def test_unknown_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     here = f"GLOO_SOCKET_IFNAME=lo,ib9: {socket.gethostname()} has no ib9, only .*lo"
     with pytest.raises(ValueError, match=here):
-        dist._choose_interface(torch.distributed.HashStore(), 0, 2)
+        rendezvous._choose_interface(torch.distributed.HashStore(), 0, 2)
 
 
 @pytest.mark.parametrize(("here", "num_checks"), [(0, 1023), (5, 1)])

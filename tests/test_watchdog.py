@@ -21,9 +21,10 @@ import pytest
 import torch
 from running import MAE, SETTINGS, environment, finish_ranks, losses, start_ranks
 
-from mae_dist import dist, train, watchdog
+from mae_dist import train, watchdog
 from mae_dist.__main__ import main
 from mae_dist.data.workers import Workers
+from mae_dist.environment import MEETING_FILE
 from mae_dist.run import events, mirror
 from mae_dist.stages import setup
 
@@ -104,15 +105,15 @@ def test_storage_that_hangs_ends_the_rank_and_the_file_is_named(tar_data: Path, 
 
 def read_from_fifo(tar: Path) -> None:
     """Let a tar be a FIFO, from which nothing comes, when its first sample is read."""
-    hurry_at("stages.setup", "check_readable")
-    impatient = setup.check_readable
+    hurry_at("stages.setup", "check_first_images")
+    impatient = setup.check_first_images
 
     def check(*arguments: Any) -> None:
         tar.unlink()
         os.mkfifo(tar)
         impatient(*arguments)
 
-    setup.check_readable = check
+    setup.check_first_images = check
 
 
 def test_lock_of_another_process_ends_the_rank(tiny_data: Path, tmp_path: Path) -> None:
@@ -145,8 +146,8 @@ def test_library_that_waits_with_pythons_lock_held_ends_the_rank(tiny_data: Path
 
 def meet_in(file: str) -> None:
     """Let ranks meet in a file, impatiently."""
-    os.environ[dist.MEETING_FILE] = file
-    hurry_at("dist", "_meet")
+    os.environ[MEETING_FILE] = file
+    hurry_at("rendezvous", "meet")
 
 
 def test_signal_is_answered_while_a_collective_waits_for_a_stopped_rank(tiny_data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mae_dist.data import quarantine
 from mae_dist.data.check import Report, report_of
 from mae_dist.data.findings import KINDS, UNREADABLE, Checked, Facts, Finding, facts, findings
 from mae_dist.data.pack import LOST
-from mae_dist.data.places import Place, of_split, splits
+from mae_dist.data.places import Place, of_split, refuse_outside, splits
 from mae_dist.data.workers import ordered_map
 from mae_dist.errors import DONE, FAILED
 from mae_dist.printed import counted, span
@@ -52,6 +52,7 @@ def _check(arguments: argparse.Namespace) -> int:
         split: [place for part in of_split(path, split) for place in part]
         for split, path in _splits(arguments.data, arguments.test)
     }
+    refuse_outside(arguments.data, (place for listed in places.values() for place in listed), allowed=False)
     tars = {split: [*_checked(listed, arguments.workers, split)] for split, listed in places.items()}
     known = [place.dataset.num_classes for listed in places.values() for place in listed if place.dataset.num_classes]
     found = [*findings(tars, max(known, default=None), arguments.shuffle_window, arguments.unlabelled)]

@@ -241,20 +241,24 @@ class ShardIndex:
 
 
 def open_split(
-    path: str, split: str, cache: Cache | None = None, merging: Merging = "names", allow_outside: bool = False
-) -> ShardIndex:
+    path: str, split: str, cache: Cache | None = None, merging: Merging = "names", allow_outside: bool = False,
+    checked: bool = False,
+) -> ShardIndex:  # fmt: skip
     """Open a split: `path` names folders with a dataset.json, or tars with their .idx files beside them (see `paths`).
 
     Tars that `path` names, by themselves or by a folder without dataset.json, are the split, and `split` is ignored.
     Several places are one data set, in their order, with labels merged as `merging` says. Tars that are URLs are
     fetched through `cache`. Raises ValueError when a file is missing or changed, is named twice, or lies outside the
-    folder of its data set, unless that is allowed.
+    folder of its data set, unless that is allowed; where another rank of this machine has `checked` the files, none of
+    that is asked of the file system again.
     """
     split = places.evaluation_split(path, split)
     files = places.Files()
-    parts = places.of_split(path, split, allow_outside, files)
+    parts = places.of_split(path, split, files)
     found = [place for part in parts for place in part]
-    _check_files(path, found, files)
+    if not checked:
+        places.refuse_outside(path, found, allow_outside)
+        _check_files(path, found, files)
     shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]
     left_out = _left_out([place.idx for place in found], shards)
     unmeasured = [*dict.fromkeys(place.dataset.name for place in found if place.dataset.mean is None)][:5]

@@ -77,9 +77,9 @@ def evaluation_split(path: str, split: str) -> str:
     return split if split != "auto" else "val" if "val" in splits(path) else "test"
 
 
-def of_split(path: str, split: str, allow_outside: bool = False, files: Files | None = None) -> list[list[Place]]:
+def of_split(path: str, split: str, files: Files | None = None) -> list[list[Place]]:
     """Where the tars of a split lie, of which none need exist, for each data set of `path` in the order of its folders
-    and tars. Raises ValueError where `path` names nothing, and where files lie `outside`, unless that is allowed.
+    and tars. Raises ValueError where `path` names nothing.
     """
     files, listed_in = files or Files(), functools.cache(_listed_in)
     try:
@@ -88,16 +88,19 @@ def of_split(path: str, split: str, allow_outside: bool = False, files: Files | 
         raise ValueError(f"data.path={path}: {str(error).removeprefix(f'{path}: ')}") from error
     if not any(parts):
         raise ValueError(f"data.path={path}: names no data; give a folder, tars, or a list of them")
-    places = [[*_of_split(names, split, files, listed_in)] for names in parts]
-    if away := outside(place for part in places for place in part):
+    return [[*_of_split(names, split, files, listed_in)] for names in parts]
+
+
+def refuse_outside(path: str, places: Iterable[Place], allowed: bool) -> None:
+    """Raise ValueError where files of `path` lie `outside`, or warn where that is allowed."""
+    if away := outside(places):
         found = f"outside the folder of their data set, by {FILE} or a link: {counted(len(away), 'file')}"
-        if not allow_outside:
+        if not allowed:
             raise ValueError(
                 f"data.path={path}: {found} (first {away[0]}): data.allow_outside=true reads them, or index them again "
                 f"with `mae-dist data index`, which then remembers that they are yours"
             )
         log.warning("%s (first %s)", found, away[0])
-    return places
 
 
 def outside(places: Iterable[Place]) -> list[str]:

@@ -21,7 +21,7 @@ UNKNOWN_MEAN, UNKNOWN_STD = 0.5, 0.25
 """Statistics of each channel where none are known and the channels are not those of colour images."""
 
 
-def check_readable(split: ShardIndex, how: Decoding) -> None:
+def check_first_images(split: ShardIndex, how: Decoding) -> None:
     """Raise ValueError where the first FIRST images of a split have other channels than wanted, or none can be read."""
     reason = ""
     for number in range(min(FIRST, len(split))):

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -28,15 +29,9 @@ from mae_dist.printed import counted
 from mae_dist.run import checkpoint, identity
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
-from mae_dist.stages.images import check_readable, with_statistics
+from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
-from mae_dist.stages.splits import (
-    check_splits,
-    find_test_split,
-    open_train_split,
-    refuse_unlabelled,
-    with_test_split,
-)
+from mae_dist.stages.splits import check_splits, open_splits, refuse_unlabelled
 from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
@@ -245,9 +240,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
     cache = Cache.of(config.data.cache, config.data.cache_size)
-    train_split = open_train_split(config, cache)
-    config = with_test_split(config, before)
-    test_split = find_test_split(config, needs_labels, train_split)
+    config, train_split, test_split = open_splits(config, before, needs_labels, cache)
     config = with_imported(config)
     initial = find_initial_weights(config.origin, began) if config.origin is not None else None
     for split, name in ((train_split, config.data.split), (test_split, config.data.test_split)) if needs_labels else ():
@@ -277,7 +270,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
         check_cache(test_split, 1)
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
     for split in filter(None, (train_split, test_split)):
-        check_readable(split, decoding.decoding(config))
+        dist.run_together(partial(check_first_images, split, decoding.decoding(config)))
     if dist.is_main():
         warn(config, device, len(train_split))
     return setup

@@ -26,12 +26,34 @@ def with_test_split(config: C, earlier: RunConfig | None) -> C:
     return dataclasses.replace(config, data=dataclasses.replace(data, test_split=split))
 
 
+def open_splits(
+    config: C, earlier: RunConfig | None, needs_test: bool, cache: Cache
+) -> tuple[C, ShardIndex, ShardIndex | None]:  # fmt: skip
+    """The config `with_test_split`, and the splits for training and evaluation. One rank of each machine checks the
+    files. Raises ValueError on every rank alike, also where another machine has other data.
+    """
+
+    def open_here() -> tuple[C, ShardIndex, ShardIndex | None]:
+        train = open_train_split(config, cache)
+        completed = with_test_split(config, earlier)
+        return completed, train, find_test_split(completed, needs_test, train)
+
+    found = dist.run_together(open_here)
+    prints = dist.gather_objects([split and split.fingerprint for split in found[1:]])
+    if others := [number for number, own in enumerate(prints) if own != prints[0]]:
+        raise ValueError(
+            f"data.path={config.data.path}: rank {others[0]} finds other data there than rank 0; give a path of the "
+            f"same data on all machines"
+        )
+    return found
+
+
 def open_train_split(config: RunConfig, cache: Cache | None = None) -> ShardIndex:
     """The training split of data.path. Raises ValueError as `open_split`, and where tars of several splits are in it
     that data.path does not name.
     """
-    data = config.data
-    train = open_split(data.path, data.split, cache, data.merge_labels, data.allow_outside)
+    data, checked = config.data, not dist.is_first_of_machine()
+    train = open_split(data.path, data.split, cache, data.merge_labels, data.allow_outside, checked)
     split_checks.refuse_mixed(train, f"data.path={data.path}")
     return train
 
@@ -56,7 +78,10 @@ def find_test_split(config: RunConfig, required: bool, train: ShardIndex) -> Sha
             f"data.test_path or data.test_split, or make it with `mae-dist data index TARS --split {data.test_split}`, "
             f"or by packing again with --test-share 0.1"
         )
-    test = open_split(data.test_path or data.path, data.test_split, train.cache, data.merge_labels, data.allow_outside)
+    test = open_split(
+        data.test_path or data.path, data.test_split, train.cache, data.merge_labels, data.allow_outside,
+        checked=not dist.is_first_of_machine(),
+    )  # fmt: skip
     split_checks.refuse_mixed(test, f"data.test_path={data.test_path}")
     if not required:
         return test

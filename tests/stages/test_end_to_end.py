@@ -52,8 +52,8 @@ def pretrained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_rank_that_meets_nobody_says_so() -> None:
     impatient = (
-        "from datetime import timedelta; from mae_dist import dist; "
-        "dist.LEAST_RENDEZVOUS = timedelta(seconds=1); dist.setup(timeout=0.5)"
+        "from datetime import timedelta; from mae_dist import dist, rendezvous; "
+        "rendezvous.LEAST_RENDEZVOUS = timedelta(seconds=1); dist.setup(timeout=0.5)"
     )
     alone = environment() | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     done = subprocess.run([sys.executable, "-c", impatient], env=alone, capture_output=True, text=True, check=False)

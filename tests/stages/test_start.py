@@ -12,7 +12,7 @@ from shared_types import Tars
 from mae_dist import environment
 from mae_dist.data.pixels import Decoding
 from mae_dist.schema import DataConfig, OptimConfig, PretrainConfig, TrainConfig
-from mae_dist.stages.images import check_readable
+from mae_dist.stages.images import check_first_images
 from mae_dist.stages.setup import warn
 
 CPU = torch.device("cpu")
@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 def test_start_refuses_a_split_of_which_the_first_images_are_all_unreadable(tars: Tars) -> None:
     data = tars([40], broken={*range(32)})
     with pytest.raises(ValueError, match="none of the first 32 images can be read, .*s0000.*; `mae-dist data check`"):
-        check_readable(data, Decoding())
+        check_first_images(data, Decoding())
 
 
 def test_start_accepts_a_split_with_one_readable_image(tars: Tars) -> None:
-    check_readable(tars([9, 9], broken={*range(18)} - {12}), Decoding())
+    check_first_images(tars([9, 9], broken={*range(18)} - {12}), Decoding())
 
 
 @pytest.mark.parametrize(
