@@ -21,9 +21,13 @@ def new_snapshot_dir(folder: Path) -> Path:
 
 def copy_code(code: Path) -> None:
     """Copy the code to the folder `code`, with a file REVISION, from which the run records its commit."""
-    for package in PACKAGES:
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()):
+        part = file.relative_to(ROOT)
+        if any(name == "__pycache__" or name.startswith(".") for name in part.parts):
+            continue
         try:
-            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        except shutil.Error as error:  # a list of files with their reasons
-            raise OSError(f"{code}: the code could not be copied: {error.args[0][0][2]}") from error
+            (code / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, code / part)  # without its mode, which not every file system sets
+        except OSError as error:
+            raise OSError(f"{code}: the code could not be copied: {error}") from error
     (code / REVISION).write_text(f"{revision()}\n")

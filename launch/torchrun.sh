@@ -4,9 +4,10 @@
 #   launch/torchrun.sh pretrain CONFIG.yaml data.path=DIR out=RUN                     one machine, one rank a GPU
 #   NODES=4 HEAD=node1 launch/torchrun.sh pretrain CONFIG.yaml out=RUN                four machines, meeting at node1
 #
-# Variables: NODES (1), HEAD (host[:port] of one of them, port 29500), RANKS (of each machine; one a GPU, or 1),
-# RESTARTS (3), PYTHON (python). SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make the ranks save and exit; the same line
-# resumes. A lost rank is started again. RUN must be a folder that all machines see.
+# Variables: NODES (1), HEAD (host[:port] of one of them; the port, 15000 to 29999, follows from RUN), RANKS (of each
+# machine; one a GPU, or 1), RESTARTS (3), PYTHON (python). SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C make the ranks save and
+# exit; the same line resumes. A lost rank is started again. RUN must be a folder that all machines see; several runs on
+# the same machines at once do not meet each other.
 set -euo pipefail
 
 case "${1:-}" in
@@ -29,12 +30,16 @@ export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 if ((nodes == 1)); then # mae-dist's own launcher starts torchrun's agent
   exec "${PYTHON:-python}" -m mae_dist "$@" "machine.processes=$ranks" "machine.restarts=${RESTARTS:-3}"
 fi
-[[ $HEAD == *:* ]] || HEAD=$HEAD:29500
+run="$*" # what all machines of a run know, and those of no other one: its folder
+for word in "$@"; do [[ $word != out=* ]] || run=${word#out=}; done
+[[ $run == /* ]] || run=$PWD/$run
+run=$(cksum <<<"$run") && run=${run%% *}
+[[ $HEAD == *:* ]] || HEAD=$HEAD:$((15000 + run % 15000))
 
 # At SIGTERM torchrun signals its ranks and gives them 30 s to save; SIGUSR1 and SIGUSR2 would just end it.
 trap '' USR1 USR2
 "${PYTHON:-python}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
-  --rdzv-endpoint "$HEAD" --rdzv-id mae_dist --max-restarts "${RESTARTS:-3}" -m mae_dist "$@" &
+  --rdzv-endpoint "$HEAD" --rdzv-id "$run" --max-restarts "${RESTARTS:-3}" -m mae_dist "$@" &
 agent=$!
 trap 'kill -TERM "$agent" 2>/dev/null || true' TERM USR1 USR2
 trap : INT # the terminal sends it to all processes

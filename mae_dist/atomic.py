@@ -23,6 +23,17 @@ _warned: list[Path] = []
 
 
 @contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Context manager: an OSError that names no file, as those of writing do not, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a hidden path beside `target` to write to; rename it to `target` at the end, remove it after an error.
 
@@ -32,7 +43,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     work = target.with_name(f".{secrets.token_hex(8)}-{target.name}")
     try:
-        yield work
+        with naming(target):
+            yield work
         os.replace(work, target)
     finally:
         if work.is_dir():
@@ -95,10 +107,9 @@ def open_own(path: Path, permissions: int = 0o666, append: bool = False) -> IO[b
 
 def sign(lock: IO[bytes]) -> None:
     """Write into a locked file which process has it, for `holder_of`."""
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-    lock.flush()
+    with suppress(OSError):  # the disk may be full
+        lock.truncate(0)
+        os.pwrite(lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def holder_of(lock: IO[bytes]) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mae_dist.atomic import open_own, replacing, sync, try_lock
+from mae_dist.atomic import naming, open_own, replacing, sync, try_lock
 
 Record = dict[str, Any]
 
@@ -105,7 +105,7 @@ def append(path: Path, *records: Record) -> None:
     append at the same time, also from other machines, wait for each other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_own(path, append=True) as stream:
+    with naming(path), open_own(path, append=True) as stream:
         _lock(stream)
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import logging
 import os
 import pathlib
 import zipfile
@@ -23,6 +24,8 @@ from torch import Tensor
 from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.weights.checks import brief
+
+log = logging.getLogger(__name__)
 
 SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
 """The functions by which pickle makes NumPy's scalars and arrays of bytes."""
@@ -175,5 +178,9 @@ def atomic_output(path: Path, field: str) -> Iterator[Path]:
         yield temporary
         os.umask(umask := os.umask(0))
         for file in (temporary, *temporary.rglob("*")):  # safetensors writes files that only their owner reads
-            if file.is_file():
-                file.chmod(0o666 & ~umask)
+            if file.is_file() and file.stat().st_mode & 0o666 != 0o666 & ~umask:
+                try:
+                    file.chmod(0o666 & ~umask)
+                except OSError as error:  # some file systems have one mode for all files
+                    name = file.name if file != temporary else path.name
+                    log.warning("%s: who may read %s is up to its file system (%s)", path, name, error.strerror)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_slurm import CLUSTER_FILE, ROOT, SMALL, command, write_config
@@ -165,18 +164,31 @@ def test_closed_stdout_is_no_error(
     assert (slurm / "1.sbatch").exists()
 
 
+def test_copy_of_the_code_sets_no_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have none."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    snapshot.copy_code(tmp_path / "code")
+    copied = {file.relative_to(tmp_path / "code") for file in tmp_path.rglob("*.*")}
+    assert copied >= {Path("mae_dist/schema.py"), Path("mae_dist/monitor/report.css"), Path("launch/submit.py")}
+    assert not [file for file in copied if file.name.endswith(".pyc")]
+
+
 @pytest.mark.usefixtures("slurm")
 def test_failed_copy_of_the_code_leaves_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = snapshot.shutil.copytree
+    copy = snapshot.shutil.copyfile
 
-    def full(source: Path, *rest: Any, **more: Any) -> None:
-        copy(source, *rest, **more)
-        if Path(source).name == "launch":
-            raise shutil.Error([(f"{source}/task_runner.py", "there", "[Errno 28] No space left on device: 'there'")])
+    def full(source: Path, target: Path) -> None:
+        if source.name == "task_runner.py":
+            raise OSError(errno.ENOSPC, "No space left on device", "there")
+        copy(source, target)
 
-    monkeypatch.setattr(snapshot.shutil, "copytree", full)
+    monkeypatch.setattr(snapshot.shutil, "copyfile", full)
     words = ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}", f"out={tmp_path / 'new' / 'run'}"]
     assert submit.main(words) == 2
     output = capsys.readouterr().err

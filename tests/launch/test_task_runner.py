@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -216,3 +217,23 @@ def test_torchrun_sh_help_and_missing_variables() -> None:
         2,
         "torchrun.sh: NODES=2 needs HEAD=HOST, the machine at which they meet\n",
     )
+
+
+def test_torchrun_sh_lets_the_machines_of_one_run_meet_and_no_others(tmp_path: Path) -> None:
+    """torchrun's address and id follow from the run's folder."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    variables = os.environ | {"NODES": "2", "HEAD": "node1", "PYTHON": str(tmp_path / "python"), "RANKS": "1"}
+
+    def meeting(*words: str, folder: Path = tmp_path, head: str = "node1") -> tuple[str, ...]:
+        command, env = [str(ROOT / "launch" / "torchrun.sh"), "pretrain", *words], variables | {"HEAD": head}
+        printed = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True).stdout
+        port, run = re.findall(r"--rdzv-endpoint node1:(\d+) --rdzv-id (\d+) ", printed)[0]
+        return port, run
+
+    own = meeting("data.path=a", "out=runs/1")
+    assert 15_000 <= int(own[0]) < 30_000
+    assert own == meeting("data.path=b", f"out={tmp_path}/runs/1", folder=ROOT)
+    others = [meeting("out=runs/2"), meeting("out=runs/1", folder=ROOT), meeting("c.yaml"), meeting("d.yaml")]
+    assert len({own, *others}) == 5
+    assert meeting("out=runs/1", head="node1:29500") == ("29500", own[1])

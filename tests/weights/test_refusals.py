@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
 from mae_dist.run.directory import RunDir
 from mae_dist.weights import FORMATS, Decoded, Model, Overrides, fb, npz
+from mae_dist.weights.files import atomic_output
 
 
 def test_export_deletes_file_that_differs_when_read_back(
@@ -336,3 +338,16 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
     for argv in (["import", fine, "--out", run], ["export", run, "--to", "hf", "--out", tmp_path / "empty"]):
         assert "already exists" in refused(capsys, *argv)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_export_to_a_file_system_without_modes_is_kept_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with atomic_output(tmp_path / "x.pth", "--out") as work:
+        work.touch(0o600)
+        monkeypatch.setattr(Path, "chmod", refuse)
+    assert (tmp_path / "x.pth").exists()
+    assert "x.pth is up to its file system (Operation not permitted)" in caplog.text
