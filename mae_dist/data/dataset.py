@@ -45,7 +45,10 @@ class Shard:
     @property
     def index_name(self) -> str:
         """The name of its index beside dataset.json."""
-        return self.index or f"{os.path.splitext(self.file_name)[0]}.idx"
+        if self.index:
+            return self.index
+        stem = self.file_name.rpartition(".")[0]  # os.path.splitext is slower, and there may be 10^5
+        return f"{stem if stem.strip('.') else self.file_name}.idx"
 
     @property
     def file_name(self) -> str:

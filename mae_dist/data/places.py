@@ -113,6 +113,8 @@ def outside(places: Iterable[Place]) -> list[str]:
         home = index[: index.rfind("/") + 1]
         if dataset.folder is not None and dataset.folder == inode(home):
             continue
+        if tar.rfind("/") + 1 == len(home) and tar.startswith(home) and not links(home):
+            continue  # beside its index: the usual case, of which there may be 10^5
         for file in [index] if shard is not None and paths.is_url(shard.tar) else [tar, index]:
             folder = file[: file.rfind("/") + 1]
             if not is_inside(file if file[len(folder) :] in links(folder) else folder, home):
