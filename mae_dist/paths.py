@@ -133,7 +133,9 @@ def _folders_below(top: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
             raise from_os_error(error, f"{folder}: cannot be read ({error.strerror})") from error
         seen.add((status.st_dev, status.st_ino))
         if len(seen) > MOST_FOLDERS:
-            raise ValueError(f"{top}: has more than {MOST_FOLDERS:,} folders; name tars, like {top}/x-*.tar")
+            raise ValueError(
+                f"{top}: has more than {MOST_FOLDERS:,} folders; name tars, like {os.path.join(top, 'x-*.tar')}"
+            )
         kept = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "lost+found"]
         yield folder, kept
         todo += [os.path.join(folder, entry.name) for entry in kept if entry.is_dir()]

@@ -79,7 +79,7 @@ def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
     whole machine, and MachineFault where the storage fails.
     """
     if os.path.realpath(root) == "/":
-        raise ValueError(f"{root}: is the whole machine; name the folder of the images")
+        raise ValueError(f"--source {root}: is the whole machine; name the folder of the images")
     found = Found()
     todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while todo:

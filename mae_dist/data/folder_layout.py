@@ -246,11 +246,16 @@ def _files_in_list(file: Path, files: list[File]) -> list[File]:
     try:
         table = label_list.read(file)
         whole = [name for name in (table.labels if table.files is None else table.files) if name.strip()]
+        if not whole:
+            raise ValueError(f"--labels {file}: names no image")
         for names in (whole, [name.split()[0] for name in whole]):
             rows = LabelList(file, names, [""] * len(names)).rows_of(images)
             for image, row in zip(files, rows, strict=True):
                 if row is not None and (twin := found.setdefault(row.file, image)) is not image:
-                    raise ValueError(f"--labels {file}: {row.file} may be {twin.path} or {image.path}; write paths")
+                    raise ValueError(
+                        f"--labels {file}: {row.file} may be {twin.path} or {image.path}; write paths, "
+                        f"or name the folder of the images as --source"
+                    )
             if found:
                 break
     except ValueError as error:

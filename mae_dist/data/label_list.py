@@ -207,8 +207,12 @@ def _coco_rows(plain: dict[str, Any]) -> list[list[str]]:
     try:
         files = {row["id"]: row["file_name"] for row in plain["images"]}
         names = {row["id"]: row["name"] for row in plain.get("categories", [])}
-        pairs = [(files[row["image_id"]], row["category_id"]) for row in plain["annotations"]]
-        return [["file", "label"], *([str(file), _cell(names.get(number, number))] for file, number in pairs)]
+        if len(files) < len(plain["images"]):
+            raise ValueError("two of its images have one id")
+        pairs = [(row["image_id"], row["category_id"]) for row in plain["annotations"]]
+        annotated = {image for image, _ in pairs}
+        pairs += [(image, None) for image in files if image not in annotated]
+        return [["file", "label"], *([str(files[image]), _cell(names.get(n, n))] for image, n in pairs)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"its images and annotations do not go together ({type(error).__name__} {error})") from error
 

@@ -153,6 +153,9 @@ def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:
              "categories": [{"id": 3, "name": "elk"}, {"id": 4, "name": "fox"}]}  # fmt: skip
     (tmp_path / "l.json").write_text(json.dumps(plain))
     assert read(tmp_path, labels="l.json") == {"train": {"fox": 1, "elk": 1}}
+    (tmp_path / "l.json").write_text(json.dumps(plain | {"annotations": plain["annotations"][:1]}))
+    assert read(tmp_path, labels="l.json") == {"train": {None: 1, "elk": 1}}
+    assert read(tmp_path, f"train={tmp_path}/l.json") == {"train": {"a": 1, "b": 1}}
     plain["annotations"] += [{"image_id": 8, "category_id": 4}]
     (tmp_path / "l.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match=r"b/2.jpg has two labels, elk and fox"):
@@ -160,6 +163,12 @@ def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(json.dumps(plain | {"images": []}))
     with pytest.raises(ValueError, match=r"its images and annotations do not go together \(KeyError 8\)"):
         read(tmp_path, labels="l.json")
+    (tmp_path / "l.json").write_text(json.dumps(plain | {"images": 2 * plain["images"]}))
+    with pytest.raises(ValueError, match="two of its images have one id"):
+        read(tmp_path, labels="l.json")
+    (tmp_path / "l.json").write_text(json.dumps({"images": [], "annotations": []}))
+    with pytest.raises(ValueError, match=r"--splits .*l.json: names no image"):
+        read(tmp_path, f"train={tmp_path}/l.json")
 
 
 def test_folder_reports_what_is_left_out_and_what_may_be_a_mistake(
