@@ -52,9 +52,9 @@ MAX_HEADER = 10_000
 """Largest header of an array in bytes, as in NumPy."""
 ORIENTATION = 0x0112
 """EXIF tag: 1 is upright; 2 to 8 name the mirroring and the quarter turns that make an image so."""
-JPEG, EXIF, MPO, HEAD = b"\xff\xd8", b"Exif\0\0", b"MPF\0", 2**16
-"""What a JPEG begins with, what EXIF data in it begin with (two bytes of their length before), what the list of the
-images in a file of several (MPO) begins with, and where both lie.
+JPEG, EXIF, APP2, MPO, HEAD = b"\xff\xd8", b"Exif\0\0", b"\xff\xe2", b"MPF\0", 2**16
+"""What a JPEG begins with; what EXIF data in it begin with (two bytes of their length before); the mark (and length)
+before the list of the images in a file of several (MPO), what that begins with; and where both lie.
 """
 
 
@@ -216,7 +216,8 @@ def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None,
         )
     except ValueError:  # simplejpeg refuses any damage, Pillow only what makes an image incomplete
         return _decode_by_pillow(content, how)
-    changes = (FIRST,) if content.find(MPO, 0, HEAD) > 0 else ()
+    place = content.find(MPO, 0, HEAD)
+    changes = (FIRST,) if place > 3 and content[place - 4 : place - 2] == APP2 else ()
     return _upright(Decoded(pixels, changes), orientation(content), how)
 
 
