@@ -40,7 +40,7 @@ def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.devi
 
 
 @torch.no_grad()
-def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> Int[Tensor, 3]:
+def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> Int[Tensor, " 3"]:
     """`hits` over all ranks of an objective that predicts logits."""
     objective.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=device)
@@ -51,14 +51,14 @@ def accuracy(objective: nn.Module, batches: Iterable[Batch], device: torch.devic
     return dist.all_reduce_sum(counts)
 
 
-def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, 3]:
+def hits(scores: Float[Tensor, "b classes"], labels: Int[Tensor, " b"]) -> Int[Tensor, " 3"]:
     """Counts of [label is first, label is among the first five, samples]; NaN scores hit nothing."""
     first = scores.nan_to_num(-torch.inf).topk(min(5, scores.shape[1]), 1).indices == labels[:, None]
     first &= scores.isfinite().all(1, keepdim=True)
     return torch.stack([first[:, 0].sum(), first.any(1).sum(), first.new_tensor(len(labels), dtype=torch.int64)])
 
 
-def percentages(counts: Int[Tensor, 3], num_images: int) -> dict[str, float]:
+def percentages(counts: Int[Tensor, " 3"], num_images: int) -> dict[str, float]:
     """{"top1", "top5" (percent), "num_test_images"} from counts of `hits` over a split of `num_images`, and where some
     of these are unreadable their "num_unreadable". Raises ValueError where all are.
     """
@@ -90,7 +90,7 @@ def features(
 
 def knn(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, k: int, temperature: float
-) -> Int[Tensor, 3]:
+) -> Int[Tensor, " 3"]:
     """`hits` of nearest neighbours by cosine, votes exp(similarity / temperature) (Wu et al. 2018, section 3.4)."""
     bank = nn.functional.normalize(train[0], dim=1), train[1]
     counts = torch.zeros(3, dtype=torch.int64, device=train[0].device)

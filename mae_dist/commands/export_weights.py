@@ -1,7 +1,7 @@
-"""`mae-dist export RUN --to timm|hf|fb|npz|safetensors --out PATH`: convert a run's newest checkpoint.
+"""`mae-dist export RUN --to timm|hf|fb|npz|safetensors|onnx --out PATH`: convert a run's newest checkpoint.
 
-The file is read back as `import` would read it, and both models compute the same images. Unless their results are
-bit-identical, the file is deleted.
+The file is read back as `import` would read it (ONNX: by onnxruntime), and both models compute the same images. Unless
+their results are bit-identical (ONNX: close), the file is deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 from mae_dist.schema import RANDOM, RunConfig
-from mae_dist.weights import FORMATS, Model, Overrides, files, native
+from mae_dist.weights import FORMATS, Model, Overrides, files, native, onnx
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +68,11 @@ def main(argv: list[str]) -> int:
             codec.write(tensors, model, temporary)
         except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own
             raise ValueError(f"--out {path}: could not be written (disk full?): {files.first_line(error)}") from error
-        copy = read(temporary, Overrides()).model
-        lost = num_values(tensors) - num_values(copy.state)
-        if lost:
-            raise ValueError(f"--out {path}: the file has lost {lost:,} numbers when read back; it was deleted")
-        gaps = differences(original, build(copy, str(path)))
+        if codec is onnx:
+            gaps = onnx.differences(temporary, tensors, model, f"--out {path}")
+        else:
+            gaps = differences_read_back(original, tensors, temporary, f"--out {path}")
         listed = ", ".join(f"{what} {gap:g}" for what, gap in gaps.items())
-        if any(gap != 0 for gap in gaps.values()):
-            raise ValueError(f"--out {path}: the file differs from the run when read back ({listed}); it was deleted")
     print(f"{path}: step {model.step:,} of {arguments.folder} for {arguments.to}, {len(tensors)} tensors")
     for sentence in [*notes, *(f"left out: {sentence}" for sentence in left_out)]:
         print(f"  {sentence}")
@@ -139,6 +136,20 @@ def with_folded_norm(model: Model) -> Model:
     state["head.bias"] = (state["head.bias"].double() - weight @ mean).float()
     state["head.weight"] = weight.float()
     return dataclasses.replace(model, verb="finetune", state=state)
+
+
+def differences_read_back(original: Objective, tensors: dict[str, Tensor], file: Path, origin: str) -> dict[str, float]:
+    """`differences` of the file's model, as `import` reads it, from the original. ValueError, beginning with
+    ``origin``, unless all are 0.
+    """
+    copy = read(file, Overrides()).model
+    if lost := num_values(tensors) - num_values(copy.state):
+        raise ValueError(f"{origin}: the file has lost {lost:,} numbers when read back; it was deleted")
+    gaps = differences(original, build(copy, origin))
+    if any(gap != 0 for gap in gaps.values()):
+        listed = ", ".join(f"{what} {gap:g}" for what, gap in gaps.items())
+        raise ValueError(f"{origin}: the file differs from the run when read back ({listed}); it was deleted")
+    return gaps
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class RandAugment:
         """The seeds of samples for Python's generator and NumPy's."""
         return rng.bits(self.seed, rng.Purpose.AUGMENT, epochs, ids, 2)
 
-    def __call__(self, pixels: Pixels, seeds: Int[np.ndarray, 2]) -> Pixels:
+    def __call__(self, pixels: Pixels, seeds: Int[np.ndarray, " 2"]) -> Pixels:
         """Augment an image as timm does with these seeds; Python's global generator is as before at the end."""
         before = random.getstate()
         random.seed(int(seeds[0]))  # timm's operations draw from it

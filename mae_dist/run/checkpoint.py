@@ -25,6 +25,7 @@ from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.run import jsonl, layout
 from mae_dist.run.layout import MANIFEST
+from mae_dist.tensor_bytes import bytes_of
 from mae_dist.watchdog import progress
 
 MODEL, OPTIMIZER, EMA, LOSS_SCALE = "model.", "optimizer.", "ema.", "scaler."
@@ -153,11 +154,6 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
         stream.flush()
         sync(stream.fileno(), file)
     return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, not copied where it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def verify(path: Path) -> str | None:

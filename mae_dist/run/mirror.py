@@ -12,6 +12,7 @@ import json
 import logging
 import netrc
 import os
+import queue
 import shutil
 import socket
 import threading
@@ -94,8 +95,9 @@ class Mirror:
         with suppress(OSError, ValueError, TypeError):  # no earlier start, or a file that is damaged
             counted |= json.loads(self.counted.read_text())
         self.lines, self.next, self.folders = counted["lines"], counted["next"], counted["folders"]
-        if mode == "offline":
-            self._remove_unfinished()
+        self.calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
         self._attempt(lambda: self._open(config, verb, mode))
         if self.run is not None:
             records = jsonl.read(path / layout.METRICS) if (path / layout.METRICS).is_file() else []
@@ -108,6 +110,8 @@ class Mirror:
     def _open(self, config: RunConfig, verb: str, mode: Mode) -> None:
         import wandb
 
+        if mode == "offline":
+            self._remove_unfinished()
         track, environ = config.track, os.environ
         given: dict[str, Any] = {
             "project": track.project or environ.get("WANDB_PROJECT", "mae_dist"),
@@ -155,30 +159,35 @@ class Mirror:
 
     def finish(self) -> None:
         """Wait until all is written, and note it for the next start."""
-        if self.run is None:
-            return
-        folder = Path(self.run.dir).parent.name
-        self._attempt(self.run.finish)
         if self.run is not None:
-            content = {"lines": self.lines, "next": self.next, "folders": [*self.folders, folder]}
-            self.counted.parent.mkdir(exist_ok=True)
-            jsonl.write_atomic(self.counted, json.dumps(content) + "\n")
+            self._attempt(self._close)
+            self.calls.put(None)
+
+    def _close(self) -> None:
+        assert self.run is not None
+        folder = Path(self.run.dir).parent.name
+        self.run.finish()
+        content = {"lines": self.lines, "next": self.next, "folders": [*self.folders, folder]}
+        self.counted.parent.mkdir(exist_ok=True)
+        jsonl.write_atomic(self.counted, json.dumps(content) + "\n")
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Call `action` in a thread, and wait WAIT s at most. After a failure wandb is not used again here."""
-        problems: list[object] = []
-
-        def attempt() -> None:
-            try:
-                action()
-            except Exception as error:  # wandb errors must not stop training
-                problems.append(error)
-
-        thread = threading.Thread(target=attempt, daemon=True)
-        thread.start()
-        thread.join(WAIT)
-        if thread.is_alive():
-            problems.append(f"no answer in {WAIT:g} s")
-        if problems:
-            log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", problems[0])
+        """Call `action` in the mirror's thread, and wait WAIT s at most. After a failure wandb is not used again."""
+        self.calls.put(action)
+        try:
+            problem = self.answers.get(timeout=WAIT)
+        except queue.Empty:
+            problem = f"no answer in {WAIT:g} s"
+        if problem is not None:
+            log.warning("wandb failed (%s): going on without it; metrics.jsonl has everything", problem)
             self.run = None
+            self.calls.put(None)
+
+    def _serve(self) -> None:
+        """Make the calls, one after the other, until None."""
+        for call in iter(self.calls.get, None):
+            try:
+                call()
+                self.answers.put(None)
+            except Exception as error:  # wandb errors must not stop training
+                self.answers.put(error)

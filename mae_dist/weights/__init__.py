@@ -5,6 +5,7 @@
     hf           folder of ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
     npz          Flax arrays of google-research/vision_transformer, ViT and Mixer: backbone, head
     safetensors  folder with mae_dist's own names, settings and a model card: everything
+    onnx         graph of the backbone and its head, written only
 
 A file is recognised by its content, and reading it executes nothing that is in it. Names and shapes are converted;
 bits never change. Whatever the file does not record is assumed, and each assumption is printed; whatever cannot be kept
@@ -21,11 +22,11 @@ from types import ModuleType
 from typing import Any
 
 from mae_dist.starts import INDEX, WEIGHT_FILES
-from mae_dist.weights import fb, files, hf, native, npz, state_dicts, timm
+from mae_dist.weights import fb, files, hf, native, npz, onnx, state_dicts, timm
 from mae_dist.weights.checks import brief, class_names
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
 
-FORMATS: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": native}
+FORMATS: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": native, "onnx": onnx}
 """Values of `mae-dist export --to` and the module that writes each."""
 
 __all__ = ["FORMATS", "Decoded", "Model", "Overrides", "Reading", "read"]

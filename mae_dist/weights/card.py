@@ -43,7 +43,8 @@ def rows(model: Model) -> dict[str, Any]:
         "feature": "class token" if model.pool == "cls" else "mean of the patch tokens",
         "parameters": f"{size:,}, of which {backbone:,} in the backbone",
         "images": f"{colours}, {height} x {width} px, scaled to 0..1, then (x - mean) / std",
-        "crop": f"the central {config.view.test_crop:g} of the image, in the shape of the input, bicubic",
+        "crop": f"the central {config.view.test_crop:g} of the image, in the shape of the input, bicubic"
+        + (f" ({model.crop_elsewhere})" if model.crop_elsewhere else ""),
         "mean": format_channels(config.data.mean),
         "std": format_channels(config.data.std),
     }

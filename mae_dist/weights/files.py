@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mae_dist import small_files
 from mae_dist.atomic import replacing
+from mae_dist.tensor_bytes import bytes_of
 from mae_dist.weights.checks import brief
 
 log = logging.getLogger(__name__)
@@ -111,9 +112,9 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """The sha256 of tensors: of their names, types, shapes and bytes, for the metadata DIGEST of a file."""
     found = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().cpu()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensor))
     return found.hexdigest()
 
 

@@ -110,6 +110,8 @@ def encode(model: Model) -> tuple[dict[str, Tensor], list[str]]:
     kept, left_out = model.portable(decoder=True)
     if len({*model.image_size}) > 1:
         left_out.append("the crop to the shape of the input: transformers' processor squeezes the whole image to it")
+    elif model.crop_elsewhere:
+        left_out.append(model.crop_elsewhere)
     renamed = {}
     for name, tensor in split_attention(kept).items():
         converted = convert_name(name, TABLE, ".")

@@ -26,7 +26,10 @@ NDIM = {
     "backbone.blocks.0.mlp_tokens.fc1.weight": 2, "decoder_embed.weight": 2, "head.bias": 1,
 }  # fmt: skip
 """Number of dimensions of the tensors from whose shapes a model is identified."""
-UNSUPPORTED = {"reg_token": "registers", "register_tokens": "registers", "ls1.gamma": "LayerScale"}
+UNSUPPORTED = {
+    "reg_token": "registers", "register_tokens": "registers", "ls1.gamma": "LayerScale", "gamma_1": "LayerScale",
+    "relative_position_bias_table": "relative positions", "dist_token": "a distillation token",
+}  # fmt: skip
 """Tensor -> the part of other ViTs that it belongs to, which ViTs here do not have."""
 IGNORED = ("head", "pre_logits", "pooler")
 """Modules that only read the features and may be left out."""
@@ -134,6 +137,17 @@ class Model:
     def resized_side(self) -> int:
         """Pixels to which clients resize an image's shorter side before they crop its centre, as the test view does."""
         return round(min(self.image_size) / self.config.view.test_crop)
+
+    @property
+    def crop_elsewhere(self) -> str | None:
+        """How clients, which crop whole pixels, crop otherwise than the test view; None where they do not."""
+        share, side = self.config.view.test_crop, min(self.image_size)
+        if math.isclose(side / self.resized_side, share):
+            return None
+        return (
+            f"view.test_crop={share:g}: timm and transformers crop {side} of {self.resized_side} whole pixels, which "
+            f"is {side / self.resized_side:.4g} of the image, so a few answers may differ"
+        )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -247,9 +261,11 @@ def architecture(
     """
     kind, weight = embedding_of(state, origin)
     dim, channels, patch, width = weight.shape
+    depth = num_blocks("backbone.blocks", state)
+    if not depth:
+        raise ValueError(f"{origin}: has a patch embedding, but no blocks.0, so it is no ViT or Mixer (perhaps a Swin)")
     if kind == "vit" and "backbone.cls_token" not in state:
         raise ValueError(f"{origin}: a ViT without class token (cls_token), and ViTs here need one; try another model")
-    depth = num_blocks("backbone.blocks", state)
     if kind == "vit":
         refuse_unsupported_parts(state, origin)
     names = [
@@ -281,7 +297,7 @@ def architecture(
 
 
 def refuse_unsupported_parts(state: dict[str, Tensor], origin: str) -> None:
-    """Raise ValueError that names the parts of other ViTs (DeiT III, DINOv2) in a state dict, if there are any."""
+    """Raise ValueError that names the parts of other ViTs (BEiT, DeiT, DINOv2) in a state dict, if there are any."""
     parts = [f"{what} ({part})" for part, what in UNSUPPORTED.items() if any(n.endswith(f".{part}") for n in state)]
     if parts:
         raise ValueError(f"{origin}: a ViT with {' and '.join(parts)}, which ViTs here do not have; try another model")

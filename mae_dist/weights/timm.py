@@ -66,6 +66,7 @@ def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> D
 def encode(model: Model, decoder: bool = False) -> tuple[dict[str, Tensor], list[str]]:
     """Convert a model to (timm's state dict, sentences on what is left out); `decoder` keeps MAE's decoder of RGB."""
     kept, left_out = model.portable(decoder, only_rgb=True)
+    left_out += [model.crop_elsewhere] if model.crop_elsewhere and not decoder else []
     return {name.removeprefix("backbone."): tensor for name, tensor in kept.items()}, left_out
 
 

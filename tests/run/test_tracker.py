@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from running import SETTINGS
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from mae_dist import config, schema
+from mae_dist.__main__ import main
 from mae_dist.run import events, layout, mirror, tracker
 
 
@@ -47,6 +52,18 @@ def record_step(
         "loss_scale": torch.tensor(scale), "ids": torch.tensor([step, 7]), "epochs": torch.tensor([0, 1]),
     }  # fmt: skip
     tracked.step(step, 1e-3, {"data_wait": 0.25}, saving=False, tensors=tensors)
+
+
+def record_steps(path: Path, steps: range, killed: bool = False) -> None:
+    """A start that records these steps on wandb, offline, and then stops or kills its process."""
+    if killed:  # this process has no wandb in common with that of the tests
+        os.environ.pop("WANDB_SERVICE", None)
+    with new_tracker(path, steps.start - 1, wandb="offline") as tracked:
+        for step in steps:
+            record_step(tracked, step)
+        tracked.flush()
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -182,8 +199,8 @@ def test_summary_without_evaluations(tmp_path: Path) -> None:
     assert tracker.summary(tmp_path / "metrics.jsonl") == {"loss": 2.0, "bad": 0}
 
 
-def mirrored(run: Path) -> list[tuple[str, int, int]]:
-    """(folder, internal step, step) of each record in the offline files of wandb, in the order of their making."""
+def mirrored(run: Path) -> list[tuple[str, int, dict[str, Any]]]:
+    """(folder, internal step, values) of each record in the offline files of wandb, in the order of their making."""
     found = []
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
         data, place, content = file.read_bytes(), 7, b""
@@ -197,8 +214,9 @@ def mirrored(run: Path) -> list[tuple[str, int, int]]:
             if kind in (1, 4):  # whole, or the last piece
                 record, content = Record.FromString(content), b""
                 if record.HasField("history"):
-                    values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-                    found.append((file.parent.name, record.history.step.num, int(values["step"])))
+                    items = record.history.item
+                    values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+                    found.append((file.parent.name, record.history.step.num, values))
     return found
 
 
@@ -211,28 +229,43 @@ def test_wandb_offline_is_one_complete_run_over_stops_and_kills(
 
     def make(steps: range, stopped: bool) -> None:
         """A start that makes these steps, and then stops, or is killed with what wandb has not written yet."""
-        tracked = new_tracker(tmp_path, steps.start - 1, wandb="offline")
-        for step in steps:
-            record_step(tracked, step)
-        tracked.flush()
         if stopped:
-            tracked.__exit__()
-        else:
-            assert tracked.mirror is not None
-            assert tracked.mirror.run is not None
-            tracked.mirror.run.finish()  # what a killed start leaves: a folder that is not counted
-            if tracked.progress:
-                tracked.progress.stop()
+            record_steps(tmp_path, steps)
+            return
+        killed = multiprocessing.get_context("forkserver").Process(target=record_steps, args=(tmp_path, steps, True))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
 
     make(range(1, 3), stopped=True)
     make(range(3, 6), stopped=False)
     make(range(5, 7), stopped=True)  # from the checkpoint of step 4
     make(range(7, 8), stopped=True)
     found = mirrored(tmp_path)
-    assert [step for _, _, step in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [values["step"] for _, _, values in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [internal for _, internal, _ in found] == [0, 1, 2, 3, 4, 5, 6]
     assert len({folder for folder, _, _ in found}) == 3
     assert all(f"-{mirror.run_id(tmp_path)}" in folder for folder, _, _ in found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("verb", "settings", "steps"),
+    [("knn", ["knn.k=5"], []), ("probe", ["train.steps=2", "heads.sgd=[0.1]", "heads.ridge=true"], [1, 2])],
+)
+def test_wandb_has_what_knn_and_probe_heads_measure(
+    verb: str, settings: list[str], steps: list[int], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = [verb, f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, "init_from=random", *settings]
+    assert main([*words, "track.wandb=offline"]) == 0
+    found = [values for _, _, values in mirrored(tmp_path / "run")]
+    assert [values["step"] for values in found if "train/loss" in values] == steps
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    numbers = {name.removeprefix("test_"): value for name, value in result.items() if isinstance(value, int | float)}
+    last = {name.removeprefix("test/"): value for name, value in found[-1].items()}
+    assert {"top1", "top5"} <= numbers.keys() & last.keys()
+    assert all(numbers[name] == value for name, value in last.items() if name in numbers)
 
 
 def test_wandb_names_are_grouped() -> None:
@@ -263,18 +296,30 @@ def test_wandb_variables_count_where_a_setting_was_not_typed(
     assert "cannot be reached" in (mirror.offline_reason("http://127.0.0.1:9") or "")
 
 
-def test_wandb_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ConnectionError("the server has gone")
-
-    with new_tracker(tmp_path) as tracked:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hangs", [False, True])
+def test_wandb_failure_does_not_end_the_run(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """wandb refuses what is logged to a run that has ended. One thread makes all calls."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with new_tracker(tmp_path, wandb="offline") as tracked:
         sent: Any = tracked.mirror
-        sent.run, sent.next, sent.lines = SimpleNamespace(log=broken), 0, 0
         record_step(tracked, 1)
-        record_step(tracked, 2)
         tracked.flush()
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        threads = threading.active_count()
+        if hangs:
+            monkeypatch.setattr(mirror, "WAIT", 0.1)
+            sent.calls.put(threading.Event().wait)
+        else:
+            sent.run.finish()
+        for step in (2, 3):
+            record_step(tracked, step)
+        tracked.flush()
+        assert threading.active_count() <= threads
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert caplog.text.count("wandb failed") == 1
+    assert sent.run is None
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [(2.0, True), (3.0, False)])

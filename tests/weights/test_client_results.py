@@ -18,9 +18,12 @@ from torch import Tensor
 from trained import MEAN, STD, Cli, classifier, randomised, save_run, usage
 
 from mae_dist import models
+from mae_dist.commands import export_weights
 from mae_dist.data import crop, views
 from mae_dist.objectives.classify import Probe
+from mae_dist.run.directory import RunDir
 from mae_dist.schema import ViewConfig
+from mae_dist.weights import FORMATS, card
 
 SIZES = [(32, 32), (61, 45), (40, 97), (33, 64)]
 """(height, width) of the photos."""
@@ -83,6 +86,18 @@ def test_clients_see_and_classify_photos_as_mae_dist_does(
             assert torch.equal(logits.argmax(1), expected.argmax(1)), target
 
 
+def test_export_says_where_a_crop_of_whole_pixels_is_another_one(tmp_path: Path) -> None:
+    """0.875 of 32 px is that of 36.57 px, and clients take 37; of 224 px it is that of 256."""
+    for size, said in ((32, True), (224, False)):
+        run = save_run(
+            classifier("vit_demo4", image_size=size), "vit_demo4", tmp_path / f"{size}", size, test_crop=0.875
+        )
+        for target in ("timm", "hf"):
+            encoded = FORMATS[target].encode(export_weights.load(RunDir(run)))[1]
+            assert any("crop 32 of 37 whole pixels, which is 0.8649 of the image" in line for line in encoded) == said
+    assert "crop 32 of 37" in card.card(export_weights.load(RunDir(tmp_path / "32")), "timm", "")
+
+
 def test_probe_exports_as_a_linear_head_with_its_batch_norm_folded(tmp_path: Path, cli: Cli) -> None:
     probe: Any = randomised(Probe(models.build("vit_demo4", image_size=32), 5, chunk=2, seed=0))
     probe.norm.running_mean.normal_(generator=torch.Generator().manual_seed(3))
@@ -112,6 +127,25 @@ def test_folders_have_a_card_class_names_and_the_modes_of_umask(tmp_path: Path, 
         assert modes == {stat.S_IMODE((tmp_path / "x.pth").stat().st_mode)}
         cli("import", folder, "--out", again)
     assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog", "2": "yak"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["vit_demo4", "mixer_demo4"])
+def test_onnx_computes_in_onnxruntime_what_the_run_does_for_any_batch(name: str, tmp_path: Path, cli: Cli) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    objective = classifier(name, image_size=32)
+    run, file = save_run(objective, name, tmp_path / "run"), tmp_path / "x.onnx"
+    line = usage(cli("export", run, "--to", "onnx", "--out", file))
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    features, logits = eval(line, {"onnxruntime": onnxruntime, "images": images.numpy()})
+    with torch.no_grad():
+        expected = objective.backbone(images)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(logits), objective.head(expected), rtol=1e-4, atol=1e-4)
+    known = onnxruntime.InferenceSession(str(file)).get_modelmeta().custom_metadata_map
+    assert json.loads(known["pretrained_cfg"])["mean"] == list(MEAN)
+    assert json.loads(known["label_names"])[:2] == ["LABEL_0", "LABEL_1"]
 
 
 @pytest.mark.parametrize(("name", "pool"), [("vit_demo4", "cls"), ("vit_demo4", "avg"), ("mixer_demo4", "avg")])

@@ -239,6 +239,23 @@ def test_import_refuses_unsupported_parts_of_vits(tmp_path: Path, options: dict[
     assert f"a ViT {reason}" in refusal(tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize(
+    ("changes", "without", "reason"),
+    [
+        (("blocks.0.attn.relative_position_bias_table", "blocks.0.gamma_1"), "pos_embed",
+         "a ViT with LayerScale (gamma_1) and relative positions (relative_position_bias_table), which ViTs here"),
+        (("dist_token",), "", "a ViT with a distillation token (dist_token), which ViTs here do not"),
+        (("layers.0.blocks.0.norm1.weight",), "blocks.", "no blocks.0, so it is no ViT or Mixer (perhaps a Swin)"),
+    ],
+)  # fmt: skip
+def test_import_names_what_beit_deit_and_swin_have_that_no_model_here_has(
+    changes: tuple[str, ...], without: str, reason: str, tmp_path: Path
+) -> None:
+    state = {n: t for n, t in official(classifier()).items() if not without or not n.startswith(without)}
+    torch.save({"state_dict": state | dict.fromkeys(changes, torch.ones(128))}, tmp_path / "other.pth")
+    assert reason in refusal(tmp_path / "other.pth")
+
+
 class Hostile:
     """Touches a file when it is unpickled."""
 
@@ -323,7 +340,7 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
         (["export", run, "--to", "keras"], ["--to", "invalid choice", "keras"]),
         (["export", run, "--to", "fb", "--out", tmp_path / "x.bin"], ["x.bin", "ends in .pth"]),
         (["export", run, "--to", "hf", "--out", tmp_path / "x.pth"],
-         ["x.pth: hf is a folder", f"try --out {tmp_path / 'x'}, or --to timm or fb or npz"]),
+         ["x.pth: hf is a folder", f"try --out {tmp_path / 'x'}, or --to timm or fb or npz or onnx"]),
         (["export", run, "--to", "safetensors", "--out", tmp_path / "x.safetensors"], ["safetensors is a folder"]),
         (["export", pooled, "--to", "hf"], ["--to hf", "model.pool=avg"]),
         (["export", pooled, "--to", "npz", "--out", tmp_path / "out.npz"], ["--to npz", "fc_norm"]),
