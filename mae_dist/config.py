@@ -126,7 +126,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
         plain = setting_texts.as_written(plain, written, kinds, origin)
         try:
             config = OmegaConf.unsafe_merge(config, plain)  # in place: half of a start is copying otherwise
-        except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
+        except (errors.OmegaConfBaseException, *small_files.errors()) as error:
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
     if {"init_from", "model.name"} & OmegaConf.missing_keys(config) == {"model.name"} and "init_from" in config:
@@ -148,7 +148,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
         small_files.check_yaml(f"config {file}", text)
         try:
             yield f"{file}: ", OmegaConf.load(io.StringIO(text)), yaml.load(text, yaml.BaseLoader)
-        except (*small_files.ERRORS, OSError) as error:  # OSError: OmegaConf's for a single value
+        except (*small_files.errors(), OSError) as error:  # OSError: OmegaConf's for a single value
             raise ValueError(f"config {file}: not YAML: {_one_line(error)}") from error
     for override in overrides:
         if "=" not in override:
@@ -163,7 +163,7 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
                 layer = setting_texts.from_override(name, value)
             else:
                 layer = OmegaConf.from_dotlist([f"{name}=null" if none else override])
-        except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
+        except (errors.OmegaConfBaseException, *small_files.errors()) as error:
             what = "brackets, braces or quotes do not match" if isinstance(error, yaml.YAMLError) else _one_line(error)
             raise ValueError(f"argument {override!r}: {what.rpartition(f'argument {override!r}: ')[2]}") from error
         yield f"{override}: ", layer, {} if none else setting_texts.from_override(name, value)
@@ -178,7 +178,7 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     setting_texts.refuse_odd(plain, f"{origin}: ")
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
-    except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
+    except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
     assert isinstance(result, RunConfig)
     return result

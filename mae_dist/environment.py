@@ -6,11 +6,8 @@ torchrun sets RANK, WORLD_SIZE and others. The tasks of `srun` and of MPI launch
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +75,9 @@ def nodes_left_out(environ: Mapping[str, str]) -> str:
 
 def of_user() -> dict[str, str]:
     """Variables to set for libraries, where the system knows no name or home of the user, as in many containers."""
+    import getpass
+    import tempfile
+
     found = {}
     try:
         getpass.getuser()
@@ -92,8 +92,10 @@ def of_user() -> dict[str, str]:
 
 def check_compiler(wanted: bool, device: str) -> None:
     """Raise ValueError where a compiler is wanted, of C for GPUs or of C++, and there is none."""
+    from shutil import which
+
     variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
-    if wanted and not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name):
+    if wanted and not any(which(name) for name in (os.environ.get(variable, ""), *names) if name):
         raise ValueError(
             f"machine.compile=true: torch needs a compiler ({', '.join(names)}, or what the environment variable "
             f"{variable} names), and there is none; install one, or leave machine.compile=false"

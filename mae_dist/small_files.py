@@ -5,11 +5,8 @@ An alias of YAML, which lets a line stand for a billion, is refused. Imports no 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mae_dist.errors import from_os_error
 
@@ -17,10 +14,20 @@ MOST_YAML, MOST_JSON = 2**22, 2**28
 """Bytes of a file."""
 MOST_LEVELS = 30
 """Lists and mappings of YAML within each other."""
-ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
-"""What parsers raise for damaged texts."""
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Of C, ten times as fast: for tables of many runs."""
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What parsers raise for damaged texts."""
+    from yaml import YAMLError  # imported where it is needed: help and much else needs none
+
+    return YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError
+
+
+def loader() -> Any:
+    """PyYAML's loader of plain values; that of C is ten times as fast, for tables of many runs."""
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_text(file: Path, most: int) -> str:
@@ -40,33 +47,39 @@ def read_text(file: Path, most: int) -> str:
 
 def read_yaml(file: Path) -> Any:
     """The value of a YAML file, of plain types. Raises ValueError where it is none, and MachineFault."""
+    import yaml
+
     text = read_text(file, MOST_YAML)
     check_yaml(file, text)
     try:
-        return yaml.load(text, LOADER)
-    except ERRORS as error:
+        return yaml.load(text, loader())
+    except errors() as error:
         raise ValueError(f"{file}: not YAML: {_one_line(error)}") from error
 
 
 def check_yaml(file: Path | str, text: str) -> None:
     """Raise ValueError where a text is no YAML, has aliases, or is too deep."""
+    import yaml
+
     level = 0
     try:
-        for event in yaml.parse(text, LOADER):
+        for event in yaml.parse(text, loader()):
             level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"has an alias, *{event.anchor}, in line {event.start_mark.line + 1}: write it out")
             if level > MOST_LEVELS:
                 raise ValueError(f"has more than {MOST_LEVELS} levels")
-    except ERRORS as error:
+    except errors() as error:
         raise ValueError(f"{file}: not YAML: {_one_line(error)}") from error
 
 
 def parse_json(text: str | bytes, origin: object) -> dict[str, Any]:
     """The object of a JSON text. Raises ValueError, which begins with ``origin``, where it is none."""
+    import json
+
     try:
         found = json.loads(text)
-    except ERRORS as error:
+    except errors() as error:
         raise ValueError(f"{origin}: not JSON: {_one_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{origin}: no JSON object, but {str(found)[:40]!r}")

@@ -60,7 +60,7 @@ COMMANDS = [
     _command("data index tars/x.tar --labels labels.json", "tars labels.json", "labels.json"),
     _command("data index tars/x.tar --labels json:label", "tars", "tars/x.tar"),
     _command("data index tars/x.tar --classes classes.txt", "tars classes.txt", "classes.txt"),
-    _command("data index data/train-000000.tar", "data", "data/dataset.json"),
+    _command("data index data/train-000000.tar --split train", "data", "data/dataset.json"),
     _command("data pack folder --source folder --out new --workers 1", "folder", "folder/*/*"),
     _command("data pack folder --source folder --labels list.csv --out new --workers 1", "folder list.csv", "list.csv"),
     _command("data pack cifar100 --source cifar.tar.gz --out new --workers 1", "cifar.tar.gz", "cifar.tar.gz"),
