@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from launch.pipeline import Run, Stage
+from mae_dist import environment
 from mae_dist.errors import DONE, INTERRUPTED, STOPPED
 from mae_dist.monitor.logs import find_cause, last_line
 from mae_dist.monitor.status import root_failure, since_last_start
@@ -53,11 +54,11 @@ def print_failure(run: Run, status: int, output: list[str]) -> None:
 def execute(run: Run) -> tuple[int, list[str]]:
     """Print and run `mae-dist ARGV`; give its exit status and output. The output is kept in the run's local.log."""
     print(f"\n$ mae-dist {shlex.join(run.argv)}", flush=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-u", "-m", "mae_dist", *run.argv]
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        [*environment.python(), *run.argv], env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
     assert process.stdout is not None
     output: list[str] = []
     while True:

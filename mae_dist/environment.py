@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ SPECIAL_STEPS = 0xFFFFFFF0
 """From here on SLURM numbers the steps that are no user's: a job's script, the shell of salloc."""
 FIRST_PORT, NUM_PORTS = 15_000, 15_000
 """Ports below those that kernels give to connections by themselves."""
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable: torch's folder for compiled code."""
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -90,16 +94,38 @@ def of_user() -> dict[str, str]:
     return found
 
 
-def check_compiler(wanted: bool, device: str) -> None:
-    """Raise ValueError where a compiler is wanted, of C for GPUs or of C++, and there is none."""
+def python() -> list[str]:
+    """The words that start `python -m mae_dist` in another process. It takes no modules from the working folder, which
+    may be one of data in which others have put theirs, unless mae_dist itself lies there.
+    """
+    own = os.path.exists("mae_dist") and os.path.samefile("mae_dist", Path(__file__).parent)
+    return [sys.executable, *([] if own else ["-P"]), "-m", "mae_dist"]
+
+
+def prepare_compiler(device: str) -> None:
+    """Give torch a folder of this user's own for what it compiles, whose default, /tmp/torchinductor_USER, others can
+    make first. Raises ValueError where they have made this one, or where there is no compiler: of C for GPUs, or C++.
+    """
+    import tempfile
     from shutil import which
 
     variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
-    if wanted and not any(which(name) for name in (os.environ.get(variable, ""), *names) if name):
+    if not any(which(name) for name in (os.environ.get(variable, ""), *names) if name):
         raise ValueError(
             f"machine.compile=true: torch needs a compiler ({', '.join(names)}, or what the environment variable "
             f"{variable} names), and there is none; install one, or leave machine.compile=false"
         )
+    if COMPILED in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"mae_dist-compiled-{os.getuid()}"
+    folder.mkdir(0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"machine.compile=true: {folder}, for compiled code, is another user's, or others may write into it; "
+            f"remove it, or set the environment variable {COMPILED} to a folder of your own"
+        )
+    os.environ[COMPILED] = str(folder)
 
 
 def check_torchrun(environ: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -73,7 +72,8 @@ def run(argv: list[str], config: LaunchConfig) -> int:
     """Run `python -m mae_dist ARGV` once on the ranks that torchrun's agent starts, and return their exit status."""
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, sys.executable)("-m", "mae_dist", *argv)
+        program, *words = environment.python()
+        elastic_launch(config, program)(*words, *argv)
     except ChildFailedError as error:
         first_rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

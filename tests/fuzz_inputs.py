@@ -107,7 +107,7 @@ def make(folder: Path, names: set[str], run: Callable[[Sequence[str]], None]) ->
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     for argv in (
         "data index labelled/x.tar --labels txt", "pretrain recipe.yaml out=run",
-        "export run --to timm --out ex.pth", "export run --to npz --out ex.npz",
+        "export run --to timm --out ex.pth", "export run --to npz --out ex.npz", "export run --to fb --out fb.pth",
         "export run --to hf --out hf", "export run --to safetensors --out st",
     ):  # fmt: skip
         if not argv.startswith("export") or argv.split()[-1] in names:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 HOSTILE: list[Any] = [
-    None, True, -1, 0, 1, 2**31, 2**63, 10**30, -(2**63), 1e308, float("nan"), float("inf"), 1e-300, 0.5, "", "x", [],
+    None, True, -1, 0, 1, 2**31, 2**63, 10**400, -(2**63), 1e308, float("nan"), float("inf"), 1e-300, 0.5, "", "x", [],
     {}, [[]], "${oc.env:HOME}", "???", "a\nb", "\x1b[2J", "<b>", "é" * 300, "9" * 5000, "../../../etc/passwd",
     "/etc/passwd", "/dev/zero", "-1", "nan", [1, 2, 3], {"a": {"b": 1}}, ["a", None], "x" * 100_000, "%s%n{0}", "~root",
     "a::b", "{1..99999999}", "**", "\ud800",

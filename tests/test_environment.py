@@ -1,6 +1,8 @@
 """Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -101,6 +103,40 @@ def test_compile_without_a_compiler_is_refused_before_the_run_starts(
     words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "machine.compile=true"]
     assert "machine.compile=true: torch needs a compiler (g++" in refused(capsys, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_other_processes_take_no_modules_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold somebody's data set, with modules beside the tars."""
+    root = str(Path(place.__file__).parents[1])
+    (tmp_path / "logging.py").write_text("open('executed', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([*place.python(), "--version"], env=os.environ | {"PYTHONPATH": root}, check=False)
+    assert done.returncode == 0
+    assert not Path("executed").exists()
+    monkeypatch.chdir(root)  # a clone that is not installed
+    assert place.python() == [sys.executable, "-m", "mae_dist"]
+
+
+def test_compiled_code_lies_in_a_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setenv(place.COMPILED, "kept")
+    place.prepare_compiler("cpu")
+    assert os.environ[place.COMPILED] == "kept"
+    folder = tmp_path / f"mae_dist-compiled-{os.getuid()}"
+    for make in (lambda: folder.symlink_to(tmp_path), lambda: folder.mkdir() or folder.chmod(0o777)):
+        monkeypatch.delenv(place.COMPILED, raising=False)
+        make()
+        with pytest.raises(ValueError, match=f"^machine.compile=true: {folder}, .* is another user's"):
+            place.prepare_compiler("cpu")
+        folder.unlink() if folder.is_symlink() else folder.rmdir()
+    for _ in range(2):
+        monkeypatch.delenv(place.COMPILED, raising=False)
+        place.prepare_compiler("cpu")
+        assert os.environ[place.COMPILED] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_two_tasks_of_srun_train_one_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mae_dist.data import index, places
 from mae_dist.data.decode import decode, own_channels, stored_size
 from mae_dist.data.pixels import Decoding
 from mae_dist.errors import DONE
-from mae_dist.printed import counted, span
+from mae_dist.printed import counted, escaped, span
 from mae_dist.schema import DataConfig
 
 NUM_SIZES = 2000
@@ -72,7 +72,7 @@ def _show(arguments: argparse.Namespace) -> None:
         for number, sample in enumerate(chosen):
             sizes[stored_size(data.read(int(sample)), how)] += 1
             tick("sizes", number + 1, len(chosen))
-    print(f"{path}: {dataset.name}, {facts(dataset)}")
+    print(escaped(f"{path}: {dataset.name}, {facts(dataset)}"))
     print_splits(dataset.splits if known else {split: data.shards})
     _print_classes(split, labels, dataset.classes)
     _print_sizes(split, sizes, len(chosen))
@@ -100,7 +100,7 @@ def _print_classes(split: str, labels: np.ndarray, classes: list[str] | None) ->
         return
     largest = ", ".join(f"{_class_name(label, classes)} ({count})" for label, count in counts[:5])
     sizes = span(counts[-1][1], counts[0][1])
-    print(f"  {split}: {counted(len(counts), 'class')} of {sizes} images; largest: {largest}")
+    print(escaped(f"  {split}: {counted(len(counts), 'class')} of {sizes} images; largest: {largest}"))
 
 
 def _print_sizes(split: str, sizes: Counter[tuple[int, int] | None], num_images: int) -> None:

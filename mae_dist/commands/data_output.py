@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mae_dist.data import index
 from mae_dist.data.pack import ProgressCallback
-from mae_dist.printed import counted
+from mae_dist.printed import counted, escaped
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def progress() -> Iterator[ProgressCallback]:
 
 def report(dataset: index.Dataset, folder: Path, more: str = "") -> None:
     """Print what was written, `more` lines about it, and the next command."""
-    print(f"wrote {folder}/{index.FILE}: {dataset.name}, {facts(dataset)}")
+    print(escaped(f"wrote {folder}/{index.FILE}: {dataset.name}, {facts(dataset)}"))
     print_splits(dataset.splits)
     if more:
         print(more)
@@ -55,6 +55,6 @@ def print_splits(splits: Mapping[str, Sequence[index.Shard]]) -> None:
     """Print a line a split: images, tars, size, and how many have no label."""
     for split, shards in splits.items():
         samples, labelled = sum(s.num_samples for s in shards), sum(s.num_labelled for s in shards)
-        size = sum(shard.num_bytes for shard in shards) / 1e6
+        size, name = sum(shard.num_bytes for shard in shards) / 1e6, escaped(split)
         unlabelled = f", {samples - labelled} without a label" if labelled < samples else ""
-        print(f"  {split:8s} {samples:9,d} images in {counted(len(shards), 'tar')}, {size:,.1f} MB{unlabelled}")
+        print(f"  {name:8s} {samples:9,d} images in {counted(len(shards), 'tar')}, {size:,.1f} MB{unlabelled}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def main(argv: list[str]) -> int:
 def step(*argv: str) -> int:
     """Print and run `mae-dist ARGV`; return its exit status."""
     print(f"\n$ mae-dist {shlex.join(argv)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "mae_dist", *argv], check=False).returncode
+    return subprocess.run([*environment.python(), *argv], check=False).returncode
 
 
 def default_processes() -> int:

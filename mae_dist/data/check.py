@@ -104,11 +104,11 @@ def _local(place: Place) -> Iterator[Place]:
 
 
 def _key(place: Place) -> str:
-    """A hash of what a report depends on: the tar and its index by size, time and whether this user may read them, and
-    what dataset.json says.
+    """A hash of what a report depends on: the tar and its index by size, time, inode, as a copy may be damaged, and
+    whether this user may read them, and what dataset.json says.
     """
-    paths = [*filter(os.path.isfile, (place.tar, place.idx))]
-    files = [(s.st_size, s.st_mtime_ns, os.access(path, os.R_OK)) for path in paths for s in [os.stat(path)]]
+    found = [(path, os.stat(path)) for path in filter(os.path.isfile, (place.tar, place.idx))]
+    files = [(s.st_size, s.st_mtime_ns, s.st_ino, os.access(path, os.R_OK)) for path, s in found]
     known = place.shard and asdict(place.shard), place.dataset.mean, place.dataset.white
     return hashlib.sha256(json.dumps([FORMAT, files, known]).encode()).hexdigest()
 

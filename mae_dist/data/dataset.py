@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.data.classes import Classes, Merging, merge
 from mae_dist.data.remote import Remote, name_of
@@ -108,10 +109,10 @@ class Dataset:
             raise ValueError(f"{folder}: no such folder")
         if not path.is_file():
             raise ValueError(f"data.path={folder}: no {FILE} in it; `mae-dist data index {folder}` makes one")
-        return Dataset.parse(path.read_bytes(), str(path))
+        return Dataset.parse(small_files.read_text(path, small_files.MOST_JSON), str(path))
 
     @staticmethod
-    def parse(text: bytes, path: str) -> Dataset:
+    def parse(text: str | bytes, path: str) -> Dataset:
         """Read the content of a dataset.json. Raises ValueError, which begins with ``path``, when it is damaged."""
         try:
             return _parsed(json.loads(text))

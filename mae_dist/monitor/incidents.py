@@ -39,8 +39,8 @@ def _text(event: Event) -> str:
     """What happened, in one sentence; empty for events that are no incident."""
     match event["event"]:
         case "start":
-            text = f"started again on {event['hostname']}, {event['ranks']} ranks"
-            if "reached" not in event:
+            text = f"started again on {event.get('hostname', '?')}, {event.get('ranks', '?')} ranks"
+            if not event.keys() >= {"reached", "away"}:
                 return text
             repeated = event["reached"] - event["step"]
             return f"{text}; {repeated} steps repeated, {duration(event['away'])} after the last step"

@@ -142,7 +142,9 @@ def show_job(run: Path, job: Submission, num_lines: int, all_starts: bool) -> No
 
 def failures_by_task(recorded: list[Event], failed: list[Event], num_tasks: int) -> dict[int, Event]:
     """Of each task the `fail` event that is likeliest its cause; a task runs one rank or, under torchrun, several."""
-    num_ranks = next((event["ranks"] for event in reversed(recorded) if event["event"] == "start"), num_tasks)
+    num_ranks = next(
+        (event.get("ranks", num_tasks) for event in reversed(recorded) if event["event"] == "start"), num_tasks
+    )
     by_task: dict[int, list[Event]] = {}
     for event in failed:
         by_task.setdefault(event["rank"] * num_tasks // max(num_ranks, num_tasks, 1), []).append(event)
@@ -173,8 +175,7 @@ def show_start(logs: Path, job: str, start: int, tasks: list[Task], num_lines: i
 
 def read_task(logs: Path, job: str, number: int, start: int, found: list[Event], failure: Event | None = None) -> Task:
     """A task with its log of one start: from the line that begins it to the next such line, else what is before any."""
-    file = jobs.log_file(logs, job, number)
-    lines = [*map(escaped, file.read_text(errors="replace").splitlines())] if file.is_file() else []
+    lines = [*map(escaped, jobs.log_lines(logs, job, number))]
     marks = [i for i, line in enumerate(lines) if line.startswith("== start ")]
     begun = [i for i in marks if lines[i].startswith(f"== start {start} of job {job},")]
     after = begun[-1] if begun else -1
@@ -228,4 +229,4 @@ def traceback_in(lines: list[str]) -> range:
 def _tasks_with_log(logs: Path, job: str) -> list[int]:
     """Tasks of a job that have a log, even if none of them has started."""
     names = (file.name.removeprefix(f"{job}_").removesuffix("_log.out") for file in logs.glob(f"{job}_*_log.out"))
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isdecimal()]

@@ -31,6 +31,10 @@ from mae_dist.schema import RANDOM, PretrainConfig, RunConfig
 
 MAX_EARLIER_PICTURES = 6
 MAX_INCIDENTS = 50
+MOST_STEPS = 50_000
+"""Steps of a metrics.jsonl that are shown, at least, where it has as many."""
+MOST_PICTURE = 2**25
+"""Bytes of a picture."""
 LOSS_UNITS = {"probe": "cross-entropy, nats", "finetune": "cross-entropy, nats"}
 NORM_PIX = (
     "With mae.norm_pix=true the loss is in units of per-patch variance: 1.0 is predicting the patch mean. "
@@ -44,7 +48,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run's folder holds. `style` is the run's place in the report; `result` is {} until it is finished."""
+    """What one run's folder holds. `style` is the run's place in the report; `result` is {} until it is finished;
+    `every` is how many recorded steps each of those in `metrics` stands for.
+    """
 
     path: Path
     name: str
@@ -59,6 +65,7 @@ class Run:
     starts: list[dict[str, Any]]
     incidents: list[incidents.Incident]
     num_unreadable: int
+    every: int
 
     @property
     def resumed(self) -> list[float]:
@@ -158,12 +165,13 @@ def _read_run(path: Path, name: str, style: int) -> Run:
     if not file.is_file():
         raise ValueError(f"run {path}: holds no config.yaml, so it is no run of mae-dist; give the out= of a run")
     verb, data_fingerprint, config = layout.settings(path)
-    files = (jsonl.read_counting(path / name) for name in (layout.METRICS, events.FILE))
-    (metrics, recorded), num_unreadable = zip(*files, strict=True)
+    metrics, *damaged, every = jsonl.read_thinned(path / layout.METRICS, MOST_STEPS)
+    recorded, also_damaged = jsonl.read_counting(path / events.FILE)
+    recorded = events.sound(recorded, events.FIELDS)
     return Run(
         path=path, name=name, style=style, verb=verb, data_fingerprint=data_fingerprint, config=config,
         config_text=file.read_text("utf-8"), total_steps=layout.read_config(path)["total_steps"], result=_result(path),
-        num_unreadable=sum(num_unreadable),
+        num_unreadable=sum(damaged, also_damaged), every=every,
         metrics=[line for line in metrics if _finite(line.get("step"))],
         starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded, path),
     )  # fmt: skip
@@ -284,8 +292,8 @@ def curves(runs: Sequence[Run]) -> Iterator[tuple[str, Markup, Markup, str]]:
 
 
 def is_png(file: Path) -> bool:
-    """Whether a file is a PNG by its first bytes, and no link or folder."""
-    if file.is_symlink() or not file.is_file():
+    """Whether a file is a PNG by its first bytes, of a size that a report can hold, and no link or folder."""
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > MOST_PICTURE:
         return False
     with file.open("rb") as stream:
         return stream.read(8) == b"\x89PNG\r\n\x1a\n"

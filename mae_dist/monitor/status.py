@@ -191,8 +191,7 @@ def _recorded_status(recorded: list[Event]) -> RunStatus | None:
 
 def _printed(job: Submission) -> str:
     """What the script of a job printed last in the name of mae-dist, before any task."""
-    file = jobs.log_file(Path(job.logs), job.job, 0)
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    lines = jobs.log_lines(Path(job.logs), job.job, 0)
     return next((line.removeprefix(PROGRAM) for line in reversed(lines) if line.startswith(PROGRAM)), "")
 
 

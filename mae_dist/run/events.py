@@ -29,11 +29,16 @@ FILE = "events.jsonl"
 Kind = Literal["start", "stop", "fail", "rewind", "submit", "requeue", "finish"]
 Event = dict[str, Any]
 FIELDS = {
-    "start": ("step",), "stop": ("reason", "step", "message"), "fail": ("reason", "rank", "message"),
-    "rewind": ("step", "to", "nonfinite", "left_out"), "submit": ("job", "logs", "nodes", "tasks_per_node"),
-    "requeue": ("job", "start", "reason", "by", "message"),
+    "start": ("step",), "stop": ("reason", "step", "message"),
+    "fail": ("reason", "rank", "message"), "rewind": ("step", "to", "nonfinite", "left_out"),
+    "submit": ("job", "logs", "nodes", "tasks_per_node"), "requeue": ("job", "start", "reason", "by", "message"),
 }  # fmt: skip
 """The fields that an event of a kind always has."""
+TYPES: dict[str, Any] = {
+    "step": int, "ranks": int, "start": int, "to": int, "reached": int, "away": int | float, "nonfinite": list,
+    "left_out": list, "job": str, "logs": str,
+}  # fmt: skip
+"""The types of fields that are computed with."""
 
 
 def now() -> str:
@@ -52,7 +57,7 @@ def read(run: Path) -> list[Event]:
 
 
 def sound(recorded: Iterable[Event], fields: Mapping[str, tuple[str, ...]]) -> list[Event]:
-    """The events that have a kind, a time and all `fields` of their kind."""
+    """The events that have a kind, a time and all `fields` of their kind, of their types."""
     return [event for event in recorded if _is_sound(event, fields)]
 
 
@@ -60,9 +65,10 @@ def _is_sound(event: Event, fields: Mapping[str, tuple[str, ...]]) -> bool:
     kind, at = event.get("event"), event.get("time")
     if not (isinstance(kind, str) and isinstance(at, str)):
         return False
-    with suppress(ValueError):
-        datetime.fromisoformat(at)
-        return event.keys() >= {*fields.get(kind, ())}
+    with suppress(ValueError, OverflowError):
+        datetime.fromisoformat(at).timestamp()
+        typed = all(isinstance(event[name], expected) for name, expected in TYPES.items() if name in event)
+        return typed and event.keys() >= {*fields.get(kind, ())}
     return False
 
 

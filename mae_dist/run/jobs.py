@@ -26,6 +26,8 @@ from mae_dist.run import jsonl
 FOLDER = "jobs"
 PIPELINE = "pipeline"
 """The folder beside the stages' with their stamp files, and the logs of stages that make no run."""
+MOST_LOG = 2**26
+"""Bytes of a task's output that are read."""
 FIELDS = {"stop_requested": ("by",), "end": ("status",), "requeue": ("by", "message")}
 """The fields that an event of a task always has beside `start`."""
 Reason = Literal["saved", "stopped", "time_limit", "rank_lost"]
@@ -71,7 +73,7 @@ def record(logs: Path, job: str, task: int, event: str, start: int, **values: An
 def events(logs: Path, job: str) -> dict[int, list[dict[str, Any]]]:
     """Events of each task of a job, oldest first."""
     files = {file: file.stem.removeprefix(f"{job}_") for file in logs.glob(f"{job}_*.jsonl")}
-    read = {int(task): jsonl.read(file) for file, task in files.items() if task.isdigit()}
+    read = {int(task): jsonl.read(file) for file, task in files.items() if task.isdecimal()}
     return {task: [e for e in run_events.sound(found, FIELDS) if type(e.get("start")) is int]
             for task, found in read.items()}  # fmt: skip
 
@@ -79,3 +81,13 @@ def events(logs: Path, job: str) -> dict[int, list[dict[str, Any]]]:
 def log_file(logs: Path, job: str, task: int) -> Path:
     """The file with the output of a task, as submitit names it."""
     return logs / f"{job}_{task}_log.out"
+
+
+def log_lines(logs: Path, job: str, task: int) -> list[str]:
+    """The lines of the output of a task; of one of more than MOST_LOG bytes the last; [] where there is none."""
+    file = log_file(logs, job, task)
+    if not file.is_file():
+        return []
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - MOST_LOG))
+        return stream.read(MOST_LOG).decode(errors="replace").splitlines()

@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +28,8 @@ WAIT_FOR_LOCK = 5.0
 """Seconds that `append` waits for another process; a network file system may keep a dead one's lock for longer."""
 TAIL = 2**16
 """Bytes of the end of a file that `tail` reads."""
+LONGEST_LINE, LARGEST = 2**24, 2**63
+"""Bytes of a line, and the absolute value of a whole number, which a float must be able to hold."""
 
 
 def parse(line: bytes) -> Record | None:
@@ -44,6 +46,8 @@ def parse(line: bytes) -> Record | None:
 def _is_sound(record: Record) -> bool:
     """Whether a record of metrics has a step and numbers, or an event its time and kind."""
     step = type(record.get("step", 0)) is int
+    if any(type(value) is int and abs(value) > LARGEST for value in record.values()):
+        return False
     if "kind" in record:
         numbers = all(isinstance(record.get(name, 0), int | float) for name in NUMBERS)
         return step and numbers and "step" in record
@@ -59,12 +63,61 @@ def read_counting(path: Path) -> tuple[list[Record], int]:
     """All records of a file, and how many lines are damaged. A last line without newline, still being written say, does
     not count as damaged.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    found = [parse(line) for line in lines]
-    damaged = sum(
-        r is None and line[-1:] == b"\n" and line.strip() != b"" for r, line in zip(found, lines, strict=True)
-    )
-    return [record for record in found if record is not None], damaged
+    found = [*_records(path)]
+    return [record for record in found if record is not None], found.count(None)
+
+
+def _records(path: Path) -> Iterator[Record | None]:
+    """The records of a file, None for each damaged line; a line beyond LONGEST_LINE is several."""
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        while line := stream.readline(LONGEST_LINE):
+            if (record := parse(line)) is not None or (line[-1:] == b"\n" and line.strip()):
+                yield record
+
+
+class Thinned:
+    """Records of a file of any length, in the memory of twice `most`: each is the last of `every` (1, 2, 4, ...) in a
+    row, with the unreadable samples (`bad`) of all of them.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.every = most, 1
+        self.kept: list[Record] = []
+        self.waiting: list[Record] = []
+
+    def add(self, record: Record) -> None:
+        """Add the next record."""
+        self.waiting.append(record)
+        if len(self.waiting) == self.every:
+            self.kept.append(_last(self.waiting))
+            self.waiting = []
+        if len(self.kept) == 2 * self.most:
+            self.kept = [*map(_last, zip(self.kept[::2], self.kept[1::2], strict=True))]
+            self.every *= 2
+
+    def records(self) -> list[Record]:
+        """The records, in their order; the last one is always there."""
+        return [*self.kept, *([_last(self.waiting)] if self.waiting else [])]
+
+
+def _last(records: Sequence[Record]) -> Record:
+    bad = sum(record.get("bad", 0) for record in records)
+    return records[-1] | ({"bad": bad} if bad else {})
+
+
+def read_thinned(path: Path, most: int) -> tuple[list[Record], int, int]:
+    """The evaluations, then the steps of a metrics.jsonl, of either at most twice `most` (see `Thinned`); how many
+    lines are damaged; and how many steps each of the steps stands for.
+    """
+    steps, others, damaged = Thinned(most), Thinned(most), 0
+    for record in _records(path):
+        if record is None:
+            damaged += 1
+        else:
+            (steps if record.get("kind") == STEP else others).add(record)
+    return others.records() + steps.records(), damaged, steps.every
 
 
 def tail(path: Path, num_bytes: int = TAIL) -> list[Record]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from mae_dist import config as configuration
 from mae_dist import small_files
-from mae_dist.run import events, jobs
+from mae_dist.run import events, jobs, jsonl
 
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
 CODE, REVISION = "code", "REVISION"
@@ -79,7 +79,10 @@ def result(path: Path) -> dict[str, Any] | None:
     are damaged.
     """
     file = path / RESULT
-    return small_files.read_json(file) if file.is_file() else None
+    found = small_files.read_json(file) if file.is_file() else None
+    if any(type(value) is int and abs(value) > jsonl.LARGEST for value in (found or {}).values()):
+        raise ValueError(f"{file}: has a number that no machine holds")
+    return found
 
 
 def checkpoints(path: Path) -> list[Path]:

@@ -6,10 +6,9 @@ import dataclasses
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-from mae_dist import dist, errors, starts, weights
+from mae_dist import dist, environment, errors, starts, weights
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.run import layout
@@ -38,10 +37,10 @@ def import_once(source: Path, run: Path) -> None:
         if known.get("sha256") != sha256(*weights.locate(source)[0]):
             raise ValueError(f"init_from={source}: is not what {run} was imported from; choose another out=")
         return
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-m", "mae_dist", "import", str(source), "--out", str(run)], capture_output=True, text=True,
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""}, check=False,
+        [*environment.python(), "import", str(source), "--out", str(run)], capture_output=True, text=True,
+        env=variables | {"CUDA_VISIBLE_DEVICES": ""}, check=False,
     )  # fmt: skip
     last = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("mae-dist: ")
     if done.returncode == errors.USER_ERROR:

@@ -235,7 +235,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
-    environment.check_compiler(config.machine.compile, device.type)
+    if config.machine.compile:
+        environment.prepare_compiler(device.type)
     run = RunDir(config.out)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)

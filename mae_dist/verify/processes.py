@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mae_dist import environment
 from mae_dist.data.index import FILE
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
@@ -18,11 +18,11 @@ TAIL = 4096
 """Bytes at the end of a metrics.jsonl that hold its last step."""
 
 
-def start(argv: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+def start(argv: Sequence[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
     """Start `mae-dist ARGV` with more environment variables; append its output to the file `log`."""
     with log.open("ab") as stream:
-        command = [sys.executable, "-m", "mae_dist", *argv]
-        return subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | environment)
+        command = [*environment.python(), *argv]
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | variables)
 
 
 def last_line(path: Path) -> str:

@@ -199,3 +199,12 @@ def test_logs_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "was not launched by `mae-dist submit`" in message
     assert "metrics.jsonl" in message
     assert "--lines 0" in refused(capsys, "logs", tmp_path / "a", "--lines", 0)
+
+
+def test_logs_read_the_end_of_a_long_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MOST_LOG", 11)
+    jobs.log_file(tmp_path, "7", 0).write_text("first line\nlast line\n")
+    assert jobs.log_lines(tmp_path, "7", 0) == ["", "last line"]
+    assert jobs.log_lines(tmp_path, "7", 1) == []
+    (tmp_path / "7_\N{SUPERSCRIPT TWO}.jsonl").touch()
+    assert jobs.events(tmp_path, "7") == {}

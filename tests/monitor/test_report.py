@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import yaml
 from markupsafe import escape
 
 from mae_dist import config, image_grid
+from mae_dist.__main__ import main
 from mae_dist.cli import duration
 from mae_dist.monitor import report
 from mae_dist.run import events, jobs, layout
 
+NOW = "2026-01-01T00:00:00+0000"
 EVIL = '<script>alert("&")</script>'
 
 
@@ -293,6 +296,52 @@ def test_report_embeds_pictures_of_the_run_alone(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"\x89PNG\r\n\x1a\nsecret")
     (run / "pictures" / "reconstruction-000000099.png").symlink_to(tmp_path / "secret")
     (run / "pictures" / "other-000000001.png").write_bytes(b"no picture")
+    (run / "pictures" / "large-000000001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    os.truncate(run / "pictures" / "large-000000001.png", report.MOST_PICTURE + 1)
     html = render(run)
     assert "at step 99" not in html
     assert 'alt="other' not in html
+    assert 'alt="large' not in html
+
+
+def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", num_steps=100)
+    whole = cells(render(run), "run")
+    monkeypatch.setattr(report, "MOST_STEPS", 10)
+    page = render(run)
+    assert "8 in a row are shown as one, the last." in page
+    assert cells(page, "run") == whole
+    assert report.read_runs([run])[0].last("step") == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", {"kind": "step", "step": 10**400}),
+        ("metrics.jsonl", {"kind": "step", "step": 41, "loss": 10**400}),
+        ("metrics.jsonl", {"kind": "evaluation", "step": 40, "test_top1": -(10**400)}),
+        ("events.jsonl", {"event": "start", "time": NOW, "step": 3}),
+        (
+            "events.jsonl",
+            {"event": "start", "time": NOW, "step": 3, "ranks": [], "hostname": ""},
+        ),
+        (
+            "events.jsonl",
+            {"event": "stop", "time": "0001-01-01T00:00:00", "reason": "", "step": 1, "message": ""},
+        ),
+        ("events.jsonl", {"time": NOW}),
+    ],
+)
+def test_runs_are_shown_without_records_that_nobody_has_written(
+    tmp_path: Path, name: str, line: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / name).open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    assert "40" in cells(render(run), "run")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "40/" in capsys.readouterr().out
+    (run / "result.json").write_text(json.dumps({"top1": 10**400}))
+    with pytest.raises(ValueError, match=r"result.json: .*has a number that no machine holds"):
+        render(run)
+    assert main(["runs", str(tmp_path)]) == 0

@@ -245,3 +245,22 @@ def test_link_at_the_place_of_a_file_is_not_followed(tmp_path: Path, write: Any)
     with pytest.raises(OSError, match=r"x\.jsonl"):
         write(tmp_path / "x.jsonl")
     assert (tmp_path / "victim").read_text() == "precious\n"
+
+
+def test_long_metrics_are_thinned_while_they_are_read(tmp_path: Path) -> None:
+    """Every number of steps keeps its last one and all unreadable samples; evaluations have a bound of their own."""
+    lines = [json.dumps(step(n, bad=1, loss=0.5)) for n in range(1, 1001)]
+    lines[500:500] = [json.dumps(evaluation(500, test_top1=3.0)), "damaged"]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+    for most, every in ((1000, 1), (500, 2), (100, 8), (10, 64)):
+        (first, *found), damaged, found_every = jsonl.read_thinned(tmp_path / "x.jsonl", most)
+        assert (first, damaged, found_every) == (evaluation(500, test_top1=3.0), 1, every)
+        assert [record["step"] for record in found] == [*range(every, 1001, every), *([1000] if 1000 % every else [])]
+        assert sum(record["bad"] for record in found) == 1000
+        assert len(found) <= 2 * most
+
+
+def test_line_without_an_end_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 1000)
+    (tmp_path / "x.jsonl").write_bytes(bytes(10_500) + b'\n{"step": 1}\n')
+    assert jsonl.read_counting(tmp_path / "x.jsonl") == ([{"step": 1}], 1)
