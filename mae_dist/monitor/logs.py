@@ -142,9 +142,8 @@ def show_job(run: Path, job: Submission, num_lines: int, all_starts: bool) -> No
 
 def failures_by_task(recorded: list[Event], failed: list[Event], num_tasks: int) -> dict[int, Event]:
     """Of each task the `fail` event that is likeliest its cause; a task runs one rank or, under torchrun, several."""
-    num_ranks = next(
-        (event.get("ranks", num_tasks) for event in reversed(recorded) if event["event"] == "start"), num_tasks
-    )
+    starts = [event for event in recorded if event["event"] == "start"]
+    num_ranks = starts[-1].get("ranks", num_tasks) if starts else num_tasks
     by_task: dict[int, list[Event]] = {}
     for event in failed:
         by_task.setdefault(event["rank"] * num_tasks // max(num_ranks, num_tasks, 1), []).append(event)
