@@ -120,17 +120,25 @@ def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:
 
 @pytest.mark.slow
 def test_requeue_where_a_node_dies_between_allocation_and_start(launch: Launch) -> None:
-    """The job waits in `setup` until the node is dead; srun then cannot start its tasks."""
+    """The job waits in `setup` until the node is dead; srun then cannot start its tasks, and the job goes to another
+    node. (On the same one, started again at once, SLURM's late end of the tasks there ends those of the new start.)
+    """
+    launch.slurm.await_idle(NODES[:2])
     go = launch.folder / "go"
     cluster = f"setup: ['until [ -e {go} ]; do sleep 0.1; done']\npartition: main,urgent"
-    launched = launch("unstarted", "train.steps=2", "track.ids=false", cluster=cluster)
+    launched = launch(
+        "unstarted", "train.steps=2", "track.ids=false", cluster=cluster, nodes=NODES[:3], shape=["--nodes", "2"]
+    )
     launched.wait(lambda: launched.slurm.state(launched.job) == "RUNNING", "an allocation")
     launched.slurm.cluster("kill-node", NODES[1])
     go.touch()
     try:
         log = launched.logs / f"{launched.job}_0_log.out"
         launched.wait(lambda: "could not be started on all of node[1-2]" in log.read_text(), "srun fails")
+        launched.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=dead")  # noticed at once
+        launched.finish()
     finally:
         launched.slurm.cluster("start-node", NODES[1])
-    launched.finish()
     assert [start["ranks"] for start in launched.starts()] == [2]
+    hosts = {event["host"] for own in launched.task_events().values() for event in own if event["event"] == "start"}
+    assert hosts == {NODES[0], NODES[2]}
