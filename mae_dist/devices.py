@@ -81,7 +81,8 @@ def set_deterministic(enabled: bool) -> None:
 
     torch raises RuntimeError where an operation has no such algorithm.
     """
-    torch.use_deterministic_algorithms(enabled)
+    if enabled != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: 1.3 s of a core
+        torch.use_deterministic_algorithms(enabled)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore  (it would fill what is written anyway)
     for name, value in DETERMINISTIC.items() if enabled else ():
         os.environ.setdefault(name, value)
