@@ -44,15 +44,16 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
     """Philox4x32-10 of four counter words and two key words, int64 arrays (or, as keys, ints) of 32-bit values, which
     are broadcast together.
 
-    The 32 x 32 -> 64 bit products may overflow into the sign of int64; shifting and masking recovers the high word.
+    The 32 x 32 -> 64 bit products may overflow into the sign of int64; shifting and masking recovers the high word. As
+    c1 and c3 are not multiplied, what they have above 32 bits is masked when they are used.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & LOW) ^ c1 ^ k0, p1 & LOW, ((p0 >> 32) & LOW) ^ c3 ^ k1, p0 & LOW
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & LOW, p1, ((p0 >> 32) ^ c3 ^ k1) & LOW, p0
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
-    return c0, c1, c2, c3
+    return c0, c1 & LOW, c2, c3 & LOW
 
 
 def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
@@ -73,9 +74,7 @@ def bits(seed: int, purpose: Purpose, epochs: Any, ids: Any, num: int) -> Any:
         stack = torch.stack
     column = ids[:, None]
     epoch = epochs[:, None] if hasattr(epochs, "shape") and epochs.shape else epochs
-    zero = (column + block) * 0  # gives every word the full shape
-    counter = (block + zero, epoch + zero, (column & LOW) + zero, ((column >> 32) & LOW) + zero)
-    words = philox(counter, (seed, int(purpose)))
+    words = philox((block, epoch, column & LOW, column >> 32), (seed, int(purpose)))
     return stack(words, -1).reshape(len(ids), blocks * 4)[:, :num]
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -19,6 +18,21 @@ EPS = 1e-6
 """Epsilon of every LayerNorm (the papers' value, not torch's)."""
 TOKENS = ("cls_token", "mask_token", "stand_in", "query")
 """Names of the parameters that are tokens; they start as N(0, 0.02)."""
+
+
+def split_heads(x: Float[Tensor, "b n partsxhxc"], parts: int, heads: int) -> tuple[Float[Tensor, "b n h c"], ...]:
+    """Queries, keys or values that lie side by side in `x`, each split into heads. `parts` stays behind the tokens, so
+    that the backward pass copies the gradients once.
+    """
+    return x.unflatten(2, (parts, heads, -1)).unbind(2)
+
+
+def attend(
+    q: Float[Tensor, "b m h c"], k: Float[Tensor, "b n h c"], v: Float[Tensor, "b n h c"]
+) -> Float[Tensor, "b m hxc"]:
+    """Attention of queries to keys and values, the results of all heads side by side (Vaswani et al. 2017, 3.2)."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -33,14 +47,13 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], num_out: int | None = None) -> Float[Tensor, "b m d"]:
         """Attention of the last `num_out` tokens (None: of every token) to all tokens."""
         if num_out is None:
-            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+            parts = split_heads(self.qkv(x), 3, self.num_heads)
         else:
-            dim, bias = x.shape[2], self.qkv.bias
-            q = F.linear(x[:, -num_out:], self.qkv.weight[:dim], None if bias is None else bias[:dim])
-            kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
-            q = rearrange(q, "b m (h d) -> b h m d", h=self.num_heads)
-            k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+            sizes, bias = (x.shape[2], 2 * x.shape[2]), self.qkv.bias
+            weights, biases = self.qkv.weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
+            query, context = F.linear(x[:, -num_out:], weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+            parts = split_heads(query, 1, self.num_heads) + split_heads(context, 2, self.num_heads)
+        return self.proj(attend(*parts))
 
 
 class CrossAttention(nn.Module):
@@ -54,9 +67,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b m d"], context: Float[Tensor, "b n c"]) -> Float[Tensor, "b m d"]:
-        q = rearrange(self.q(x), "b m (h d) -> b h m d", h=self.num_heads)
-        k, v = rearrange(self.kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)"))
+        parts = split_heads(self.q(x), 1, self.num_heads) + split_heads(self.kv(context), 2, self.num_heads)
+        return self.proj(attend(*parts))
 
 
 class Mlp(nn.Module):

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mae_dist.models.backbone import Backbone, PatchEmbed, take
+from mae_dist.models.backbone import Backbone, PatchEmbed
 from mae_dist.models.layers import EPS, AttentionBlock, Block, sincos_positions
 
 
@@ -76,9 +76,9 @@ class ViT(Backbone):
         visible: Int[Tensor, "b k"] | None = None,
         encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        positions = self.pos_embed[:, 1:].expand(images.shape[0], -1, -1)
+        positions = self.pos_embed[:, 1:]
         if visible is not None and encoder_mask_token is None:
-            positions = take(positions, visible)
+            positions = F.embedding(visible, positions[0])
         x = self._patches(images, visible, encoder_mask_token, self.patch_embed) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], 1)

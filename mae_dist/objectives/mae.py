@@ -10,6 +10,7 @@ are the official code's.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from mae_dist.schema import MaeConfig
 
 def normalise_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """Normalise each patch to zero mean and unit (unbiased) variance over its pixels (He et al. 2022, section 3)."""
-    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    variance, mean = torch.var_mean(patches, -1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
@@ -80,7 +81,7 @@ class MAE(Objective):
         target = take(patchify(batch.images, self.backbone.patch), self.predicted(mask))
         if self.settings.norm_pix:
             target = normalise_patches(target)
-        return Output((prediction - target).square().mean((1, 2)), prediction)
+        return Output(F.mse_loss(prediction, target, reduction="none").mean((1, 2)), prediction)
 
     def predict(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b p ppc"]:
         """Predicted pixels of the patches that `predicted` lists, normalised if `mae.norm_pix`."""
@@ -95,15 +96,9 @@ class MAE(Objective):
             x = self._decode_full(latent, mask.visible, predict_idx)
         return self.decoder_pred(self.decoder_norm(x))
 
-    def _pos_embed(self, index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
-        positions = self.decoder_pos_embed[:, self.backbone.num_prefix :]
-        return take(positions.expand(len(index), -1, -1), index)
-
-    def _queries(self, latent: Tensor, predict_idx: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
-        return self.mask_token.to(latent.dtype) + self._pos_embed(predict_idx)
-
     def _decode_cross(self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"]) -> Float[Tensor, "b p dd"]:
-        x = self._queries(latent, predict_idx)
+        positions = self.decoder_pos_embed[0, self.backbone.num_prefix :]
+        x = self.mask_token + F.embedding(predict_idx, positions)
         for block in self.decoder_blocks:
             x = block(x, latent)
         return x
@@ -119,11 +114,10 @@ class MAE(Objective):
     def _decode_full(
         self, latent: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], predict_idx: Int[Tensor, "b p"]
     ) -> Float[Tensor, "b p dd"]:
-        latent, prefix = self.decoder_embed(latent), self.backbone.num_prefix
-        seen = latent[:, prefix:] + self._pos_embed(visible)
-        first = latent[:, :prefix] + self.decoder_pos_embed[:, :prefix]
-        x = torch.cat([first, seen, self._queries(latent, predict_idx)], 1)
-        positions = torch.cat([visible, predict_idx], 1)
+        positions, prefix = torch.cat([visible, predict_idx], 1), self.backbone.num_prefix
+        places = F.pad(positions + prefix, (prefix, 0))  # a class token is at place 0
+        queries = self.mask_token.expand(*predict_idx.shape, -1)
+        x = torch.cat([self.decoder_embed(latent), queries], 1) + F.embedding(places, self.decoder_pos_embed[0])
         for block in self.decoder_blocks[:-1]:
             x = block(x, None, positions)
         return self.decoder_blocks[-1](x, None, positions, predict_idx.shape[1])
