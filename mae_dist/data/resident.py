@@ -107,7 +107,7 @@ class ResidentSource:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
 
 def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixels:

@@ -20,7 +20,7 @@ from rich.table import Table
 from mae_dist import config, dist, errors
 from mae_dist.cli import Parser
 from mae_dist.run import directory, jsonl
-from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, loader_benchmarks, processes
+from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, loader_benchmarks, processes, step_benchmark
 from mae_dist.verify.measurement import Bench, Result, Runner
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ BENCHES = {
         benchmarks.decoder, "a step of MAE with a cross-attention decoder of a quarter, and with the paper's", ROUNDS,
         ["model.name=vit_b16", *AT_224, "mae.decoder_dim=512", "mae.decoder_depth=8", "mae.decoder_heads=16"],
         needs_data=False,
+    ),
+    "step": Bench(
+        step_benchmark.step, "a step of MAE by part, of the peak, compiled, and beside other implementations",
+        ROUNDS, needs_data=False,
+        flags={"eager": "leave the compiled step out", "record": "put the shares of the peak into configs/steps.jsonl"},
     ),
     "data": Bench(
         data_benchmark.data, "where the time of loading goes, beside the step that needs the images; what to change",
@@ -112,6 +117,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the runs and the result")
     for option, (default, text) in bench.options.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"{text} (default {default})")
+    for flag, text in bench.flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     options = parser.parse_intermixed_args(argv[1:])
     numbers = {option: getattr(options, option) for option in bench.options}
     for option, number in numbers.items():
@@ -132,7 +139,8 @@ def main(argv: list[str]) -> int:
     if bench.needs_data and settings.data.path == str(data):
         processes.embedded_data(data, NUM_TRAIN)
     overrides = [*([file] if file else []), f"data.path={settings.data.path}", *overrides]
-    result = bench.measure(Runner(folder, bench.verb, overrides, settings, numbers))
+    flags = {flag: getattr(options, flag) for flag in bench.flags}
+    result = bench.measure(Runner(folder, bench.verb, overrides, settings, numbers | flags))
     machine = {"cores": os.cpu_count(), "gpus": torch.cuda.device_count(), "load_before": load}
     report(result, options.out / f"bench-{name}.json", overrides, machine, time.perf_counter() - began)
     return errors.DONE

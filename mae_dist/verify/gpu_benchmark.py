@@ -20,23 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae_dist import cost, dist, models, optim, parallel
+from mae_dist import dist, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.index import open_split
 from mae_dist.data.views import View
-from mae_dist.model_sizes import size_of
-from mae_dist.objectives.mae import MAE
 from mae_dist.run import jsonl
-from mae_dist.verify import data_benchmark, processes
-from mae_dist.verify.benchmarks import noise, one_step, synchronize
+from mae_dist.verify import data_benchmark, processes, step_benchmark
+from mae_dist.verify.benchmarks import noise
 from mae_dist.verify.measurement import Measurement, Result, Runner
 
 MODELS = {"vit_b16": (224, 256), "vit_l16": (224, 128), "vit_h14": (224, 64), "vit_ti2": (32, 256)}
 """Model -> (pixels a side, images at once)."""
 TINY = {"vit_demo4": (32, 8)}
-MATRIX, TINY_MATRIX = 8192, 512
-"""Side of the square matrices whose product is taken as the device's peak."""
 RESIDENT_IMAGES = 2000
 TEST_SECONDS = 180.0
 TRIED = (RuntimeError, ImportError, ValueError, OSError, subprocess.SubprocessError)
@@ -44,7 +40,7 @@ TRIED = (RuntimeError, ImportError, ValueError, OSError, subprocess.SubprocessEr
 
 
 def gpu(runner: Runner) -> Result:
-    """Matrix products, steps of models against the peak, a step without a wait, loading, and the tests for GPUs."""
+    """Steps of models against the peak, a step without a wait, loading, and the tests for GPUs."""
     device, rows = dist.setup(), runner.folder / "rows.jsonl"
     runner = runner if device.type == "cuda" else dataclasses.replace(runner, settings=tiny(runner.settings))
     rows.unlink(missing_ok=True)
@@ -66,7 +62,9 @@ def gpu(runner: Runner) -> Result:
             print(f"left out: {name} ({reason})", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return Result(f"{device_name(device)}, {runner.settings.train.precision}", found, {"rows": str(rows)})
+    return Result(
+        f"{step_benchmark.device_name(device)}, {runner.settings.train.precision}", found, {"rows": str(rows)}
+    )
 
 
 def tiny(settings: Any) -> Any:
@@ -76,55 +74,20 @@ def tiny(settings: Any) -> Any:
     return sized(dataclasses.replace(settings, mae=mae, train=train), "vit_demo4", *TINY["vit_demo4"])
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterator[Measurement]]]:
     """Name of a part -> its measurements, which are made while they are iterated over."""
     settings, sizes = runner.settings, MODELS if device.type == "cuda" else TINY
     first, *others = sizes
-    peak = Peak(device, settings.train.precision)
-    found: dict[str, Callable[[], Iterator[Measurement]]] = {"matrix product": peak.measure}
+    found: dict[str, Callable[[], Iterator[Measurement]]] = {}
     for name in (first, *others):
-        for compiled in (False, True) if device.type == "cuda" else (False,):
-            found[f"{name}, {'compiled' if compiled else 'eager'}"] = partial(
-                steps, settings, name, *sizes[name], compiled, peak, device, runner.options["rounds"]
-            )
+        found[name] = partial(steps, settings, name, *sizes[name], device, runner.options["rounds"])
         if name == first:
             found["step without a wait"] = partial(quiet_step, settings, name, *sizes[name], device)
-            found["another implementation"] = partial(
-                other, settings, name, *sizes[name], device, runner.options["rounds"]
-            )
             found["loading"] = partial(loading, runner)
             found["images in memory"] = partial(resident, runner, device)
             if device.type == "cuda":
                 found["tests for GPUs"] = partial(gpu_tests, runner.folder / "tests.log")
     return found
-
-
-class Peak:
-    """The rate of a large matrix product in a precision, in FLOP/s; measured once, 0 before."""
-
-    def __init__(self, device: torch.device, precision: str):
-        self.device, self.kind, self.flops = device, parallel.DTYPES.get(precision, torch.float32), 0.0
-
-    def measure(self) -> Iterator[Measurement]:
-        """Time products of square matrices; the best of ten is the peak."""
-        side = MATRIX if self.device.type == "cuda" else TINY_MATRIX
-        a = torch.randn(side, side, device=self.device, dtype=self.kind)
-        self.flops = 2 * side**3 / min(clocked(lambda: a @ a, self.device) for _ in range(10))
-        yield Measurement(f"matrix product of {side} x {side}", self.flops / 1e12, "TFLOP/s")
-
-
-def clocked(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of an action, the device's work included."""
-    synchronize(device)
-    began = time.perf_counter()
-    action()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def sized(settings: Any, name: str, side: int, images: int) -> Any:
@@ -134,48 +97,10 @@ def sized(settings: Any, name: str, side: int, images: int) -> Any:
     return dataclasses.replace(settings, model=model, train=train)
 
 
-def steps(
-    settings: Any, name: str, side: int, images: int, compiled: bool, peak: Peak, device: torch.device, rounds: int
-) -> Iterator[Measurement]:
-    """Forward and backward passes of MAE: images/s, share of the peak, and memory; then the optimizer's update."""
-    settings = sized(settings, name, side, images)
-    objective = MAE(models.build(name, image_size=side), settings.mae, seed=0).to(device)
-    if compiled:
-        for block in parallel.blocks_of(objective):
-            block.compile()
-    for _ in range(3):
-        one_step(objective, settings, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = median(one_step(objective, settings, device) for _ in range(3 * rounds))
-    what = f"{name}, {'compiled' if compiled else 'eager'}, {images} images of {side} px"
-    yield Measurement(f"{what}: forward and backward", images / seconds, "images/s")
-    image = cost.pretraining(name, settings.mae, side)
-    if peak.flops and image:
-        yield Measurement(f"{what}: of the peak", 100 * image.training_flops * images / seconds / peak.flops, "%")
-    if device.type == "cuda":
-        yield Measurement(f"{what}: memory", torch.cuda.max_memory_allocated(device) / 1e9, "GB")
-    if not compiled:
-        update = updating(objective, settings, device)
-        seconds = median(clocked(update, device) for _ in range(3 * rounds))
-        yield Measurement(f"{name}: update of the optimizer", 1e3 * seconds, "ms")
-
-
-def updating(objective: MAE, settings: Any, device: torch.device) -> Callable[[], object]:
-    """A function that updates an objective with gradients of zeros."""
-    optimizer = optim.build(
-        settings.optim, optim.param_groups(objective, settings.optim, objective.backbone.depth, True)
-    )
-    optim.init_optimizer_state(optimizer)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scale = optim.LossScale(device, enabled=False)
-
-    def update() -> None:
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optim.update(optimizer, trained, parallel.gradient_norm(trained), settings.train.clip_grad, scale)
-
-    return update
+def steps(settings: Any, name: str, side: int, images: int, device: torch.device, rounds: int) -> Iterator[Measurement]:
+    """The rows of `bench step` for a model, compiled too where there is a GPU."""
+    for row in step_benchmark.measure(sized(settings, name, side, images), device, rounds, device.type == "cuda", {}):
+        yield dataclasses.replace(row, name=f"{name}, {images} images of {side} px: {row.name}")
 
 
 def quiet_step(settings: Any, name: str, side: int, images: int, device: torch.device) -> Iterator[Measurement]:
@@ -184,8 +109,8 @@ def quiet_step(settings: Any, name: str, side: int, images: int, device: torch.d
     The row counts the waits: 0, or this part fails with the first one. Without a GPU nothing is checked.
     """
     settings = sized(settings, name, side, images)
-    objective = MAE(models.build(name, image_size=side), settings.mae, seed=0).to(device)
-    update, batch = updating(objective, settings, device), noise(images, side, device)
+    objective = step_benchmark.mae_of(settings).to(device)
+    update, batch = step_benchmark.updating(objective, settings, device), noise(images, side, device)
 
     def step() -> None:
         with parallel.autocast(settings.train.precision, device):
@@ -202,34 +127,6 @@ def quiet_step(settings: Any, name: str, side: int, images: int, device: torch.d
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     yield Measurement("waits of the host in a step", 0, at_most=0)
-
-
-def other(settings: Any, name: str, side: int, images: int, device: torch.device, rounds: int) -> Iterator[Measurement]:
-    """Forward and backward passes of transformers' ViTMAE of the size of a model of ours, eager."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    size, mae = size_of(name), settings.mae
-    theirs = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=size["dim"], num_hidden_layers=size["depth"], num_attention_heads=size["num_heads"],
-            intermediate_size=4 * size["dim"], image_size=side, patch_size=size["patch"], mask_ratio=mae.mask_ratio,
-            decoder_num_attention_heads=mae.decoder_heads, decoder_hidden_size=mae.decoder_dim,
-            decoder_num_hidden_layers=mae.decoder_depth, decoder_intermediate_size=4 * mae.decoder_dim,
-        )
-    )  # fmt: skip
-    torch.nn.Module.to(theirs, device)
-    pixels = noise(images, side, device).images
-
-    def step() -> None:
-        with parallel.autocast(settings.train.precision, device):
-            loss = theirs(pixels).loss
-        loss.backward()
-        theirs.zero_grad()
-
-    for _ in range(3):
-        step()
-    seconds = median(clocked(step, device) for _ in range(3 * rounds))
-    yield Measurement(f"transformers' ViTMAE as {name}, eager: forward and backward", images / seconds, "images/s")
 
 
 def loading(runner: Runner) -> Iterator[Measurement]:

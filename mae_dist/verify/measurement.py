@@ -84,7 +84,8 @@ class Runner:
 @dataclass(frozen=True)
 class Bench:
     """A bench: its function, a line for --help, its options (default, help), its settings, whether it needs data
-    that mae_dist can make, or data of the user's (`reads_data`), and the verb of its runs.
+    that mae_dist can make, or data of the user's (`reads_data`), the verb of its runs, and its options without a
+    number (help).
     """
 
     measure: Callable[[Runner], Result]
@@ -94,3 +95,4 @@ class Bench:
     needs_data: bool = True
     reads_data: bool = False
     verb: str = "pretrain"
+    flags: dict[str, str] = field(default_factory=dict)

@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from running import refused
 from shared_types import Tars
 
-from mae_dist import schema
+from mae_dist import config, schema
 from mae_dist.__main__ import main
 from mae_dist.data import loader
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 from mae_dist.data.views import View
-from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark
+from mae_dist.run import jsonl
+from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, step_benchmark
+from mae_dist.verify.other_maes import others
 
 
 def test_bench_order_measures_and_writes_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +180,38 @@ def test_bench_of_loading_needs_images(name: str, tmp_path: Path, capsys: pytest
     assert "one folder or glob" in refused(capsys, "bench", name, "a", "b", "--out", tmp_path)
 
 
+def test_bench_step_measures_parts_and_others_and_compares_with_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step_benchmark, "TABLE", tmp_path / "steps.jsonl")
+    words = ["bench", "step", "train.global_batch=4", "--eager", "--rounds", "1", "--out", str(tmp_path)]
+    assert main([*words, "--record"]) == 0
+    found = {row["name"]: row for row in json.loads((tmp_path / "bench-step.json").read_text())["measurements"]}
+    assert all(row["value"] > 0 for row in found.values())
+    assert {"eager: forward", "eager: backward", "eager: update", "draw of masks", "draw of crops"} < found.keys()
+    assert {f"{name}: forward and backward" for name in ("timm's blocks", "transformers' ViTMAE")} < found.keys()
+    assert {"eager, 2 at once", "eager, 1 at once"} < found.keys()
+    (row,) = jsonl.read(tmp_path / "steps.jsonl")
+    assert row["share"] == pytest.approx(found["eager: of the peak"]["value"], abs=1e-4)
+    jsonl.write_atomic(tmp_path / "steps.jsonl", json.dumps(row | {"share": 1000.0}) + "\n")
+    assert main(words) == 0
+    assert "at least 950 MISSED" in capsys.readouterr().out
+    assert main([*words, "mae.decoder=cross", "--record"]) == 0, "another model: a row beside the first, without others"
+    assert "timm" not in capsys.readouterr().out
+    assert [row["decoder"][:5] for row in jsonl.read(tmp_path / "steps.jsonl")] == ["full ", "cross"]
+
+
+def test_bench_step_compares_with_maes_of_equally_many_parameters() -> None:
+    settings = config.load("pretrain", None, ["model.name=vit_demo4", "model.image_size=32", "data.path=x", "out=y"])
+    ours, images = step_benchmark.mae_of(settings), torch.randn(2, 3, 32, 32)
+    sizes, losses = [], []
+    for _, module, loss in others(settings):
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+        losses.append(loss(images).item())
+    assert sizes == [sum(parameter.numel() for parameter in ours.parameters())] * 2
+    assert all(0.5 < loss < 3 for loss in losses)
+
+
 def test_bench_gpu_keeps_every_row_and_goes_on_after_a_part_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,13 +225,7 @@ def test_bench_gpu_keeps_every_row_and_goes_on_after_a_part_that_fails(
     rows = [json.loads(line) for line in (tmp_path / "gpu" / "rows.jsonl").read_text().splitlines()]
     assert {"part": "step without a wait", "left_out": "no kernel for this device"} in rows
     measured = {row["part"]: row["value"] for row in rows if "value" in row}
-    assert measured.keys() == {
-        "matrix product",
-        "vit_demo4, eager",
-        "another implementation",
-        "loading",
-        "images in memory",
-    }
+    assert measured.keys() == {"vit_demo4", "loading", "images in memory"}
     assert all(value > 0 for value in measured.values())
     kept = json.loads((tmp_path / "bench-gpu.json").read_text())["measurements"]
     assert [row["value"] for row in kept] == [row["value"] for row in rows if "value" in row]

@@ -1,0 +1,248 @@
+"""`mae-dist bench step CONFIG.yaml`: what a step of MAE costs, part by part, beside other people's implementations.
+
+Variants take turns, round by round; medians are reported, and how far apart the rounds were. On a CPU the time is that
+of one thread, so other processes on the machine do not count. The share of the peak is that of the largest rate of
+matrix products measured here, in the same precision. The committed table `configs/steps.jsonl` says what it was before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mae_dist import cost, dist, models, optim, parallel
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from mae_dist.data.views import View
+from mae_dist.model_sizes import sides
+from mae_dist.objectives.mae import MAE
+from mae_dist.run import jsonl
+from mae_dist.verify.benchmarks import noise, synchronize
+from mae_dist.verify.measurement import Measurement, Result, Runner
+from mae_dist.verify.other_maes import others
+
+TABLE = Path(__file__).parents[1] / "configs" / "steps.jsonl"
+"""Shares of the peak by device and settings, as `--record` writes them."""
+SLOWER = 0.95
+"""Share of the table's value below which a step counts as slower than it was."""
+MATRIX, CPU_MATRIX = 8192, 1024
+"""Side of the square matrices whose product is taken as the device's peak."""
+TARGETS = {"vit_b16": 0.95, "vit_ti4": 0.88}
+"""Model -> the largest ratio to the faster of the others, eager, in fp32 on one core."""
+
+
+class Variant(NamedTuple):
+    """One implementation: a module, and the loss that it has of a batch."""
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Batch], Tensor]
+
+
+def step(runner: Runner) -> Result:
+    """The measurements of `measure`, compared with the committed table or, with --record, written there."""
+    device, settings, options = dist.setup(), runner.settings, runner.options
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    raw: dict[str, Any] = {}
+    found = []
+    for row in measure(settings, device, options["rounds"], not options["eager"], raw):
+        print(f"{row.name}: {row.value:,.4g} {row.unit}", flush=True)
+        found.append(row)
+    shares = [key_of(settings, device, name) | {"share": share} for name, share in raw["shares"].items()]
+    if options["record"]:
+        rows = [row for row in jsonl.read(TABLE) if without_share(row) not in map(without_share, shares)]
+        jsonl.write_atomic(TABLE, "".join(json.dumps(row) + "\n" for row in [*rows, *shares]))
+    where = "one thread" if device.type == "cpu" else "one GPU"
+    model = f"{settings.model.name}, {settings.train.global_batch} images of {settings.model.image_size} px"
+    return Result(f"{model}, {settings.train.precision}, {where} of {device_name(device)}", found, raw)
+
+
+def measure(
+    settings: Any, device: torch.device, rounds: int, compiled: bool, raw: dict[str, Any]
+) -> Iterator[Measurement]:
+    """Rows of a step of `settings`, the most informative first; every single measurement goes into `raw`."""
+    images, clock = settings.train.global_batch, time.perf_counter if device.type == "cuda" else time.process_time
+    peak = peak_of(device, settings.train.precision, clock)
+    yield Measurement("largest rate of matrix products", peak / 1e9, "GFLOP/s")
+    counted = cost.of_run(settings) or cost.Cost()
+    yield Measurement("forward and backward, counted", counted.training_flops / 1e9, "GFLOP/image")
+    ours = mae_of(settings).to(device)
+    update = updating(ours, settings, device)
+    batch, found = batch_of(images, settings, device), variants(settings, ours, compiled)
+    seconds: dict[str, dict[str, list[float]]] = {}
+    raw |= {"seconds": seconds, "peak": peak, "shares": {}}
+    for variant in list(found):
+        variant.module.to(device)
+        timed(variant, batch, settings, device, clock)  # warms up
+        seconds[variant.name] = {}
+    for _ in range(rounds):
+        for variant in found:
+            parts = timed(variant, batch, settings, device, clock)
+            if variant is found[0]:
+                parts["update"] = clocked(update, device, clock)
+            for part, value in parts.items():
+                seconds[variant.name].setdefault(part, []).append(value)
+    yield from rows_of(settings, device, raw, counted.training_flops)
+    for name, draw in draws(settings, ours, batch).items():
+        draw()
+        yield Measurement(f"draw of {name}", 1e3 * median(clocked(draw, device, clock) for _ in range(rounds)), "ms")
+    yield from memory_of(found[0], batch, settings, device, counted)
+    for part in (images // 2, images // 4):
+        if part:
+            batch = batch_of(part, settings, device)
+            took = median(sum_of(timed(found[0], batch, settings, device, clock)) for _ in range(1 + rounds))
+            yield Measurement(f"eager, {part} at once", part / took, "images/s")
+
+
+def rows_of(settings: Any, device: torch.device, raw: dict[str, Any], flops: int) -> Iterator[Measurement]:
+    """What follows from the seconds of all variants: rates, shares of the peak, ratios, and the parts of our step."""
+    images, seconds, peak = settings.train.global_batch, raw["seconds"], raw["peak"]
+    known = {json.dumps(without_share(row)): row["share"] for row in jsonl.read(TABLE)}
+    whole = {name: [f + b for f, b in zip(p["forward"], p["backward"], strict=True)] for name, p in seconds.items()}
+    own = [name for name in whole if name in ("eager", "compiled")]
+    for name, values in whole.items():
+        took = median(values)
+        yield Measurement(f"{name}: forward and backward", images / took, "images/s")
+        if len(values) > 1:
+            yield Measurement(f"{name}: spread of {len(values)} rounds", 100 * (max(values) - min(values)) / took, "%")
+        if name in own:
+            share = flops * images / took / peak
+            raw["shares"][name] = round(share, 4)
+            before = known.get(json.dumps(key_of(settings, device, name)))
+            yield Measurement(f"{name}: of the peak", share, at_least=before and SLOWER * before)
+    rivals = [name for name in whole if name not in own]
+    for name in own:
+        ratios = {r: median(a / b for a, b in zip(whole[name], whole[r], strict=True)) for r in rivals}
+        target = TARGETS.get(settings.model.name) if (name, device.type) == ("eager", "cpu") else None
+        for rival, ratio in ratios.items():
+            bound = target if ratio == max(ratios.values()) else None
+            yield Measurement(f"{name}: time as a share of that of {rival}", ratio, at_most=bound)
+        for part, values in seconds[name].items():
+            if part != "host" or device.type == "cuda":
+                yield Measurement(f"{name}: {part}", 1e3 * median(values), "ms")
+
+
+def variants(settings: Any, ours: MAE, compiled: bool) -> list[Variant]:
+    """Ours first, eager and, where asked for, with compiled blocks; then the others."""
+    found = [Variant("eager", ours, lambda batch: ours(batch).loss.mean())]
+    if compiled:
+        blocks = copy.deepcopy(ours)
+        parallel.compile_blocks(blocks, is_sharded=False)
+        found.append(Variant("compiled", blocks, lambda batch: blocks(batch).loss.mean()))
+    for name, module, loss in others(settings):
+        found.append(Variant(name, module, lambda batch, loss=loss: loss(batch.images)))
+    return found
+
+
+def timed(
+    variant: Variant, batch: Batch, settings: Any, device: torch.device, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds of the forward and of the backward pass, and of both those until the host had launched all of it."""
+    variant.module.zero_grad()
+    synchronize(device)
+    began = clock()
+    with parallel.autocast(settings.train.precision, device):
+        loss = variant.loss(batch)
+    launched = clock()
+    synchronize(device)
+    middle = clock()
+    loss.backward()
+    host = launched - began + clock() - middle
+    synchronize(device)
+    return {"forward": middle - began, "backward": clock() - middle, "host": host}
+
+
+def sum_of(parts: dict[str, float]) -> float:
+    return parts["forward"] + parts["backward"]
+
+
+def clocked(action: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    """Seconds of an action, the device's work included."""
+    synchronize(device)
+    began = clock()
+    action()
+    synchronize(device)
+    return clock() - began
+
+
+def peak_of(device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The rate of large matrix products in this precision, in FLOP/s: the best of ten."""
+    side = MATRIX if device.type == "cuda" else CPU_MATRIX
+    a = torch.randn(side, side, device=device, dtype=parallel.DTYPES.get(precision, torch.float32))
+    return 2 * side**3 / min(clocked(lambda: a @ a, device, clock) for _ in range(10))
+
+
+def mae_of(settings: Any) -> MAE:
+    """The MAE of a run's settings, on the CPU or on the device of the context."""
+    model = settings.model
+    backbone = models.build(model.name, image_size=model.image_size, channels=settings.data.channels or 3)
+    return MAE(backbone, settings.mae, seed=0)
+
+
+def batch_of(images: int, settings: Any, device: torch.device) -> Batch:
+    return noise(images, settings.model.image_size, device, settings.data.channels or 3)
+
+
+def updating(objective: MAE, settings: Any, device: torch.device) -> Callable[[], object]:
+    """A function that updates an objective by the gradients that it has."""
+    groups = optim.param_groups(objective, settings.optim, objective.backbone.depth, no_decay_tokens=False)
+    optimizer = optim.build(settings.optim, groups)
+    optim.init_optimizer_state(optimizer)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scale = optim.LossScale(device, enabled=False)
+    return lambda: optim.update(optimizer, trained, parallel.gradient_norm(trained), settings.train.clip_grad, scale)
+
+
+def draws(settings: Any, ours: MAE, batch: Batch) -> dict[str, Callable[[], object]]:
+    """What a step draws at random on the device."""
+    view = View(settings.view, settings.model.image_size, IMAGENET_MEAN, IMAGENET_STD, seed=0, training=True)
+    sizes = torch.tensor([sides(settings.model.image_size)], device=batch.ids.device).expand(batch.size, 2)
+    return {"masks": lambda: ours.mask(batch), "crops": lambda: view.boxes(batch.epochs, batch.ids, sizes)}
+
+
+def memory_of(
+    variant: Variant, batch: Batch, settings: Any, device: torch.device, counted: cost.Cost
+) -> Iterator[Measurement]:
+    """The most memory that a forward and backward pass takes on a GPU; on a CPU what autograd keeps, counted."""
+    if device.type == "cpu":
+        yield Measurement("kept for the backward pass, counted", batch.size * counted.activations / 1e9, "GB")
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    timed(variant, batch, settings, device, time.perf_counter)
+    yield Measurement("most memory", torch.cuda.max_memory_allocated(device) / 1e9, "GB")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def key_of(settings: Any, device: torch.device, variant: str) -> dict[str, Any]:
+    """What a row of the table is for."""
+    model, mae = settings.model, settings.mae
+    decoder = f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}"
+    return {
+        "device": device_name(device), "model": model.name, "image_size": [*sides(model.image_size)],
+        "decoder": decoder, "images": settings.train.global_batch, "precision": settings.train.precision,
+        "variant": variant,
+    }  # fmt: skip
+
+
+def without_share(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "share"}
