@@ -31,7 +31,8 @@ class TimmMAE(nn.Module):
         from timm.models.vision_transformer import Block
 
         super().__init__()
-        block = partial(Block, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=EPS))
+        norm: Any = partial(nn.LayerNorm, eps=EPS)
+        block = partial(Block, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
         dim, width, self.patch, self.mae = size["dim"], mae.decoder_dim, size["patch"], mae
         grid = (image_size[0] // self.patch, image_size[1] // self.patch)
         self.patch_embed = PatchEmbed(image_size, self.patch, channels, dim)  # pyright: ignore[reportArgumentType]
@@ -65,7 +66,8 @@ def transformers_mae(size: dict[str, Any], image_size: tuple[int, int], channels
     """transformers' ViTMAEForPreTraining of these sizes, with torch's attention."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    settings = ViTMAEConfig(
+    config: Any = ViTMAEConfig
+    settings = config(
         hidden_size=size["dim"], num_hidden_layers=size["depth"], num_attention_heads=size["num_heads"],
         intermediate_size=4 * size["dim"], image_size=image_size[0], patch_size=size["patch"], num_channels=channels,
         mask_ratio=mae.mask_ratio, norm_pix_loss=mae.norm_pix, decoder_num_attention_heads=mae.decoder_heads,

@@ -94,7 +94,7 @@ def test_op_count_of_mae_outside_its_encoder() -> None:
     forward, backward = (a.counts - (b.counts - a.counts) for a, b in zip(shallow, deep, strict=True))
     ids = torch.arange(2)
     draw = total(lambda: masks.draw("random", 0, ids, ids, (8, 8), 16))
-    assert sum(forward.values()) - draw <= 40
+    assert sum(forward.values()) - draw <= 41
     assert sum(backward.values()) <= 50
     assert forward["gather"] == forward["embedding"] == 2
 
