@@ -147,7 +147,8 @@ def pretraining(name: str, mae: MaeConfig, image_size: int | tuple[int, int], ch
         return None
     dim, wide, depth, pixels = size["dim"], mae.decoder_dim, mae.decoder_depth, channels * size["patch"] ** 2
     encoded = prefix + (math.prod(grid) if whole else visible)
-    head = norm(predicted, wide) + product(predicted, wide, pixels, predicted * (wide + pixels))
+    kept = predicted * (wide + 2 * pixels)  # the loss keeps predictions and targets
+    head = norm(predicted, wide) + product(predicted, wide, pixels, kept)
     if mae.decoder == "cross":
         latent = Cost(kept=encoded * dim)
         decoder = cross_block(predicted, encoded, wide, dim, mae.decoder_heads) * depth
