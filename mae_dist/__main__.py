@@ -29,6 +29,8 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
        mae-dist import FILE --out RUN
        mae-dist export RUN [--step N] --to {timm,hf,fb,npz,safetensors} --out PATH
+       mae-dist embed RUN DATA --out FOLDER [--split NAME] [--features cls|mean|patches|...] [--block N]
+       mae-dist predict RUN DATA --out FOLDER [--split NAME] [--ignore-labels]
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]

@@ -37,6 +37,8 @@ VERBS = {
     "export": Verb(
         "mae_dist.commands.export_weights", "write a run's weights in another format, read them back and compare"
     ),
+    "embed": Verb("mae_dist.commands.embed", "features of every image of a data set, as one array with its keys"),
+    "predict": Verb("mae_dist.commands.predict", "classes of every image of a data set, by a fine-tuned or probed run"),
     "chaos": Verb("mae_dist.verify.chaos", "inject faults into a run and compare it with an undisturbed one"),
     "demo": Verb("mae_dist.commands.demo", "all of the above on the embedded data set, in minutes"),
     "certify": Verb("mae_dist.verify.certify", "compare the same short run on 1 to 4 ranks, DDP, FSDP2, resumed, ..."),

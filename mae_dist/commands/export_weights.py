@@ -7,7 +7,6 @@ their results are bit-identical (ONNX: close), the file is deleted.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import torch
@@ -17,18 +16,12 @@ from torch import Tensor
 from mae_dist import dist
 from mae_dist.batch import Batch
 from mae_dist.cli import Parser
-from mae_dist.commands.import_weights import build, read
-from mae_dist.data.index import open_split
 from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import GlobalBatchNorm
 from mae_dist.objectives.mae import MAE
-from mae_dist.run import checkpoint
+from mae_dist.restore import build, of_run, read
 from mae_dist.run.directory import RunDir
-from mae_dist.run.layout import step_of
-from mae_dist.schema import RANDOM, RunConfig
 from mae_dist.weights import FORMATS, Model, Overrides, files, native, onnx
-
-log = logging.getLogger(__name__)
 
 NUM_IMAGES = 4
 """Number of noise images on which the exported file is compared with the run."""
@@ -55,7 +48,9 @@ def main(argv: list[str]) -> int:
         )
     files.refuse_existing(path, "--out")
     dist.setup(use_gpu=False)
-    model, notes = without_probe_heads(load(RunDir.existing(arguments.folder, "RUN"), arguments.step))
+    model, notes = without_probe_heads(
+        of_run(RunDir.existing(arguments.folder, "RUN"), arguments.step, f"--step {arguments.step}")
+    )
     original = build(model, arguments.folder)
     if "norm.running_mean" in model.state and codec is not native:
         model = with_folded_norm(model)
@@ -79,40 +74,6 @@ def main(argv: list[str]) -> int:
     print(f"  largest difference on {NUM_IMAGES} images when read back: {listed}")
     print(f"  use it:   {codec.usage(model, path)}")
     return 0
-
-
-def load(run: RunDir, step: int | None = None) -> Model:
-    """Load the model in a run's newest checkpoint, or that of a step, with its EMA weights if it has them. ValueError
-    if it has none.
-    """
-    verb, fingerprint, config = run.settings()
-    if verb == "knn":
-        trained = "one that trains" if config.init_from == RANDOM else f"its init_from={config.init_from}"
-        raise ValueError(f"RUN={run.path}: a knn run trains nothing; export {trained} instead")
-    newest = run.newest() if step is None else run.at(step, f"--step {step}")
-    if newest is None:
-        raise ValueError(f"RUN={run.path}: has no checkpoint yet; wait for the first, or run its {verb} command again")
-    if step is None and run.result() is None:
-        log.warning("RUN=%s: this run is not finished; exporting its checkpoint %s", run.path, newest.name)
-    shapes = checkpoint.names_in(newest)
-    names = [name.removeprefix("model.") for name in shapes if name.startswith("model.")]
-    stored = {name: checkpoint.trained(shapes, name) for name in names}
-    state = {name: torch.empty(shapes[name]) for name in stored.values()}
-    checkpoint.load(newest, state)
-    state = {name: state[key] for name, key in stored.items()}
-    return Model(verb, config, state, step_of(newest), fingerprint, class_names(run, config))
-
-
-def class_names(run: RunDir, config: RunConfig) -> tuple[str, ...]:
-    """Names of the classes of a run's data, or of the checkpoint that it was imported from; () where both are gone."""
-    imported = (run.result() or {}).get("imported")
-    if imported is not None:
-        return tuple(imported.get("classes", ()))
-    try:
-        classes = open_split(config.data.path, "train", merging=config.data.merge_labels).dataset.classes
-    except (ValueError, OSError):
-        return ()
-    return tuple(classes or ())
 
 
 def without_probe_heads(model: Model) -> tuple[Model, list[str]]:

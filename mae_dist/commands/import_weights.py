@@ -10,23 +10,15 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-import torch
-
-from mae_dist import dist, models, weights
+from mae_dist import dist, weights
 from mae_dist.checksum import sha256
 from mae_dist.cli import Parser
 from mae_dist.hints import given
-from mae_dist.objectives import Objective
-from mae_dist.objectives.classify import Finetune, Probe
-from mae_dist.objectives.mae import MAE
+from mae_dist.restore import read
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
-from mae_dist.weights import Model, Overrides, Reading, files
+from mae_dist.weights import Overrides, Reading, files
 from mae_dist.weights.checks import checked
-from mae_dist.weights.identify import NORMS
-
-MAX_LISTED = 3
-"""Names of tensors that an error message lists."""
 
 
 def main(argv: list[str]) -> int:
@@ -77,59 +69,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("mean", "std", "decoder_heads", "image_size"):
         if (value := getattr(arguments, name)) is not None:
             checked(name, value, f"--{name.replace('_', '-')}")
-
-
-def read(path: Path, overrides: Overrides, key: str | None = None) -> Reading:
-    """Read a checkpoint file or folder. ValueError, one sentence, unless it has every tensor of a model of mae_dist."""
-    reading = weights.read(path, overrides, key)
-    build(reading.model, str(path))
-    return reading
-
-
-def build(model: Model, origin: str) -> Objective:
-    """Build the objective of a model with its tensors, in evaluation mode. ``origin`` begins error messages.
-
-    Raises ValueError if tensors are missing, unknown, of another shape or not finite. The only tensor allowed without
-    a place in the model is the final norm of the other pooling.
-    """
-    config, state = model.config, model.state
-    try:
-        with torch.device("meta"):
-            objective = build_untrained(model)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    expected, faults = objective.state_dict(), []
-    unknown = [name for name in state if name not in expected and not name.startswith(NORMS)]
-    for names, what in (([n for n in expected if n not in state], "lacks"), (unknown, "has unknown tensors")):
-        if names:
-            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-            faults.append(f"{what} {', '.join(names[:MAX_LISTED])}{more}")
-    if faults:
-        raise ValueError(f"{origin}: as {config.model.name} it {' and '.join(faults)}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            shapes = f"{tuple(state[name].shape)}, and {config.model.name} has {tuple(tensor.shape)}"
-            raise ValueError(f"{origin}: {name} is {shapes}")
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{origin}: {name} contains NaN or inf, so its outputs would be NaN; try another file")
-    objective.load_state_dict({name: state[name] for name in expected}, assign=True)
-    return objective.eval()
-
-
-def build_untrained(model: Model) -> Objective:
-    """Build the objective of a model's settings without its tensors. ValueError for settings that contradict."""
-    config, state = model.config, model.state
-    chosen = {name: value for name in ("pool", "position") if (value := getattr(config.model, name)) is not None}
-    chosen |= {"image_size": config.model.image_size, "channels": config.data.channels}
-    backbone = models.build(config.model.name, **chosen)
-    if model.has_decoder:
-        return MAE(backbone, dataclasses.replace(config.mae, predict=1.0), config.train.seed)
-    if "head.bias" not in state:
-        return Objective(backbone, config.train.seed)
-    if model.verb == "probe":
-        return Probe(backbone, len(state["head.bias"]), chunk=1, seed=config.train.seed)
-    return Finetune(backbone, len(state["head.bias"]), drop_path=0.0, label_smoothing=0.0, seed=0)
 
 
 def make_run(reading: Reading, source: Path, out: Path) -> None:

@@ -188,9 +188,13 @@ def _parsed(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _decode_array(content: bytes, how: Decoding) -> Decoded:
     shape, by_columns, kind = _array_header(content)
-    axes = layout(shape, how.channels)
     values = np.frombuffer(content, kind, math.prod(shape), _start(content))
-    values = values.reshape(shape, order="F" if by_columns else "C")
+    return of_array(values.reshape(shape, order="F" if by_columns else "C"), how)
+
+
+def of_array(values: np.ndarray, how: Decoding) -> Decoded:
+    """The pixels of an array of two or three axes, by the rules of `Decoding`. Raises ValueError."""
+    axes = layout(values.shape, how.channels)
     values = values.transpose(axes) if axes else values[:, :, None]
     how.check_size(*values.shape[:2])
     pixels, changes = eight_bits(values, how.white)
@@ -237,6 +241,17 @@ def _decode_by_pillow(content: bytes, how: Decoding) -> Decoded:
             changes = (DEEP,)
         pixels, converted = from_image(image, how.channels)
     return _upright(Decoded(pixels, (*changes, *converted, *([FIRST] if several else []))), number, how)
+
+
+def of_pil(image: Image.Image, how: Decoding) -> Decoded:
+    """The pixels of an image that Pillow has opened or made, by the rules of `Decoding`. Raises ValueError."""
+    try:
+        if image.mode in ONE_CHANNEL:
+            return of_array(np.asarray(image), how)
+        how.check_size(image.height, image.width)
+        return _upright(Decoded(*from_image(image, how.channels)), _orientation(image), how)
+    except (OSError, SyntaxError) as error:  # it is decoded only now
+        raise ValueError(f"cannot be decoded ({error})") from error
 
 
 def _upright(found: Decoded, number: int, how: Decoding) -> Decoded:

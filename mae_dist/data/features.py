@@ -1,17 +1,18 @@
 """Features of a split, computed once and kept on disk: a `Source` of batches like those of `loader`.
 
     FOLDER/
-      00000.npy          features of SHARD samples, float32 (n, width), memory-mapped
+      00000.npy          features of SHARD samples, float32 (n, *shape), memory-mapped
       00000.labels.npy   labels and whether the sample was unreadable, int64 (n, 2); written first
       .00000.npy.PID     a file that is being written
 
 Shards have a fixed number of samples and are computed in fixed pieces, so their bits do not depend on the number of
 ranks. A shard is written atomically, so after a kill only missing shards are computed. Knows no model: `fill` takes a
-function from images to features.
+function from batches to features.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,17 +38,19 @@ PIECE = 256
 
 
 class Features:
-    """Features of a split, `width` numbers a sample, stored in `folder`; batches are on `device`."""
+    """Features of a split, an array of this `shape` for each sample, stored in `folder`; batches are on `device`."""
 
-    def __init__(self, folder: Path, index: ShardIndex, width: int, device: torch.device, shard: int = SHARD):
-        self.folder, self.index, self.width, self.device, self.shard = folder, index, width, device, shard
+    def __init__(
+        self, folder: Path, index: ShardIndex, shape: tuple[int, ...], device: torch.device, shard: int = SHARD
+    ):
+        self.folder, self.index, self.shape, self.device, self.shard = folder, index, shape, device, shard
         self.num_shards = -(-len(index) // shard)
         self.open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Size of all features on disk."""
-        return len(self.index) * self.width * 4
+        return len(self.index) * math.prod(self.shape) * 4
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are missing or damaged."""
@@ -59,12 +62,12 @@ class Features:
             path.unlink()
 
     def fill(
-        self, source: Source, view: View, compute: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1
+        self, source: Source, view: View, compute: Callable[[Batch], Tensor], rank: int = 0, world: int = 1
     ) -> None:
         """Compute this rank's share of the missing shards, with a progress bar on rank 0.
 
-        ``compute`` maps images (b, c, h, w) to features (b, width). Raises RankError when a feature is not finite and
-        MachineFault when a file cannot be written.
+        ``compute`` maps a batch to its features (b, *shape). Raises RankError when one of a readable sample is not
+        finite and MachineFault when a file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = [number for number in self.missing() if number % world == rank]
@@ -72,13 +75,7 @@ class Features:
         quiet = rank > 0 or not sys.stderr.isatty()
         for number in track(mine, "computing features", disable=quiet, transient=True):
             parts = [next(batches) for _ in self._pieces(number)]
-            values = torch.cat([compute(part.images).float() for part in parts])
-            if not (finite := values.isfinite().all(1)).all():
-                first = number * self.shard + int((~finite).nonzero()[0])
-                raise RankError(
-                    f"{self.index.sample_name(first)}: its features are not finite; try train.precision=fp32, or "
-                    f"check the run that init_from= names"
-                )
+            values = torch.cat([self._computed(compute, part) for part in parts])
             facts = torch.cat([torch.stack([part.labels, part.bad.long()], 1) for part in parts])
             try:
                 self._write(f"{number:05d}.labels.npy", facts.cpu().numpy())
@@ -89,6 +86,16 @@ class Features:
                     f"run the command again: it continues"
                 ) from None
 
+    def _computed(self, compute: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b ..."]:
+        values = compute(batch).float()
+        progress()
+        if not (finite := values.flatten(1).isfinite().all(1) | batch.bad).all():
+            first = int(batch.ids[~finite][0])
+            raise RankError(
+                f"{self.index.sample_name(first)}: its features are not finite; try precision fp32, or other weights"
+            )
+        return values
+
     def batches(self, plan: Plan, _view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order, with features as `images`; they were computed with the view of `fill`."""
         for epochs, ids in plan:
@@ -98,12 +105,12 @@ class Features:
             progress()
             yield Batch(*(part.to(self.device) for part in batch))
 
-    def _gather(self, ids: np.ndarray) -> tuple[Float[Tensor, "b width"], Int[Tensor, "b 2"]]:
-        values, facts = np.empty((len(ids), self.width), dtype=np.float32), np.empty((len(ids), 2), dtype=np.int64)
+    def _gather(self, ids: np.ndarray) -> tuple[Float[Tensor, "b ..."], Int[Tensor, "b 2"]]:
+        values, facts = np.empty((len(ids), *self.shape), dtype=np.float32), np.empty((len(ids), 2), dtype=np.int64)
         shards = ids // self.shard
         for number in np.unique(shards):
             if number not in self.open:
-                self.open[number] = self._load(f"{number:05d}.npy"), self._load(f"{number:05d}.labels.npy")
+                self.open[number] = self.arrays(number)
             here = shards == number
             rows = ids[here] - number * self.shard
             values[here], facts[here] = (part[rows] for part in self.open[number])
@@ -116,6 +123,10 @@ class Features:
         ids = self._ids(number)
         return [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
 
+    def arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A shard's features, and its labels and whether each sample was unreadable, memory-mapped."""
+        return self._load(f"{number:05d}.npy"), self._load(f"{number:05d}.labels.npy")
+
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
@@ -124,7 +135,7 @@ class Features:
             shapes = [self._load(f"{number:05d}{end}").shape for end in (".npy", ".labels.npy")]
         except (OSError, ValueError):
             return False
-        return shapes == [(len(self._ids(number)), self.width), (len(self._ids(number)), 2)]
+        return shapes == [(len(self._ids(number)), *self.shape), (len(self._ids(number)), 2)]
 
     def _write(self, name: str, array: np.ndarray) -> None:
         with replacing(self.folder / name) as work, work.open("wb") as stream:

@@ -197,6 +197,12 @@ class ShardIndex:
         shard, row = self.locate(sample)
         return self._table(shard).names[row]
 
+    def key(self, sample: int) -> str:
+        """The key of a sample in webdataset's sense: the name of its image without the extension."""
+        shard, row = self.locate(sample)
+        table = self._table(shard)
+        return table.names[row][: -len(table.extensions[row]) - 1]
+
     def sample_name(self, sample: int) -> str:
         """A sample's name for messages: 'a/b.jpg in x.tar'."""
         return f"{self.image_name(sample)} in {self.tars[self.locate(sample)[0]].name}"

@@ -140,6 +140,17 @@ class Backbone(nn.Module):
                 found.append(self.norm(x) if number == self.depth else F.layer_norm(x, (self.dim,), eps=EPS))
         return found
 
+    def read(self, tokens: Float[Tensor, "b n d"], block: int, kind: str) -> Float[Tensor, "b ... d"]:
+        """Features of an image out of its `tokens` after a block, which `layers` gives. ``kind``: "cls" is the class
+        token, "mean" the mean of the patch tokens, "patches" are these themselves, and "tokens" all. Those of the last
+        block go through the norm of the backbone's own pooling.
+        """
+        last_norm = self.fc_norm if block == self.depth else nn.Identity()
+        if kind == "cls":
+            return last_norm(tokens[:, 0])
+        patches = tokens if kind == "tokens" else tokens[:, self.num_prefix :]
+        return last_norm(patches.mean(1) if kind == "mean" else patches)
+
     def forward(
         self, images: Float[Tensor, "b c h w"], scale: Float[Tensor, "depth two b"] | None = None
     ) -> Float[Tensor, "b d"]:

@@ -28,13 +28,16 @@ class Classifier(Objective):
         self.initialise_rest()
 
     def initialise_rest(self, fill: Fill = Tensor.copy_) -> None:
-        if not self.head.weight.is_meta:
-            draw_head(self.head, self.std, self.seed, fill, self.bias)
+        draw_head(self.head, self.std, self.seed, fill, self.bias)
 
 
 @torch.no_grad()
 def draw_head(head: nn.Linear, std: float, seed: int, fill: Fill = Tensor.copy_, bias: float = 0.0) -> None:
-    """Set the weights of a head to N(0, std) truncated at +-2, drawn from `seed` alone, and its biases to `bias`."""
+    """Set the weights of a head to N(0, std) truncated at +-2, drawn from `seed` alone, and its biases to `bias`; those
+    of a head on the meta device stay without values.
+    """
+    if head.weight.is_meta:
+        return
     generator = torch.Generator().manual_seed(seed)
     fill(head.weight, nn.init.trunc_normal_(torch.empty(head.weight.shape), std=std, generator=generator))
     fill(head.bias, torch.full(head.bias.shape, bias))

@@ -198,17 +198,14 @@ class ProbeHeads(Objective):
 
     def rows(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b width"]:
         """The features of images, computed in one forward pass."""
-        backbone, prefix = self.backbone, self.backbone.num_prefix
+        backbone = self.backbone
         numbers = {*self.blocks, backbone.depth} if self.settings.attentive else set(self.blocks)
         found = []
         for number, tokens in zip(sorted(numbers), backbone.layers(images, numbers), strict=True):
-            last_norm = backbone.fc_norm if number == backbone.depth else nn.Identity()
-            if (number, "cls") in self.columns:
-                found.append(last_norm(tokens[:, 0]))
-            if (number, "mean") in self.columns:
-                found.append(last_norm(tokens[:, prefix:].mean(1)))
+            kinds = [kind for kind in ("cls", "mean") if (number, kind) in self.columns]
+            found += [backbone.read(tokens, number, kind) for kind in kinds]
             if number == backbone.depth and self.settings.attentive:
-                found.append(last_norm(tokens[:, prefix:]).flatten(1))
+                found.append(backbone.read(tokens, number, "patches").flatten(1))
         return torch.cat([single(part) for part in found], 1)
 
     def logits(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,14 @@ def verify(path: Path) -> str | None:
     return None
 
 
+def read_named(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of these names, which the checkpoint has, by name; read by this process by itself."""
+    entries: Any = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
+    read(path, state)
+    return state
+
+
 def names_in(path: Path) -> dict[str, torch.Size]:
     """Shapes of the tensors in a checkpoint, by name."""
     metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
@@ -199,18 +207,19 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{path}: has no tensor {name}; it was written for another model or by another version")
         if there[name] != list(tensor.shape):
             raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
-
-        def read() -> None:
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-
-        if any(isinstance(tensor, DTensor) for tensor in state.values()):
-            read()
-            return
-        dist.run_on_rank0(read)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        read(path, state)
+        return
+    dist.run_on_rank0(lambda: read(path, state))
     for tensor in state.values():
         dist.broadcast(tensor)
+
+
+def read(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place from a checkpoint that has all of them; this process by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def measure(path: Path) -> dict[str, Any]:

@@ -121,6 +121,11 @@ class RunDir:
         starts = events.of(self.path, "start")
         return next((start for start in reversed(starts) if start["step"] < step), {})
 
+    def record_classes(self, names: list[str] | None) -> None:
+        """Write the names of the classes of a run that is trained on labels, where they are known."""
+        if dist.is_main() and names:
+            jsonl.write_atomic(self.path / layout.CLASSES, json.dumps({"classes": names}) + "\n")
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, which marks the run as finished, and append the event `finish`."""
         if dist.is_main():

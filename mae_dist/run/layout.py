@@ -12,6 +12,7 @@ RUN/
   result.json        final numbers; only a finished run has it
   pictures/          reconstructions
   forensics/         samples of steps that were not finite, see `rewind`
+  classes.json       names of the classes, in the order of their numbers, of a run that is trained on labels
   heads.md, .json    all heads of a probe with several, features/ what they were computed from
   report.html        what `mae-dist report` draws
   replay/            what `mae-dist replay` writes
@@ -34,6 +35,7 @@ from mae_dist.run import events, jobs, jsonl
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
 CODE, REVISION = "code", "REVISION"
 MANIFEST = "manifest.json"
+CLASSES = "classes.json"
 STARTED_FROM = "started_from"
 """Key of config.yaml: `identity.of_checkpoint` of what init_from gave the run."""
 CHECKPOINT = re.compile(r"step-[0-9]{9,}")

@@ -126,7 +126,7 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
     Raises ValueError when the stored ones come from another checkpoint of init_from, or the disk has no room.
     """
     folder = setup.run.path / "features"
-    features = Features(folder / setup.train_split.fingerprint, setup.train_split, objective.width, setup.device)
+    features = Features(folder / setup.train_split.fingerprint, setup.train_split, (objective.width,), setup.device)
     start = "random" if setup.initial_weights is None else (setup.initial_weights.path / MANIFEST).read_text()
     key = hashlib.sha256(start.encode()).hexdigest()
 
@@ -157,7 +157,7 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
         precision = parallel.autocast(setup.config.train.precision, setup.device)
         with dist.name_lost_ranks(lambda: "the computation of features"), torch.no_grad(), precision:
             images, view = setup.source(setup.train_split), setup.view(training=False)
-            features.fill(images, view, objective.rows, dist.rank(), dist.world())
+            features.fill(images, view, lambda batch: objective.rows(batch.images), dist.rank(), dist.world())
             dist.barrier()
     return features
 

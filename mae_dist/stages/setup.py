@@ -223,7 +223,10 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
             return None
         total = 0 if verb == "knn" else configuration.total_steps(setup.config.train, len(setup.train_split))
         start = None if setup.initial_weights is None else setup.initial_weights.path
-        return (setup, built) if setup.run.open(verb, setup.config, setup.data_fingerprint, total, start) else None
+        if not setup.run.open(verb, setup.config, setup.data_fingerprint, total, start):
+            return None
+        setup.run.record_classes(setup.train_split.dataset.classes if needs_labels else None)
+        return setup, built
 
 
 def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:

@@ -49,6 +49,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: are_channels(value) and all(value),
     ),
     "image_size": ("the side of a square, or height and width", is_size),
+    "test_crop": ("a number above 0, up to 1", lambda value: is_number(value, 0) and value <= 1),
     "norm_pix": ("true or false", lambda value: isinstance(value, bool)),
     "decoder_heads": ("a whole number from 1 on", is_count),
     "num_heads": ("a whole number from 1 on", is_count),

@@ -47,7 +47,8 @@ def training_arguments(extras: dict[str, Any], names: dict[str, str]) -> dict[st
 
 
 def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> Decoded:
-    """Convert a timm state dict to mae_dist's names; mean and std are those of pretrained_cfg, else of args.
+    """Convert a timm state dict to mae_dist's names; size and crop are those of pretrained_cfg, mean and std too,
+    else of args.
 
     Raises ValueError if pretrained_cfg is not an object.
     """
@@ -60,6 +61,7 @@ def decode(tensors: dict[str, Tensor], extras: dict[str, Any], origin: str) -> D
     metadata |= {name: (f"pretrained_cfg.{name}", cfg[name]) for name in metadata if cfg and cfg.get(name) is not None}
     size = (cfg or {}).get("input_size")  # channels, height, width
     metadata["image_size"] = ("pretrained_cfg.input_size", size[1:] if isinstance(size, list | tuple) else size)
+    metadata["test_crop"] = ("pretrained_cfg.crop_pct", (cfg or {}).get("crop_pct"))
     return Decoded("timm", origin, decode_tensors(tensors), HALF, metadata)
 
 

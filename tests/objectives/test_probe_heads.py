@@ -284,9 +284,9 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
     objective = ProbeHeads(backbone, 10, schema.HeadsConfig(ridge=True, features=("both",)), chunk=50, seed=0)
 
     def filled(name: str, world: int) -> Features:
-        features = Features(tmp_path / name, index, objective.width, CPU, shard=128)
+        features = Features(tmp_path / name, index, (objective.width,), CPU, shard=128)
         for rank in reversed(range(world)):
-            features.fill(images, view, objective.rows, rank, world)
+            features.fill(images, view, lambda batch: objective.rows(batch.images), rank, world)
         assert features.missing() == []
         return features
 
@@ -304,13 +304,15 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
 
     before = {n: (tmp_path / "one" / n).stat().st_mtime_ns for n in files}
     (tmp_path / "one/00002.npy").write_bytes(b"cut")
-    assert Features(tmp_path / "one", index, objective.width, CPU, shard=128).missing() == [2]
+    assert Features(tmp_path / "one", index, (objective.width,), CPU, shard=128).missing() == [2]
     one = filled("one", 2)
     assert (tmp_path / "one/00002.npy").read_bytes() == (tmp_path / "three/00002.npy").read_bytes()
     changed = [n for n in files if (tmp_path / "one" / n).stat().st_mtime_ns != before[n]]
     assert changed == ["00002.labels.npy", "00002.npy"]
-    with pytest.raises(ValueError, match=r"not finite; try train\.precision=fp32"):
-        Features(tmp_path / "bad", index, 1, CPU).fill(images, view, lambda x: x.flatten(1)[:, :1] / 0)
+    with pytest.raises(ValueError, match="its features are not finite; try precision fp32"):
+        Features(tmp_path / "bad", index, (1,), CPU).fill(
+            images, view, lambda batch: batch.images.flatten(1)[:, :1] / 0
+        )
     assert one.num_bytes == 700 * 256 * 4
 
 

@@ -17,8 +17,7 @@ from timm.data import create_transform, resolve_model_data_config  # pyright: ig
 from torch import Tensor
 from trained import MEAN, STD, Cli, classifier, randomised, save_run, usage
 
-from mae_dist import models
-from mae_dist.commands import export_weights
+from mae_dist import models, restore
 from mae_dist.data import crop, views
 from mae_dist.objectives.classify import Probe
 from mae_dist.run.directory import RunDir
@@ -93,9 +92,9 @@ def test_export_says_where_a_crop_of_whole_pixels_is_another_one(tmp_path: Path)
             classifier("vit_demo4", image_size=size), "vit_demo4", tmp_path / f"{size}", size, test_crop=0.875
         )
         for target in ("timm", "hf"):
-            encoded = FORMATS[target].encode(export_weights.load(RunDir(run)))[1]
+            encoded = FORMATS[target].encode(restore.of_run(RunDir(run)))[1]
             assert any("crop 32 of 37 whole pixels, which is 0.8649 of the image" in line for line in encoded) == said
-    assert "crop 32 of 37" in card.card(export_weights.load(RunDir(tmp_path / "32")), "timm", "")
+    assert "crop 32 of 37" in card.card(restore.of_run(RunDir(tmp_path / "32")), "timm", "")
 
 
 def test_probe_exports_as_a_linear_head_with_its_batch_norm_folded(tmp_path: Path, cli: Cli) -> None:

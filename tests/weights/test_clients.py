@@ -25,9 +25,8 @@ from trained import (
     usage,
 )
 
-from mae_dist import models, schema
+from mae_dist import models, restore, schema
 from mae_dist.batch import IMAGENET_MEAN, Batch
-from mae_dist.commands import export_weights, import_weights
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.run.directory import RunDir
 from mae_dist.weights import FORMATS, Model
@@ -163,8 +162,8 @@ def test_import_reads_what_transformers_saves(tmp_path: Path, cli: Cli, kind: st
     assert ("pooler.dense" in output) == (kind == "ViTModel")
     verb = RunDir(tmp_path / "run").settings()[0]
     assert verb == ("finetune" if "Classification" in kind else "pretrain")
-    model = export_weights.load(RunDir(tmp_path / "run"))
-    own, pixels = import_weights.build(model, "here").double(), random_images(16)
+    model = restore.of_run(RunDir(tmp_path / "run"))
+    own, pixels = restore.build(model, "here").double(), random_images(16)
     base = other.double() if "Model" in kind else other.double().vit
     usual = IMAGENET_MEAN if "MAE" in kind else (0.5, 0.5, 0.5)
     assert run_config(tmp_path / "run").data.mean == usual

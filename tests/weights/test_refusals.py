@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trained import MEAN, STD, Cli, as_model, classifier, mae, official, save_run
 
-from mae_dist import schema
+from mae_dist import restore, schema
 from mae_dist.__main__ import main
-from mae_dist.commands import import_weights
 from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
 from mae_dist.run.directory import RunDir
@@ -126,7 +125,7 @@ def write_checkpoint(path: Path, where: str, key: str, value: Any) -> None:
 def refusal(path: Path) -> str:
     """The message, one line that begins with `path`, if the file is refused; "" if it is read."""
     try:
-        import_weights.read(path, Overrides())
+        restore.read(path, Overrides())
     except ValueError as error:
         message = str(error)
         assert message.startswith(str(path)), message
@@ -305,8 +304,8 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
         torch.save(transformers, tmp_path / name)
     cases: list[tuple[list[object], list[str]]] = [
         (["export", tmp_path / "knn", "--to", "timm", "--out", tmp_path / "out.pth"],
-         [f"/knn: a knn run trains nothing; export its init_from={run} instead"]),
-        (["export", tmp_path / "chance", "--to", "timm", "--out", tmp_path / "out.pth"], ["export one that trains"]),
+         [f"/knn: this knn run trains nothing; take its init_from={run} instead"]),
+        (["export", tmp_path / "chance", "--to", "timm", "--out", tmp_path / "out.pth"], ["take one that trains"]),
         (["export", tmp_path / "begun", "--to", "timm", "--out", tmp_path / "out.pth"],
          ["/begun: has no checkpoint yet; wait for the first, or run its pretrain command again"]),
         (["import", tmp_path / "lone.bin"], ["lone.bin", "give the folder that holds both"]),

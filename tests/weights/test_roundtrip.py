@@ -31,8 +31,7 @@ from trained import (
     usage,
 )
 
-from mae_dist import models, schema
-from mae_dist.commands import export_weights
+from mae_dist import models, restore, schema
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 from mae_dist.objectives.classify import Probe
@@ -130,7 +129,7 @@ def test_roundtrip_of_mixer_is_bit_identical(tmp_path: Path, cli: Cli) -> None:
     block |= {f"{mix}_mixing/Dense_{n}/{leaf}" for mix in ("token", "channel") for n in (0, 1)
               for leaf in ("kernel", "bias")}  # fmt: skip
     expected = {f"MixerBlock_{number}/{part}" for number in range(4) for part in block}  # vit_jax's models_mixer.py
-    line = FORMATS["npz"].usage(export_weights.load(RunDir(runs[0])), tmp_path / "file-1.npz")
+    line = FORMATS["npz"].usage(restore.of_run(RunDir(runs[0])), tmp_path / "file-1.npz")
     made: dict[str, Any] = {}
 
     class MlpMixer:

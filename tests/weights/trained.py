@@ -10,8 +10,7 @@ import modules
 import torch
 from torch import Tensor
 
-from mae_dist import models, schema
-from mae_dist.commands import export_weights
+from mae_dist import models, restore, schema
 from mae_dist.objectives import Objective
 from mae_dist.objectives.classify import Finetune, Probe
 from mae_dist.objectives.mae import MAE
@@ -77,7 +76,7 @@ def save_run(objective: Objective, name: str, out: Path, size: int = 32, step: i
 
 def run_state(run: Path) -> dict[str, Tensor]:
     """The tensors of a run's newest checkpoint that export takes."""
-    return export_weights.load(RunDir(run)).state
+    return restore.of_run(RunDir(run)).state
 
 
 def run_config(run: Path) -> schema.PretrainConfig:
