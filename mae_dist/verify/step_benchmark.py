@@ -106,7 +106,7 @@ def measure(
 def rows_of(settings: Any, device: torch.device, raw: dict[str, Any], flops: int) -> Iterator[Measurement]:
     """What follows from the seconds of all variants: rates, shares of the peak, ratios, and the parts of our step."""
     images, seconds, peak = settings.train.global_batch, raw["seconds"], raw["peak"]
-    known = {json.dumps(without_share(row)): row["share"] for row in jsonl.read(TABLE)}
+    known = {json.dumps(without_share(row)): row["share"] for row in jsonl.read(TABLE) if "share" in row}
     whole = {name: [f + b for f, b in zip(p["forward"], p["backward"], strict=True)] for name, p in seconds.items()}
     own = [name for name in whole if name in ("eager", "compiled")]
     for name, values in whole.items():
