@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,13 +43,11 @@ class Transform:
         """One image as (c, h, w), several, a list or an array of four axes, as (b, c, h, w). Raises ValueError for what
         is no image of these channels.
         """
-        if isinstance(images, Image.Image | str | os.PathLike):
-            return self._one(images)
-        if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
-            return self._one(images)
-        if not len(images):
-            return torch.empty(0, self.how.channels, *self.view.size)
-        return torch.stack([self._one(image) for image in images])
+        is_array, is_text = isinstance(images, np.ndarray | Tensor), isinstance(images, str)
+        if cast(Any, images).ndim < 4 if is_array else is_text or not isinstance(images, Sequence):
+            return self._one(cast(Picture, images))
+        found = [self._one(image) for image in cast(Sequence[Picture], images)]
+        return torch.stack(found) if found else torch.empty(0, self.how.channels, *self.view.size)
 
     def _one(self, image: Picture) -> Float[Tensor, "c h w"]:
         out, name = np.empty((*self.view.size, self.how.channels), dtype=np.uint8), ""

@@ -164,6 +164,7 @@ def test_load_refusals_are_one_sentence(tmp_path: Path) -> None:
         (lambda: m.transform(tmp_path / "none.png"), "none.png: No such file"),
         (lambda: m.transform([str(tmp_path / "text.png")]), "text.png: is no BMP"),
         (lambda: m.transform(np.zeros((4, 4, 5), np.uint8)), r"\(4, 4, 5\) is no image of 3 channels"),
+        (lambda: m.transform([None]), r"an array of shape \(\) is no image"),  # pyright: ignore[reportArgumentType]
         (lambda: m.transform(np.zeros(4)), r"an array of shape \(4,\) is no image"),
         (lambda: m.transform(np.full((4, 4), 300)), "int64 values from 300 to 300"),
         (lambda: m.features(torch.zeros(1, 3, 64, 64)), r"\(1, 3, 64, 64\): the model takes \(b, 3, 32, 32\)"),
