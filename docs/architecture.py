@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "errors", "interfaces", "printed", "signals", "checksum", "devices"} | {"tensor_bytes"},
+    {"setting", "errors", "interfaces", "printed", "signals", "checksum", "clock", "devices"} | {"tensor_bytes"},
     {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"starts", "watchdog"},
     {"cli", "image_settings", "patch_counts", "recipes", "setting_texts"},

@@ -10,11 +10,13 @@ import gc
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from mae_dist import __version__, config, environment, errors, printed, recipes, schema, watchdog
+from mae_dist import __version__, config, environment, errors, hints, printed, recipes, schema, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -143,7 +145,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
             launcher.limit_threads(dist.local_world())
             stage.run(settings)
             if dist.is_main():
-                print_result(verb, settings.out)
+                print_result(verb, settings, argv)
             return 0
     config.check_world(settings, processes)
     return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
@@ -164,13 +166,21 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def print_result(verb: str, out: str) -> None:
-    """Print the final numbers of a run and where its folder is."""
+def print_result(verb: str, settings: schema.RunConfig, argv: list[str]) -> None:
+    """Print the final numbers of a run, where its folder is, and what may come next."""
     from mae_dist.run.directory import RunDir
 
+    out = settings.out
     result = RunDir(out).result() or {}
     numbers = "  ".join(f"{name} {_format(value)}" for name, value in result.items() if name != "verb")
     print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
+    if verb == "pretrain":
+        stem = next((Path(word).stem for word in argv if "=" not in word), "")
+        for following in ("probe", "finetune"):
+            recipe = [stem] if f"{following}/{stem}" in recipes.known() else []
+            data = f"data.path={hints.shown(settings.data.path)}"
+            words = [following, *recipe, data, f"init_from={out}", f"out={out}-{following}"]
+            print(f"next, where there are labels: mae-dist {shlex.join(words)}")
 
 
 def _format(value: object) -> str:

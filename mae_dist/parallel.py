@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -70,6 +71,14 @@ def parallelize(objective: Objective, machine: MachineConfig, train: TrainConfig
     if train.reduce_dtype == "bf16":
         replica.register_comm_hook(None, bf16_compress_hook)
     return replica
+
+
+def when_computed(loss: Tensor, action: Callable[[], None]) -> None:
+    """Call `action` once the backward pass from `loss` has this rank's gradients, before it waits for other ranks'.
+
+    Callbacks of autograd run in the order in which they were queued, and those of DDP and FSDP2 that wait come later.
+    """
+    loss.register_hook(lambda _: Variable._execution_engine.queue_callback(action))
 
 
 def blocks_of(objective: nn.Module) -> list[Block]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import logging
 import re
+from logging.handlers import MemoryHandler
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that command a terminal, end a line, turn the direction of writing, or are none."""
 LONGEST = 1500
 """Characters of a message; the middle of a longer one is left out."""
+
+held = MemoryHandler(capacity=0, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+"""What was logged before the run whose log file gets it has a folder."""
 
 
 def escaped(text: str) -> str:
@@ -49,7 +53,17 @@ class Formatter(logging.Formatter):
 
 
 def log_to_stderr(level: int) -> None:
-    """Send log records of this level and above to stderr, unless logging is set up already."""
+    """Send log records of this level and above to stderr, unless logging is set up already, and begin to hold them."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter())
     logging.basicConfig(level=level, handlers=[handler])
+    held.buffer.clear()
+    logging.getLogger().addHandler(held)
+
+
+def hand_over(handler: logging.Handler) -> None:
+    """Give a handler what was logged since `log_to_stderr`, and hold no more."""
+    logging.getLogger().removeHandler(held)
+    held.setTarget(handler)
+    held.flush()
+    held.setTarget(None)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mae_dist import clock, cost, devices, dist, hints, optim, parallel, rewind, watchdog
 from mae_dist import config as configuration
-from mae_dist import dist, optim, parallel, rewind, watchdog
 from mae_dist.batch import Batch
+from mae_dist.clock import Mark, Spans
+from mae_dist.model_sizes import sides
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
 from mae_dist.run import checkpoint, tracker
@@ -85,22 +87,30 @@ class Task:
 
 @dataclass
 class StepMetrics:
-    """What a step measured: tensors of the whole batch on the device, and `seconds` by what the host spent them on."""
+    """What a step measured: tensors of the whole batch on the device, and the times in which it waited."""
 
     lr: float
     loss: Tensor
     loss_scale: Tensor
-    seconds: dict[str, float] = field(default_factory=lambda: {"data_wait": 0.0})
+    seconds: dict[str, Spans] = field(default_factory=lambda: {"data_wait": [], "communication": []})
     samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     grad_norm: Tensor | None = None
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Take a micro-batch, and note its samples and how long the loop waited for it."""
-        began = time.perf_counter()
+        """Take a micro-batch, and note its samples and how long the device waited for it."""
+        began = clock.mark(self.loss.device)
         batch = next(batches)
-        self.seconds["data_wait"] += time.perf_counter() - began
+        self.seconds["data_wait"].append((began, clock.mark(self.loss.device)))
         self.samples.append((batch.bad, batch.ids, batch.epochs))
         return batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients, and note how long this rank, done with its own, waited for those of the others."""
+        done: list[Mark] = []
+        if dist.world() > 1:
+            parallel.when_computed(loss, lambda: done.append(clock.mark(loss.device)))
+        loss.backward()
+        self.seconds["communication"] += [(mark, clock.mark(loss.device)) for mark in done]
 
     def tensors(self) -> dict[str, Tensor]:
         """What the tracker keeps until its next flush: of all ranks `loss`, `grad_norm` and `loss_scale`; of this rank
@@ -141,11 +151,11 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     evaluate_every = evaluation_interval(config, task.num_samples)
     module, state = prepare(task, run, config, device)
     run.record_launch(first := state.step, device)
-    announce(task, run, config, state.step, total)
+    announce(task, run, config, state, total, *(speed := flops_and_peak(config, device)))
     with (
         dist.name_lost_ranks(lambda: f"step {state.step + 1}"),
         StopFlag() as stop,
-        Tracker(run.path, config, task.verb, state.step, total, task.num_samples) as tracking,
+        Tracker(run.path, config, task.verb, state.step, total, task.num_samples, *speed) as tracking,
         AsyncSaver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
         refusal = over_budget(run, tracking, state.step, config, task.num_samples)
@@ -200,7 +210,7 @@ def train_step(
             with parallel.autocast(train.precision, batch.images.device):
                 output = module(batch)
             loss = output.loss.sum() / train.global_batch
-            (loss * factor).backward()
+            metrics.backward(loss * factor)
         metrics.loss += loss.detach()
     norm = parallel.gradient_norm(state.trained)
     norm = torch.where(
@@ -268,16 +278,43 @@ def go_back(
     return task.batches(range(state.step, total))
 
 
-def announce(task: Task, run: RunDir, config: TrainingConfig, step: int, total: int) -> None:
-    """Log once what is going to happen: steps, shape of the batch, peak learning rate, folder."""
+def flops_and_peak(config: TrainingConfig, device: torch.device) -> tuple[int, float]:
+    """(Floating point operations of an image in a step, 0 where they are not known; the most that the devices of all
+    ranks together make in a second).
+    """
+    image, dtype = cost.of_run(config), parallel.DTYPES.get(config.train.precision, torch.float32)
+    peak = sum(dist.gather_objects(devices.peak_flops(device, dtype)))
+    return (0 if image is None else image.training_flops), peak
+
+
+def announce(
+    task: Task, run: RunDir, config: TrainingConfig, state: TrainState, total: int, flops: int, peak: float
+) -> None:
+    """Log once what runs on what: steps, shape of the batch, peak learning rate, model, devices, data, time, folder.
+    ``flops`` of an image in a step; the ``peak`` of all devices a second.
+    """
     if not dist.is_main():
         return
-    batch, world = config.train.global_batch, dist.world()
-    peak = optim.peak_lr(config.optim, batch)
+    train, world, model = config.train, dist.world(), config.model
+    batch, micro = train.global_batch, math.ceil(train.global_batch / (world * task.num_micro))
     strategy = "" if world == 1 else f" ({config.machine.strategy})"
-    shape = f"{batch} images = {counted(world, 'rank')}{strategy} x {counted(task.num_micro, 'micro-batch')}"
-    log.info("%s: %s steps of %s, lr %.3g, %s", task.verb, f"{total:,}", shape, peak, config.train.precision)
-    log.info("%s run in %s", f"resumed at step {step:,} of the" if step else "new", run.path)
+    lr, shape = optim.peak_lr(config.optim, batch), f"batch {batch:,} = {counted(world, 'rank')}{strategy} x {micro:,} "
+    shape += f"{'image' if micro == 1 else 'images'} x {counted(task.num_micro, 'micro-batch')}"
+    log.info("%s: %s of %s, lr %.3g, %s", task.verb, counted(total, "step"), shape, lr, train.precision)
+    parameters = sum(parameter.numel() for parameter in task.objective.parameters()) / 1e6
+    size = " x ".join(map(str, dict.fromkeys(sides(model.image_size))))
+    work = f", {flops / 1e9:.3g} GFLOPs an image and step" if flops else ""
+    device = devices.name_of(state.loss_scale.scale.device)
+    log.info("%s at %s px: %.4g M parameters%s, on %d x %s", model.name, size, parameters, work, world, device)
+    epoch = f"an epoch is {task.num_samples / batch:,.4g} steps"
+    log.info("%s from data.path=%s: %s", counted(task.num_samples, "image"), hints.shown(config.data.path), epoch)
+    images = (total - state.step) * batch
+    if state.step and (speed := tracker.last_speed(run.path)):
+        log.info("expected time: %s at the last speed", timedelta(seconds=round(images / speed)))
+    elif flops and peak:
+        least = timedelta(seconds=round(images * flops / peak))
+        log.info("expected time: %s at %.3g TFLOP/s, the most of %s", least, peak / 1e12, counted(world, "device"))
+    log.info("%s run in %s", f"resumed at step {state.step:,} of the" if state.step else "new", run.path)
 
 
 def over_budget(run: RunDir, tracking: Tracker, step: int, config: TrainingConfig, num_samples: int) -> str:

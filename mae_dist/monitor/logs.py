@@ -1,5 +1,7 @@
 """`mae-dist logs RUN [--lines N] [--all]`: the output of the newest job of a run, the first failing rank first.
 
+Of a run without a job, or that went on without one, it is the end of its log file, with --all the whole.
+
 For a folder of several runs, a sweep or a pipeline, the first failed run is shown; if none failed, the table of all.
 
 When one rank fails, the others soon report that it does not answer, and a launcher kills the rest. So the task that is
@@ -30,7 +32,7 @@ from mae_dist.monitor.status import (
     run_status,
 )
 from mae_dist.printed import escaped
-from mae_dist.run import events, jobs, layout, slurm_cli
+from mae_dist.run import events, jobs, layout, log_file, slurm_cli
 from mae_dist.run.events import Event
 from mae_dist.run.jobs import Submission
 
@@ -108,8 +110,24 @@ def main(argv: list[str]) -> int:
         if failed is None:
             return runs.main([str(run)])
         run = failed
-    show_job(run, newest_submission(run), arguments.lines, arguments.all)
+    if is_newest(run / log_file.FILE, jobs.submissions(run)):
+        show_file(run, 0 if arguments.all else arguments.lines)
+    else:
+        show_job(run, newest_submission(run), arguments.lines, arguments.all)
     return 0
+
+
+def is_newest(file: Path, submissions: list[Submission]) -> bool:
+    """Whether the log file of a run was written later than the log of its newest job."""
+    logs = [jobs.log_file(Path(job.logs), job.job, 0) for job in submissions[-1:]]
+    return file.is_file() and all(not log.is_file() or log.stat().st_mtime < file.stat().st_mtime for log in logs)
+
+
+def show_file(run: Path, num_lines: int) -> None:
+    """Print the status of a run and the last lines of its log file (0: all)."""
+    file = run / log_file.FILE
+    lines = [*map(escaped, file.read_text(errors="replace").splitlines())][-num_lines:]
+    print(f"{run}: {run_status(run, {})}\n\nlast lines of {file}:" + "".join(f"\n  {line}" for line in lines))
 
 
 def newest_submission(run: Path) -> Submission:

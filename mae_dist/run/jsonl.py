@@ -20,7 +20,7 @@ from mae_dist.atomic import naming, open_own, replacing, sync, try_lock
 
 Record = dict[str, Any]
 
-STEP, EVALUATION = "step", "evaluation"
+STEP, EVALUATION, INTERVAL = "step", "evaluation", "interval"
 """Values of the field `kind` in a metrics.jsonl."""
 NUMBERS = ("epoch", "lr", "loss", "images_per_second", "bad")
 """Fields of a metrics.jsonl that are computed with."""

@@ -4,7 +4,8 @@ RUN/
   config.yaml        format (version of this layout), verb, fingerprint of the data, total_steps, every setting, and the
                      checkpoint that the run started from
   events.jsonl       what happened to the run: starts, stops, failures, rewinds, submissions, see `events`
-  metrics.jsonl      one line a step and one an evaluation, see `tracker`
+  metrics.jsonl      one line a step, one an evaluation and one an interval, see `tracker`
+  log.txt            what was logged, for runs without a job, see `log_file`
   ids.jsonl          with track.ids: the samples of each step
   checkpoints/
     step-000001000/  manifest.json (step, files with sizes and sha256) and safetensors shards

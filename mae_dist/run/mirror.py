@@ -53,12 +53,12 @@ def run_id(run: Path) -> str:
 
 def grouped(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl in groups: train/, system/, and test/ for those of evaluations; step and epoch bare."""
-    evaluation, found = record["kind"] == jsonl.EVALUATION, {}
+    evaluation, interval, found = record["kind"] == jsonl.EVALUATION, record["kind"] == jsonl.INTERVAL, {}
     for name, value in record.items():
         if name in ("step", "epoch"):
             found[name] = value
         elif name != "kind":
-            group = "test" if evaluation else "system" if name in SYSTEM else "train"
+            group = "test" if evaluation else "system" if name in SYSTEM or interval else "train"
             found[f"{group}/{name.removeprefix('test_') if evaluation else name}"] = value
     return found
 

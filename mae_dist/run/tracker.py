@@ -1,16 +1,20 @@
 """Records a run: metrics.jsonl first, then wandb as an optional mirror, and a progress bar or lines in a log.
 
-metrics.jsonl has exactly one line for each step ("kind": "step"), also after kills and resumes, and one for each
-evaluation ("kind": "evaluation"). With `track.ids`, ids.jsonl has one line for each step with the samples it was
-trained on. Losses stay on the device until `flush`, so a step costs no synchronisation; all ranks flush together.
+metrics.jsonl has exactly one line for each step ("kind": "step"), also after kills and resumes, one for each evaluation
+("kind": "evaluation"), and one for each flush but the first of a start with what limited it ("kind": "interval"). With
+`track.ids`, ids.jsonl has one line for each step with the samples it was trained on. Losses stay on the device until
+`flush`, so a step costs no synchronisation; all ranks flush together.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import resource
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,35 +24,45 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mae_dist import dist, printed
+from mae_dist import clock, dist, printed
 from mae_dist.errors import MachineFault
-from mae_dist.run import events, jsonl, layout
+from mae_dist.run import events, interval, jsonl, layout
+from mae_dist.run.interval import RankTime
+from mae_dist.run.log_file import unprinted
 from mae_dist.run.mirror import Mirror
 from mae_dist.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Least time between two lines of progress in a log, where there is no terminal for a bar."""
-WATCHED_SECONDS, MOST_WAITING = 30.0, 0.1
-"""Time, from the first flush of a start on, after which a warning says that more than this share went into waiting for
-data.
-"""
+"""Least time between two lines of progress in a log."""
+WATCHED_SECONDS = 30.0
+"""Seconds over which what limits the run is judged for the log, which has a line where that has changed."""
+ADVICE = {
+    "data": " (machine.workers=%d); `mae-dist bench data` with this run's settings says what to change",
+    "checkpoint": "; see checkpoint.every and the speed of the disk", "communication": "", "compute": "",
+}  # fmt: skip
 
 
 class Tracker:
     """Context manager that records a run from `step` on. ``num_bad``: unreadable samples since the data last changed,
     at step ``data_since``; ``skipped``: steps so far whose gradient was not finite, overflows that a loss scale mends
-    left out.
+    left out. ``flops`` of an image in a step and the ``peak`` of all devices together, a second, give the MFU.
     """
 
-    def __init__(self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int):
+    def __init__(
+        self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int, flops: float = 0.0,
+        peak: float = 0.0,
+    ):  # fmt: skip
         self.path, self.total, self.num_samples = path / layout.METRICS, total, num_samples
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
-        self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-        self.flushed, self.last_line = time.perf_counter(), -math.inf
-        self.watched: tuple[float, float] | None = None
+        self.waiting: list[tuple[dict[str, Any], Mapping[str, float | clock.Spans], dict[str, Tensor]]] = []
+        self.flushed, self.last_line, self.begun = time.perf_counter(), -math.inf, False
+        self.share_of_peak = flops / peak if peak else 0.0  # of a device that makes one image a second
+        self.hosts: list[str] = dist.gather_objects(socket.gethostname())
+        self.watched: list[RankTime] = []
+        self.said = "compute", 0
         self.workers = config.machine.workers
         self.progress, self.mirror = None, None
         self.rewind(step)
@@ -82,60 +96,89 @@ class Tracker:
             self.mirror.rewind(len(jsonl.read(self.path)))
         self.restart_clock()
 
-    def step(self, step: int, lr: float, seconds: dict[str, float], saving: bool, tensors: dict[str, Tensor]) -> None:
-        """Record a step at the next flush. ``seconds``: by what they were spent on; ``saving``: a checkpoint is being
-        written; ``tensors``: on the device `bad`, `ids`, `epochs` (this rank's), `loss`, `grad_norm`, `loss_scale`
-        (all ranks').
+    def step(
+        self, step: int, lr: float, seconds: Mapping[str, float | clock.Spans], saving: bool, tensors: dict[str, Tensor]
+    ) -> None:
+        """Record a step at the next flush. ``seconds``: `data_wait`, `communication` (not recorded for each step) and,
+        after a save, `stall`; ``saving``: a checkpoint is being written; ``tensors``: on the device `bad`, `ids`,
+        `epochs` (this rank's), `loss`, `grad_norm`, `loss_scale` (all ranks').
         """
         plain = {"kind": jsonl.STEP, "step": step, "epoch": self._epoch(step), "lr": lr}
-        plain |= {name: round(value, 5) for name, value in seconds.items()} | ({"saving": True} if saving else {})
-        self.waiting.append((plain, tensors))
+        self.waiting.append((plain | ({"saving": True} if saving else {}), seconds, tensors))
 
     def _epoch(self, step: int) -> float:
         return round(step * self.unit / self.num_samples, 4)
 
     def flush(self) -> None:
-        """Write the steps since the last flush."""
+        """Write the steps since the last flush, and what limited them."""
         if not self.waiting:
             return
-        plain, tensors = zip(*self.waiting, strict=True)
+        plain, seconds, tensors = zip(*self.waiting, strict=True)
         self.waiting = []
-        bads = dist.all_reduce_sum(torch.stack([t["bad"] for t in tensors])).tolist()
         shared = torch.stack([torch.stack([t[k] for k in ("loss", "grad_norm", "loss_scale")]) for t in tensors])
-        now = time.perf_counter()
+        values, now = shared.tolist(), time.perf_counter()  # the device has done all steps
+        waits = [{name: clock.seconds(spans) for name, spans in row.items()} for row in seconds]
+        bads = torch.stack([t["bad"] for t in tensors]).tolist()
+        rows = self._of_ranks(shared, [*bads, *self._time(waits, now - self.flushed)])
         rate = len(plain) * self.unit / (now - self.flushed)
-        self._watch(sum(record["data_wait"] for record in plain), now - self.flushed, plain[-1]["step"])
         self.flushed = now
         records = []
-        for known, bad, (loss, norm, scale) in zip(plain, bads, shared.tolist(), strict=True):
-            record = known | {"images_per_second": float(f"{rate:.6g}")}
+        for number, (known, wait, (loss, norm, scale)) in enumerate(zip(plain, waits, values, strict=True)):
+            record = known | {name: round(s, 5) for name, s in wait.items() if name in ("data_wait", "stall")}
+            record |= {"images_per_second": float(f"{rate:.6g}")}
             record |= {k: v for k, v in (("loss", loss), ("grad_norm", norm)) if math.isfinite(v)}
             record |= {"loss_scale": scale} if self.scaled else {}
             record |= {} if math.isfinite(norm) else {"skipped": True}
-            records.append(record | ({"bad": int(bad)} if bad else {}))
+            bad = int(sum(row[number] for row in rows))
+            records.append(record | ({"bad": bad} if bad else {}))
         self.num_bad += sum(record.get("bad", 0) for record in records)
         self.skipped += [record["step"] for record in records if is_fault(record)]
-        self._write(self.path, records)
-        self._mirror(*records)
+        ranks = [RankTime(*row[len(plain) :]) for row in rows]
+        summed = interval.record(records[-1]["step"], ranks, self.hosts, rate * self.share_of_peak)
+        self._write(self.path, records + [summed] * self.begun)
+        self._mirror(*records, *[summed] * self.begun)
         if self.ids:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
-        self._show(records[-1])
+        self._show(records[-1], summed)
+        if self.begun:  # the first flush of a start waited for the loader to start
+            self._watch(ranks, records[-1]["step"], rate)
+        self.begun = True
+
+    def _time(self, waits: list[dict[str, float]], seconds: float) -> RankTime:
+        """This rank's time since the last flush; a save has restarted the clock, so its stall comes on top."""
+        data, communication, stall = (
+            sum(wait.get(name, 0.0) for wait in waits) for name in ("data_wait", "communication", "stall")
+        )
+        if torch.cuda.is_initialized():
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return RankTime(seconds + stall, data, communication, stall, memory)
+
+    def _of_ranks(self, like: Tensor, own: list[float]) -> list[list[float]]:
+        """The numbers of each rank, in rank order; the device of `like` sends them."""
+        table = torch.zeros(dist.world(), len(own), dtype=torch.float64, device=like.device)
+        table[dist.rank()] = torch.tensor(own, dtype=torch.float64)
+        return dist.all_reduce_sum(table).tolist()
 
     def _ids(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Epochs and ids of a step's samples over all ranks, in the order of the global batch."""
         return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
 
-    def _watch(self, waited: float, seconds: float, step: int) -> None:
-        """Warn, once a start, when the loop waits much for data; ``waited`` of the ``seconds`` since the last flush."""
-        if self.watched is None:  # the first flush waited for the loader to start
-            self.watched = 0.0, 0.0
+    def _watch(self, ranks: list[RankTime], step: int, rate: float) -> None:
+        """Log what has limited the last WATCHED_SECONDS, where that is another thing, or rank, than the last time."""
+        self.watched = interval.added(ranks, self.watched)
+        if self.watched[0].seconds < WATCHED_SECONDS:
             return
-        before = self.watched[1]
-        self.watched = waited, seconds = self.watched[0] + waited, before + seconds
-        if before < WATCHED_SECONDS <= seconds and waited > MOST_WAITING * seconds and dist.is_main():
-            log.warning(
-                "step %d: %.0f %% of the time went into waiting for data (machine.workers=%d); `mae-dist bench data` "
-                "with this run's settings says what to change", step, 100 * waited / seconds, self.workers,
+        found = interval.record(step, self.watched, self.hosts, rate * self.share_of_peak)
+        self.watched, before = [], self.said
+        noticeable = found["waited"] >= interval.NOTICEABLE
+        self.said = found["limit"], found["rank"] if noticeable else 0
+        if dist.is_main() and self.said != before:
+            advice = ADVICE[found["limit"]]
+            log.log(
+                logging.WARNING if noticeable else logging.INFO, "step %d: %s%s", step,
+                interval.describe(found, len(ranks)), advice % self.workers if "%" in advice else advice,
             )  # fmt: skip
 
     def restart_clock(self) -> None:
@@ -171,23 +214,33 @@ class Tracker:
         for record in records if self.mirror else ():
             self.mirror.log(record)  # pyright: ignore[reportOptionalMemberAccess]
 
-    def _show(self, last: dict[str, Any]) -> None:
+    def _show(self, last: dict[str, Any], summed: dict[str, Any]) -> None:
         if not self.progress:
             return
-        share = last["data_wait"] * last["images_per_second"] / self.unit
         loss, rate = last.get("loss", math.nan), last["images_per_second"]
-        text = f"loss {loss:.4f}  {printed.rate(rate)} images/s  data {min(share, 1):.0%}"
+        mfu = f"  MFU {summed['mfu']:.0%}" if "mfu" in summed else ""
+        text = f"loss {loss:.4f}  lr {last['lr']:.3g}  {printed.rate(rate)} images/s  data {summed['data']:.0%}{mfu}"
+        text += f"  {summed['memory']:.3g} GB"
         self.progress.update(self.progress.task_ids[0], completed=last["step"], text=text)
-        if self.progress.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+        ended = last["step"] == self.total
+        if ended or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
             left = timedelta(seconds=round((self.total - last["step"]) * self.unit / max(rate, 1e-3)))
-            log.info("step %d/%d  %s  %s left", last["step"], self.total, text, left)
+            logger = log if self.progress.disable else unprinted
+            logger.info("step %d/%d  %s  %s left", last["step"], self.total, text, left)
 
     def _print(self, text: str) -> None:
         if self.progress and not self.progress.disable:
             self.progress.console.print(text)
+            unprinted.info("%s", text)
         elif self.progress:
-            log.info(text)
+            log.info("%s", text)
+
+
+def last_speed(run: Path) -> float:
+    """Images a second of the last flush of a run; 0 where there is none."""
+    speeds = (record.get("images_per_second", 0.0) for record in reversed(jsonl.tail(run / layout.METRICS)))
+    return next(filter(None, speeds), 0.0)
 
 
 def is_fault(record: dict[str, Any]) -> bool:
@@ -222,7 +275,7 @@ def mirror_result(path: Path, config: RunConfig, verb: str, result: dict[str, An
 def _bar(verb: str, step: int, total: int) -> Progress:
     terminal = sys.stderr.isatty()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     progress = Progress(*columns, console=Console(stderr=True), disable=not terminal)

@@ -26,11 +26,12 @@ from mae_dist.models.backbone import Backbone, fit_channels
 from mae_dist.models.vit import ViT, class_and_grid, resize_positions
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
-from mae_dist.run import checkpoint, identity
+from mae_dist.run import checkpoint, identity, log_file
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
 from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
+from mae_dist.stages.passes import reported
 from mae_dist.stages.splits import check_splits, open_splits, refuse_unlabelled
 from mae_dist.train import Task
 
@@ -63,7 +64,11 @@ class Setup(Generic[C]):
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Context of all work of the run: an exception that ends it is recorded in events.jsonl, lost ranks by name."""
-        with self.run.record_end(), dist.name_lost_ranks(lambda: f"the work of {self.verb} outside its training loop"):
+        with (
+            log_file.kept(self.run.path, dist.rank()),
+            self.run.record_end(),
+            dist.name_lost_ranks(lambda: f"the work of {self.verb} outside its training loop"),
+        ):
             yield
 
     def view(self, training: bool) -> views.View:
@@ -147,7 +152,8 @@ class Setup(Generic[C]):
         """This rank's part of a split, or of these samples of it, each sample once, not augmented."""
         ids = np.arange(len(source.index)) if ids is None else ids
         places = loader.evaluation_plan(len(ids), self.micro_batch, dist.rank(), dist.world())
-        return source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
+        batches = source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
+        return reported(batches, len(ids), "training split" if source.index is self.train_split else "test split")
 
     def load_initial_weights(self, backbone: Backbone) -> None:
         """Fill the backbone, sharded or not, from the run of `init_from`: with its averaged weights if it has them.

@@ -81,7 +81,7 @@ def test_metrics_have_each_step_once_after_a_flush(tmp_path: Path) -> None:
         tracked.numbers(2, {"test_top1": 12.5})
         record_step(tracked, 3)
         tracked.flush()
-    first, second, evaluation, third = lines(tmp_path)
+    first, second, evaluation, third, interval = lines(tmp_path)
     speed = first.pop("images_per_second")
     assert speed > 0
     assert first == {
@@ -97,6 +97,10 @@ def test_metrics_have_each_step_once_after_a_flush(tmp_path: Path) -> None:
     assert evaluation == {"kind": "evaluation", "step": 2, "epoch": 0.4, "test_top1": 12.5}
     assert third["step"] == 3
     assert tracked.num_bad == 3
+    assert interval["kind"] == "interval"  # none of the first flush, in which a start waits for its loader
+    assert interval["step"] == 3
+    assert "mfu" not in interval  # neither operations nor peak are known
+    assert sum(interval[part] for part in ("data", "communication", "checkpoint", "compute")) == pytest.approx(1)
 
 
 def test_resume_drops_later_metrics_and_a_torn_line(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_log_has_a_line_of_the_first_step_and_days_that_are_left(
             record_step(tracked, step)
             tracked.flush()
     (line,) = [message for message in caplog.messages if message.startswith("step ")]
-    assert line.startswith("step 1/100  loss 0.5000  0.001 images/s")
+    assert line.startswith("step 1/100  loss 0.5000  lr 0.001  0.001 images/s  data 0%  ")
     assert line.endswith(" 11 days, 11:00:00 left")
 
 
@@ -268,7 +272,21 @@ def test_wandb_has_what_knn_and_probe_heads_measure(
     assert all(numbers[name] == value for name, value in last.items() if name in numbers)
 
 
+def test_last_step_has_a_line_though_the_one_before_is_recent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with tracker.Tracker(tmp_path, settings(tmp_path), "pretrain", 0, 3, 50, flops=10**9, peak=1e12) as tracked:
+        for step in (1, 2, 3):
+            record_step(tracked, step)
+            tracked.flush()
+    shown = [message.split("  ") for message in caplog.messages if message.startswith("step ")]
+    assert [words[0] for words in shown] == ["step 1/3", "step 3/3"]
+    assert [word for word in shown[1] if word.startswith("MFU ")]
+    assert tracker.last_speed(tmp_path) > 0
+
+
 def test_wandb_names_are_grouped() -> None:
+    summed = {"kind": "interval", "step": 3, "mfu": 0.5, "limit": "data"}
+    assert mirror.grouped(summed) == {"step": 3, "system/mfu": 0.5, "system/limit": "data"}
     step = {"kind": "step", "step": 3, "epoch": 0.1, "loss": 1.0, "images_per_second": 5.0}
     assert mirror.grouped(step) == {"step": 3, "epoch": 0.1, "train/loss": 1.0, "system/images_per_second": 5.0}
     assert mirror.grouped({"kind": "evaluation", "step": 3, "test_top1": 1.0}) == {"step": 3, "test/top1": 1.0}
@@ -323,7 +341,7 @@ def test_wandb_failure_does_not_end_the_run(
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [(2.0, True), (3.0, False)])
-def test_waiting_for_data_is_warned_of_once(
+def test_limit_of_the_speed_is_logged_when_it_changes(
     seconds: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each step waits 0.25 s for data; the first flush, in which the loader starts, does not count."""
@@ -335,6 +353,7 @@ def test_waiting_for_data_is_warned_of_once(
             record_step(tracked, step)
             tracked.flush()
             if step == 10:
-                assert "waiting for data" not in caplog.text
-    assert caplog.text.count("12 % of the time went into waiting for data (machine.workers=4)") == warned
-    assert caplog.text.count("waiting for data") == warned
+                assert "limited by" not in caplog.text
+    limited = "limited by data: the run waited 12% of the time for images (machine.workers=4); `mae-dist bench data`"
+    assert caplog.text.count(limited) == warned
+    assert caplog.text.count("limited by") == warned
