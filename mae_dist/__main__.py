@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mae_dist import __version__, config, environment, errors, printed, recipes, schema, watchdog
+from mae_dist import __version__, config, environment, errors, printed, recipes, schema, starts, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -123,7 +123,8 @@ def dispatch(verb: str, argv: list[str]) -> int:
         return 0
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
-    settings = config.load(verb, *config.split_words(verb, argv))
+    words = config.split_words(verb, argv)
+    settings = config.load(verb, *words)
     os.environ.update(environment.of_user() | environment.of_ranks(os.environ))
     if "RANK" not in os.environ and (sentence := environment.nodes_left_out(os.environ)):
         logging.warning("%s", sentence)
@@ -139,6 +140,9 @@ def dispatch(verb: str, argv: list[str]) -> int:
             stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
         if stage is not None:
             launcher.limit_threads(dist.local_world())
+            if settings.model.name == starts.UNKNOWN:
+                importlib.import_module("mae_dist.stages.imports").import_for(settings)
+                settings = config.load(verb, *words)
             stage.run(settings)
             if dist.is_main():
                 print_result(verb, settings.out)
