@@ -123,8 +123,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
         return 0
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
-    words = config.split_words(verb, argv)
-    settings = config.load(verb, *words)
+    settings = config.load(verb, *config.split_words(verb, argv))
     os.environ.update(environment.of_user() | environment.of_ranks(os.environ))
     if "RANK" not in os.environ and (sentence := environment.nodes_left_out(os.environ)):
         logging.warning("%s", sentence)
@@ -142,7 +141,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
             launcher.limit_threads(dist.local_world())
             if settings.model.name == starts.UNKNOWN:
                 importlib.import_module("mae_dist.stages.imports").import_for(settings)
-                settings = config.load(verb, *words)
+                settings = config.load(verb, *config.split_words(verb, argv))
             stage.run(settings)
             if dist.is_main():
                 print_result(verb, settings.out)

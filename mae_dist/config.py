@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import heads_settings, hints, image_settings, recipes, setting_texts, small_files, starts
+from mae_dist import heads_settings, hints, image_settings, recipes, resolutions, setting_texts, small_files, starts
 from mae_dist.schema import (
     FREE_DATA,
     RANDOM,
@@ -147,7 +147,7 @@ def _with_start(config: Any, defaults: Any, layers: Sequence[Any]) -> Any:
     known = starts.settings(start, config.out, masked="mae" in config)
     setting_texts.refuse_odd(known, f"init_from={start}: ")
     try:
-        config = OmegaConf.merge(defaults, known, *layers)
+        config = OmegaConf.unsafe_merge(defaults, known, *layers) if known else config
     except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
         raise ValueError(f"init_from={start}: its config.yaml is damaged ({_one_line(error)})") from error
     if start != RANDOM and OmegaConf.is_missing(config.model, "name"):
@@ -155,7 +155,7 @@ def _with_start(config: Any, defaults: Any, layers: Sequence[Any]) -> Any:
             raise ValueError(
                 f"init_from={start}: no run lies there, which would say model.name; give that, or another run"
             )
-        config = OmegaConf.merge(config, {"model": {"name": starts.UNKNOWN}})
+        config = OmegaConf.unsafe_merge(config, {"model": {"name": starts.UNKNOWN}})
     return config
 
 
@@ -219,6 +219,7 @@ def check(config: RunConfig) -> None:
         raise ValueError("model.pool=avg: takes away a ViT's last norm, which pretraining needs; choose it in probe, "
                          "knn or finetune")  # fmt: skip
     image_settings.check(config)
+    resolutions.check(config)
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     if isinstance(config, ProbeConfig):

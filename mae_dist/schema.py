@@ -177,6 +177,10 @@ class TrainConfig:
     global_batch: int = setting(
         1024, "images per optimizer step, over all ranks and micro-batches", at_least=1, at_most=2**24
     )
+    resolutions: tuple[tuple[float, ...], ...] = setting(
+        (), "resolution schedule of a ViT: pairs [share of the steps from which on, pixels a side], for example "
+        "[[0,160],[0.6,192],[0.8,224]], the last as model.image_size; empty: model.image_size always", verbs=TRAINED,
+    )  # fmt: skip
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "bf16", "mixed precision of forward and backward pass; weights and optimizer stay in fp32"
@@ -195,6 +199,11 @@ class TrainConfig:
     loss: Literal["softmax", "sigmoid"] = setting(
         "softmax", "softmax: cross-entropy over classes; sigmoid: binary cross-entropy of each class", verbs=FINETUNE
     )
+
+    def __post_init__(self) -> None:
+        """Pairs are tuples, however they were read."""
+        pairs = (tuple(pair) if isinstance(pair, list) else pair for pair in self.resolutions)
+        object.__setattr__(self, "resolutions", tuple(pairs))
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,11 @@ def load(objective: Objective, initial: InitialWeights, config: RunConfig) -> No
         key, in_backbone = checkpoint.trained(stored, name), name.startswith(BACKBONE)
         if not in_backbone and no_decoder is not None:
             continue
-        other_shape = key in stored and stored[key] != tensor.shape
-        if (name.endswith(POSITIONS) and grid != backbone.grid) or (name.endswith(EMBEDDINGS) and other_shape):
+        missing, other_shape = key not in stored, stored.get(key, tensor.shape) != tensor.shape
+        positions_change = name.endswith(POSITIONS) and (grid != backbone.grid or config.train.resolutions)
+        if positions_change or (name.endswith(EMBEDDINGS) and other_shape):
             adapted[name] = wanted[key] = torch.empty(stored[key])
-        elif (key in stored or name.startswith(NORMS) or not in_backbone) and (key not in stored or other_shape):
+        elif (missing and name.startswith(NORMS)) or (not in_backbone and (missing or other_shape)):
             fresh.append(name)
         else:
             wanted[key] = tensor
@@ -95,7 +96,7 @@ def load(objective: Objective, initial: InitialWeights, config: RunConfig) -> No
     for name, value in adapted.items():
         fit = fit_positions if name.endswith(POSITIONS) else fit_embedding
         how = fit(objective, name, value, grid, config)
-        if dist.is_main():
+        if how and dist.is_main():
             log.info("init_from=%s: %s", start, how)
     if dist.is_main():
         for sentence in sentences(objective, initial.config, no_decoder, fresh, unused(wanted, stored)):
@@ -131,13 +132,21 @@ def fit_embedding(objective: Objective, name: str, weight: Tensor, _: tuple[int,
 def fit_positions(
     objective: Objective, name: str, positions: Tensor, grid: tuple[int, int], config: RunConfig
 ) -> str:  # fmt: skip
-    """Give a ViT or its decoder the positions that were trained for another `grid` of patches; how, in a sentence."""
-    dim, new = positions.shape[2], objective.backbone.grid
-    fixed = torch.allclose(positions, class_and_grid(dim, grid), atol=1e-6)
-    compute = fixed and not (name.startswith(BACKBONE) and config.model.position == "learned")
+    """Give a ViT or its decoder the positions that were trained for another `grid` of patches; how, in a sentence.
+    Raises ValueError where they would be computed at each resolution of the run, and have been trained.
+    """
+    dim, new, whose = positions.shape[2], objective.backbone.grid, "" if name.startswith(BACKBONE) else "the decoder's "
+    learned = not whose and config.model.position == "learned"
+    fixed = torch.allclose(positions, class_and_grid(dim, grid), atol=1e-5)
+    if config.train.resolutions and not (fixed or learned):
+        way = "leave it out" if whose else "set model.position=learned, or leave it out"
+        raise ValueError(f"train.resolutions: {whose}positions of init_from={config.origin} were trained; {way}")
+    if grid == new:
+        parallel.copy_into(objective.get_parameter(name), positions)
+        return ""
+    compute = fixed and not learned
     fitted = class_and_grid(dim, new) if compute else resize_positions(positions, grid, new)
     parallel.copy_into(objective.get_parameter(name), fitted)
-    whose = "" if name.startswith(BACKBONE) else "the decoder's "
     how = "computed" if compute else "resized (bicubic)"
     return f"{whose}positions of {grid[0]} x {grid[1]} patches {how} for {new[0]} x {new[1]}"
 

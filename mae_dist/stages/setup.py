@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import devices, dist, environment, models, parallel, rewind, starts
+from mae_dist import devices, dist, environment, models, parallel, resolutions, rewind, starts
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
@@ -84,7 +85,8 @@ class Setup(Generic[C]):
         share = group * -(-train.global_batch // (group * dist.world()))
 
         def example(count: int) -> Batch:
-            images = torch.zeros(count, self.backbone.channels, *self.backbone.image_size, device=self.device)
+            largest = max([self.backbone.image_size, *((side, side) for side in resolutions.sides(self.config))])
+            images = torch.zeros(count, self.backbone.channels, *largest, device=self.device)
             zero = torch.zeros(count, dtype=torch.int64, device=self.device)
             return Batch(images, zero, torch.arange(count, device=self.device), zero, zero.bool())
 
@@ -133,12 +135,18 @@ class Setup(Generic[C]):
         self, source: loader.Source, num_micro: int, steps: range, left_out: dict[int, int],
         share: tuple[int, int] | None = None,
     ) -> Iterator[Batch]:  # fmt: skip
-        """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
+        """This rank's micro-batches of these steps, or those of `share` = (rank, world), at their resolutions."""
         config, (rank, world) = self.config, share or (dist.rank(), dist.world())
-        places = plan(
-            self.order(left_out), steps, config.train.global_batch, num_micro, rank, world, configuration.group(config)
-        )
-        return source.batches(places, self.view(training=True))
+        order, group, view = self.order(left_out), configuration.group(config), self.view(training=True)
+        total = configuration.total_steps(config.train, len(self.train_split))
+        parts = resolutions.spans(config.train, config.model.image_size, steps, total)
+
+        def batches(part: range, size: int | tuple[int, int]) -> Iterator[Batch]:
+            places = plan(order, part, config.train.global_batch, num_micro, rank, world, group)
+            return source.batches(places, dataclasses.replace(view, image_size=size))
+
+        first = batches(*parts[0])  # reads ahead from now on, the others from the change of resolution on
+        return itertools.chain(first, itertools.chain.from_iterable(batches(*part) for part in parts[1:]))
 
     def evaluation_batches(self, source: loader.Source, ids: np.ndarray | None = None) -> Iterator[Batch]:
         """This rank's part of a split, or of these samples of it, each sample once, not augmented."""
