@@ -220,6 +220,8 @@ def check(config: RunConfig) -> None:
                          "knn or finetune")  # fmt: skip
     image_settings.check(config)
     resolutions.check(config)
+    if isinstance(config, ProbeConfig) and config.optim.name == "muon":
+        raise ValueError("optim.name=muon: is for the matrices of blocks, which a probe does not train; leave it out")
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     if isinstance(config, ProbeConfig):

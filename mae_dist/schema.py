@@ -210,14 +210,16 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw", "lars"] = setting("adamw", "optimizer")
+    name: Literal["adamw", "lars", "muon"] = setting(
+        "adamw", "optimizer; muon: Muon for the matrices of blocks, AdamW for all else, both with the same lr and decay"
+    )
     base_lr: float = setting(1.5e-4, "lr per 256 images; the peak is base_lr * train.global_batch / 256", above=0)
     min_lr: float = setting(0.0, "lr at the end of the run, absolute (not per 256 images)", at_least=0)
     schedule: Literal["cosine", "linear"] = setting("cosine", "how the lr falls from its peak to min_lr after warmup")
     warmup_epochs: float = setting(0.0, "epochs in which the lr rises linearly from 0 to its peak", at_least=0)
     weight_decay: float = setting(0.05, "decoupled weight decay; biases and norms have none", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay of its two moments", at_least=0, below=1)
-    momentum: float = setting(0.9, "momentum of LARS", at_least=0, below=1)
+    momentum: float = setting(0.9, "momentum of LARS and Muon (its authors': 0.95)", at_least=0, below=1)
     layer_decay: float = setting(
         1.0, "factor on the lr from each block to the one below it", unless=("probe",), above=0, at_most=1
     )
