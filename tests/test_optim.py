@@ -225,10 +225,11 @@ def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_muon_is_torchs_and_only_for_matrices_of_blocks(decay: float) -> None:
-    model = nn.ModuleDict({"blocks": nn.Linear(3, 5), "decoder_embed": nn.Linear(5, 2)})
+    layer = nn.Linear(3, 5)
+    model = nn.ModuleDict({"blocks": layer, "decoder_embed": nn.Linear(5, 2)})
     settings = OptimConfig(name="muon", weight_decay=decay, momentum=0.95)
     optimizer = optim.build(settings, optim.param_groups(model, settings, 0, no_decay_tokens=False))
-    matrix = model["blocks"].weight
+    matrix = layer.weight
     expected = nn.Parameter(matrix.detach().clone())
     torchs = torch.optim.Muon([expected], 0.1, decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     optim.set_lr(optimizer, 0.1)
