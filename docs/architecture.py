@@ -11,13 +11,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "errors", "interfaces", "printed", "signals", "checksum", "clock", "devices"} | {"tensor_bytes"},
+    {"machine_schema"},
     {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
-    | {"starts", "watchdog"},
-    {"cli", "image_settings", "patch_counts", "recipes", "setting_texts"},
-    {"models", "optim", "rendezvous", "config", "cost", "launcher"},
+    | {"watchdog"},
+    {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"},
+    {"models", "rendezvous", "config", "cost", "launcher"},
     {"dist"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor", "restore"},
+    {"optim"},
     {"rewind", "verify", "trained"},
     {"train"},
     {"stages"},

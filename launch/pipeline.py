@@ -158,7 +158,7 @@ def read_stage(
         made = {origin.folder: origin.config for need in needs for origin in before[need].runs if origin.config}
         for run in runs:
             if run.config and run.config.origin and (start := starts.run_and_step(run.config.origin)[0]) in made:
-                configuration.check_same_model(run.config, made[start])
+                starts.check_same_model(run.config, made[start])
     elif "sweep" in given:
         raise ValueError(f"sweep: {verb} has no settings to sweep")
     else:

@@ -23,12 +23,12 @@ DISK_MARGIN = 2**30
 
 def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
     """All checks of a run whose data and initial weights exist already."""
+    check_initial_weights(config)
     check_ranks(config, cluster)
     for index in splits_used(verb, config):
         check_readable(index)
     if verb == "pretrain" and config.data.test_path is not None:
         open_split(config.data.test_path, config.data.test_split, allow_outside=config.data.allow_outside)
-    check_initial_weights(config)
     check_folder(verb, config)
     check_disk(config)
 
@@ -67,6 +67,11 @@ def check_initial_weights(config: RunConfig) -> None:
     if start is None:
         return
     if starts.is_of_others(Path(start)):
+        if config.model.name == starts.UNKNOWN:
+            raise ValueError(
+                f"init_from={start}: is not imported yet, so it does not say model.name; give that, or run "
+                f"`mae-dist import {start} --out RUN` first and give init_from=RUN"
+            )
         return
     run, step = starts.run_and_step(start)
     if not (run / layout.CONFIG).is_file():
@@ -75,7 +80,7 @@ def check_initial_weights(config: RunConfig) -> None:
         layout.checkpoint_at(run, step, f"init_from={start}")
     elif not layout.checkpoints(run):
         raise ValueError(f"init_from={start}: the run has no checkpoint yet; wait for it, or make it a pipeline")
-    configuration.check_same_model(config, layout.settings(run)[2])
+    starts.check_same_model(config, layout.settings(run)[2])
 
 
 def check_folder(verb: str, config: RunConfig) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mae_dist import __version__, config, environment, errors, hints, printed, recipes, schema, watchdog
+from mae_dist import __version__, config, environment, errors, hints, printed, recipes, schema, starts, watchdog
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -143,6 +143,9 @@ def dispatch(verb: str, argv: list[str]) -> int:
             stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
         if stage is not None:
             launcher.limit_threads(dist.local_world())
+            if settings.model.name == starts.UNKNOWN:
+                importlib.import_module("mae_dist.stages.imports").import_for(settings)
+                settings = config.load(verb, *config.split_words(verb, argv))
             stage.run(settings)
             if dist.is_main():
                 print_result(verb, settings, argv)

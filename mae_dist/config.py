@@ -16,9 +16,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import hints, image_settings, model_sizes, recipes, setting_texts, small_files
+from mae_dist import heads_settings, hints, image_settings, recipes, resolutions, setting_texts, small_files, starts
 from mae_dist.schema import (
     FREE_DATA,
+    RANDOM,
     RESULT_SECTIONS,
     SCHEMAS,
     FinetuneConfig,
@@ -129,13 +130,33 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
         except (errors.OmegaConfBaseException, *small_files.errors()) as error:
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
-    if {"init_from", "model.name"} & OmegaConf.missing_keys(config) == {"model.name"} and "init_from" in config:
-        config = OmegaConf.merge(OmegaConf.structured(schema), setting_texts.model_of(config.init_from), *layers)
+    if "init_from" in kinds and not {"init_from", "out"} & OmegaConf.missing_keys(config):
+        config = _with_start(config, OmegaConf.structured(schema), layers)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)
     return result
+
+
+def _with_start(config: Any, defaults: Any, layers: Sequence[Any]) -> Any:
+    """The layers of settings above those of the run that `init_from` names, and these above the `defaults`."""
+    from omegaconf import OmegaConf, errors
+
+    start = config.init_from
+    known = starts.settings(start, config.out, masked="mae" in config)
+    setting_texts.refuse_odd(known, f"init_from={start}: ")
+    try:
+        config = OmegaConf.unsafe_merge(defaults, known, *layers) if known else config
+    except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
+        raise ValueError(f"init_from={start}: its config.yaml is damaged ({_one_line(error)})") from error
+    if start != RANDOM and OmegaConf.is_missing(config.model, "name"):
+        if not starts.is_of_others(Path(start)):
+            raise ValueError(
+                f"init_from={start}: no run lies there, which would say model.name; give that, or another run"
+            )
+        config = OmegaConf.unsafe_merge(config, {"model": {"name": starts.UNKNOWN}})
+    return config
 
 
 def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overrides) -> Iterator[tuple[str, Any, Any]]:
@@ -198,10 +219,13 @@ def check(config: RunConfig) -> None:
         raise ValueError("model.pool=avg: takes away a ViT's last norm, which pretraining needs; choose it in probe, "
                          "knn or finetune")  # fmt: skip
     image_settings.check(config)
+    resolutions.check(config)
+    if isinstance(config, ProbeConfig) and config.optim.name == "muon":
+        raise ValueError("optim.name=muon: is for the matrices of blocks, which a probe does not train; leave it out")
     if isinstance(config, PretrainConfig):
         check_mae(config.mae)
     if isinstance(config, ProbeConfig):
-        check_heads(config)
+        heads_settings.check(config, changed(config))
     check_steps(config, values)
     if config.machine.processes is not None:
         check_world(config, config.machine.processes)
@@ -245,36 +269,6 @@ def group(config: RunConfig) -> int:
     return 2 if isinstance(config, FinetuneConfig) and config.mix.enabled else 1
 
 
-OWN_OF_HEADS = {
-    "optim.name": "heads.lars, heads.sgd, heads.adamw", "optim.base_lr": "heads.lars, heads.sgd, heads.adamw",
-    "optim.weight_decay": "heads.weight_decay",
-}  # fmt: skip
-"""Settings of a probe's only head -> those of several heads."""
-
-
-def check_heads(config: ProbeConfig) -> None:
-    """Refuse settings that several heads have of their own, and settings of several heads where there are none."""
-    heads = config.heads
-    for name, value in changed(config).items():
-        if not heads.active and name.startswith("heads."):
-            raise ValueError(
-                f"{hints.given(name, value)}: there is no head to try it on; give for example heads.lars=[0.1]"
-            )
-        if heads.active and name in OWN_OF_HEADS:
-            raise ValueError(
-                f"{hints.given(name, value)}: several heads have their own ({OWN_OF_HEADS[name]}); leave it out"
-            )
-    for name in ("features", "weight_decay"):
-        if heads.active and not getattr(heads, name):
-            raise ValueError(f"heads.{name}=[]: nothing to try; give at least one, or leave it out")
-    if heads.attentive and not heads.adamw:
-        raise ValueError("heads.attentive=true: these heads are trained by AdamW; give heads.adamw=[lr, ...]")
-    if config.data.weights and (heads.ridge or heads.knn):
-        raise ValueError("data.weights: heads.ridge and heads.knn take each image once; leave it out")
-    if heads.active and config.train.clip_grad is not None:
-        raise ValueError(f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; omit it")
-
-
 def check_world(config: RunConfig, world: int) -> None:
     """Refuse more ranks than there are images, or pairs of them, in a step (ValueError)."""
     batch, most = config.train.global_batch, config.train.global_batch // group(config)
@@ -288,23 +282,6 @@ def check_world(config: RunConfig, world: int) -> None:
         raise ValueError(f"machine.shards={shards}: is for machine.strategy=hsdp, not {config.machine.strategy}")
     if config.machine.strategy == "hsdp" and shards is not None and world % shards:
         raise ValueError(f"machine.shards={shards}: {world} processes do not divide into groups of {shards}")
-
-
-def check_same_model(config: RunConfig, origin: RunConfig) -> None:
-    """Refuse another model than that of `init_from`, whose settings are ``origin``, and for a Mixer, whose weights are
-    bound to a grid, also another image size (ValueError).
-    """
-    model, other = config.model, origin.model
-    if model.name != other.name:
-        raise ValueError(
-            f"model.name={model.name}: the run init_from={config.origin} has {other.name}; set model.name={other.name}"
-        )
-    if model.image_size != other.image_size and "num_heads" not in model_sizes.size_of(model.name):
-        raise ValueError(
-            f"{hints.given('model.image_size', model.image_size)}: the run init_from={config.origin} has "
-            f"{hints.shown(other.image_size)}, and {model.name} is bound to its grid; set "
-            f"{hints.given('model.image_size', other.image_size)}"
-        )
 
 
 def total_steps(train: TrainConfig, num_samples: int) -> int:

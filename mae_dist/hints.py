@@ -171,7 +171,9 @@ VALUES = {
     },
     "train.reduce_dtype": {"fp32": "float32 32", "bf16": "bfloat16 16 fp16 float16"},
     "train.loss": {"softmax": "ce cross_entropy crossentropy soft_target", "sigmoid": "bce binary_cross_entropy"},
-    "optim.name": {"adamw": "adam adamw_torch adamw_torch_fused fused_adamw adam_w", "lars": "larc"},
+    "optim.name": {
+        "adamw": "adam adamw_torch adamw_torch_fused fused_adamw adam_w", "lars": "larc", "muon": "moonlight muonadamw",
+    },
     "optim.schedule": {
         "cosine": "cosine_annealing cosineannealing cosineannealinglr warmup_cosine cosine_with_warmup half_cosine",
         "linear": "poly polynomial linear_with_warmup linear_decay",

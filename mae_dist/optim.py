@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, AdamW and LARS, the learning rate as a pure function of progress, EMA, loss scale.
+"""Optimizers: parameter groups; AdamW, LARS, Muon; the learning rate as a function of progress; EMA; loss scale.
 
 The state is the optimizer's moments, the EMA of the weights and, for fp16, the loss scale; the learning rate follows
 from the step. A step whose gradient is not finite is skipped on the device, so the host does not wait to find out.
@@ -7,8 +7,9 @@ from the step. A step whose gradient is not finite is skipped on the device, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
+from mae_dist import parallel
 from mae_dist.schema import OptimConfig
 
 TOKENS = ("cls_token", "pos_embed")
@@ -61,32 +63,35 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def param_groups(objective: nn.Module, optim: OptimConfig, depth: int, no_decay_tokens: bool) -> list[dict[str, Any]]:
-    """Trainable parameters grouped by (lr_scale, weight_decay). Biases and other one-dimensional parameters are not
-    decayed, nor with `no_decay_tokens` the class token and positions.
+    """Trainable parameters grouped by update rule, lr_scale and weight_decay. Biases and other one-dimensional
+    parameters are not decayed, nor with `no_decay_tokens` the class token and positions. With optim.name=muon the
+    matrices of blocks have that rule, and all else AdamW's.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
         no_decay = parameter.ndim <= 1 or (no_decay_tokens and name.rpartition(".")[2] in TOKENS)
         decay = 0.0 if no_decay else optim.weight_decay
         scale = optim.layer_decay ** (depth + 1 - layer_of(name, depth))
-        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        in_block = parameter.ndim == 2 and "blocks." in name
+        rule = "adamw" if optim.name == "muon" and not in_block else optim.name
+        group = {"params": [], "lr_scale": scale, "weight_decay": decay, "rule": rule}
+        group = groups.setdefault((rule, scale, decay), group)
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def build(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer of `optim.name`, or of each group's own `rule` ("adamw" or "lars"), over these groups."""
+    """The optimizer of `optim.name`, or of each group's own `rule` ("adamw", "lars", "muon"), over these groups."""
     by_rule: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         by_rule.setdefault(group.get("rule", optim.name), []).append(group)
-    parts: list[torch.optim.Optimizer] = [
-        LARS(own, momentum=optim.momentum)
-        if rule == "lars"
-        else torch.optim.AdamW(own, lr=0.0, betas=optim.betas, fused=True)
-        for rule, own in by_rule.items()
-    ]
+    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "lars": partial(LARS, momentum=optim.momentum), "muon": partial(Muon, momentum=optim.momentum),
+        "adamw": partial(torch.optim.AdamW, lr=0.0, betas=optim.betas, fused=True),
+    }  # fmt: skip
+    parts = [makers[rule](own) for rule, own in by_rule.items()]
     return parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
 
 
@@ -243,6 +248,49 @@ class LARS(torch.optim.Optimizer):
                     moved = torch.where(skip > 0, parameter, moved)
                 state["momentum"].copy_(momentum)
                 parameter.copy_(moved)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of a matrix is orthogonalised (Jordan et al. 2024), and scaled to the size that
+    AdamW's updates have (Liu et al. 2025, section 2.2), so that both go with the same learning rate and weight decay.
+
+    torch.optim.Muon orthogonalises. Around it: the momentum of a sharded matrix is sharded, but its update is gathered,
+    so that every rank computes all of it (a shard has another orthogonal factor, and torch would sum parts in bf16);
+    and a step that is not finite changes nothing, which torch's does not ask.
+    """
+
+    def __init__(self, params: Iterable[Any], momentum: float = 0.95):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "lr_scale": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp(gradient, 1 - group["momentum"])
+                update = orthogonalised(parallel.whole(gradient.lerp(momentum, group["momentum"])))
+                decayed = parameter * (1 - group["lr"] * group["weight_decay"])
+                moved = decayed + group["lr"] * parallel.part_of(update, parameter)
+                if skip is not None:
+                    momentum = torch.where(skip > 0, state["momentum"], momentum)
+                    moved = torch.where(skip > 0, parameter, moved)
+                state["momentum"].copy_(momentum)
+                parameter.copy_(moved)
+
+
+def orthogonalised(gradient: Tensor) -> Tensor:
+    """The step that torch.optim.Muon makes from 0 against a `gradient` with lr 1, without momentum."""
+    matrix = nn.Parameter(torch.zeros_like(gradient))
+    matrix.grad = gradient
+    muon = torch.optim.Muon([matrix], 1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw")
+    muon.step()
+    return matrix.detach()
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -153,13 +153,19 @@ def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
 @torch.no_grad()
 def copy_into(parameter: Tensor, value: Tensor) -> None:
     """Copy `value`, which every rank has in full, into a parameter; only this rank's shard where it is sharded."""
-    if isinstance(parameter, DTensor):
-        spread = distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-        parameter.to_local().copy_(spread.to_local())
-    else:
-        parameter.copy_(value)
+    parameter.copy_(part_of(value.to(parameter.device), parameter))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor on every rank, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, which every rank has in full, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
@@ -204,7 +210,7 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager:
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients over all ranks, on the device; not finite where any rank's is not."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)
 
 
 def micro_batch(

@@ -1,8 +1,8 @@
 """Every setting of mae_dist: its default, its unit, its range and the verbs that read it, as frozen dataclasses.
 
-The sections `machine`, `checkpoint` and `track` say where and how a run is computed, and may change at every start; all
-others (RESULT_SECTIONS) change its result, and a resumed run must have the values that it began with. Reading, checking
-and comparing settings is done in `config`. Imports no torch.
+The sections `machine`, `checkpoint` and `track`, in `machine_schema`, say where and how a run is computed, and may
+change at every start; all others (RESULT_SECTIONS) change its result, and a resumed run must have the values that it
+began with. Reading, checking and comparing settings is done in `config`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from mae_dist.machine_schema import CheckpointConfig, MachineConfig, TrackConfig
 from mae_dist.setting import section, setting
 
 C = TypeVar("C", bound="RunConfig")
@@ -118,7 +119,7 @@ class ModelConfig:
     """The backbone."""
 
     name: str = setting(
-        "???", "model, for example vit_b16; `mae-dist models` lists all (default: name and size of the run init_from)"
+        "???", "model, for example vit_b16; `mae-dist models` lists all (default: name, size and pooling of init_from)"
     )
     image_size: int | tuple[int, int] = setting(
         224, "pixels of the model's input: the side of a square, or [height, width]", at_least=1, at_most=2**15
@@ -176,6 +177,10 @@ class TrainConfig:
     global_batch: int = setting(
         1024, "images per optimizer step, over all ranks and micro-batches", at_least=1, at_most=2**24
     )
+    resolutions: tuple[tuple[float, ...], ...] = setting(
+        (), "resolution schedule of a ViT: pairs [share of the steps from which on, pixels a side], for example "
+        "[[0,160],[0.6,192],[0.8,224]], the last as model.image_size; empty: model.image_size always", verbs=TRAINED,
+    )  # fmt: skip
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "bf16", "mixed precision of forward and backward pass; weights and optimizer stay in fp32"
@@ -195,19 +200,26 @@ class TrainConfig:
         "softmax", "softmax: cross-entropy over classes; sigmoid: binary cross-entropy of each class", verbs=FINETUNE
     )
 
+    def __post_init__(self) -> None:
+        """Pairs are tuples, however they were read."""
+        pairs = (tuple(pair) if isinstance(pair, list) else pair for pair in self.resolutions)
+        object.__setattr__(self, "resolutions", tuple(pairs))
+
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw", "lars"] = setting("adamw", "optimizer")
+    name: Literal["adamw", "lars", "muon"] = setting(
+        "adamw", "optimizer; muon: Muon for the matrices of blocks, AdamW for all else, both with the same lr and decay"
+    )
     base_lr: float = setting(1.5e-4, "lr per 256 images; the peak is base_lr * train.global_batch / 256", above=0)
     min_lr: float = setting(0.0, "lr at the end of the run, absolute (not per 256 images)", at_least=0)
     schedule: Literal["cosine", "linear"] = setting("cosine", "how the lr falls from its peak to min_lr after warmup")
     warmup_epochs: float = setting(0.0, "epochs in which the lr rises linearly from 0 to its peak", at_least=0)
     weight_decay: float = setting(0.05, "decoupled weight decay; biases and norms have none", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay of its two moments", at_least=0, below=1)
-    momentum: float = setting(0.9, "momentum of LARS", at_least=0, below=1)
+    momentum: float = setting(0.9, "momentum of LARS and Muon (its authors': 0.95)", at_least=0, below=1)
     layer_decay: float = setting(
         1.0, "factor on the lr from each block to the one below it", unless=("probe",), above=0, at_most=1
     )
@@ -268,65 +280,6 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True)
-class MachineConfig:
-    """How a run is computed; none of it changes the result beyond the order of float sums."""
-
-    processes: int | None = setting(
-        None, "ranks on this machine; none: one per GPU, or one (ignored under torchrun)", at_least=1, at_most=4096
-    )
-    micro_batch: int | str = setting(
-        256, "most images that a rank computes at once; auto: as many as fit into memory (on a CPU 256)", at_least=1
-    )
-    workers: int = setting(4, "data loading processes per rank (unused for data in memory)", at_least=0, at_most=1024)
-    strategy: Literal["ddp", "fsdp", "hsdp"] = setting(
-        "ddp", "ddp: every rank holds the whole model; fsdp: all ranks shard it (FSDP2); hsdp: groups of ranks each "
-        "shard a copy of it",
-    )  # fmt: skip
-    shards: int | None = setting(None, "ranks in a group of hsdp; none: the ranks of one machine", at_least=1)
-    activation_checkpointing: int = setting(
-        0, "recompute the activations of every k-th block in the backward pass, to save memory; 0: off", at_least=0
-    )
-    compile: bool = setting(False, "compile each block with torch.compile")
-    deterministic: bool = setting(
-        False, "take only algorithms whose sums have a fixed order, so that a run that is resumed on the same GPUs has "
-        "the same bits; slower",
-    )  # fmt: skip
-    timeout: float = setting(600.0, "seconds without progress after which a rank is hung", above=0, at_most=10**8)
-    restarts: int = setting(
-        3, "how often all ranks are started again after one was lost (under torchrun: --max-restarts)", at_least=0
-    )
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written and kept, and how many non-finite steps a run may have."""
-
-    every: int = setting(1000, "steps between checkpoints", at_least=1)
-    minutes: float | None = setting(None, "most minutes between checkpoints; none: no such limit", above=0)
-    keep: int = setting(2, "number of newest checkpoints that are kept", at_least=1)
-    keep_every: int | None = setting(
-        None, "steps between checkpoints that are kept for good; none: only the newest are kept", at_least=1
-    )
-    rewind_after: int = setting(3, "non-finite steps in a row before a rewind to the last checkpoint", at_least=1)
-    max_skipped: int = setting(30, "total of non-finite steps above which the run fails", at_least=0)
-
-
-@dataclass(frozen=True)
-class TrackConfig:
-    """What is recorded, and how often."""
-
-    every: int = setting(20, "steps between log flushes, the only host-device syncs but the first step's", at_least=1)
-    evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end", above=0)
-    ids: bool = setting(False, "write ids.jsonl: the ids of the samples of each step")
-    wandb: Literal["off", "online", "offline"] | None = setting(None, "mirror on wandb; none: WANDB_MODE, else off")
-    project: str | None = setting(None, "project on Weights & Biases; none: WANDB_PROJECT, else mae_dist")
-    entity: str | None = setting(None, "user or team on Weights & Biases; none: WANDB_ENTITY")
-    group: str | None = setting(None, "group of runs on Weights & Biases; none: WANDB_RUN_GROUP")
-    tags: tuple[str, ...] = setting((), "tags on Weights & Biases; none: WANDB_TAGS")
-    notes: str | None = setting(None, "notes on Weights & Biases; none: WANDB_NOTES")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """The settings of every verb that makes a run."""
 
@@ -350,6 +303,10 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Masked autoencoding (He et al. 2022)."""
 
+    init_from: str = setting(
+        RANDOM, "run, RUN@STEP or file of others whose backbone gives the initial weights, in pretraining with its "
+        "decoder where it fits, and where they are not given model.* and mae.*; or random",
+    )  # fmt: skip
     mae: MaeConfig = section(MaeConfig)
     optim: OptimConfig = section(OptimConfig)
 

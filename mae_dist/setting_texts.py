@@ -1,5 +1,5 @@
 """Settings as they are written: a text stays that text (0042, no, 1e3), paths have no variables left, and no setting
-refers to another one or to the environment; a run's model is that of the run it begins with. Imports no torch.
+refers to another one or to the environment. Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mae_dist import hints, paths, small_files, starts
+from mae_dist import hints, paths
 from mae_dist.printed import CONTROL, escaped
-from mae_dist.schema import PATHS, RANDOM
+from mae_dist.schema import PATHS
 
 UNUSUAL = re.compile(r"[-+]?(0[0-9xob_].*|[0-9][0-9_]*[_:][0-9_:.]*)")
 """Numbers that YAML reads in base 8, 16, 2 or 60, or without their underscores."""
@@ -110,26 +109,6 @@ def _flat(value: Any) -> Iterator[Any]:
         yield from _flat([*value, *value.values()])
     else:
         yield value
-
-
-def model_of(run: str) -> dict[str, Any]:
-    """Name and image size of the model of a run, as settings; none of `random`. ValueError where it is no run."""
-    file = starts.run_and_step(run)[0] / "config.yaml"
-    if run == RANDOM:
-        return {}
-    if starts.is_of_others(Path(run)):
-        raise ValueError(f"init_from={run}: is not imported yet, so it does not say model.name; give that")
-    if not file.is_file():
-        raise ValueError(f"init_from={run}: no run lies there, which would say model.name; give that, or another run")
-    try:
-        model = small_files.read_yaml(file)["model"]
-        found = {"model": {name: model[name] for name in ("name", "image_size") if name in model}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"init_from={run}: {file.name} is damaged ({' '.join(str(error).split())}); give model.name too"
-        ) from error
-    refuse_odd(found, f"{file}: ")
-    return found
 
 
 def _where(origin: str, name: str) -> str:

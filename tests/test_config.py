@@ -262,7 +262,6 @@ def test_help_lists_the_settings_that_the_verb_reads_and_defaults_are_accepted(v
         ),
         ("pretrain", "mix.mixup=0.8", "mix.mixup=0.8: is for finetune; leave it out"),
         ("finetune", "mae.mask_ratio=0.8", "mae.mask_ratio=0.8: is for pretrain; leave it out"),
-        ("pretrain", "init_from=random", "init_from=random: is for probe, finetune, knn; leave it out"),
         ("pretrain", "heads.features=[gap]", "heads.features=[gap]: is for probe; leave it out"),
         ("knn", "optim.name=lars", "optim.name=lars: is for pretrain, probe, finetune; leave it out"),
         ("knn", "mixed.mixup=0.8", "mixed.mixup: there is no such setting; mix.mixup is for finetune; leave it out"),

@@ -223,6 +223,8 @@ def smaller(call: list[str]) -> list[str] | None:
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], "--train", "40", "--test", "20"]
     if any(word.startswith("/data/") or "://" in word for word in words) or "init_from=runs/timm-b16" in words:
         return None
+    if any(word.startswith("init_from=") and word.endswith(".pth") for word in words):
+        return None
     if words[0] in (*SCHEMAS, "rotate"):
         return words + [word for word in SMALL if not (words[0] == "knn" and word.startswith("optim."))]
     return ["2" if word == "100" else word for word in words]

@@ -223,7 +223,29 @@ def test_priming_moves_nothing_and_leaves_a_new_optimizer(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_is_torchs_and_only_for_matrices_of_blocks(decay: float) -> None:
+    layer = nn.Linear(3, 5)
+    model = nn.ModuleDict({"blocks": layer, "decoder_embed": nn.Linear(5, 2)})
+    settings = OptimConfig(name="muon", weight_decay=decay, momentum=0.95)
+    optimizer = optim.build(settings, optim.param_groups(model, settings, 0, no_decay_tokens=False))
+    matrix = layer.weight
+    expected = nn.Parameter(matrix.detach().clone())
+    torchs = torch.optim.Muon([expected], 0.1, decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optim.set_lr(optimizer, 0.1)
+    for seed in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        expected.grad = matrix.grad
+        optimizer.step()
+        torchs.step()
+    torch.testing.assert_close(matrix, expected)
+    rules = {frozenset(state): parameter for parameter, state in optimizer.state.items()}
+    assert rules[frozenset({"momentum"})] is matrix
+    assert sum("exp_avg" in state for state in optimizer.state.values()) == 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars", "muon"])
 def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     groups = [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.1}]

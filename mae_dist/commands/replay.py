@@ -99,7 +99,7 @@ def load_weights(run: RunDir, setup: Setup, objective: Objective, step: int) -> 
         if step_of(path) < step and checkpoint.verify(path) is None:
             checkpoint.load(path, {f"model.{name}": tensor for name, tensor in objective.state_dict().items()})
             return step_of(path)
-    setup.load_initial_weights(objective.backbone)
+    setup.load_initial_weights(objective)
     return 0
 
 

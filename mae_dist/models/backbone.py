@@ -79,6 +79,10 @@ class Backbone(nn.Module):
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        """(rows, columns) of patches of a batch, which may be of another size than the model's."""
+        return images.shape[2] // self.patch, images.shape[3] // self.patch
+
     def train_last(self, num_blocks: float) -> None:
         """Partial fine-tuning (He et al. 2022, figure 9): train only the last `num_blocks` blocks and the last norm.
 

@@ -5,6 +5,7 @@ Names and shapes in the state dict are those of timm's VisionTransformer without
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -20,6 +21,12 @@ from mae_dist.models.layers import EPS, AttentionBlock, Block, sincos_positions
 def class_and_grid(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
     """Fixed position embedding: zeros for the class token, sin-cos for a grid of (rows, columns)."""
     return torch.cat([torch.zeros(1, dim), sincos_positions(dim, *grid)])[None]
+
+
+@functools.cache
+def fixed_positions(dim: int, grid: tuple[int, int], device: torch.device) -> Float[Tensor, "1 n d"]:
+    """`class_and_grid` on a device, kept, since the host would wait for each copy to a GPU."""
+    return class_and_grid(dim, grid).to(device)
 
 
 def resize_positions(
@@ -56,6 +63,7 @@ class ViT(Backbone):
         if dim % math.lcm(num_heads, 4):
             raise ValueError(f"model.dim={dim}: must be divisible by num_heads={num_heads} and by 4")
         super().__init__(patch, dim, depth, image_size, channels, pool)
+        self.position = position
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, dim), requires_grad=position == "learned")
@@ -67,6 +75,16 @@ class ViT(Backbone):
         """Initial values that are not drawn: the sin-cos position embedding."""
         return {"pos_embed": class_and_grid(self.dim, self.grid)}
 
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        """The position embedding of a grid: for another than the model's, learned positions resized, fixed ones
+        computed.
+        """
+        if grid == self.grid:
+            return self.pos_embed
+        if self.position == "learned":
+            return resize_positions(self.pos_embed, self.grid, grid)
+        return fixed_positions(self.dim, grid, self.pos_embed.device)
+
     def decoder_block(self, dim: int, num_heads: int) -> Block:
         return AttentionBlock(dim, num_heads)
 
@@ -76,9 +94,10 @@ class ViT(Backbone):
         visible: Int[Tensor, "b k"] | None = None,
         encoder_mask_token: Float[Tensor, "1 1 d"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        positions = self.pos_embed[:, 1:]
+        table = self.positions(self.grid_of(images))
+        positions = table[:, 1:]
         if visible is not None and encoder_mask_token is None:
             positions = F.embedding(visible, positions[0])
         x = self._patches(images, visible, encoder_mask_token, self.patch_embed) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        cls = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], 1)

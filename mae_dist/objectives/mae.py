@@ -19,6 +19,7 @@ from mae_dist.batch import Batch
 from mae_dist.config import check_mae
 from mae_dist.models.backbone import Backbone, patchify, take, unpatchify
 from mae_dist.models.layers import EPS, CrossBlock, sincos_positions, single
+from mae_dist.models.vit import fixed_positions
 from mae_dist.objectives import Objective, Output, masks
 from mae_dist.objectives.masks import Mask
 from mae_dist.patch_counts import patch_counts
@@ -41,7 +42,7 @@ class MAE(Objective):
         check_mae(settings)
         super().__init__(backbone, seed)
         self.settings, dim = settings, settings.decoder_dim
-        self.num_visible, self.num_predicted = patch_counts(settings, backbone.grid)
+        patch_counts(settings, backbone.grid)  # raises for what is impossible
         whole, cross = settings.hidden == "token", settings.decoder == "cross"
         if whole:  # the encoder's mask token; its name is in checkpoints, and seeds its initial value
             self.stand_in = nn.Parameter(torch.zeros(1, 1, backbone.dim))
@@ -67,12 +68,19 @@ class MAE(Objective):
 
     def mask(self, batch: Batch) -> Mask:
         """The masks of a batch, a pure function of (seed, epochs, ids)."""
-        grid = self.backbone.grid
-        return masks.draw(self.settings.masking, self.seed, batch.epochs, batch.ids, grid, self.num_visible)
+        grid = self.backbone.grid_of(batch.images)
+        num_visible = patch_counts(self.settings, grid).visible
+        return masks.draw(self.settings.masking, self.seed, batch.epochs, batch.ids, grid, num_visible)
 
     def predicted(self, mask: Mask) -> Int[Tensor, "b p"]:
         """Positions of the masked patches that are predicted: all, or a random share `mae.predict` of them."""
-        return mask.masked[:, : self.num_predicted]
+        return mask.masked[:, : round(mask.masked.shape[1] * self.settings.predict)]
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        """The decoder's position embedding of a grid, computed for another than the backbone's."""
+        if grid == self.backbone.grid:
+            return self.decoder_pos_embed
+        return fixed_positions(self.settings.decoder_dim, grid, self.decoder_pos_embed.device)
 
     def forward(self, batch: Batch) -> Output:
         """Each sample's mean squared error over its predicted patches, and the predictions (b, predicted, ppc)."""
@@ -87,37 +95,39 @@ class MAE(Objective):
         """Predicted pixels of the patches that `predicted` lists, normalised if `mae.norm_pix`."""
         encoder_mask_token = self.stand_in if self.settings.hidden == "token" else None
         latent = self.backbone.encode(images, mask.visible, encoder_mask_token=encoder_mask_token)
-        predict_idx = self.predicted(mask)
+        predict_idx, table = self.predicted(mask), self.positions(self.backbone.grid_of(images))
         if self.settings.decoder == "cross":
-            x = self._decode_cross(latent, predict_idx)
+            x = self._decode_cross(latent, predict_idx, table)
         elif encoder_mask_token is not None:
-            x = self._decode_simmim(latent, predict_idx)
+            x = self._decode_simmim(latent, predict_idx, table)
         else:
-            x = self._decode_full(latent, mask.visible, predict_idx)
+            x = self._decode_full(latent, mask.visible, predict_idx, table)
         return self.decoder_pred(self.decoder_norm(x))
 
-    def _decode_cross(self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"]) -> Float[Tensor, "b p dd"]:
-        positions = self.decoder_pos_embed[0, self.backbone.num_prefix :]
-        x = self.mask_token + F.embedding(predict_idx, positions)
+    def _decode_cross(
+        self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"], table: Float[Tensor, "1 m dd"]
+    ) -> Float[Tensor, "b p dd"]:
+        x = self.mask_token + F.embedding(predict_idx, table[0, self.backbone.num_prefix :])
         for block in self.decoder_blocks:
             x = block(x, latent)
         return x
 
     def _decode_simmim(
-        self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"]
+        self, latent: Float[Tensor, "b n d"], predict_idx: Int[Tensor, "b p"], table: Float[Tensor, "1 n dd"]
     ) -> Float[Tensor, "b p dd"]:
-        x = self.decoder_embed(latent) + self.decoder_pos_embed
+        x = self.decoder_embed(latent) + table
         for block in self.decoder_blocks:
             x = block(x)
         return take(x[:, self.backbone.num_prefix :], predict_idx)
 
     def _decode_full(
-        self, latent: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], predict_idx: Int[Tensor, "b p"]
-    ) -> Float[Tensor, "b p dd"]:
+        self, latent: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], predict_idx: Int[Tensor, "b p"],
+        table: Float[Tensor, "1 m dd"],
+    ) -> Float[Tensor, "b p dd"]:  # fmt: skip
         positions, prefix = torch.cat([visible, predict_idx], 1), self.backbone.num_prefix
         places = F.pad(positions + prefix, (prefix, 0))  # a class token is at place 0
         queries = self.mask_token.expand(*predict_idx.shape, -1)
-        x = torch.cat([self.decoder_embed(latent), queries], 1) + F.embedding(places, self.decoder_pos_embed[0])
+        x = torch.cat([self.decoder_embed(latent), queries], 1) + F.embedding(places, table[0])
         for block in self.decoder_blocks[:-1]:
             x = block(x, None, positions)
         return self.decoder_blocks[-1](x, None, positions, predict_idx.shape[1])
@@ -139,4 +149,5 @@ class MAE(Objective):
         filled = hidden.scatter(
             1, repeat(predict_idx, "b p -> b p d", d=patches.shape[2]), prediction.to(patches.dtype)
         )
-        return [batch.images] + [unpatchify(p, self.backbone.patch, self.backbone.grid[0]) for p in (hidden, filled)]
+        rows = self.backbone.grid_of(batch.images)[0]
+        return [batch.images] + [unpatchify(p, self.backbone.patch, rows) for p in (hidden, filled)]

@@ -41,10 +41,20 @@ def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: st
     if changes:
         raise ValueError(
             f"out={path}: holds a run with other settings ({'; '.join(changes)}); "
-            f"choose another out= or give the old values"
+            f"choose another out= or give the old values{longer(path, verb, old, config)}"
         )
     if old_data != data_fingerprint:
         log.warning("the data have changed (%s -> %s), accepted from here on", old_data, data_fingerprint)
+
+
+def longer(path: Path, verb: str, old: RunConfig, new: RunConfig) -> str:
+    """How a finished run of pretraining is extended, where the new settings only ask for more steps; else empty."""
+    more = new.train.epochs > old.train.epochs or (new.train.steps or 0) > (old.train.steps or 0)
+    if verb != "pretrain" or not more or layout.result(path) is None:
+        return ""
+    return (
+        f"; to train it further, begin a new run with its weights: init_from={path} out=NEW (it has its own schedule)"
+    )
 
 
 def finished(path: Path, verb: str, config: RunConfig) -> bool:

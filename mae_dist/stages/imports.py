@@ -12,7 +12,7 @@ from mae_dist import dist, environment, errors, starts, weights
 from mae_dist.checksum import sha256
 from mae_dist.errors import MachineFault
 from mae_dist.run import layout
-from mae_dist.schema import C
+from mae_dist.schema import C, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,14 @@ def with_imported(config: C) -> C:
     source, run = Path(config.origin), starts.imported(config.out)
     dist.run_on_rank0(lambda: import_once(source, run))
     return dataclasses.replace(config, **{"init_from": str(run)})
+
+
+def import_for(config: RunConfig) -> None:
+    """Import the checkpoint of others that a run starts from before its settings are complete, all ranks together. A
+    run of a checkpoint that says no model.name has that of the import.
+    """
+    dist.setup(config.machine.timeout)
+    with_imported(config)
 
 
 def import_once(source: Path, run: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from mae_dist import dist, evaluate, parallel
 from mae_dist.models.backbone import Backbone
+from mae_dist.objectives import Objective
 from mae_dist.run import tracker
 from mae_dist.schema import KnnRunConfig
 from mae_dist.stages.setup import Setup, num_classes, prepare_run
@@ -29,7 +30,7 @@ def classify(setup: Setup[KnnRunConfig], backbone: Backbone) -> None:
     assert setup.test_split is not None
     config = setup.config
     setup.run.record_launch(0, setup.device)
-    setup.load_initial_weights(backbone)
+    setup.load_initial_weights(Objective(backbone, config.train.seed))
     backbone = backbone.to(setup.device)
     train_source, test_source = setup.source(setup.train_split), setup.source(setup.test_split)
     with torch.no_grad(), parallel.autocast(config.train.precision, setup.device):

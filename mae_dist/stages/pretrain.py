@@ -7,11 +7,12 @@ import logging
 import numpy as np
 import torch
 
-from mae_dist import dist, evaluate, image_grid, parallel
+from mae_dist import dist, evaluate, image_grid, parallel, resolutions
 from mae_dist.data.loader import TarSource
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import denormalise
 from mae_dist.objectives.mae import MAE
+from mae_dist.patch_counts import patch_counts
 from mae_dist.schema import PretrainConfig
 from mae_dist.stages.setup import Setup, prepare_run
 from mae_dist.train import fit
@@ -55,7 +56,10 @@ def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
 def build(setup: Setup[PretrainConfig]) -> MAE:
     """The objective that the settings describe."""
     with parallel.meta_init(setup.config.machine):
-        return MAE(setup.backbone, setup.config.mae, setup.config.train.seed)
+        objective = MAE(setup.backbone, setup.config.mae, setup.config.train.seed)
+    for side in resolutions.sides(setup.config):  # raises now what is impossible for one of them
+        patch_counts(setup.config.mae, (side // setup.backbone.patch, side // setup.backbone.patch))
+    return objective
 
 
 @torch.no_grad()

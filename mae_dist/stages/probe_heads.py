@@ -96,7 +96,7 @@ def divide(setup: Setup[schema.ProbeConfig]) -> tuple[np.ndarray, np.ndarray]:
 def prepare(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> dict[str, float]:
     """Launch a run in which no head is trained by steps: load the backbone; no numbers."""
     setup.run.record_launch(0, setup.device)
-    setup.load_initial_weights(objective.backbone)
+    setup.load_initial_weights(objective)
     objective.to(setup.device)
     return {}
 
@@ -152,7 +152,7 @@ def stored(setup: Setup[schema.ProbeConfig], objective: ProbeHeads) -> Features:
         return missing
 
     if dist.run_on_rank0(check_stored):
-        setup.load_initial_weights(objective.backbone)
+        setup.load_initial_weights(objective)
         objective.to(setup.device).backbone.eval()
         precision = parallel.autocast(setup.config.train.precision, setup.device)
         with dist.name_lost_ranks(lambda: "the computation of features"), torch.no_grad(), precision:

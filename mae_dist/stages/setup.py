@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,20 +16,19 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import devices, dist, environment, models, parallel, rewind, starts
+from mae_dist import devices, dist, environment, models, parallel, resolutions, rewind, starts
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
-from mae_dist.model_sizes import sides
-from mae_dist.models.backbone import Backbone, fit_channels
-from mae_dist.models.vit import ViT, class_and_grid, resize_positions
+from mae_dist.models.backbone import Backbone
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
-from mae_dist.run import checkpoint, identity, log_file
+from mae_dist.run import identity, log_file
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import C, RunConfig
+from mae_dist.stages import initial_weights
 from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
 from mae_dist.stages.passes import reported
@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 FEW_STEPS = 3
 """Steps an epoch below which a start warns: the batch is too large for the data."""
-EMBEDDINGS = (".patch_embed.proj.weight", ".stem.proj.weight")
-"""Ends of the names of patch embeddings, a ViT's and a Mixer's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Setup(Generic[C]):
     test_split: ShardIndex | None
     needs_labels: bool
     backbone: Backbone
-    initial_weights: InitialWeights | None
+    initial_weights: initial_weights.InitialWeights | None
     micro_batch: int
 
     @contextmanager
@@ -92,7 +90,8 @@ class Setup(Generic[C]):
         share = group * -(-train.global_batch // (group * dist.world()))
 
         def example(count: int) -> Batch:
-            images = torch.zeros(count, self.backbone.channels, *self.backbone.image_size, device=self.device)
+            largest = max([self.backbone.image_size, *((side, side) for side in resolutions.sides(self.config))])
+            images = torch.zeros(count, self.backbone.channels, *largest, device=self.device)
             zero = torch.zeros(count, dtype=torch.int64, device=self.device)
             return Batch(images, zero, torch.arange(count, device=self.device), zero, zero.bool())
 
@@ -124,7 +123,7 @@ class Setup(Generic[C]):
             verb=self.verb, objective=objective, num_micro=num_micro, num_samples=len(self.train_split),
             batches=lambda steps: self.training_batches(source, num_micro, steps, self.left_out()), evaluate=evaluate,
             sample_name=self.train_split.sample_name, no_decay_tokens=no_decay_tokens,
-            load_initial_weights=lambda: self.load_initial_weights(objective.backbone),
+            load_initial_weights=lambda: self.load_initial_weights(objective),
         )  # fmt: skip
 
     def left_out(self) -> dict[int, int]:
@@ -141,12 +140,18 @@ class Setup(Generic[C]):
         self, source: loader.Source, num_micro: int, steps: range, left_out: dict[int, int],
         share: tuple[int, int] | None = None,
     ) -> Iterator[Batch]:  # fmt: skip
-        """This rank's micro-batches of these steps, or those of `share` = (rank, world)."""
+        """This rank's micro-batches of these steps, or those of `share` = (rank, world), at their resolutions."""
         config, (rank, world) = self.config, share or (dist.rank(), dist.world())
-        places = plan(
-            self.order(left_out), steps, config.train.global_batch, num_micro, rank, world, configuration.group(config)
-        )
-        return source.batches(places, self.view(training=True))
+        order, group, view = self.order(left_out), configuration.group(config), self.view(training=True)
+        total = configuration.total_steps(config.train, len(self.train_split))
+        parts = resolutions.spans(config.train, config.model.image_size, steps, total)
+
+        def batches(part: range, size: int | tuple[int, int]) -> Iterator[Batch]:
+            places = plan(order, part, config.train.global_batch, num_micro, rank, world, group)
+            return source.batches(places, dataclasses.replace(view, image_size=size))
+
+        first = batches(*parts[0])  # reads ahead from now on, the others from the change of resolution on
+        return itertools.chain(first, itertools.chain.from_iterable(batches(*part) for part in parts[1:]))
 
     def evaluation_batches(self, source: loader.Source, ids: np.ndarray | None = None) -> Iterator[Batch]:
         """This rank's part of a split, or of these samples of it, each sample once, not augmented."""
@@ -155,59 +160,12 @@ class Setup(Generic[C]):
         batches = source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
         return reported(batches, len(ids), "training split" if source.index is self.train_split else "test split")
 
-    def load_initial_weights(self, backbone: Backbone) -> None:
-        """Fill the backbone, sharded or not, from the run of `init_from`: with its averaged weights if it has them.
-        Does nothing where init_from=random. A final norm that the other run's pooling lacks stays as initialised.
-
-        A ViT for another image size gets the positions of that run resized (`vit.resize_positions`); fixed sin-cos
-        positions, where this run does not train them, are computed for its size instead. For another number of channels
-        the patch embedding is that run's by `backbone.fit_channels`.
+    def load_initial_weights(self, objective: Objective) -> None:
+        """Fill the backbone, and the decoder of an MAE, from `init_from`: see `initial_weights.load`. Does nothing
+        where init_from=random.
         """
-        if self.initial_weights is None:
-            return
-        path = self.initial_weights.path
-        stored = checkpoint.names_in(path)
-        wanted = {}
-        for name, tensor in backbone.state_dict().items():
-            key = checkpoint.trained(stored, f"backbone.{name}")
-            if key in stored or not name.startswith(("norm.", "fc_norm.")):
-                wanted[key] = tensor
-        height, width = sides(self.initial_weights.config.model.image_size)
-        grid = (height // backbone.patch, width // backbone.patch)
-        other = [key for key in wanted if key.endswith(".pos_embed") and grid != backbone.grid]
-        other += [key for key in wanted if key.endswith(EMBEDDINGS) and stored.get(key) != wanted[key].shape]
-        wanted |= {key: torch.empty(stored[key]) for key in other}
-        checkpoint.load(path, wanted)
-        for key in other:
-            if key.endswith(".pos_embed"):
-                self._fit_positions(backbone, wanted[key], grid)
-            else:
-                self._fit_channels(backbone, key.partition("backbone.")[2], wanted[key])
-        if dist.is_main() and any(key.startswith(checkpoint.EMA) for key in wanted):
-            log.info("init_from=%s: its averaged weights", self.config.origin)
-
-    def _fit_channels(self, backbone: Backbone, name: str, weight: torch.Tensor) -> None:
-        """Give a backbone the patch embedding that was trained for another number of channels."""
-        parallel.copy_into(backbone.get_parameter(name), fit_channels(weight, backbone.channels))
-        if dist.is_main():
-            how = "summed" if backbone.channels == 1 else "repeated and scaled"
-            log.info(
-                "init_from=%s: patch embedding of %d channels %s for %d (timm's rule)",
-                self.config.origin, weight.shape[1], how, backbone.channels,
-            )  # fmt: skip
-
-    def _fit_positions(self, backbone: Backbone, positions: torch.Tensor, grid: tuple[int, int]) -> None:
-        """Give a ViT the positions that were trained for another grid of patches."""
-        assert isinstance(backbone, ViT)
-        fixed = torch.allclose(positions, class_and_grid(backbone.dim, grid), atol=1e-6)
-        compute = fixed and self.config.model.position != "learned"
-        value = backbone.fixed()["pos_embed"] if compute else resize_positions(positions, grid, backbone.grid)
-        parallel.copy_into(backbone.pos_embed, value)
-        if dist.is_main():
-            log.info(
-                "init_from=%s: positions of %d x %d patches %s for %d x %d", self.config.origin, *grid,
-                "computed" if compute else "resized (bicubic)", *backbone.grid,
-            )  # fmt: skip
+        if self.initial_weights is not None:
+            initial_weights.load(objective, self.initial_weights, self.config)
 
 
 def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup[C]], T]) -> tuple[Setup[C], T] | None:
@@ -252,11 +210,11 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     cache = Cache.of(config.data.cache, config.data.cache_size)
     config, train_split, test_split = open_splits(config, before, needs_labels, cache)
     config = with_imported(config)
-    initial = find_initial_weights(config.origin, began) if config.origin is not None else None
+    initial = initial_weights.find(config.origin, began) if config.origin is not None else None
     for split, name in ((train_split, config.data.split), (test_split, config.data.test_split)) if needs_labels else ():
         refuse_unlabelled(split, name, verb)
     if initial is not None:
-        configuration.check_same_model(config, initial.config)
+        starts.check_same_model(config, initial.config)
     if test_split is not None:
         train_split = check_splits(config, train_split, test_split, needs_labels)
     origin = initial.config if initial else None
@@ -304,35 +262,6 @@ def warn(config: RunConfig, device: torch.device, num_samples: int) -> None:
         )  # fmt: skip
     if device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and environment.has_bf16()):
         log.warning("train.precision=%s: this CPU has no instructions for it; fp32 is faster", precision)
-
-
-@dataclass(frozen=True)
-class InitialWeights:
-    """An earlier run to start from: its settings, and the folder of one of its checkpoints."""
-
-    config: RunConfig
-    path: Path
-
-
-def find_initial_weights(path: str, began: str | None) -> InitialWeights:
-    """The run that `init_from` names: the checkpoint of RUN@STEP, else its newest undamaged one, or that with which
-    this run `began`, where it is still there. Raises ValueError when it is no run or has no checkpoint.
-    """
-    folder, step = starts.run_and_step(path)
-    run = RunDir.existing(folder, "init_from")
-
-    def choose() -> str:
-        if step is not None:
-            return str(run.at(step, f"init_from={path}"))
-        same = identity.find_checkpoint(run.path, began) if began else None
-        return str(same if same and checkpoint.verify(same) is None else run.newest() or "")
-
-    newest = Path(dist.run_on_rank0(choose))
-    if newest == Path():
-        raise ValueError(f"init_from={path}: the run has no checkpoint; start from a pretrain, probe or finetune run")
-    if dist.is_main() and step is None and run.result() is None:
-        log.warning("init_from=%s: this run is not finished; using its checkpoint %s", path, newest.name)
-    return InitialWeights(run.settings()[2], newest)
 
 
 def check_cache(index: ShardIndex, window: int) -> None:

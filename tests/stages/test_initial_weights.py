@@ -60,8 +60,9 @@ def test_init_from_imports_a_checkpoint_of_others_once(
     state, file, out = models.build("vit_demo4", image_size=32, seed=5).state_dict(), tmp_path / "x.pth", tmp_path / "r"
     torch.save({"state_dict": state}, file)
     words = ["finetune", f"data.path={tiny_data}", f"out={out}", f"init_from={file}", "train.steps=1", *FEW]
-    assert "does not say model.name" in refused(capsys, *words)
-    words += ["model.name=vit_demo4", "optim.base_lr=1e-12"]
+    with pytest.raises(ValueError, match="does not say model.name"):
+        preflight.check_initial_weights(config.load("finetune", None, words[1:]))
+    words += ["optim.base_lr=1e-12"]
     assert "set model.name=vit_demo4" in refused(capsys, *words, "model.name=vit_ti4")
     preflight.check_initial_weights(config.load("finetune", None, words[1:]))
     assert main(words) == 0

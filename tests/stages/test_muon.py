@@ -1,0 +1,36 @@
+"""Runs with optim.name=muon: the same on any number of ranks and strategies, and over a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import MAE, SETTINGS, finish_ranks, kill_ranks_when, losses, refused, start_ranks, weights
+
+from mae_dist.__main__ import main
+
+
+def test_muon_is_elastic_over_ddp_and_fsdp_and_resumes_after_sigkill(tiny_data: Path, tmp_path: Path) -> None:
+    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=5"]
+    log, out = tmp_path / "log", tmp_path / "killed"
+    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=2", log=log)
+    kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000002").is_dir(), log)
+    ranks = start_ranks(2, *shared, f"out={tmp_path / 'ddp'}", log=log)
+    assert main([*shared, f"out={tmp_path / 'whole'}"]) == 0
+    finish_ranks(ranks, log)
+    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=hsdp", "machine.shards=2", log=log)
+    finish_ranks(ranks, log)
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "ddp") == pytest.approx(whole, rel=1e-5)
+    assert losses(out) == pytest.approx(whole, rel=1e-5)
+    assert whole[-1] < whole[0]
+    names = weights(out).keys()
+    assert "optimizer.backbone.blocks.0.attn.qkv.weight.momentum" in names
+    assert "optimizer.decoder_blocks.0.mlp.fc1.weight.momentum" in names
+    assert "optimizer.decoder_embed.weight.exp_avg" in names
+    assert "optimizer.backbone.blocks.0.attn.qkv.bias.exp_avg" in names
+
+
+def test_muon_is_refused_for_a_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["probe", "data.path=d", f"out={tmp_path / 'o'}", *SETTINGS, "init_from=random", "optim.name=muon"]
+    assert "optim.name=muon: is for the matrices of blocks" in refused(capsys, *words)
