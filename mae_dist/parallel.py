@@ -153,6 +153,11 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full on every rank, where it is sharded: all ranks together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def warm_up_ddp(module: nn.Module, stream: Iterator[Batch], name: str, device: torch.device) -> Iterator[Batch]:
     """Make DDP arrange its buckets before the first step, by a forward and backward pass over the first batch without
     an update. Returns a stream with all batches, the first included.
@@ -195,7 +200,7 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager:
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients over all ranks, on the device; not finite where any rank's is not."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)
 
 
 def micro_batch(
