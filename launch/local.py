@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 LOG = "local.log"
 
 
-def run_stages(stages: list[Stage]) -> int:
-    """Run what is not done; give the exit status of the first run that failed, or 0. The same command resumes.
+def run_stages(stages: list[Stage], dry_run: bool = False) -> int:
+    """Run what is not done; give the exit status of the first run that failed, or 0. The same command resumes. With
+    `dry_run` the commands are only printed.
 
     As under SLURM, the other runs of a stage do not mind that one has failed, and the stages after it are not run.
     """
@@ -29,6 +30,9 @@ def run_stages(stages: list[Stage]) -> int:
         for run in stage.runs if failed == DONE or stage.run_after_failures else ():
             if run.done:
                 print(f"{run.name}: done already, skipped", flush=True)
+                continue
+            print(f"\n$ mae-dist {shlex.join(run.argv)}", flush=True)
+            if dry_run:
                 continue
             status, output = execute(run)
             if status in (STOPPED, INTERRUPTED):
@@ -52,8 +56,7 @@ def print_failure(run: Run, status: int, output: list[str]) -> None:
 
 
 def execute(run: Run) -> tuple[int, list[str]]:
-    """Print and run `mae-dist ARGV`; give its exit status and output. The output is kept in the run's local.log."""
-    print(f"\n$ mae-dist {shlex.join(run.argv)}", flush=True)
+    """Run `mae-dist ARGV`; give its exit status and output. The output is kept in the run's local.log."""
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [*environment.python(), *run.argv], env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},

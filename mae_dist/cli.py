@@ -30,6 +30,7 @@ VERBS = {
     "data": Verb(
         "mae_dist.commands.data", "pack archives and folders into tars, index existing ones, show or check a data set"
     ),
+    "recipe": Verb("mae_dist.commands.recipe", "settings to begin with for a data set, each with its reason"),
     "models": Verb("mae_dist.commands.models", "all models: parameters, operations and activation memory"),
     "import": Verb(
         "mae_dist.commands.import_weights", "make a run from an official MAE, timm, transformers or Flax checkpoint"

@@ -88,6 +88,29 @@ def features(
     return torch.cat(values), torch.cat(labels)
 
 
+@torch.no_grad()
+def input_statistics(
+    layer: nn.Linear, objective: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean and standard deviation of each number that `layer` reads when `objective` is called, over the samples of all
+    ranks. Raises ValueError when none can be read.
+    """
+    objective.eval()
+    sums = torch.zeros(3, layer.in_features, dtype=torch.float64, device=device)
+    seen: list[Tensor] = []
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        for batch in batches:
+            objective(batch)
+            x = seen.pop()[~batch.bad].double()
+            sums += torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
+    objective.train()
+    count, total, squares = dist.all_reduce_sum(sums)
+    if not count[0]:
+        raise ValueError("none of the training images from which a fine-tuning starts can be read")
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+
+
 def knn(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, k: int, temperature: float
 ) -> Int[Tensor, " 3"]:

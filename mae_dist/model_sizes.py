@@ -26,7 +26,7 @@ MIXER_SIZES = {
     "l": {"dim": 1024, "depth": 24, "token_hidden": 512, "channel_hidden": 4096},
 }
 """Tolstikhin et al. 2021, table 1; Ti has ViT-Ti's width and depth and the paper's proportions."""
-MIXERS = ("ti4", "s4", "s16", "s32", "b16", "b32", "l16")
+MIXERS = ("ti4", "s2", "s4", "s16", "s32", "b16", "b32", "l16")
 
 SIZES: dict[str, dict[str, int]] = {
     **{f"vit_{size}{patch}": {"patch": patch, **VIT_SIZES[size]} for size in VIT_SIZES for patch in VIT_PATCHES},

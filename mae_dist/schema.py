@@ -136,6 +136,11 @@ class ModelConfig:
     train_blocks: float | None = setting(
         None, "last blocks to train, beside the last norm and the head (0.5: only a block's MLP); none: all", FINETUNE
     )
+    standardise: bool = setting(
+        False,
+        "begin with features of mean 0 and deviation 1 over training images (folded into the last norm)",
+        FINETUNE,
+    )
 
     def __post_init__(self) -> None:
         """A square given as [N, N] is N, so that both are one size wherever sizes are compared."""

@@ -93,13 +93,18 @@ def _rank(argv: list[str], environment: dict[str, str], log: Path, before: Calla
     sys.exit(main(argv))
 
 
-def kill_ranks_when(ranks: Sequence[BaseProcess], reached: Callable[[], bool], log: Path, timeout: float = 120) -> None:
-    """Send SIGKILL to all ranks as soon as `reached()`; none may end before."""
+def wait_until(reached: Callable[[], bool], ranks: Sequence[BaseProcess], log: Path, timeout: float = 120) -> None:
+    """Wait until `reached()`; no rank may end before."""
     deadline = time.monotonic() + timeout
     while not reached():
         assert time.monotonic() < deadline
         assert all(rank.is_alive() for rank in ranks), log.read_text()
         time.sleep(0.01)
+
+
+def kill_ranks_when(ranks: Sequence[BaseProcess], reached: Callable[[], bool], log: Path, timeout: float = 120) -> None:
+    """Send SIGKILL to all ranks as soon as `reached()`; none may end before."""
+    wait_until(reached, ranks, log, timeout)
     for rank in ranks:
         rank.kill()
         rank.join()

@@ -212,9 +212,8 @@ def smaller(call: list[str]) -> list[str] | None:
     or minutes.
     """
     program, *words = call
-    place = {"/data/imagenet": "data/cifar100", "/data/mine": "data/cifar100"}
-    words = [f"{word.partition('=')[0]}={place[word.partition('=')[2]]}" if word.partition("=")[2] in place else word
-             for word in words]  # fmt: skip
+    place = dict.fromkeys(("/data/imagenet", "/data/mine", "DATA"), "data/cifar100")
+    words = [name + sign + place.get(value, value) for word in words for name, sign, value in (word.rpartition("="),)]
     if words[0] in ("submit", "launch/submit.py") and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit", *words[1:], "--dry-run"]
     if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "RUN", "imagenet"} & {*words}:

@@ -83,6 +83,13 @@ class Backbone(nn.Module):
         """(rows, columns) of patches of a batch, which may be of another size than the model's."""
         return images.shape[2] // self.patch, images.shape[3] // self.patch
 
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm whose output, or the mean of it over patches, is the feature vector: of a ViT `fc_norm` where the
+        patches are averaged first, else `norm`.
+        """
+        return self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm
+
     def train_last(self, num_blocks: float) -> None:
         """Partial fine-tuning (He et al. 2022, figure 9): train only the last `num_blocks` blocks and the last norm.
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
 from mae_dist import evaluate
+from mae_dist.data.loader import Source
 from mae_dist.objectives.classify import Classifier
+from mae_dist.schema import C
 from mae_dist.stages.setup import Setup
 from mae_dist.train import fit
 
+K = TypeVar("K", bound=Classifier)
 
-def train_and_test(setup: Setup, objective: Classifier, num_micro: int | None = None) -> None:
+
+def train_and_test(
+    setup: Setup[C], objective: K, num_micro: int | None = None,
+    adapt: Callable[[Setup[C], K, Source], None] | None = None,
+) -> None:  # fmt: skip
     """Fit the objective, in as many micro-batches as machine.micro_batch says unless they are given, and write the test
-    accuracy.
+    accuracy. A new run begins with initial weights, and with ``adapt(setup, objective, training images)``.
     """
     test_split = setup.test_split
     assert test_split is not None
@@ -25,6 +36,13 @@ def train_and_test(setup: Setup, objective: Classifier, num_micro: int | None = 
         return {f"test_{name}" if name.startswith("top") else name: value for name, value in numbers.items()}
 
     task = setup.task(objective, train_source, num_micro, evaluate_step)
+    if adapt is not None:
+
+        def load_and_adapt() -> None:
+            setup.load_initial_weights(objective)
+            adapt(setup, objective, train_source)
+
+        task = dataclasses.replace(task, load_initial_weights=load_and_adapt)
     numbers = fit(task, setup.run, setup.config, setup.device)
     renamed = {name.removeprefix("test_"): value for name, value in numbers.items()}
     setup.run.finish({"verb": setup.verb} | renamed)

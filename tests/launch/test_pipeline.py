@@ -170,6 +170,16 @@ def test_local_pipeline_fails_resumes_and_skips_what_is_done(tmp_path: Path, cap
     assert capfd.readouterr().out.count("done already") == 5
 
 
+def test_local_pipeline_dry_run_prints_the_commands_and_runs_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
+    file.write_text(f"out: {out}\nstages:\n" + SMALL_PIPELINE)
+    assert submit.main(["pipeline", str(file), "--local", "--dry-run"]) == 0
+    assert [line.split()[2] for line in capfd.readouterr().out.splitlines() if line][:2] == ["data", "pretrain"]
+    assert not out.exists()
+
+
 def test_local_pipeline_failure_names_the_cause_as_logs_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

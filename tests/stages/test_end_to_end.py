@@ -1,16 +1,10 @@
-"""The promises of whole runs, with real processes: torchrun, kill -9, resume, other world sizes, user errors."""
+"""The promises of whole runs, with real processes: resume, other world sizes, damaged checkpoints, user errors."""
 
 import json
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +12,9 @@ import torch
 from running import (
     MAE,
     SETTINGS,
-    command,
     environment,
     finish_ranks,
     losses,
-    ranks_of,
-    records,
     refused,
     start,
     start_ranks,
@@ -32,10 +23,8 @@ from running import (
 from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
-from mae_dist.data import loader
-from mae_dist.errors import FAILED, MachineFault
 from mae_dist.models.vit import class_and_grid
-from mae_dist.run import checkpoint, events
+from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import SCHEMAS
 from mae_dist.verify import compare
@@ -59,127 +48,6 @@ def test_a_rank_that_meets_nobody_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", impatient], env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "RankLost: rank 1 did not meet the others within 1 s of its start" in done.stderr
-
-
-def test_machine_fault_before_the_first_step_is_recorded_with_its_reason(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise MachineFault("x.tar: Input/output error")
-
-    monkeypatch.setattr(loader, "open_source", fail)
-    out = tmp_path / "run"
-    assert main(["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2"]) == FAILED
-    (failure,) = events.of(out, "fail")
-    assert (failure["reason"], failure["rank"], failure["message"]) == ("machine_fault", 0, "x.tar: Input/output error")
-    assert "x.tar: Input/output error" in capsys.readouterr().err
-
-
-def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
-    """On three ranks, as a sum of two is the same in either order."""
-
-    def words(out: str) -> list[str]:
-        return ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=40",
-                "checkpoint.every=7", "machine.processes=3", "train.ema=0.9"]  # fmt: skip
-
-    log = tmp_path / "log"
-    finish_ranks(start_ranks(3, *words("undisturbed"), log=log), log)
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    saved = killed / "checkpoints/step-000000014"  # written in the background, so it may be there later than step 16
-    while not (saved.is_dir() and len(losses(killed)) >= 16):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL
-    assert "SIGKILL" in said
-    assert "the same command resumes" in said
-    assert not (killed / "result.json").exists()
-    with (killed / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
-
-    said = start(*words("killed")).stderr
-    assert "resumed at step" in said
-    assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 41))
-    assert losses(killed) == losses(tmp_path / "undisturbed")
-    first, second = weights(tmp_path / "undisturbed"), weights(killed)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert "ema.backbone.cls_token" in first
-    starts = [event["step"] for event in events.of(killed, "start")]
-    assert len(starts) == 2
-    assert starts[0] == 0
-    assert starts[1] >= 14
-    assert starts[1] % 7 == 0
-
-
-@pytest.mark.parametrize(
-    ("number", "whom"),
-    [pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.slow), (signal.SIGUSR1, "rank")],
-)
-def test_told_to_stop_all_ranks_save_together_and_ask_to_be_started_again(
-    tiny_data: Path, tmp_path: Path, number: signal.Signals, whom: str
-) -> None:
-    words = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=400", "machine.processes=2"]
-    run = tmp_path / "run"
-    process = subprocess.Popen(command(*words, f"out={run}"), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").is_file() and len(losses(run)) >= 5):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    pid = process.pid if whom == "launcher" else ranks_of(process)[-1]
-    os.kill(pid, number)
-    while whom == "rank" and process.poll() is None:  # again and again, also while it leaves
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        time.sleep(0.002)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    step = len(losses(run))
-    assert f"stopped and saved at step {step}" in said
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:09d}"]
-    assert not (run / "result.json").exists()
-
-
-def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> None:
-    words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=4000",
-             "machine.processes=2", "machine.timeout=3"]  # fmt: skip
-    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((tmp_path / "run/metrics.jsonl").is_file() and len(losses(tmp_path / "run")) >= 5):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    victim = ranks_of(process)[1]
-    hung = Path(f"/proc/{victim}/environ").read_text().split("\0RANK=")[1].split("\0")[0]
-    os.kill(victim, signal.SIGSTOP)
-    _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
-    assert process.returncode == 1, said
-    step = len(losses(tmp_path / "run")) + 1  # or the next, if it hung in the exchange after a step, before its line
-    named = [f"rank {hung} did not answer at step {number}: hung or gone" for number in (step, step + 1)]
-    assert any(sentence in said for sentence in named), said
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3",
-             "train.steps=12"]  # fmt: skip
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    finish_ranks(start_ranks(2, *words, log=log, before=limit), log, check=1)
-    lines = log.read_text().strip().splitlines()
-    (first,) = [line for line in lines if "the checkpoint of step 3 could not be written" in line]
-    assert "Training continues" in first
-    assert lines[-1].startswith("mae-dist: the checkpoint of step 12 could not be written")
-    found = losses(run)
-    assert len(found) == 12
-    assert not list((run / "checkpoints").iterdir())
-    finish_ranks(start_ranks(2, *words, log=log), log)
-    assert losses(run) == found
-    assert len(list((run / "checkpoints").iterdir())) == 2
 
 
 def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -399,6 +267,29 @@ def test_other_settings_are_refused_with_the_fields_named(
     assert (pretrained / "config.yaml").read_bytes() == before
 
 
+def test_torchrun_with_too_many_ranks_ends_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    done = start("pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
+                 "machine.processes=3", check=2)  # fmt: skip
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_pretraining_on_a_gpu_resumes(tiny_data: Path, tmp_path: Path, precision: str) -> None:
+    words = [
+        "pretrain",
+        f"data.path={tiny_data}",
+        *SETTINGS,
+        *MAE,
+        f"train.precision={precision}",
+        "checkpoint.every=3",
+    ]
+    assert main([*words, f"out={tmp_path / 'run'}", "train.steps=6"]) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tiny_data: Path,
     pretrained: Path,
@@ -424,26 +315,3 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     for path in (run / "checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
     assert "all 2 checkpoints are damaged" in refused(capsys, *words)
-
-
-def test_torchrun_with_too_many_ranks_ends_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
-    done = start("pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
-                 "machine.processes=3", check=2)  # fmt: skip
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_pretraining_on_a_gpu_resumes(tiny_data: Path, tmp_path: Path, precision: str) -> None:
-    words = [
-        "pretrain",
-        f"data.path={tiny_data}",
-        *SETTINGS,
-        *MAE,
-        f"train.precision={precision}",
-        "checkpoint.every=3",
-    ]
-    assert main([*words, f"out={tmp_path / 'run'}", "train.steps=6"]) == 0
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]

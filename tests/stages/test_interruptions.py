@@ -1,0 +1,191 @@
+"""Runs that are interrupted, with real processes: kill -9, signals, hung ranks, a full disk."""
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from running import (
+    MAE,
+    SETTINGS,
+    command,
+    environment,
+    finish_ranks,
+    losses,
+    ranks_of,
+    records,
+    start,
+    start_ranks,
+    wait_until,
+    weights,
+)  # fmt: skip
+
+from mae_dist.__main__ import main
+from mae_dist.data import loader
+from mae_dist.errors import FAILED, MachineFault
+from mae_dist.run import events
+
+
+def test_machine_fault_before_the_first_step_is_recorded_with_its_reason(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MachineFault("x.tar: Input/output error")
+
+    monkeypatch.setattr(loader, "open_source", fail)
+    out = tmp_path / "run"
+    assert main(["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2"]) == FAILED
+    (failure,) = events.of(out, "fail")
+    assert (failure["reason"], failure["rank"], failure["message"]) == ("machine_fault", 0, "x.tar: Input/output error")
+    assert "x.tar: Input/output error" in capsys.readouterr().err
+
+
+def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
+    """On three ranks, as a sum of two is the same in either order."""
+
+    def words(out: str) -> list[str]:
+        return ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / out}", *SETTINGS, *MAE, "train.steps=40",
+                "checkpoint.every=7", "machine.processes=3", "train.ema=0.9"]  # fmt: skip
+
+    log = tmp_path / "log"
+    finish_ranks(start_ranks(3, *words("undisturbed"), log=log), log)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    saved = killed / "checkpoints/step-000000014"  # written in the background, so it may be there later than step 16
+    while not (saved.is_dir() and len(losses(killed)) >= 16):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "SIGKILL" in said
+    assert "the same command resumes" in said
+    assert not (killed / "result.json").exists()
+    with (killed / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
+
+    said = start(*words("killed")).stderr
+    assert "resumed at step" in said
+    assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 41))
+    assert losses(killed) == losses(tmp_path / "undisturbed")
+    first, second = weights(tmp_path / "undisturbed"), weights(killed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "ema.backbone.cls_token" in first
+    starts = [event["step"] for event in events.of(killed, "start")]
+    assert len(starts) == 2
+    assert starts[0] == 0
+    assert starts[1] >= 14
+    assert starts[1] % 7 == 0
+
+
+def at_step(run: Path, step: int) -> bool:
+    """Whether a run has recorded so many steps."""
+    return (run / "metrics.jsonl").is_file() and len(losses(run)) >= step
+
+
+def test_a_signal_to_one_rank_makes_all_save_together_and_ask_to_be_started_again(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=400"]
+    ranks = start_ranks(2, *words, log=log)
+    wait_until(lambda: at_step(run, 5), ranks, log)
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    while ranks[1].is_alive():  # again and again, also while it leaves
+        with suppress(ProcessLookupError):
+            os.kill(ranks[1].pid, signal.SIGTERM)
+        time.sleep(0.002)
+    finish_ranks(ranks, log, check=75)
+    saved_together(run, log.read_text())
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_makes_all_ranks_save_together_and_ask_to_be_started_again(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=400"]
+    process = launched(run, *words, "machine.processes=2")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    saved_together(run, said)
+
+
+def launched(run: Path, *words: str) -> subprocess.Popen:
+    """A launcher, once its run has recorded five steps."""
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not at_step(run, 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def saved_together(run: Path, said: str) -> None:
+    step = len(losses(run))
+    assert f"stopped and saved at step {step}" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:09d}"]
+    assert not (run / "result.json").exists()
+
+
+HUNG = [*SETTINGS, *MAE, "train.steps=4000", "machine.timeout=3"]
+
+
+def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(2, "pretrain", f"data.path={tiny_data}", f"out={run}", *HUNG, log=log)
+    wait_until(lambda: at_step(run, 5), ranks, log)
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    finish_ranks(ranks[:1], log, check=1)
+    ranks[1].kill()
+    named(1, run, log.read_text())
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_the_launcher(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *HUNG, "machine.processes=2"]
+    process = launched(run, *words)
+    victim = ranks_of(process)[1]
+    hung = Path(f"/proc/{victim}/environ").read_text().split("\0RANK=")[1].split("\0")[0]
+    os.kill(victim, signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
+    assert process.returncode == 1, said
+    named(int(hung), run, said)
+
+
+def named(hung: int, run: Path, said: str) -> None:
+    step = len(losses(run)) + 1  # or the next, if it hung in the exchange after a step, before its line
+    sentences = [f"rank {hung} did not answer at step {number}: hung or gone" for number in (step, step + 1)]
+    assert any(sentence in said for sentence in sentences), said
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "checkpoint.every=3",
+             "train.steps=12"]  # fmt: skip
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    finish_ranks(start_ranks(2, *words, log=log, before=limit), log, check=1)
+    lines = log.read_text().strip().splitlines()
+    (first,) = [line for line in lines if "the checkpoint of step 3 could not be written" in line]
+    assert "Training continues" in first
+    assert lines[-1].startswith("mae-dist: the checkpoint of step 12 could not be written")
+    found = losses(run)
+    assert len(found) == 12
+    assert not list((run / "checkpoints").iterdir())
+    finish_ranks(start_ranks(2, *words, log=log), log)
+    assert losses(run) == found
+    assert len(list((run / "checkpoints").iterdir())) == 2
