@@ -14,7 +14,6 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from mae_dist import train, watchdog
 from mae_dist.__main__ import main
 from mae_dist.data.workers import Workers
 from mae_dist.environment import MEETING_FILE
-from mae_dist.run import events, mirror
+from mae_dist.run import events
 from mae_dist.stages import setup
 
 
@@ -217,14 +216,3 @@ def test_process_whose_work_is_over_ends_though_a_library_waits_at_the_exit() ->
     code = "import atexit, threading; from mae_dist import watchdog\nwatchdog.LEAVING = 0.2\n"
     code += "atexit.register(threading.Event().wait)\nwatchdog.leave(75)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False).returncode == 75
-
-
-def test_wandb_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(mirror, "WAIT", 0.1)
-    found = object.__new__(mirror.Mirror)
-    found.run = SimpleNamespace(log=lambda *_, **__: time.sleep(600))  # pyright: ignore
-    found.lines = found.next = 0
-    found.log({"kind": "step", "step": 1})
-    assert found.run is None
-    found.log({"kind": "step", "step": 2})
-    assert "wandb failed (no answer in 0.1 s): going on without it" in caplog.text

@@ -81,7 +81,7 @@ class Backbone(nn.Module):
 
     def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         """(rows, columns) of patches of a batch, which may be of another size than the model's."""
-        return images.shape[2] // self.patch, images.shape[3] // self.patch
+        return int(images.shape[2]) // self.patch, int(images.shape[3]) // self.patch  # tensors in torch.jit.trace
 
     @property
     def last_norm(self) -> nn.Module:

@@ -152,7 +152,8 @@ def test_onnx_computes_in_onnxruntime_what_the_run_does_for_any_batch(name: str,
 def test_backbones_are_traced_and_exported_for_any_batch(name: str, pool: str) -> None:
     backbone = models.build(name, image_size=32, pool=pool).eval()
     two, five = torch.randn(2, 3, 32, 32), torch.randn(5, 3, 32, 32)
-    traced: Any = torch.jit.trace(backbone, two)
+    # unchecked: in this suite type checkers give values names of their own, which the check compares
+    traced: Any = torch.jit.trace(backbone, two, check_trace=False)
     exported = torch.export.export(backbone, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     with torch.no_grad():
         for other in (traced, exported):
