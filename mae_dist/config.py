@@ -148,7 +148,7 @@ def _with_start(config: Any, defaults: Any, layers: Sequence[Any]) -> Any:
     setting_texts.refuse_odd(known, f"init_from={start}: ")
     try:
         config = OmegaConf.unsafe_merge(defaults, known, *layers) if known else config
-    except (errors.OmegaConfBaseException, *small_files.ERRORS) as error:
+    except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(f"init_from={start}: its config.yaml is damaged ({_one_line(error)})") from error
     if start != RANDOM and OmegaConf.is_missing(config.model, "name"):
         if not starts.is_of_others(Path(start)):

@@ -15,13 +15,12 @@ Size = int | tuple[int, int]
 
 def spans(train: TrainConfig, size: Size, steps: range, total: int) -> list[tuple[range, Size]]:
     """`steps` (0 for the first), cut where the resolution changes, with the image size of each part; ``size`` is that
-    of the model, ``total`` the number of steps of the run.
+    of the model, at which all are without a schedule, ``total`` the number of steps of the run.
     """
-    pairs = train.resolutions or ((0, size),)
+    pairs = train.resolutions
     first = [math.ceil(round(start * total, 6)) for start, _ in pairs]
-    cut = [range(max(a, steps.start), min(b, steps.stop)) for a, b in zip(first, [*first[1:], total], strict=True)]
-    found = [(part, side if side == size else int(side)) for part, (_, side) in zip(cut, pairs, strict=True) if part]  # pyright: ignore
-    return found or [(steps, size)]
+    cut = [range(max(a, steps.start), min(b, steps.stop)) for a, b in zip(first, [*first[1:], total], strict=False)]
+    return [(part, int(side)) for part, (_, side) in zip(cut, pairs, strict=False) if part] or [(steps, size)]
 
 
 def sides(config: RunConfig) -> list[int]:

@@ -212,7 +212,7 @@ def smaller(call: list[str]) -> list[str] | None:
     or minutes.
     """
     program, *words = call
-    place = dict.fromkeys(("/data/imagenet", "/data/mine", "DATA"), "data/cifar100")
+    place: dict[str, str] = dict.fromkeys(("/data/imagenet", "/data/mine", "DATA"), "data/cifar100")
     words = [name + sign + place.get(value, value) for word in words for name, sign, value in (word.rpartition("="),)]
     if words[0] in ("submit", "launch/submit.py") and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit", *words[1:], "--dry-run"]

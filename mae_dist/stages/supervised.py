@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mae_dist import evaluate
 from mae_dist.data.loader import Source
 from mae_dist.objectives.classify import Classifier
-from mae_dist.schema import C
 from mae_dist.stages.setup import Setup
 from mae_dist.train import fit
 
@@ -17,8 +16,8 @@ K = TypeVar("K", bound=Classifier)
 
 
 def train_and_test(
-    setup: Setup[C], objective: K, num_micro: int | None = None,
-    adapt: Callable[[Setup[C], K, Source], None] | None = None,
+    setup: Setup[Any], objective: K, num_micro: int | None = None,
+    adapt: Callable[[Setup[Any], K, Source], None] | None = None,
 ) -> None:  # fmt: skip
     """Fit the objective, in as many micro-batches as machine.micro_batch says unless they are given, and write the test
     accuracy. A new run begins with initial weights, and with ``adapt(setup, objective, training images)``.

@@ -56,6 +56,7 @@ def test_vit_at_another_size_computes_fixed_positions_and_resizes_learned_ones(p
     model = models.build("vit_demo4", image_size=32, position=position)
     assert isinstance(model, ViT)
     small = models.build("vit_demo4", image_size=16)
+    assert isinstance(small, ViT)
     expected = resize_positions(model.pos_embed, (8, 8), (4, 4)) if position == "learned" else small.pos_embed
     assert torch.equal(model.positions((4, 4)), expected)
     images = torch.randn(2, 3, 16, 16)
