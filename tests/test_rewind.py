@@ -180,6 +180,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(
     assert not list((out / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_fp16_keeps_its_scale_over_a_resume(run: Callable[..., Path]) -> None:
     out = run("train.precision=fp16", "train.clip_grad=1")
     losses = [record["loss"] for record in lines(out / "metrics.jsonl") if "lr" in record]

@@ -144,6 +144,7 @@ def test_example_pipelines_are_valid() -> None:
         assert pipeline.load(str(file), [])[1]
 
 
+@pytest.mark.slow
 def test_local_pipeline_fails_resumes_and_skips_what_is_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
     packing, _ = SMALL_PIPELINE.split("\n", 1)

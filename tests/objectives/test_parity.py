@@ -190,6 +190,7 @@ def test_mixer_equals_timm(name: str, size: int, depth: int) -> None:
     classifier_against_timm(backbone, theirs)
 
 
+@pytest.mark.slow
 def test_mae_hundred_steps_equal_transformers_and_torch() -> None:
     """Our groups, schedule, accumulation and step against AdamW with the paper's groups and rates written out."""
     steps, warmup, images, peak = 100, 10, 16, 3e-3
