@@ -279,12 +279,12 @@ def go_back(
 
 
 def flops_and_peak(config: TrainingConfig, device: torch.device) -> tuple[int, float]:
-    """(Floating point operations of an image in a step, 0 where they are not known; the most that the devices of all
-    ranks together make in a second).
+    """(Floating point operations of an image in a step, 0 where they are not known or change with the resolution; the
+    most that the devices of all ranks together make in a second).
     """
     image, dtype = cost.of_run(config), parallel.DTYPES.get(config.train.precision, torch.float32)
     peak = sum(dist.gather_objects(devices.peak_flops(device, dtype)))
-    return (0 if image is None else image.training_flops), peak
+    return (0 if image is None or config.train.resolutions else image.training_flops), peak
 
 
 def announce(
