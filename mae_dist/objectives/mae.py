@@ -74,7 +74,7 @@ class MAE(Objective):
 
     def predicted(self, mask: Mask) -> Int[Tensor, "b p"]:
         """Positions of the masked patches that are predicted: all, or a random share `mae.predict` of them."""
-        return mask.masked[:, : round(mask.masked.shape[1] * self.settings.predict)]
+        return mask.masked[:, : round(int(mask.masked.shape[1]) * self.settings.predict)]
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
         """The decoder's position embedding of a grid, computed for another than the backbone's."""
