@@ -96,7 +96,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
     parser.add_argument("--local", action="store_true", help="on this machine without SLURM, one run after another")
-    dry = "print the scripts for sbatch, or the commands of --local; write, queue and run nothing, and do not call SLURM, "
+    dry = "print the scripts for sbatch, or the commands of --local; write, queue and run nothing, nor call SLURM, "
     dry += "so partitions are not checked"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
