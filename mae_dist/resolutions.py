@@ -18,9 +18,11 @@ def spans(train: TrainConfig, size: Size, steps: range, total: int) -> list[tupl
     of the model, at which all are without a schedule, ``total`` the number of steps of the run.
     """
     pairs = train.resolutions
+    if not pairs:
+        return [(steps, size)]
     first = [math.ceil(round(start * total, 6)) for start, _ in pairs]
-    cut = [range(max(a, steps.start), min(b, steps.stop)) for a, b in zip(first, [*first[1:], total], strict=False)]
-    return [(part, int(side)) for part, (_, side) in zip(cut, pairs, strict=False) if part] or [(steps, size)]
+    cut = [range(max(a, steps.start), min(b, steps.stop)) for a, b in zip(first, [*first[1:], total], strict=True)]
+    return [(part, int(side)) for part, (_, side) in zip(cut, pairs, strict=True) if part] or [(steps, size)]
 
 
 def sides(config: RunConfig) -> list[int]:

@@ -94,8 +94,12 @@ def pretraining(num_images: int, side: int) -> Lines:
     )
     yield "train.global_batch", batch_for(num_images), "an epoch has 50 steps or more; the paper's 4096 for ImageNet"
     yield "train.precision", "bf16", "half the time of fp32 on GPUs; on a CPU without bf16 choose fp32"
-    lr, why = (1.5e-4, "the paper's") if many else (5e-4, "between ViT-B's and a tiny model's")
-    lr, why = (1.5e-3, "as for ViT-Ti at 32 px") if pixels <= 64 and not many else (lr, why)
+    if many:
+        lr, why = 1.5e-4, "the paper's"
+    elif pixels <= 64:
+        lr, why = 1.5e-3, "as for ViT-Ti at 32 px"
+    else:
+        lr, why = 5e-4, "between ViT-B's and a tiny model's"
     yield "optim.base_lr", lr, f"for 256 images: {why}; try a third and three times"
     yield "optim.weight_decay", 0.05, "table 8"
     yield "optim.warmup_epochs", max(10, int(epochs) // 40), "a fortieth of all epochs, as 40 of 1600"
