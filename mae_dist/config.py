@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
@@ -54,9 +55,13 @@ class Setting(NamedTuple):
         return (not self.verbs or verb in self.verbs) and verb not in self.unless
 
 
+type_hints = cache(get_type_hints)
+"""The types of a dataclass's fields by name, which are always the same."""
+
+
 def settings(config: Any, prefix: str = "") -> dict[str, Setting]:
     """The fields of a dataclass of settings, those of its sections as `section.key`; first those without a section."""
-    flat, nested, kinds = {}, {}, get_type_hints(type(config))
+    flat, nested, kinds = {}, {}, type_hints(type(config))
     for item in dataclasses.fields(config):
         name, value, known = prefix + item.name, getattr(config, item.name), item.metadata
         if dataclasses.is_dataclass(value):
@@ -131,7 +136,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
             raise ValueError(_explain(error, plain, schema, origin)) from error
         layers.append(plain)
     if "init_from" in kinds and not {"init_from", "out"} & OmegaConf.missing_keys(config):
-        config = _with_start(config, OmegaConf.structured(schema), layers)
+        config = _with_start(config, schema, layers)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
     result = OmegaConf.to_object(config)
@@ -139,15 +144,15 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     return result
 
 
-def _with_start(config: Any, defaults: Any, layers: Sequence[Any]) -> Any:
-    """The layers of settings above those of the run that `init_from` names, and these above the `defaults`."""
+def _with_start(config: Any, schema: type[Any], layers: Sequence[Any]) -> Any:
+    """The layers of settings above those of the run that `init_from` names, and these above the schema's defaults."""
     from omegaconf import OmegaConf, errors
 
     start = config.init_from
     known = starts.settings(start, config.out, masked="mae" in config)
     setting_texts.refuse_odd(known, f"init_from={start}: ")
     try:
-        config = OmegaConf.unsafe_merge(defaults, known, *layers) if known else config
+        config = OmegaConf.unsafe_merge(OmegaConf.structured(schema), known, *layers) if known else config
     except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(f"init_from={start}: its config.yaml is damaged ({_one_line(error)})") from error
     if start != RANDOM and OmegaConf.is_missing(config.model, "name"):
