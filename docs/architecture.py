@@ -15,7 +15,7 @@ FLOORS = [
     {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"watchdog"},
     {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"},
-    {"models", "rendezvous", "config", "cost", "launcher"},
+    {"models", "rendezvous", "config", "cost", "cuda_graphs", "launcher"},
     {"dist"},
     {"objectives", "evaluate", "weights", "data", "run"},
     {"parallel", "monitor", "restore"},

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from mae_dist import clock, cost, devices, dist, hints, optim, parallel, rewind,
 from mae_dist import config as configuration
 from mae_dist.batch import Batch
 from mae_dist.clock import Mark, Spans
+from mae_dist.cuda_graphs import GraphedPasses
 from mae_dist.model_sizes import sides
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
@@ -148,8 +150,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     """
     total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
     schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
-    evaluate_every = evaluation_interval(config, task.num_samples)
-    module, state = prepare(task, run, config, device)
+    module, state, graphs = prepare(task, run, config, device)
     run.record_launch(first := state.step, device)
     announce(task, run, config, state, total, *(speed := flops_and_peak(config, device)))
     with (
@@ -161,11 +162,12 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
         refusal = over_budget(run, tracking, state.step, config, task.num_samples)
         batches = parallel.warm_up_ddp(module, task.batches(range(state.step, total)), config.train.precision, device)
         while state.step < total and not refusal:
-            metrics = train_step(module, state, batches, schedule(state.step / total), task.num_micro, config.train)
+            lr = schedule(state.step / total)
+            metrics = train_step(module, state, batches, lr, task.num_micro, config.train, graphs)
             step = state.step
             tracking.step(step, metrics.lr, metrics.seconds | saver.take_stall(), saver.busy, metrics.tensors())
             wanted = agree(stop, saver, last=step == total)
-            evaluating = due(step, evaluate_every, total)
+            evaluating = due(step, evaluation_interval(config, task.num_samples), total)
             saving = wanted.save or due(step, config.checkpoint.every, total)
             flushing = step == first + 1 or due(step, config.track.every, total)  # the first: soon there is a line
             if not (wanted.stop or evaluating or saving or flushing):
@@ -193,25 +195,20 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
 
 
 def train_step(
-    module: nn.Module, state: TrainState, batches: Iterator[Batch], lr: float, num_micro: int, train: TrainConfig
-) -> StepMetrics:
+    module: nn.Module, state: TrainState, batches: Iterator[Batch], lr: float, num_micro: int, train: TrainConfig,
+    graphs: GraphedPasses | None = None,
+) -> StepMetrics:  # fmt: skip
     """One update from a global batch. Nothing leaves the device, so the host does not wait for it. Where the loss or
     the gradient of any rank is not finite, weights, moments and average stay as they are on all ranks.
     """
     optim.set_lr(state.optimizer, lr)
     scale = state.loss_scale.scale
-    # gradients are averaged over ranks and meant as their sum; in fp16 that is made up for in the update, or else they
-    # would overflow the sooner the more ranks there are
-    factor = scale if state.loss_scale.enabled else dist.world()
     metrics = StepMetrics(lr, torch.zeros((), device=scale.device), scale.clone())
+    passes = graphs or partial(forward_backward, module, state.loss_scale, train, metrics.backward)
     for micro in range(num_micro):
         batch = metrics.next_batch(batches)
         with parallel.sync_gradients(module, when=micro == num_micro - 1):
-            with parallel.autocast(train.precision, batch.images.device):
-                output = module(batch)
-            loss = output.loss.sum() / train.global_batch
-            metrics.backward(loss * factor)
-        metrics.loss += loss.detach()
+            metrics.loss += passes(batch)
     norm = parallel.gradient_norm(state.trained)
     norm = torch.where(
         dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan
@@ -224,8 +221,35 @@ def train_step(
     return metrics
 
 
-def prepare(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> tuple[nn.Module, TrainState]:
-    """(The module to call, on the device; the state, restored from the run or with the task's initial weights)."""
+def forward_backward(
+    module: nn.Module, scale: optim.LossScale, train: TrainConfig, backward: Callable[[Tensor], None], batch: Batch
+) -> Tensor:  # fmt: skip
+    """The loss of a micro-batch, as its share of the global batch's; `backward` computes its gradients."""
+    # gradients are averaged over ranks and meant as their sum; in fp16 that is made up for in the update, or else they
+    # would overflow the sooner the more ranks there are
+    factor = scale.scale if scale.enabled else dist.world()
+    with parallel.autocast(train.precision, batch.images.device):
+        output = module(batch)
+    loss = output.loss.sum() / train.global_batch
+    backward(loss * factor)
+    return loss.detach()
+
+
+def graphed(module: nn.Module, state: TrainState, train: TrainConfig) -> GraphedPasses:
+    """`forward_backward` as CUDA graphs. Raises ValueError where this rank is not the only one, or has no GPU."""
+    if state.loss_scale.scale.device.type != "cuda" or dist.world() > 1:
+        where = f"these are {dist.world()}" if dist.world() > 1 else "this rank computes on the CPU"
+        raise ValueError(f"machine.cuda_graphs=true: one rank with a GPU can do so, but {where}; leave it out")
+    passes = partial(forward_backward, module, state.loss_scale, train, Tensor.backward)
+    return GraphedPasses(passes, state.objective, state.trained)
+
+
+def prepare(
+    task: Task, run: RunDir, config: TrainingConfig, device: torch.device
+) -> tuple[nn.Module, TrainState, GraphedPasses | None]:
+    """(The module to call, on the device; the state, restored from the run or with the task's initial weights; the
+    module's passes as CUDA graphs, if wanted).
+    """
     objective, train = task.objective, config.train
     module = parallel.parallelize(objective, config.machine, train, device)
     groups = objective.groups(config.optim) or optim.param_groups(
@@ -241,7 +265,7 @@ def prepare(task: Task, run: RunDir, config: TrainingConfig, device: torch.devic
     objective.train()
     gc.collect()
     gc.freeze()  # a full collection would stop all threads for as long as it takes to visit what there is by now
-    return module, state
+    return module, state, graphed(module, state, train) if config.machine.cuda_graphs else None
 
 
 def agree(stop: StopFlag, saver: AsyncSaver, last: bool) -> Wanted:

@@ -35,7 +35,8 @@ def command(*argv: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """The environment of a `command`: this checkout's package, one thread a process."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def bytes_read() -> int:

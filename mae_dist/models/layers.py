@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mae_dist.models import short_attention
+
 EPS = 1e-6
 """Epsilon of every LayerNorm (the papers' value, not torch's)."""
 TOKENS = ("cls_token", "mask_token", "stand_in", "query")
@@ -36,7 +38,11 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) with dim / num_heads channels a head."""
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) with dim / num_heads channels a head. `short`: what
+    `short_attention.takes` is computed by its kernels, all else by torch's.
+    """
+
+    short = False
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
@@ -47,7 +53,10 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], num_out: int | None = None) -> Float[Tensor, "b m d"]:
         """Attention of the last `num_out` tokens (None: of every token) to all tokens."""
         if num_out is None:
-            parts = split_heads(self.qkv(x), 3, self.num_heads)
+            qkv = self.qkv(x)
+            if self.short and short_attention.takes(qkv):
+                return self.proj(short_attention.short_attention(qkv, self.num_heads))
+            parts = split_heads(qkv, 3, self.num_heads)
         else:
             sizes, bias = (x.shape[2], 2 * x.shape[2]), self.qkv.bias
             weights, biases = self.qkv.weight.split(sizes), (None, None) if bias is None else bias.split(sizes)

@@ -76,7 +76,7 @@ BENCHES = {
     ),
     "gpu": Bench(
         gpu_benchmark.gpu, "what to measure first on a machine with a GPU: models, loading, the tests for GPUs",
-        ROUNDS | {"minutes": (8, "minutes after which no further part starts"), **IMAGES},
+        ROUNDS | {"minutes": (8, "minutes after which no further part starts"), "images": (4096, IMAGES["images"][1])},
         [*AT_PHOTOS, "train.precision=bf16", "mae.decoder_dim=512", "mae.decoder_depth=8", "mae.decoder_heads=16"],
     ),
     "loaders": Bench(

@@ -30,9 +30,14 @@ from mae_dist.verify import data_benchmark, processes, step_benchmark
 from mae_dist.verify.benchmarks import noise
 from mae_dist.verify.measurement import Measurement, Result, Runner
 
-MODELS = {"vit_b16": (224, 256), "vit_l16": (224, 128), "vit_h14": (224, 64), "vit_ti2": (32, 256)}
-"""Model -> (pixels a side, images at once)."""
-TINY = {"vit_demo4": (32, 8)}
+PAPER = (512, 8, 16)
+"""Width, depth and heads of the decoder (He et al. 2022, table 8)."""
+MODELS = {
+    "vit_l16": (224, 256, PAPER), "vit_b16": (224, 512, PAPER), "vit_h14": (224, 192, PAPER),
+    "vit_ti2": (32, 1024, (192, 4, 3)),
+}  # fmt: skip
+"""Model -> (pixels a side, images at once, decoder), as in the recipes of configs/."""
+TINY = {"vit_demo4": (32, 8, (32, 1, 4))}
 RESIDENT_IMAGES = 2000
 TEST_SECONDS = 180.0
 TRIED = (RuntimeError, ImportError, ValueError, OSError, subprocess.SubprocessError)
@@ -69,9 +74,8 @@ def gpu(runner: Runner) -> Result:
 
 def tiny(settings: Any) -> Any:
     """Settings that any CPU computes in seconds."""
-    mae = dataclasses.replace(settings.mae, decoder_dim=32, decoder_depth=1, decoder_heads=4)
-    train = dataclasses.replace(settings.train, precision="fp32")
-    return sized(dataclasses.replace(settings, mae=mae, train=train), "vit_demo4", *TINY["vit_demo4"])
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="fp32"))
+    return sized(settings, "vit_demo4", *TINY["vit_demo4"])
 
 
 def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterator[Measurement]]]:
@@ -90,25 +94,32 @@ def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterat
     return found
 
 
-def sized(settings: Any, name: str, side: int, images: int) -> Any:
-    """Settings with another model and batch."""
+def sized(settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int]) -> Any:
+    """Settings with another model, batch and decoder (width, depth, heads)."""
     model = dataclasses.replace(settings.model, name=name, image_size=side)
     train = dataclasses.replace(settings.train, global_batch=images)
-    return dataclasses.replace(settings, model=model, train=train)
+    dim, depth, heads = decoder
+    mae = dataclasses.replace(settings.mae, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
+    return dataclasses.replace(settings, model=model, train=train, mae=mae)
 
 
-def steps(settings: Any, name: str, side: int, images: int, device: torch.device, rounds: int) -> Iterator[Measurement]:
+def steps(
+    settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int], device: torch.device, rounds: int
+) -> Iterator[Measurement]:  # fmt: skip
     """The rows of `bench step` for a model, compiled too where there is a GPU."""
-    for row in step_benchmark.measure(sized(settings, name, side, images), device, rounds, device.type == "cuda", {}):
+    settings = sized(settings, name, side, images, decoder)
+    for row in step_benchmark.measure(settings, device, rounds, device.type == "cuda", {}):
         yield dataclasses.replace(row, name=f"{name}, {images} images of {side} px: {row.name}")
 
 
-def quiet_step(settings: Any, name: str, side: int, images: int, device: torch.device) -> Iterator[Measurement]:
+def quiet_step(
+    settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int], device: torch.device
+) -> Iterator[Measurement]:  # fmt: skip
     """A forward and backward pass and an update with torch's check that the host waits for nothing.
 
     The row counts the waits: 0, or this part fails with the first one. Without a GPU nothing is checked.
     """
-    settings = sized(settings, name, side, images)
+    settings = sized(settings, name, side, images, decoder)
     objective = step_benchmark.mae_of(settings).to(device)
     update, batch = step_benchmark.updating(objective, settings, device), noise(images, side, device)
 

@@ -1,8 +1,9 @@
 """`mae-dist bench step CONFIG.yaml`: what a step of MAE costs, part by part, beside other people's implementations.
 
 Variants take turns, round by round; medians are reported, and how far apart the rounds were. On a CPU the time is that
-of one thread, so other processes on the machine do not count. The share of the peak is that of the largest rate of
-matrix products measured here, in the same precision. The committed table `configs/steps.jsonl` says what it was before.
+of one thread, so other processes on the machine do not count. On a GPU a step is one of several that follow each other
+without a wait, as in training. The share of the peak is that of the largest rate of matrix products measured here, in
+the same precision. The committed table `configs/steps.jsonl` says what it was before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 
 from mae_dist import cost, dist, models, optim, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from mae_dist.cuda_graphs import GraphedPasses
 from mae_dist.data.views import View
 from mae_dist.model_sizes import sides
+from mae_dist.models import short_attention
 from mae_dist.objectives.mae import MAE
 from mae_dist.run import jsonl
 from mae_dist.verify.benchmarks import noise, synchronize
@@ -35,16 +39,21 @@ SLOWER = 0.95
 """Share of the table's value below which a step counts as slower than it was."""
 MATRIX, CPU_MATRIX = 8192, 1024
 """Side of the square matrices whose product is taken as the device's peak."""
+OWN = ("eager", "compiled", "compiled, short attention, CUDA graph")
+"""Variants of our own step."""
+IN_A_ROW = 10
+"""Steps that follow each other without a wait on a GPU, whose mean is a measurement."""
 TARGETS = {"vit_b16": 0.95, "vit_ti4": 0.88}
 """Model -> the largest ratio to the faster of the others, eager, in fp32 on one core."""
 
 
 class Variant(NamedTuple):
-    """One implementation: a module, and the loss that it has of a batch."""
+    """One implementation: a module, and the loss that it has of a batch. `graphed`: its passes are a CUDA graph."""
 
     name: str
     module: nn.Module
     loss: Callable[[Batch], Tensor]
+    graphed: GraphedPasses | None = None
 
 
 def step(runner: Runner) -> Result:
@@ -82,13 +91,17 @@ def measure(
     raw |= {"seconds": seconds, "peak": peak, "shares": {}}
     for variant in list(found):
         variant.module.to(device)
-        timed(variant, batch, settings, device, clock)  # warms up
+        warm_up = timed(variant, batch, settings, device, clock)
+        if variant.graphed:
+            whole_step(variant, batch, settings, device, warm_up)
         seconds[variant.name] = {}
     for _ in range(rounds):
         for variant in found:
-            parts = timed(variant, batch, settings, device, clock)
+            parts = {} if variant.graphed else timed(variant, batch, settings, device, clock)
+            parts["step"] = whole_step(variant, batch, settings, device, parts)
             if variant is found[0]:
                 parts["update"] = clocked(update, device, clock)
+            variant.module.zero_grad()  # gradients of all variants at once may not fit
             for part, value in parts.items():
                 seconds[variant.name].setdefault(part, []).append(value)
     yield from rows_of(settings, device, raw, counted.training_flops)
@@ -99,7 +112,9 @@ def measure(
     for part in (images // 2, images // 4):
         if part:
             batch = batch_of(part, settings, device)
-            took = median(sum_of(timed(found[0], batch, settings, device, clock)) for _ in range(1 + rounds))
+            found[0].module.zero_grad()
+            each = (timed(found[0], batch, settings, device, clock) for _ in range(1 + rounds))
+            took = median(whole_step(found[0], batch, settings, device, parts) for parts in each)
             yield Measurement(f"eager, {part} at once", part / took, "images/s")
 
 
@@ -107,8 +122,8 @@ def rows_of(settings: Any, device: torch.device, raw: dict[str, Any], flops: int
     """What follows from the seconds of all variants: rates, shares of the peak, ratios, and the parts of our step."""
     images, seconds, peak = settings.train.global_batch, raw["seconds"], raw["peak"]
     known = {json.dumps(without_share(row)): row["share"] for row in jsonl.read(TABLE) if "share" in row}
-    whole = {name: [f + b for f, b in zip(p["forward"], p["backward"], strict=True)] for name, p in seconds.items()}
-    own = [name for name in whole if name in ("eager", "compiled")]
+    whole = {name: parts["step"] for name, parts in seconds.items()}
+    own = [name for name in whole if name in OWN]
     for name, values in whole.items():
         took = median(values)
         yield Measurement(f"{name}: forward and backward", images / took, "images/s")
@@ -127,20 +142,37 @@ def rows_of(settings: Any, device: torch.device, raw: dict[str, Any], flops: int
             bound = target if ratio == max(ratios.values()) else None
             yield Measurement(f"{name}: time as a share of that of {rival}", ratio, at_most=bound)
         for part, values in seconds[name].items():
-            if part != "host" or device.type == "cuda":
+            if part not in ("step", "host") or device.type == "cuda":
                 yield Measurement(f"{name}: {part}", 1e3 * median(values), "ms")
 
 
 def variants(settings: Any, ours: MAE, compiled: bool) -> list[Variant]:
     """Ours first, eager and, where asked for, with compiled blocks; then the others."""
-    found = [Variant("eager", ours, lambda batch: ours(batch).loss.mean())]
+    device = next(ours.parameters()).device
+    eager, with_blocks, with_all = OWN
+    found = [Variant(eager, ours, lambda batch: ours(batch).loss.mean())]
     if compiled:
         blocks = copy.deepcopy(ours)
         parallel.compile_blocks(blocks, is_sharded=False)
-        found.append(Variant("compiled", blocks, lambda batch: blocks(batch).loss.mean()))
-    for name, module, loss in others(settings):
+        found.append(Variant(with_blocks, blocks, lambda batch: blocks(batch).loss.mean()))
+        if device.type == "cuda":
+            found.append(graphed(with_all, ours, settings, device))
+    with device:  # made there: a large model takes a CPU seconds
+        theirs = list(others(settings))
+    for name, module, loss in theirs:
         found.append(Variant(name, module, lambda batch, loss=loss: loss(batch.images)))
     return found
+
+
+def graphed(name: str, ours: MAE, settings: Any, device: torch.device) -> Variant:
+    """Our step with all that machine.* has for a GPU."""
+    module = copy.deepcopy(ours)
+    if short_attention.fits(device):
+        parallel.use_short_attention(module, device)
+    parallel.compile_blocks(module, is_sharded=False)
+    plain = Variant(name, module, lambda batch: module(batch).loss.mean())
+    graphs = GraphedPasses(partial(passes, plain, settings, device), module, list(module.parameters()))
+    return plain._replace(graphed=graphs)
 
 
 def timed(
@@ -161,8 +193,29 @@ def timed(
     return {"forward": middle - began, "backward": clock() - middle, "host": host}
 
 
-def sum_of(parts: dict[str, float]) -> float:
-    return parts["forward"] + parts["backward"]
+def whole_step(
+    variant: Variant, batch: Batch, settings: Any, device: torch.device, parts: dict[str, float]
+) -> float:  # fmt: skip
+    """Seconds of a forward and backward pass: the sum of those in `parts`, or on a GPU, where the host runs ahead, the
+    mean of several passes in a row.
+    """
+    if device.type == "cpu":
+        return parts["forward"] + parts["backward"]
+
+    def in_a_row() -> None:
+        for _ in range(IN_A_ROW):
+            variant.module.zero_grad()
+            variant.graphed(batch) if variant.graphed else passes(variant, settings, device, batch)
+
+    return clocked(in_a_row, device, time.perf_counter) / IN_A_ROW
+
+
+def passes(variant: Variant, settings: Any, device: torch.device, batch: Batch) -> Tensor:
+    """A forward and backward pass; the loss."""
+    with parallel.autocast(settings.train.precision, device):
+        loss = variant.loss(batch)
+    loss.backward()
+    return loss.detach()
 
 
 def clocked(action: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
