@@ -56,21 +56,40 @@ def choose(content: Any, key: str | None, origin: str) -> StateDict:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise ValueError(f"{origin}: {name} is sparse, quantised, complex or empty; use a file of plain floats")
     extras = {name: value for name, value in content.items() if name != key} | ({"key": key} if key else {})
-    others = [name for name in there if name != key and key in USUAL]
+    others = [name for name in there if name != key and key in ("", *USUAL)]
     left_out = [f"other state dicts of the file: {_listed(others)} (--key takes one)"] if others else []
+    alone = [name for name, value in content.items() if key and isinstance(value, Tensor) and value.numel() > 1]
+    if alone := [*lists_of_tensors(content), *alone]:
+        left_out.append(f"tensors without the names of a model's: {_listed(alone)}, perhaps averaged weights")
     return StateDict(tensors, extras, [f"its weights under the key {key}"] if key else [], left_out)
 
 
 def state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
-    """The dictionaries in `content` that hold tensors, by key; "" for itself. Those of an optimizer are none."""
+    """The dictionaries in `content` that hold tensors, by key; "" for itself. Those of an optimizer are none, nor is one
+    with a model's tensors only in others within it, as where a tensor counts the steps.
+    """
     if not isinstance(content, dict):
         return
-    if any(isinstance(value, Tensor) for value in content.values()):
+    inner = [pair for name, value in _entries(content, key, depth) for pair in state_dicts(value, name, depth + 1)]
+    names = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+    if names and (not inner or any(map(STEM.fullmatch, names))):
         yield key, content
-        return
-    for name, value in content.items():
-        if depth < DEPTH and isinstance(name, str) and not name.startswith("optim"):
-            yield from state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
+    yield from inner
+
+
+def lists_of_tensors(content: Any, key: str = "", depth: int = 0) -> Iterator[str]:
+    """The keys in `content` of lists with floating-point tensors, which have no names."""
+    for name, value in _entries(content, key, depth):
+        if isinstance(value, list | tuple) and any(isinstance(x, Tensor) and x.is_floating_point() for x in value):
+            yield name
+        yield from lists_of_tensors(value, name, depth + 1)
+
+
+def _entries(content: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """What lies in a dictionary, each with its whole key, but for optimizers and what is too deep."""
+    for name, value in content.items() if isinstance(content, dict) and depth < DEPTH else ():
+        if isinstance(name, str) and not name.startswith("optim"):
+            yield f"{key}.{name}" if key else name, value
 
 
 def without_prefix(found: StateDict, key: str | None, origin: str) -> StateDict:
