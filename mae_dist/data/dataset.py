@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,15 @@ MOST_SAMPLES = 10**8
 """Samples that a tar may have."""
 MOST_CLASSES = 10**7
 """Classes that a data set may have: a number beyond is that of something else."""
+NUMBER = (int, float)
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": ((str,), "a text"), "splits": ((dict,), "an object from split to tars"),
+    "num_classes": ((int,), "a whole number"), "classes": ((list,), "a list of names"),
+    "image_size": ((list,), "two whole numbers"), "mean": ((list,), "a list of numbers"),
+    "std": ((list,), "a list of numbers"), "white": (NUMBER, "a number"), "channels": ((int,), "a whole number"),
+    "label_counts": ((dict,), "an object from split to numbers"), "folder": ((int,), "a whole number"),
+}  # fmt: skip
+"""Types of the fields in the file, and what to call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +125,10 @@ class Dataset:
         """Read the content of a dataset.json. Raises ValueError, which begins with ``path``, when it is damaged."""
         try:
             return _parsed(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
+            problem = f"{'no JSON: ' if isinstance(error, json.JSONDecodeError) else ''}{str(error)[:200]}"
             raise ValueError(
-                f"{path}: not a {FORMAT!r} file ({str(error)[:200]}); restore it from a copy, or move it away and run "
+                f"{path}: not a {FORMAT!r} file ({problem}); restore it from a copy, or move it away and run "
                 f"`mae-dist data index TARS --split NAME` for each split (which knows no mean, std and class names)"
             ) from error
 
@@ -183,29 +193,58 @@ def _pooled(
 
 
 def _parsed(plain: Any) -> Dataset:
-    if plain.pop("format") != FORMAT:
-        raise ValueError("another format")
-    plain["splits"] = {name: [Shard(**shard) for shard in shards] for name, shards in plain["splits"].items()}
+    if not isinstance(plain, dict) or (found := plain.pop("format", None)) is None:
+        raise ValueError('it has no "format"')
+    if found != FORMAT:
+        raise ValueError(f"its format is {str(found)[:40]!r}")
+    _check_names(plain, Dataset, "")
+    for name, (kind, expected) in KINDS.items():
+        optional = name not in ("name", "splits", "label_counts")
+        value = plain.setdefault(name, {} if name == "label_counts" else None)
+        _check((optional and value is None) or type(value) in kind, name, expected)
+    plain["splits"] = {name: _shards(name, shards) for name, shards in plain["splits"].items()}
     _check_shards([shard for shards in plain["splits"].values() for shard in shards])
     for name in ("image_size", "mean", "std"):
         plain[name] = None if plain[name] is None else tuple(plain[name])
-    if plain.get("channels") is None and plain["mean"] is not None:
+        _check(all(type(value) in NUMBER for value in plain[name] or ()), name, KINDS[name][1])
+    if plain["channels"] is None and plain["mean"] is not None:
         plain["channels"] = len(plain["mean"])
     dataset = Dataset(**plain)
-    _check(isinstance(dataset.name, str), "name", "a text")
     _check(all(type(n) is int and n > 0 for n in dataset.image_size or ()), "image_size", "two whole numbers")
     _check(len(dataset.image_size or (1, 1)) == 2, "image_size", "two whole numbers")
     _check(all(0 <= value <= 1 for value in dataset.mean or ()), "mean", "numbers from 0 to 1")
     _check(all(0 <= value < math.inf for value in dataset.std or ()), "std", "numbers from 0")
     _check(dataset.white is None or 0 < dataset.white < math.inf, "white", "a number above 0")
     _check(len(dataset.mean or ()) == len(dataset.std or ()), "std", "as many numbers as mean")
-    _check(dataset.channels is None or (type(dataset.channels) is int and dataset.channels > 0), "channels", "a number")
+    _check(dataset.channels is None or dataset.channels > 0, "channels", "a number above 0")
     _check(dataset.mean is None or len(dataset.mean) == dataset.channels, "mean", "a number for each of channels")
     _check(dataset.num_classes is None or 0 < dataset.num_classes <= MOST_CLASSES, "num_classes", "a number of classes")
     _check(all(isinstance(name, str) for name in dataset.classes or ()), "classes", "a list of names")
-    counts = [count for numbers in dataset.label_counts.values() for count in numbers]
+    _check(len(dataset.classes or ()) <= (dataset.num_classes or 0), "num_classes", "at least the number of classes")
+    lists = [*dataset.label_counts.values()]
+    _check(all(type(numbers) is list for numbers in lists), "label_counts", "numbers of samples by split")
+    counts = [count for numbers in lists for count in numbers]
     _check(all(type(count) is int and count >= 0 for count in counts), "label_counts", "numbers of samples by split")
     return dataset
+
+
+def _shards(split: str, plain: Any) -> list[Shard]:
+    _check(type(plain) is list and {*map(type, plain)} <= {dict}, f"splits.{split}", "a list of tars, each an object")
+    try:
+        return [Shard(**shard) for shard in plain]
+    except TypeError:
+        for shard in plain:
+            _check_names(shard, Shard, f" in splits.{split}")
+        raise
+
+
+def _check_names(plain: dict[str, Any], kind: type[Dataset] | type[Shard], where: str) -> None:
+    known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    needed = [name for name, is_needed in known.items() if is_needed]
+    if missing := [name for name in needed if name not in plain]:
+        raise ValueError(f"{missing[0]!r} is missing{where}")
+    if unknown := [name for name in plain if name not in known]:
+        raise ValueError(f"unknown field {unknown[0][:40]!r}{where}; was it written by a newer mae_dist?")
 
 
 def _check_shards(shards: list[Shard]) -> None:
