@@ -41,9 +41,9 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
     folder.add_argument("--source", type=Path, required=True, help="the folder of images")
     folder.add_argument(
         "--splits",
-        metavar="none|SPLIT=FOLDER|FILE,...",
+        metavar="none|FILE|SPLIT=FOLDER|FILE,...",
         help="which folders in SOURCE are splits, for example train=training,test=heldout, or files that list their "
-        "images, train=meta/train.txt,test=meta/test.txt; none: they are classes "
+        "images, train=meta/train.txt,test=meta/test.txt; or one file of rows IMAGE,SPLIT; none: they are classes "
         "(default: those called train, val, valid, validation and test)",
     )
     folder.add_argument(

@@ -229,11 +229,13 @@ def _parsed(plain: Any) -> Dataset:
 
 
 def _shards(split: str, plain: Any) -> list[Shard]:
-    _check(type(plain) is list and {*map(type, plain)} <= {dict}, f"splits.{split}", "a list of tars, each an object")
+    shards: list[dict[str, Any]] = plain
+    is_list = isinstance(plain, list) and {*map(type, plain)} <= {dict}
+    _check(is_list, f"splits.{split}", "a list of tars, each an object")
     try:
-        return [Shard(**shard) for shard in plain]
+        return [Shard(**shard) for shard in shards]
     except TypeError:
-        for shard in plain:
+        for shard in shards:
             _check_names(shard, Shard, f" in splits.{split}")
         raise
 

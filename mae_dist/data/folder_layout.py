@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_dist.data import label_list
+from mae_dist.data import label_list, split_list
 from mae_dist.data.folder_checks import Named, check_classes, check_links, classes_of, join, warn
 from mae_dist.data.folder_files import File, Found
-from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like
+from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like, split_pairs
 from mae_dist.data.label_list import TINY_IMAGENET, Image, LabelList, Row
 from mae_dist.data.labels import NAME, class_in, class_in_name, level_of
 
@@ -41,10 +41,10 @@ class Labelled:
 def read(source: Path, found: Found, answer: str | None = None, labels: str | Path | None = None) -> Labelled:
     """The splits and labels of what lies below `source`.
 
-    `answer` is the option --splits: 'none', or 'train=FOLDER,test=FOLDER', where FOLDER may also be a file that lists
-    images. `labels` is the option --labels: a file that `label_list` reads, which decides in splits whose images it
-    names, 'folder:N' (see `labels.level_of`), or 'name' (see `labels.class_in_name`). Raises ValueError where something
-    is not clear.
+    `answer` is the option --splits: 'none', a file of rows IMAGE,SPLIT, or 'train=FOLDER,test=FOLDER', where FOLDER
+    may also be a file that lists images. `labels` is the option --labels: a file that `label_list` reads, which
+    decides in splits whose images it names, 'folder:N' (see `labels.level_of`), or 'name' (see
+    `labels.class_in_name`). Raises ValueError where something is not clear.
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
@@ -109,6 +109,11 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
     tops = sorted(tree.keys() - {""})
     named = sorted(f for f in found.folders if os.path.dirname(f) == base and os.path.basename(f).lower() in SPLITS)
     if not named:
+        lists = [folder / split_list.TRAIN_TEST for folder in (source, source.parent)]
+        if given := next(filter(Path.is_file, lists), None):
+            raise ValueError(
+                f"--source {source}: {given.name} says which images are for training: --splits {given} (or none)"
+            )
         if base:
             raise ValueError(
                 f"--source {source}: all images are in {base}, with folders {listed(tops)}; give --source "
@@ -156,7 +161,8 @@ def _splits_in(tree: dict[str, set[str]]) -> list[str]:
 def _doubt(tree: dict[str, set[str]]) -> str:
     """Why the folders of this tree may be splits, and not classes; '' if there is no reason to think so."""
     tops = sorted(tree.keys() - {""})
-    if (like := [top for top in tops if split_like(top) is not None]) and 2 * len(like) >= len(tops):
+    like = [top for top in tops if split_like(top) is not None]
+    if split_pairs(tops) or (like and 2 * len(like) >= len(tops)):
         return doubt(tops)
     if len(tops) < 2 or any("" in inner for inner in tree.values()):
         return ""
@@ -171,7 +177,8 @@ def _doubt(tree: dict[str, set[str]]) -> str:
 
 def _question(source: Path, doubt: str, base: str, tops: list[str]) -> ValueError:
     """What to ask, with an example in which each folder has the split that its name speaks of."""
-    guesses = {split: join(base, top) for top in reversed(tops) if (split := split_like(top))}
+    pairs = split_pairs(tops)
+    guesses = {split: join(base, top) for top in reversed(tops) if (split := split_like(top) or pairs.get(top))}
     guesses = guesses or {split: join(base, top) for split, top in zip(("train", "test"), tops, strict=False)}
     splits = {"train": base or "."} | guesses
     return ValueError(
@@ -201,15 +208,20 @@ def _ask_about_parts(source: Path, folders: dict[str, str], named: Named, allow_
 
 
 def _answered_splits(source: Path, answer: str) -> dict[str, str]:
-    """The folder of each split as the option --splits says, or the file that lists its images."""
+    """The folder of each split as the option --splits says, or the file that lists its images; "" for all splits."""
     if answer == "none":
         return {"train": ""}
+    if os.path.isfile(answer):
+        return {"": os.path.abspath(answer)}
     folders: dict[str, str] = {}
     for part in answer.split(","):
         split, equals, folder = part.partition("=")
         folder = os.path.normpath(folder)
         if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split in folders:
-            raise ValueError(f"--splits {answer}: write none, or each split once as train=FOLDER,test=FOLDER")
+            raise ValueError(
+                f"--splits {answer}: write none, or each split once as train=FOLDER,test=FOLDER, or a file "
+                f"of rows IMAGE,SPLIT"
+            )
         if os.path.isfile(folder) and not (source / folder).is_dir():
             folders[split] = os.path.abspath(folder)
             continue
@@ -225,8 +237,13 @@ def _files_of_splits(source: Path, files: list[File], folders: dict[str, str]) -
     """The images of each split. Those of splits that are listed in files are in the folder that they have in common,
     which becomes that of these splits in `folders`.
     """
-    listed_in = {split: file for split, file in folders.items() if os.path.isabs(file)}
-    splits = {split: _files_in_list(Path(file), files) for split, file in listed_in.items()}
+    names = {
+        split: split_list.images_of(Path(file)) for split, file in folders.items() if split and os.path.isabs(file)
+    }
+    if (file := folders.pop("", None)) is not None:
+        names = split_list.by_split(Path(file))
+        folders |= dict.fromkeys(names, file)
+    splits = {split: _files_in_list(Path(folders[split]), some, files) for split, some in names.items()}
     first: dict[str, str] = {}
     for split, some in splits.items():
         if twice := next((f.path for f in some if first.setdefault(f.path, split) != split), None):
@@ -240,26 +257,19 @@ def _files_of_splits(source: Path, files: list[File], folders: dict[str, str]) -
     return {split: splits[split] for split in folders}
 
 
-def _files_in_list(file: Path, files: list[File]) -> list[File]:
-    """The images that the rows of a list name, by their first column."""
+def _files_in_list(file: Path, whole: list[str], files: list[File]) -> list[File]:
+    """The images that these names of a list are of: a whole row, or else its first word."""
     images, found, names = [Image(f.path, f.path) for f in files], dict[str, File](), list[str]()
-    try:
-        table = label_list.read(file)
-        whole = [name for name in (table.labels if table.files is None else table.files) if name.strip()]
-        if not whole:
-            raise ValueError(f"--labels {file}: names no image")
-        for names in (whole, [name.split()[0] for name in whole]):
-            rows = LabelList(file, names, [""] * len(names)).rows_of(images)
-            for image, row in zip(files, rows, strict=True):
-                if row is not None and (twin := found.setdefault(row.file, image)) is not image:
-                    raise ValueError(
-                        f"--labels {file}: {row.file} may be {twin.path} or {image.path}; write paths, "
-                        f"or name the folder of the images as --source"
-                    )
-            if found:
-                break
-    except ValueError as error:
-        raise ValueError(str(error).replace("--labels", "--splits", 1)) from error
+    for names in (whole, [name.split()[0] for name in whole]):
+        rows = LabelList(file, names, [""] * len(names)).rows_of(images)
+        for image, row in zip(files, rows, strict=True):
+            if row is not None and (twin := found.setdefault(row.file, image)) is not image:
+                raise ValueError(
+                    f"--splits {file}: {row.file} may be {twin.path} or {image.path}; write paths, "
+                    f"or name the folder of the images as --source"
+                )
+        if found:
+            break
     if missing := [name for name in names if os.path.normpath(name) not in found]:
         what = f"--splits {file}: {len(missing)} of its {len(names)} rows name no image ({missing[0]!r} first)"
         if not found:

@@ -27,6 +27,8 @@ KEYS = ("file", "filename", "file_name", "path", "image", "img", "image_id", "ke
 """Words that head the column of files, the best first."""
 BOXES = re.compile(r"(n\d{8})(?: -?\d+){4}.*")
 """A synset with boxes behind it, as in LOC_val_solution.csv of ImageNet's localisation task."""
+IDS = "images.txt"
+"""The file with a row ID IMAGE for each image, beside lists whose rows name these ids, as in CUB-200 and NABirds."""
 TINY_IMAGENET = "val_annotations.txt"
 """The file with the labels of tiny-imagenet's validation images, whose first two of six columns are read."""
 
@@ -153,8 +155,10 @@ def _forms(name: str) -> list[str]:
 # --- reading
 
 
-def read(file: Path) -> LabelList:
-    """Read a list. Of more than two columns the header must name file and label. Raises ValueError for what is none."""
+def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
+    """Read a list. Of more than two columns the header must name file and label (one of these ``words``). Raises
+    ValueError for what is none.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -167,12 +171,30 @@ def read(file: Path) -> LabelList:
             raise ValueError("is empty; expected rows like cat/1.jpg,cat")
         if all(len(row) == 1 for row in rows):
             return LabelList(file, None, [_plain(label) for (label,) in rows])
-        pairs = columns(file, [row[:2] for row in rows] if file.name == TINY_IMAGENET else rows)
+        pairs = columns(file, [row[:2] for row in rows] if file.name == TINY_IMAGENET else rows, words)
         if pairs and folder_files.is_image(pairs[-1][1]):
             raise ValueError(f"has files where labels should be ({pairs[-1][1]}); write file,label")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--labels {file}: {error}") from error
-    return LabelList(file, [name.replace("\\", "/") for name, _ in pairs], [_plain(label) for _, label in pairs])
+    names = with_images(file, [name.replace("\\", "/") for name, _ in pairs])
+    return LabelList(file, names, [_plain(label) for _, label in pairs])
+
+
+def with_images(file: Path, names: list[str]) -> list[str]:
+    """Names of a list, or the images of these names where they are ids that a file IDS beside it has. Raises ValueError
+    where it has only some.
+    """
+    beside = file.with_name(IDS)
+    if not names or file == beside or any(map(folder_files.is_image, names)) or not beside.is_file():
+        return names
+    lines = beside.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    images = dict(line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
+    if names[0] not in images or not folder_files.is_image(images[names[0]].strip()):
+        return names
+    if missing := next((name for name in names if name not in images), None):
+        raise ValueError(f"{file}: {beside} has no image with the id {missing[:40]!r}")
+    log.info("%s: images by their ids in %s", file, beside)
+    return [images[name].strip() for name in names]
 
 
 def table(text: str) -> list[list[str]]:
@@ -232,15 +254,17 @@ def _plain(label: str) -> str:
     return "" if label.lower() in ABSENT else boxes[1] if boxes else label
 
 
-def columns(file: Path, table: list[list[str]]) -> list[tuple[str, str]]:
-    """The columns of files and labels: those that the header names best, else the two that there are."""
+def columns(file: Path, table: list[list[str]], words: Sequence[str] = NAMES) -> list[tuple[str, str]]:
+    """The columns of files and of labels, headed by one of these ``words``: those that the header names best, else the
+    two that there are.
+    """
     head = [cell.strip().lower() for cell in table[0]]
-    keys, classes = ([name for name in words if name in head] for words in (KEYS, NAMES))
+    keys, classes = ([name for name in known if name in head] for known in (KEYS, words))
     body = table[1:] if keys or classes else table
     if not (keys and classes) and len(head) != 2:
         raise ValueError(
-            f"expected two columns, file and label, or a header that names them (one of {', '.join(KEYS)}; one "
-            f"of {', '.join(NAMES)}), found {len(head)} columns"
+            f"expected two columns, file and {words[0]}, or a header that names them (one of {', '.join(KEYS)}; one "
+            f"of {', '.join(words)}), found {len(head)} columns"
         )
     label = head.index(classes[0]) if classes else 1 - head.index(keys[0]) if keys else 1
     key = head.index(keys[0]) if keys else 1 - label
@@ -249,11 +273,11 @@ def columns(file: Path, table: list[list[str]]) -> list[tuple[str, str]]:
             "%s: reads files from column %s and labels from column %s, not %s; take out columns to choose others",
             file, head[key], head[label], ", ".join(unread),
         )  # fmt: skip
-    for number in {*range(len(head))} - {key, label}:
-        words = {row[number].strip().lower() for row in body if len(row) > number} - {""}
-        if "split" in head[number] or (words and words <= paths.SPLITS.keys()):
+    for number in {*range(len(head))} - {key, label} if words is NAMES else ():
+        cells = {row[number].strip().lower() for row in body if len(row) > number} - {""}
+        if "split" in head[number] or (cells and cells <= paths.SPLITS.keys()):
             log.warning(
-                "%s: column %s is not read: splits are folders (--splits) or tars (--split) of their own",
+                "%s: column %s is not read: splits are folders or lists (--splits) or tars (--split) of their own",
                 file, head[number] or number + 1,
             )  # fmt: skip
     if short := next((row for row in body if len(row) <= max(key, label)), None):

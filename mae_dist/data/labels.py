@@ -35,7 +35,7 @@ MOST_BYTES = 2**24
 """Bytes of a member that holds a label."""
 NAMES = ("label", "class", "cls", "target", "category", "class_id", "class_name", "label_id", "y")
 """Names of columns and fields of labels, the best first."""
-ABSENT = ("", "-1", "nan", "none", "null", "<na>")
+ABSENT = ("", "-1", "nan", "none", "null", "<na>", "na", "n/a", "#n/a")
 """Labels, in lower case, that say that there is none."""
 
 

@@ -65,8 +65,8 @@ def choose(content: Any, key: str | None, origin: str) -> StateDict:
 
 
 def state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
-    """The dictionaries in `content` that hold tensors, by key; "" for itself. Those of an optimizer are none, nor is one
-    with a model's tensors only in others within it, as where a tensor counts the steps.
+    """The dictionaries in `content` that hold tensors, by key; "" for itself. Those of an optimizer are none, nor is
+    one with other dictionaries of tensors and no model's own, as where a tensor counts the steps.
     """
     if not isinstance(content, dict):
         return

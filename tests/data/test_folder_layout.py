@@ -73,6 +73,8 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
     [
         ("training/a/1.jpg training/b/1.jpg testing/a/1.jpg", "testing, training may.*train=training,test=testing"),
         ("traindata/1.jpg testdata/1.jpg", "testdata, traindata may be.*--splits train=traindata,test=testdata"),
+        ("trainA/1.jpg testA/1.jpg testB/1.jpg trainB/1.jpg", "testA, testB, trainA, trainB may.*=trainA,test=testA"),
+        ("my-test2/1.jpg my-train2/1.jpg a/1.jpg b/1.jpg c/1.jpg", "train=my-train2,test=my-test2"),
         ("truck/1.jpg oval/1.jpg contest/1.jpg test/1.jpg", "beside it not.*for example --splits train=.,test=test$"),
         ("d/train/a/1.jpg d/held_test/a/1.jpg", "train=d/train,test=d/held_test"),
         ("images/1.jpg masks/1.png", "images, masks may be parts.*--labels folder:1.* or name.*--splits train=images"),
@@ -144,6 +146,55 @@ def test_folder_splits_option_takes_lists_of_images(tmp_path: Path, caplog: pyte
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             read(tmp_path, f"{answer},val={tmp_path}/meta/{last}.txt")
+
+
+def test_folder_splits_option_takes_a_list_of_all_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files(tmp_path, *(f"all/{kind}/{number}.jpg" for kind in ("pie", "sushi") for number in range(3)))
+    rows = (
+        "kind,split,file\npie,train,pie/0.jpg\npie,Validation,pie/1.jpg\nsushi,training,sushi/0.jpg\npie,,pie/2.jpg\n"
+    )
+    files(tmp_path, "s.csv", content=rows)
+    answer = str(tmp_path / "s.csv")
+    assert read(tmp_path, answer) == {"train": {"pie": 1, "sushi": 1}, "val": {"pie": 1}}
+    assert "3 images, of no split, are left out: all/pie/2.jpg, all/sushi/1.jpg" in caplog.text
+    for rows, message in {
+        "pie/0.jpg 1\n": "'1' is no split; write IMAGE,SPLIT", "pie/0.jpg\n": "names no split",
+        "pie/0.jpg train\n0.jpg test\n": "0.jpg may be all/pie/0.jpg or all/sushi/0.jpg",
+        "0.jpg,a,train\n": "expected two columns, file and split",
+    }.items():  # fmt: skip
+        files(tmp_path, "s.csv", content=rows)
+        with pytest.raises(ValueError, match=f"--splits .*s.csv: .*{message}"):
+            read(tmp_path, answer)
+
+
+def test_folder_lists_name_images_by_the_ids_of_cub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [f"{kind}/a {number}.jpg" for kind in ("001.Auk", "002.Owl") for number in range(3)]
+    lists = {"images": images, "image_class_labels": [1, 1, 1, 2, 2, 2], "train_test_split": [1, 0, 1, 1, 1, 0]}
+    files(tmp_path, *(f"images/{image}" for image in images))
+    for name, column in lists.items():
+        files(tmp_path, f"{name}.txt", content="".join(f"{row} {value}\n" for row, value in enumerate(column, 1)))
+    answer = str(tmp_path / "train_test_split.txt")
+    expected = {"train": {"001.Auk": 2, "002.Owl": 2}, "test": {"001.Auk": 1, "002.Owl": 1}}
+    caplog.set_level("INFO")
+    assert read(tmp_path, answer) == read(tmp_path / "images", answer) == expected
+    assert caplog.text.count("images by their ids in") == 2
+    numbers = {split: {name[2]: count for name, count in of.items()} for split, of in expected.items()}
+    assert read(tmp_path, answer, labels="image_class_labels.txt") == numbers
+    assert read(tmp_path, "none", labels="image_class_labels.txt") == {"train": {"1": 3, "2": 3}}
+    assert read(tmp_path, f"train={tmp_path}/image_class_labels.txt") == {"train": {"001.Auk": 3, "002.Owl": 3}}
+    for folder in (tmp_path, tmp_path / "images"):
+        with pytest.raises(ValueError, match="train_test_split.txt says which images are for training: --splits"):
+            read(folder)
+    files(tmp_path, "train_test_split.txt", content="1 1\n9 0\n")
+    with pytest.raises(ValueError, match="train_test_split.txt: .*images.txt has no image with the id '9'"):
+        read(tmp_path, answer)
+
+
+def test_folder_list_takes_words_for_no_label_as_none(tmp_path: Path) -> None:
+    words = ["nan", "None", "NULL", "NA", "n/a", "#N/A", "<NA>", "", "-1", "cat"]
+    files(tmp_path, *(f"{number}.jpg" for number in range(len(words))))
+    files(tmp_path, "l.csv", content="".join(f"{number}.jpg,{word}\n" for number, word in enumerate(words)))
+    assert read(tmp_path, labels="l.csv") == {"train": {None: 9, "cat": 1}}
 
 
 def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:

@@ -36,8 +36,10 @@ def under(prefix: str) -> dict[str, Tensor]:
         (under("backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)}, ["the tensors backbone.*", "head.mlp.0.weight"]),
         (STATE | {"ema": under("x.")}, ["other state dicts of the file: ema"]),
         ({"model": STATE, "ema": [*STATE.values()]}, ["tensors without the names of a model's: ema"]),
-        ({"state_dict": STATE, "calls": {"EMA": {"shadow": (*STATE.values(),)}}, "optim": [STATE["norm.bias"]]},
-         ["names of a model's: calls.EMA.shadow, perhaps averaged"]),
+        (
+            {"state_dict": STATE, "calls": {"EMA": {"shadow": (*STATE.values(),)}}, "optim": [STATE["norm.bias"]]},
+            ["names of a model's: calls.EMA.shadow, perhaps averaged"],
+        ),
         ({"model": STATE, "ema": torch.ones(9), "epoch": torch.tensor(3)}, ["key model", "names of a model's: ema, "]),
         ({"model": STATE, "epoch": np.int64(3), "best": np.float32(0.5), "to": pathlib.PosixPath("/x")}, []),
     ],
