@@ -72,8 +72,8 @@ class TrainState:
 class Task:
     """What a stage brings to `fit`. ``batches(steps)`` yields `num_micro` micro-batches of this rank for each step;
     ``num_samples`` make an epoch; ``evaluate(step)`` gives numbers, called by all ranks together while the objective
-    has the averaged weights, if the run averages; ``sample_name(id)`` is for people; ``no_decay_tokens``: see
-    `optim.param_groups`.
+    has the averaged weights, if the run averages; ``sample_name(id)`` is for people; all ranks together call
+    ``log_changes()`` (see `data.changes`); ``no_decay_tokens``: see `optim.param_groups`.
     """
 
     verb: str
@@ -84,6 +84,7 @@ class Task:
     evaluate: Callable[[int], dict[str, float]]
     sample_name: Callable[[int], str]
     load_initial_weights: Callable[[], None] = lambda: None
+    log_changes: Callable[[], None] = lambda: None
     no_decay_tokens: bool = True
 
 
@@ -144,7 +145,6 @@ def evaluation_interval(config: TrainingConfig, num_samples: int) -> float | Non
 
 def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -> dict[str, float]:
     """Train from the newest checkpoint of `run`, or else from initial weights, to the end; give the final numbers.
-
     Raises, having saved, Stopped when any rank was signalled to stop, and ValueError when too many samples cannot be
     read; RankLost when a rank does not answer.
     """
@@ -173,6 +173,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
             if not (wanted.stop or evaluating or saving or flushing):
                 continue  # a quiet step: the host waits for nobody
             tracking.flush()
+            task.log_changes()
             refusal = over_budget(run, tracking, step, config, task.num_samples)
             if nonfinite := rewind.consecutive(tracking.skipped, config.checkpoint.rewind_after):
                 batches = go_back(task, run, state, config, tracking, saver, nonfinite, total)
@@ -286,6 +287,7 @@ def evaluate(
     saver.wait(last=False)  # forking loader workers beside its thread can hang them (cpython#112275)
     with state.ema.swapped_in(), parallel.autocast(precision, device):
         tracking.numbers(state.step, task.evaluate(state.step))
+    task.log_changes()
     for file in sorted((run.path / "pictures").glob(f"*-{state.step:09d}.png")):
         tracking.picture(file)
 

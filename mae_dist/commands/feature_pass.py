@@ -31,6 +31,7 @@ from mae_dist.atomic import remove, replacing, sync
 from mae_dist.batch import Batch
 from mae_dist.cli import Parser
 from mae_dist.data import split_checks
+from mae_dist.data.changes import Changes
 from mae_dist.data.features import SHARD, Features
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.loader import open_source
@@ -123,16 +124,18 @@ class Pass:
         """
         if not dist.run_on_rank0(self._begin):
             return False
-        features, device = self.features, self.trained.device
+        features, device, changes = self.features, self.trained.device, Changes()
 
         def rows(batch: Batch) -> Tensor:
             found = function(batch.images).float()
             return found.masked_fill(batch.bad.view(-1, *[1] * len(self.shape)), torch.nan)
 
         if features.missing():
-            source = open_source(self.index, device, workers, quiet=not dist.is_main(), how=self.how)
+            quiet = not dist.is_main()
+            source = open_source(self.index, device, workers, quiet=quiet, how=self.how, changes=changes)
             with torch.no_grad(), parallel.autocast(precision, device):
                 features.fill(source, self.trained.transform.view, rows, dist.rank(), dist.world())
+        changes.log_new()
         dist.barrier()
         return dist.is_main()
 

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 class Met(NamedTuple):
     """What reading has met: unreadable samples by id, with the reason; and what decoding has changed, with the number
-    of images and the id of one.
+    of images and the least id of one.
     """
 
     unreadable: dict[int, str]
@@ -87,7 +87,8 @@ class Reader:
                     self._write(sample, size, box, flip, rows.images[row])
                     rows.labels[row] = sample.label
                     for what in self.decoded[2].changes if self.decoded else ():
-                        met.changes[what] = met.changes.get(what, (0, 0))[0] + 1, place
+                        count, first = met.changes.get(what, (0, place))
+                        met.changes[what] = count + 1, min(first, place)
                 except ChangedError as error:
                     raise ValueError(f"{self.index.sample_name(place)}: {error}") from error
                 except ValueError as error:
@@ -150,19 +151,11 @@ class Reader:
         return found
 
 
-def log_unreadable(index: ShardIndex, unreadable: Mapping[int, str], named: set[int | str]) -> None:
+def log_unreadable(index: ShardIndex, unreadable: Mapping[int, str], named: set[int]) -> None:
     """Log the samples that `Reader.fill` could not read, each once: those that are not in `named`, which grows."""
     for sample in unreadable.keys() - named:
         log.error("unreadable: %s (%s)", index.sample_name(sample), unreadable[sample])  # every rank prints errors
     named.update(unreadable)
-
-
-def log_changes(index: ShardIndex, changes: Mapping[str, tuple[int, int]], named: set[int | str]) -> None:
-    """Log each kind of change that `Reader.fill` has met once: those that are not in `named`, which grows."""
-    for what, (_, sample) in changes.items():
-        if what not in named:
-            log.warning("%s: %s (said once)", index.sample_name(sample), what)
-    named.update(changes)
 
 
 def decode_crop(

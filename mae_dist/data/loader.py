@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mae_dist.batch import Batch
 from mae_dist.data.cache import fetch_ahead
-from mae_dist.data.crop import Met, Reader, Rows, log_changes, log_unreadable
+from mae_dist.data.changes import Changes
+from mae_dist.data.crop import Met, Reader, Rows, log_unreadable
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import share
 from mae_dist.data.pixels import RGB, Decoding
@@ -64,10 +65,13 @@ def open_source(
     needs_pil: bool = False,
     quiet: bool = False,
     how: Decoding = RGB,
+    changes: Changes | None = None,
 ) -> ResidentSource | TarSource:
-    """ResidentSource for a split that is kept in memory, otherwise TarSource; `how` says how images are decoded."""
+    """ResidentSource for a split that is kept in memory, otherwise TarSource; `how` says how images are decoded. The
+    latter counts in `changes`, if given, what that changes; the former logs it at once.
+    """
     kept = is_kept_in_memory(index, needs_pil, how)
-    return ResidentSource(index, device, quiet, how) if kept else TarSource(index, device, workers, how)
+    return ResidentSource(index, device, quiet, how) if kept else TarSource(index, device, workers, how, changes)
 
 
 def is_kept_in_memory(index: ShardIndex, needs_pil: bool, how: Decoding = RGB) -> bool:
@@ -81,12 +85,16 @@ def is_kept_in_memory(index: ShardIndex, needs_pil: bool, how: Decoding = RGB) -
 class TarSource:
     """Images of any size, read and decoded by `workers` processes (0: by this one)."""
 
-    def __init__(self, index: ShardIndex, device: torch.device, workers: int, how: Decoding = RGB):
-        self.index, self.device, self.workers, self.how, self.named = index, device, workers, how, set[int | str]()
+    def __init__(
+        self, index: ShardIndex, device: torch.device, workers: int, how: Decoding = RGB, changes: Changes | None = None
+    ):
+        self.index, self.device, self.workers, self.how = index, device, workers, how
+        self.changes, self.named = changes or Changes(), set[int]()
 
     def batches(self, plan: Plan, view: View, /) -> Iterator[Batch]:
         """Batches of a plan, in its order. The workers read ahead from this call on."""
-        return iter(ReadAhead(plan, Reader(self.index, view, self.how), view, self.workers, self.device, self.named))
+        reader = Reader(self.index, view, self.how)
+        return iter(ReadAhead(plan, reader, view, self.workers, self.device, self.changes, self.named))
 
 
 class ReadAhead:
@@ -94,13 +102,15 @@ class ReadAhead:
     memory that they share with this rank.
 
     The memory has room for READ_AHEAD batches like the first. A chunk is copied straight to its place in its batch on
-    the device, on a GPU asynchronously. ``named``: unreadable samples and kinds of changes that have been logged.
+    the device, on a GPU asynchronously. ``changes`` counts those of pixels in what was taken; ``named``: unreadable
+    samples that have been logged.
     """
 
     def __init__(
-        self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, named: set[int | str]
-    ):
-        self.index, self.view, self.device, self.named = reader.index, view, device, named
+        self, plan: Plan, reader: Reader, view: View, workers: int, device: torch.device, changes: Changes,
+        named: set[int],
+    ):  # fmt: skip
+        self.index, self.view, self.device, self.changes, self.named = reader.index, view, device, changes, named
         plan = list(itertools.islice(first := iter(plan), 1))
         self.taken = shared_array((1,), np.int64)
         self.fetchers = _fetchers(self.index, itertools.chain(plan, first), self.taken, None if view.training else 2)
@@ -157,7 +167,7 @@ class ReadAhead:
         """Wait for the next chunk and copy it."""
         met = self.workers.wait()
         log_unreadable(self.index, met.unreadable, self.named)
-        log_changes(self.index, met.changes, self.named)
+        self.changes.add(self.index, met.changes)
         slot = self.sent.popleft()
         here = _places(slot, len(labels))
         images.copy_(self.images[here], non_blocking=True)

@@ -256,7 +256,7 @@ def decode(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -> Pixel
 
     starts, number = range(0, len(index), CHUNK), min(environment.cores(), len(index) // WORTH_A_WORKER)
     done, hidden = ordered_map(work, starts, max(1, number)), quiet or not sys.stderr.isatty()
-    named, changes = set[int | str](), Counter[str]()
+    named, changes = set[int](), Counter[str]()
     for met in track(done, f"decoding {index.dataset.name}", len(starts), disable=hidden, transient=True):
         log_unreadable(index, met.unreadable, named)
         changes.update({what: count for what, (count, _) in met.changes.items()})

@@ -36,6 +36,7 @@ def classify(setup: Setup[KnnRunConfig], backbone: Backbone) -> None:
     with torch.no_grad(), parallel.autocast(config.train.precision, setup.device):
         bank = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(train_source), setup.device)
         queries = evaluate.features(backbone, backbone.dim, setup.evaluation_batches(test_source), setup.device)
+    setup.changes.log_new()
     bank = (dist.gather(bank[0]), dist.gather(bank[1]))
     counts = evaluate.knn(bank, queries, num_classes(setup.train_split), config.knn.k, config.knn.temperature)
     result = evaluate.percentages(dist.all_reduce_sum(counts), len(setup.test_split))

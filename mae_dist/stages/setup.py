@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,6 +20,7 @@ from mae_dist import devices, dist, environment, models, parallel, resolutions, 
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
+from mae_dist.data.changes import Changes
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.models.backbone import Backbone
@@ -58,6 +59,7 @@ class Setup(Generic[C]):
     backbone: Backbone
     initial_weights: initial_weights.InitialWeights | None
     micro_batch: int
+    changes: Changes = field(default_factory=Changes)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -81,8 +83,9 @@ class Setup(Generic[C]):
         """The images of a split, kept in memory if the view (that of `training` or that of tests) allows it."""
         workers, view = self.config.machine.workers, self.view(training)
         return loader.open_source(
-            split, self.device, workers, view.needs_pil, not dist.is_main(), decoding.decoding(self.config)
-        )
+            split, self.device, workers, view.needs_pil, not dist.is_main(), decoding.decoding(self.config),
+            self.changes,
+        )  # fmt: skip
 
     def with_micro_batch(self, objective: Objective) -> Setup[C]:
         """A copy with `micro_batch` resolved where machine.micro_batch=auto. Does not change what a step computes."""
@@ -123,7 +126,7 @@ class Setup(Generic[C]):
             verb=self.verb, objective=objective, num_micro=num_micro, num_samples=len(self.train_split),
             batches=lambda steps: self.training_batches(source, num_micro, steps, self.left_out()), evaluate=evaluate,
             sample_name=self.train_split.sample_name, no_decay_tokens=no_decay_tokens,
-            load_initial_weights=lambda: self.load_initial_weights(objective),
+            load_initial_weights=lambda: self.load_initial_weights(objective), log_changes=self.changes.log_new,
         )  # fmt: skip
 
     def left_out(self) -> dict[int, int]:
