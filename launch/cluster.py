@@ -185,16 +185,6 @@ def seconds_of(time: str) -> int | None:
     return ((int(days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0) or None
 
 
-def check_array(num_runs: int) -> None:
-    """Raise ValueError, in one sentence, if the cluster allows no job array of so many runs."""
-    limit = slurm_cli.max_array_size()
-    if limit is not None and num_runs > limit:
-        raise ValueError(
-            f"sweep: {num_runs:,} runs, but a job array of this cluster has {limit:,} at most (MaxArraySize); submit "
-            f"it in parts, each with fewer values and an out= of its own"
-        )
-
-
 def check_partition(cluster: Cluster) -> None:
     """Raise ValueError, in one sentence, if a partition is not there, or if none can give what is requested."""
     there = partitions_of(slurm_cli.call("sinfo", "--all", "-h", "-o", "%P|%l|%G|%c|%m|%D"))  # also hidden ones

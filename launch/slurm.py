@@ -31,11 +31,44 @@ IGNORE_SIGNALS = """sh -c 'trap "" USR1 USR2; exec "$@"' sh"""
 """Runs a command that ignores these signals until it installs its handlers: early ones would end it."""
 
 
-def submit(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, after: str | None) -> list[str]:
-    """Queue the jobs of a stage (several: as an array); give their names, "12" or "12_0", "12_1", ...
+def submit(
+    jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, after: str | None, largest: int | None = None
+) -> list[str]:
+    """Queue the jobs of a stage; give their names, "12" or "12_0", "12_1", ... Several are an array, more than the
+    `largest` several arrays, each after the one before, so that no more of them run at once than of one array.
 
     ``after`` is a value of sbatch's --dependency. Raises ValueError with sbatch's reason; then nothing is queued.
     """
+    names: list[str] = []
+    try:
+        for part in parts(jobs, largest):
+            before = [after] if after else []
+            before += [f"afterany:{number_of(names[-1])}"] if names else []
+            names += _queue(part, cluster, stage, code, ",".join(before) or None)
+    except BaseException:
+        if names:
+            cancel(numbers_of(names))
+        raise
+    return names
+
+
+def parts(jobs: Sequence[JobSpec], largest: int | None) -> list[Sequence[JobSpec]]:
+    """Jobs in parts of at most `largest`, if there is a limit."""
+    size = max(1, len(jobs) if largest is None else largest)
+    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
+
+
+def number_of(name: str) -> str:
+    """The number of a job, or of the array that it is in, from its name."""
+    return name.partition("_")[0]
+
+
+def numbers_of(names: Iterable[str]) -> list[str]:
+    """The numbers of jobs and arrays with these names, each once."""
+    return [*dict.fromkeys(map(number_of, names))]
+
+
+def _queue(jobs: Sequence[JobSpec], cluster: Cluster, stage: Stage, code: Path, after: str | None) -> list[str]:
     executor = submitit.SlurmExecutor(jobs[0].logs, max_num_timeout=MAX_TIMEOUTS, python=_python(cluster))
     executor.update_parameters(**parameters(jobs[0], cluster, stage, code, after))
     try:

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import os
 import shlex
@@ -35,7 +36,7 @@ from launch.task_runner import JobSpec
 from mae_dist import config as configuration
 from mae_dist import printed
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
-from mae_dist.run import identity, jobs, layout
+from mae_dist.run import identity, jobs, layout, slurm_cli
 from mae_dist.schema import SCHEMAS, C
 
 DESCRIPTION = """\
@@ -161,26 +162,24 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
     for stage in remaining:
         with prefix_errors(stage, options):
             check(stage, clusters[stage.name], {other.name for other in remaining})
-    scripts = {stage.name: script(stage, clusters[stage.name]) for stage in remaining}
     if options.dry_run:
         print_done(stages)
         for stage in remaining:
             num = len(stage.remaining)
-            print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{scripts[stage.name]}")
+            print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{script(stage, clusters[stage.name])}")
         return
     slurm.leave_allocation()
+    largest = slurm_cli.max_array_size() if any(len(stage.remaining) > 1 for stage in remaining) else None
     for stage in remaining:
         with prefix_errors(stage, options):
             cluster_file.check_partition(clusters[stage.name])
-            if (num := len(stage.remaining)) > 1:
-                cluster_file.check_array(num)
-            slurm.check_script(scripts[stage.name])
+            slurm.check_script(script(stage, clusters[stage.name], largest))
     code = snapshot.new_snapshot_dir(base.absolute())
-    queued = queue(remaining, clusters, base.absolute(), code)
+    queued = queue(remaining, clusters, base.absolute(), code, largest)
     print_done(stages)
     for stage in remaining:
         print_queued(stage, clusters[stage.name], queued[stage.name])
-    numbers = " ".join(map(job_number, queued.values()))
+    numbers = " ".join(slurm.numbers_of(itertools.chain.from_iterable(queued.values())))
     print(f"code  {code} ({(code / layout.REVISION).read_text().strip()})")
     print(f"next: mae-dist runs {quoted_base} --watch | mae-dist logs {quoted_base} | scancel {numbers}")
 
@@ -194,9 +193,11 @@ def prefix_errors(stage: Stage, options: argparse.Namespace) -> Iterator[None]:
         raise ValueError(f"stage {stage.name}: {error}" if options.verb == "pipeline" else str(error)) from error
 
 
-def queue(remaining: list[Stage], clusters: dict[str, Cluster], base: Path, code: Path) -> dict[str, list[str]]:
-    """Copy the code and queue the stages; give the names of each one's jobs. If anything fails, nothing stays queued
-    or written.
+def queue(
+    remaining: list[Stage], clusters: dict[str, Cluster], base: Path, code: Path, largest: int | None
+) -> dict[str, list[str]]:
+    """Copy the code and queue the stages, in arrays of at most `largest` jobs; give the names of each one's jobs. If
+    anything fails, nothing stays queued or written.
     """
     new = [path for path in (code, *code.parents) if not path.exists()]
     queued: dict[str, list[str]] = {}
@@ -205,11 +206,11 @@ def queue(remaining: list[Stage], clusters: dict[str, Cluster], base: Path, code
         for stage in remaining:
             write_settings(stage, clusters[stage.name], code)
             with defer_interrupt():  # until sbatch has printed the job's number
-                queued[stage.name] = enqueue(stage, clusters[stage.name], code, queued)
+                queued[stage.name] = enqueue(stage, clusters[stage.name], code, queued, largest)
             record_submissions(stage, clusters[stage.name], queued[stage.name])
     except BaseException:
         if queued:
-            slurm.cancel(map(job_number, queued.values()))
+            slurm.cancel(slurm.numbers_of(itertools.chain.from_iterable(queued.values())))
         shutil.rmtree(base if base in new else code, ignore_errors=True)
         for path in new:
             with suppress(OSError):  # another process may have put something there
@@ -233,11 +234,6 @@ def defer_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if received:
         raise KeyboardInterrupt
-
-
-def job_number(names: list[str]) -> str:
-    """The number of the job, or of the job array, that has these names."""
-    return names[0].partition("_")[0]
 
 
 def check(stage: Stage, cluster: Cluster, remaining: set[str]) -> None:
@@ -271,10 +267,12 @@ def settings_file(code: Path, run: Run) -> Path:
     return code / "settings" / f"{run.name}.yaml"
 
 
-def script(stage: Stage, cluster: Cluster) -> str:
-    """The script that sbatch will get, without the folder of the code and the dependency."""
+def script(stage: Stage, cluster: Cluster, largest: int | None = None) -> str:
+    """The script that sbatch will get for the first array of a stage, without the folder of the code and the
+    dependency.
+    """
     code = Path("CODE")
-    return slurm.script(job_specs(stage, cluster, code), cluster, stage, code)
+    return slurm.script(slurm.parts(job_specs(stage, cluster, code), largest)[0], cluster, stage, code)
 
 
 def write_settings(stage: Stage, cluster: Cluster, code: Path) -> None:
@@ -288,12 +286,12 @@ def write_settings(stage: Stage, cluster: Cluster, code: Path) -> None:
             file.write_text(configuration.dump(identity.absolute(with_save_interval(run.config, cluster))))
 
 
-def enqueue(stage: Stage, cluster: Cluster, code: Path, queued: dict[str, list[str]]) -> list[str]:
+def enqueue(stage: Stage, cluster: Cluster, code: Path, queued: dict[str, list[str]], largest: int | None) -> list[str]:
     """Queue the jobs of a stage after those of the stages that it needs; give their names."""
-    before = [job_number(queued[name]) for name in stage.needs if name in queued]
+    before = slurm.numbers_of(job for name in stage.needs for job in queued.get(name, ()))
     condition = "afterany" if stage.run_after_failures else "afterok"
     after = f"{condition}:{':'.join(before)}" if before else None
-    return slurm.submit(job_specs(stage, cluster, code), cluster, stage, code, after)
+    return slurm.submit(job_specs(stage, cluster, code), cluster, stage, code, after, largest)
 
 
 def record_submissions(stage: Stage, cluster: Cluster, names: list[str]) -> None:
@@ -322,7 +320,8 @@ def print_queued(stage: Stage, cluster: Cluster, names: list[str]) -> None:
     """Print the job of a stage, its resources, its folder and its first log."""
     many = f"{len(names)} runs, {min(stage.at_once, len(names))} at once, " if len(names) > 1 else ""
     resources = str(cluster) if stage.ranked else f"1 task, {cluster.time}"
-    print(f"job {job_number(names)}: {stage.name}, {many}{resources}")
+    numbers = slurm.numbers_of(names)
+    print(f"job{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {stage.name}, {many}{resources}")
     print(f"      {stage.folder}; log {jobs.log_file(stage.folder / jobs.FOLDER, names[0], 0)}")
 
 

@@ -220,16 +220,37 @@ def test_run_is_not_submitted_again_while_slurm_does_not_answer(
     assert submit.main(words) == 0  # SLURM has forgotten it
 
 
-def test_sweep_beyond_the_largest_job_array_is_refused(
+def test_sweep_beyond_the_largest_job_array_is_several_arrays_in_turn(
     data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, words = tmp_path / "run", ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}"]
     command(slurm, "scontrol", "echo 'MaxArraySize            = 2'")
+    assert submit.main([*words, f"out={run}", "--sweep", "seed=0,1,2,3,4", "--at-once", "3"]) == 0
+    first, second, third, table = ((slurm / f"{number}.sbatch").read_text() for number in (1, 2, 3, 4))
+    assert "--array=0-1%2" in first
+    assert "--dependency" not in first
+    assert "--array=0-1%2" in second
+    assert "--dependency=afterany:1\n" in second
+    assert "--array" not in third
+    assert "--dependency=afterany:2\n" in third
+    assert "--dependency=afterany:1:2:3\n" in table
+    assert [s.job for seed in (0, 3, 4) for s in jobs.submissions(run / f"seed-{seed}")] == ["1_0", "2_1", "3"]
+    printed = capsys.readouterr().out
+    assert "jobs 1, 2, 3: pretrain, 5 runs, 3 at once" in printed
+    assert printed.endswith("scancel 1 2 3 4\n")
+
+
+def test_sweep_whose_second_job_array_is_refused_leaves_none_queued(
+    data: Path, tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = tmp_path / "run", ["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}"]
+    command(slurm, "scontrol", "echo 'MaxArraySize            = 2'")
+    accept = (slurm / "sbatch").read_text().partition("\n")[2]
+    command(slurm, "sbatch", f"[ ! -e {slurm}/1.sbatch ] || {{ echo 'job limit reached' >&2; exit 1; }}\n{accept}")
     assert submit.main([*words, f"out={run}", "--sweep", "seed=0,1,2"]) == 2
-    error = capsys.readouterr().err
-    assert "sweep: 3 runs, but a job array of this cluster has 2 at most (MaxArraySize)" in error
+    assert "sbatch refuses: " in capsys.readouterr().err
+    assert (slurm / "cancelled").read_text() == "1\n"
     assert not run.exists()
-    assert submit.main([*words, f"out={run}", "--sweep", "seed=0,1"]) == 0
 
 
 def test_slurm_without_configuration_is_explained(
