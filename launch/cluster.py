@@ -54,7 +54,7 @@ class Cluster:
     lose_at_most: float = setting(
         30.0, "minutes of work that a stop without warning may lose; runs save that often", above=0
     )
-    torchrun: bool = setting(False, "one task and torchrun on each node, instead of one task a rank")
+    torchrun: bool = setting(False, "one task on each node, which starts its ranks, instead of one task a rank")
     exclusive: bool = setting(False, "share the nodes with no other job")
     setup: tuple[str, ...] = setting((), "shell lines of the job before its tasks start: modules, environments")
     python: str | None = setting(

@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cluster", help=f"WHERE: a cluster file, see {example}")
     for name in ("partition", "nodes", "gpus-per-node", "tasks-per-node", "time"):
         parser.add_argument(f"--{name}", help=f"overrides {name.replace('-', '_')} of the cluster file")
-    parser.add_argument("--torchrun", action="store_true", help="one task and torchrun on each node")
+    parser.add_argument("--torchrun", action="store_true", help="one task on each node, which starts its ranks")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
     parser.add_argument("--local", action="store_true", help="on this machine without SLURM, one run after another")

@@ -1,4 +1,4 @@
-"""What a SLURM task does: start a rank (or a node's torchrun), pass signals on to it, and have the job requeued.
+"""What a SLURM task does: start a rank (or all of a node), pass signals on to it, and have the job requeued.
 
 The run itself is `mae-dist VERB ...`, a child process that knows no SLURM: it saves when it gets a signal, and its exit
 status says how it ended. This process only supervises. It imports no torch, holds no state that a requeue could lose,
@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -200,7 +200,7 @@ class TaskRunner:
             self.log_environment()
             self.set_alarm()
         if not self.stop_requested:
-            self.child = subprocess.Popen(self.command(environment), env=environment)
+            self.child = subprocess.Popen(self.command(), env=environment)
             if self.stop_requested:  # while the child was being started, so the signal was not forwarded
                 self.request_stop("", signal.SIGTERM)
         status = self.child.wait() if self.child else -signal.SIGTERM
@@ -213,7 +213,7 @@ class TaskRunner:
         return status
 
     def rank_variables(self) -> dict[str, str]:
-        """Environment variables that make the child a rank (torchrun sets its own), and its number of threads."""
+        """Environment variables that make the child a rank (an agent sets those of its ranks), and its threads."""
         task, variables = self.task, {}
         if self.job.ranked and not self.job.torchrun:
             variables = {
@@ -225,14 +225,12 @@ class TaskRunner:
             variables["OMP_NUM_THREADS"] = max(1, int(cpus) // ranks)
         return {name: str(value) for name, value in variables.items()}
 
-    def command(self, environment: Mapping[str, str]) -> list[str]:
+    def command(self) -> list[str]:
         """Command line of the child process."""
         if not (self.job.ranked and self.job.torchrun):
             return [sys.executable, "-u", "-m", "mae_dist", *self.job.argv]
         shape = [len(self.task.hosts), self.task.node, self.job.ranks_per_node]
-        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        agent = [sys.executable, "-u", "-m", "launch.agent", *map(str, shape), address, *self.job.argv]
-        return ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *agent]  # its ranks handle them; the agent would die
+        return [sys.executable, "-u", "-m", "launch.agent", *map(str, shape), *self.job.argv]
 
     def log_environment(self) -> None:
         """Print ranks, hosts, versions and the folder of the code."""
@@ -248,24 +246,14 @@ class TaskRunner:
         self.request_stop(signal.Signals(number).name, number)
 
     def request_stop(self, by: str, number: int) -> None:
-        """Send a signal to the ranks, which makes them save and exit."""
+        """Send a signal to the child, which saves and exits; an agent passes it on to its ranks."""
         if not self.stop_requested:
             self.stop_requested = True
             lead = self.job.stop_before_end + SIGNAL_LEAD
             self.time_limit = self.deadline is not None and time.time() > self.deadline - lead
             self.record("stop_requested", by=by)
-        for pid in self.rank_pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def rank_pids(self) -> list[int]:
-        """The processes that save on a signal: the child or, under torchrun, its children."""
-        if self.child is None or self.child.returncode is not None:
-            return []
-        if not self.job.torchrun:
-            return [self.child.pid]
-        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children")
-        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        if self.child is not None:
+            self.child.send_signal(number)
 
     def set_alarm(self) -> None:
         """Request a stop `stop_before_end` seconds before the job's end, even if one was requested before; and kill the

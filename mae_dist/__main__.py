@@ -6,17 +6,27 @@ torchrun has started it. Help and config errors need no import of torch. Exit st
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from mae_dist import __version__, config, environment, errors, hints, printed, recipes, schema, starts, watchdog
+from mae_dist import (
+    __version__,
+    cli,
+    config,
+    environment,
+    errors,
+    hints,
+    launcher,
+    printed,
+    recipes,
+    schema,
+    starts,
+    watchdog,
+)  # fmt: skip
 from mae_dist.cli import VERBS
 from mae_dist.signals import Stopped
 
@@ -88,7 +98,7 @@ def run(argv: list[str]) -> int:
             print(f"mae-dist: {stopped}", file=sys.stderr)
         return errors.STOPPED
     except KeyboardInterrupt:
-        if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if rank == 0 and os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", environment.MEETING_FILE)):
             print("mae-dist: interrupted; the same command goes on from what is finished or saved", file=sys.stderr)
         return errors.INTERRUPTED
     except Exception as error:
@@ -112,13 +122,12 @@ def dispatch(verb: str, argv: list[str]) -> int:
             f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}")
         )
     if verb not in schema.SCHEMAS:
-        with no_garbage_collection():
-            try:
-                command = importlib.import_module(VERBS[verb].module)
-            except ModuleNotFoundError as error:
-                if error.name != "launch":
-                    raise
-                raise ValueError(f"{verb}: this installation has no package launch; install mae_dist again") from error
+        try:
+            command = cli.import_module(VERBS[verb].module)
+        except ModuleNotFoundError as error:
+            if error.name != "launch":
+                raise
+            raise ValueError(f"{verb}: this installation has no package launch; install mae_dist again") from error
         return command.main(argv)
     if "-h" in argv or "--help" in argv:
         usage = f"usage: mae-dist {verb} [CONFIG.yaml or RECIPE] [key=value ...]"
@@ -132,16 +141,15 @@ def dispatch(verb: str, argv: list[str]) -> int:
     if "RANK" not in os.environ and (sentence := environment.nodes_left_out(os.environ)):
         logging.warning("%s", sentence)
     with watchdog.watching(settings.machine.timeout + (COLLECTIVES_FIRST if "RANK" in os.environ else 0)):
-        with no_garbage_collection():
-            from mae_dist import dist, launcher
+        launched, given = "RANK" in os.environ, settings.machine.processes
+        processes = 1 if launched else launcher.processes_here(given)
+        if processes == 1:
+            stage = cli.import_module(VERBS[verb].module)
+            from mae_dist import dist
 
-            launched, given = dist.launched(), settings.machine.processes
             if launched and given not in (None, dist.local_world()):
                 here = f"another launcher started {dist.local_world()} processes here"
                 raise ValueError(f"machine.processes={given}: {here}; leave it out")
-            processes = 1 if launched else launcher.processes_here(given)
-            stage = importlib.import_module(VERBS[verb].module) if processes == 1 else None
-        if stage is not None:
             launcher.limit_threads(dist.local_world())
             if settings.model.name == starts.UNKNOWN:
                 importlib.import_module("mae_dist.stages.imports").import_for(settings)
@@ -152,21 +160,6 @@ def dispatch(verb: str, argv: list[str]) -> int:
             return 0
     config.check_world(settings, processes)
     return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Context of imports, whose many objects are no garbage: a process starts in two thirds of the time. Later
-    collections leave these objects alone, too.
-    """
-    before = len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if len(sys.modules) > before:
-            gc.freeze()
-        gc.enable()
 
 
 def print_result(verb: str, settings: schema.RunConfig, argv: list[str]) -> None:

@@ -1,25 +1,32 @@
-"""Starts several ranks on this machine through torchrun's agent, and starts them again when one was lost.
+"""Starts several ranks on this machine, and starts them again when one was lost.
 
-They meet in files of a private folder and talk over the loopback interface, whatever the machine's name resolves to.
+A rank is a fork of this process, which imports once, before it has threads, groups or a GPU, what every rank needs: a
+start, and each start again, then costs no import. Only the command `mae-dist` itself, on Linux, is forked so. Where a
+program calls it, whose threads and open files a fork would double, and on other systems, whose libraries do not outlive
+a fork, a rank is a new `python -m mae_dist`.
 
-It decides by exit statuses alone and prints nothing where a rank has printed why it ended.
+The ranks meet in files of a private folder and talk over the loopback interface, whatever the machine's name resolves
+to. Decides by exit statuses alone and prints nothing where a rank has printed why it ended. Imports no torch at first.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import math
 import os
+import shutil
 import signal
+import sys
 import tempfile
-import uuid
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeAlias
 
-import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from mae_dist import environment, interfaces
+from mae_dist import cli, environment, interfaces, signals, watchdog
 from mae_dist.errors import DONE, INTERRUPTED, SIGNAL_BASE, STOPPED, USER_ERROR
 
 log = logging.getLogger(__name__)
@@ -27,11 +34,25 @@ log = logging.getLogger(__name__)
 OUT_OF_MEMORY = ", most likely because memory ran out (lower machine.micro_batch, machine.workers or machine.processes)"
 FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
 """Exit statuses after which the ranks are not started again."""
+COMMANDS = ("/mae-dist", "/mae_dist/__main__.py", "/launch/agent.py")
+"""Ends of sys.argv[0] where this process is the command itself, not a program that calls it."""
+COUNTED = "MAE_DIST_PROCESSES"
+"""Environment variable: the number of this machine's GPUs, as counted by the process that this one was."""
+SIGNALS = (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that are passed on to the ranks, which are no part of this process's group."""
+PATIENCE = 30.0
+"""Seconds that ranks have to end after a signal, or after one of them was lost, before they are killed."""
+POLL = 0.1
+"""Seconds between looks at the ranks."""
+Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+"""What signal.getsignal returns."""
 
 
 def processes_here(wanted: int | None) -> int:
     """How many ranks to start on this machine: `wanted`, else one for each GPU, else one."""
-    return wanted or max(1, torch.cuda.device_count())
+    if wanted or (counted := os.environ.get(COUNTED, "")):
+        return wanted or int(counted)
+    return max(1, cli.import_module("torch").cuda.device_count())
 
 
 def limit_threads(ranks: int) -> None:
@@ -39,50 +60,135 @@ def limit_threads(ranks: int) -> None:
     it is alone and has no quota, torch counts the cores right.
     """
     if "OMP_NUM_THREADS" not in os.environ and (ranks > 1 or environment.quota() is not None):
+        import torch
+
         torch.set_num_threads(environment.threads(os.environ, ranks))
 
 
+def is_forked() -> bool:
+    """Whether the ranks are forks of this process."""
+    own = str(Path(sys.argv[0]).absolute()).endswith(COMMANDS)
+    return own and sys.platform == "linux" and threading.active_count() == 1
+
+
 def spawn(argv: list[str], processes: int, restarts: int) -> int:
-    """Run `python -m mae_dist ARGV` on several ranks of this machine, and return the exit status.
+    """Run `mae-dist ARGV` on several ranks of this machine, and return the exit status.
 
     When a rank crashes, hangs or is killed, the others stop and all are started again, `restarts` times at most. The
     status is that of the first rank that failed, 128 + n for one that signal n ended.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads({}, processes)))
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent needs no server for ranks that meet in a file
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the agent passes on SIGTERM, but these would end it alone
-        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    if is_forked() and "torch" in sys.modules and COUNTED not in os.environ:
+        os.environ[COUNTED] = str(processes)  # begin again: torch took other threads, and may have called the driver
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     while True:
-        with tempfile.TemporaryDirectory(prefix="mae_dist-", ignore_cleanup_errors=True) as folder:
-            os.environ[environment.MEETING_FILE] = str(Path(folder) / "ranks")
-            config = LaunchConfig(
-                min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", monitor_interval=0.2,
-                local_addr=interfaces.LOCALHOST, rdzv_endpoint=str(Path(folder) / "agent"), max_restarts=0,
-                rdzv_configs={"store_type": "file"}, run_id=uuid.uuid4().hex,
-            )  # fmt: skip
-            status = run(argv, config)
+        folder = tempfile.mkdtemp(prefix="mae_dist-")  # no context: a fork would leave it, too
+        meeting = {"MASTER_ADDR": interfaces.LOCALHOST, "MASTER_PORT": "0", environment.MEETING_FILE: f"{folder}/ranks"}
+        status = run(argv, range(processes), processes, meeting)
+        shutil.rmtree(folder, ignore_errors=True)
         if status in FINAL or not restarts:
             return status
         restarts -= 1
         log.error("starting the ranks again (%d restarts left)", restarts)
 
 
-def run(argv: list[str], config: LaunchConfig) -> int:
-    """Run `python -m mae_dist ARGV` once on the ranks that torchrun's agent starts, and return their exit status."""
-    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
+def run(argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str]) -> int:
+    """Run `mae-dist ARGV` once on these `ranks` of a `world`, which meet as the variables `meeting` say, and return
+    their exit status.
+    """
+    if is_forked():
+        with watchdog.watching(watchdog.STARTING):
+            cli.import_module(cli.VERBS[argv[0]].module)
+    received: list[signal.Signals] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
+    pids = {}
+    for local, rank in enumerate(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": len(ranks)}
+        pids[rank] = start(argv, {**meeting, **{name: str(value) for name, value in place.items()}}, before)
+    failures = wait(pids, received)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return exit_status(failures, received)
+
+
+def start(argv: Sequence[str], variables: Mapping[str, str], handlers: Mapping[signal.Signals, Handler]) -> int:
+    """Start a rank with more environment variables, in a session of its own, and return its process id. Where it is a
+    fork, it takes back the signal `handlers` that this process had.
+    """
+    if not is_forked():
+        return os.posix_spawn(sys.executable, [*environment.python(), *argv], os.environ | variables, setsid=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the fork must not note one that is its own
+    if not (pid := os.fork()):
+        os.setsid()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if not pid:
+        become_rank(argv, variables)
+    return pid
+
+
+def become_rank(argv: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
+    """Go on as `python -m mae_dist ARGV` would begin. This process saves and ends with the launcher's, however that
+    ends.
+    """
+    watchdog.end_with_parent(signal.SIGTERM)
+    os.environ.update(variables)
+    logging.getLogger().handlers.clear()
+    sys.argv[1:] = argv
+    sys.exit(importlib.import_module("mae_dist.__main__").main())
+
+
+def wait(pids: Mapping[int, int], received: Sequence[signal.Signals]) -> list[tuple[int, int]]:
+    """Wait until all ranks have ended, whose process ids these are: (rank, exit status, or -n after signal n) of those
+    that failed, in the order in which they did. Signals that are `received` meanwhile are passed on; where a rank has
+    failed, the others get SIGTERM. Those that have not ended PATIENCE s after the first are killed.
+    """
+    running, failures, passed, deadline = dict(pids), [], 0, math.inf
+    while running and time.monotonic() < deadline + PATIENCE:  # a process may hang in the kernel even then
+        for rank, pid in pids.items():
+            if rank in running and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                del running[rank]
+                failures += [(rank, os.waitstatus_to_exitcode(ended[1]))] if ended[1] else []
+        due = [*received[passed:], *[signal.SIGTERM] * (deadline == math.inf and len(failures) > 0)]
+        passed = len(received)
+        if due and deadline == math.inf:
+            deadline = time.monotonic() + PATIENCE
+        for number in [*due, *[signal.SIGKILL] * (time.monotonic() > deadline)]:
+            for pid in running.values():
+                send(pid, number)
+        time.sleep(POLL if running else 0)
+    return [*failures, *((rank, -signal.SIGKILL) for rank in running)]
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a rank and the processes that it has started."""
     try:
-        program, *words = environment.python()
-        elastic_launch(config, program)(*words, *argv)
-    except ChildFailedError as error:
-        first_rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            what = signal.Signals(-failure.exitcode).name
-            what += OUT_OF_MEMORY if -failure.exitcode == signal.SIGKILL else ""
-            log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", first_rank, what)
-            return SIGNAL_BASE - failure.exitcode
-        return failure.exitcode
-    except SignalException as error:  # the agent has passed the signal on and waited for the ranks
-        log.error("stopped by %s; the same command resumes", signal.Signals(error.sigval).name)
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):  # no group of its own yet, or it has ended
+        os.kill(pid, number)
+
+
+def exit_status(failures: Sequence[tuple[int, int]], received: Sequence[signal.Signals]) -> int:
+    """The exit status for these failures of ranks, and print what the ranks could not."""
+    if not failures:
+        return DONE
+    if received:
+        log.error("stopped by %s; the same command resumes", received[0].name)
         return STOPPED
-    return DONE
+    rank, status = failures[0]
+    if status < 0:
+        what = signal.Signals(-status).name + (OUT_OF_MEMORY if -status == signal.SIGKILL else "")
+        log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", rank, what)
+        return SIGNAL_BASE - status
+    return status

@@ -175,8 +175,8 @@ def guard(process: int, shared: memoryview[float]) -> None:
     """What the guard does: kill a process whose watchdog has not ticked for too long, while it was not stopped."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
+    with suppress(OSError):
         Path("/proc/self/comm").write_text(NAME)  # chaos looks for loader processes
     seen, idle = 0.0, 0.0
     while os.getppid() == process:
@@ -192,6 +192,12 @@ def guard(process: int, shared: memoryview[float]) -> None:
                 os.write(2, f"mae-dist: {sentence(f'waits{where} in a library for {idle:.0f} s')}\n".encode())
             os.kill(process, signal.SIGKILL)
             return
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent has ended, where it can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def sentence(why: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
+from mae_dist.launcher import COUNTED
 
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
@@ -71,6 +72,13 @@ def start_ranks(
     return ranks
 
 
+def start_launcher(*argv: object, log: Path, before: Callable[[], object] | None = None) -> BaseProcess:
+    """Start `mae-dist ARGV` as a launcher, which forks its ranks, in a process that has imported the package. `argv`
+    says how many ranks.
+    """
+    return start_rank([*map(str, argv)], {COUNTED: "forked from what has imported torch"}, log, before)
+
+
 def start_rank(
     argv: list[str], environment: dict[str, str], log: Path, before: Callable[[], object] | None = None
 ) -> BaseProcess:  # fmt: skip
@@ -91,7 +99,8 @@ def _rank(argv: list[str], environment: dict[str, str], log: Path, before: Calla
     os.environ.update(environment)
     if before is not None:
         before()
-    sys.exit(main(argv))
+    sys.argv = ["/mae-dist", *argv]
+    sys.exit(main())
 
 
 def wait_until(reached: Callable[[], bool], ranks: Sequence[BaseProcess], log: Path, timeout: float = 120) -> None:
@@ -148,12 +157,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks that a launcher started."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
-    return [int(pid) for pid in found if b"mae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that a launcher, of this process id, has started, in the order of the ranks."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
 def is_running(pid: int) -> bool:

@@ -21,11 +21,13 @@ from running import (
     ranks_of,
     records,
     start,
+    start_launcher,
     start_ranks,
     wait_until,
     weights,
 )  # fmt: skip
 
+from mae_dist import launcher
 from mae_dist.__main__ import main
 from mae_dist.data import loader
 from mae_dist.errors import FAILED, MachineFault
@@ -63,7 +65,7 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Pa
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert "SIGKILL" in said
@@ -109,28 +111,16 @@ def test_a_signal_to_one_rank_makes_all_save_together_and_ask_to_be_started_agai
     saved_together(run, log.read_text())
 
 
-@pytest.mark.slow
 def test_sigterm_to_the_launcher_makes_all_ranks_save_together_and_ask_to_be_started_again(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, log = tmp_path / "run", tmp_path / "log"
     words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=400"]
-    process = launched(run, *words, "machine.processes=2")
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    saved_together(run, said)
-
-
-def launched(run: Path, *words: str) -> subprocess.Popen:
-    """A launcher, once its run has recorded five steps."""
-    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not at_step(run, 5):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
+    process = start_launcher(*words, "machine.processes=2", log=log)
+    wait_until(lambda: at_step(run, 5), [process], log)
+    process.terminate()
+    finish_ranks([process], log, check=75)
+    saved_together(run, log.read_text())
 
 
 def saved_together(run: Path, said: str) -> None:
@@ -154,17 +144,19 @@ def test_a_hung_rank_is_named_with_its_step(tiny_data: Path, tmp_path: Path) -> 
     named(1, run, log.read_text())
 
 
-@pytest.mark.slow
+def hurry_launcher() -> None:
+    """Have the launcher kill soon what it cannot stop."""
+    launcher.PATIENCE = 1
+
+
 def test_a_hung_rank_ends_the_launcher(tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, log = tmp_path / "run", tmp_path / "log"
     words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *HUNG, "machine.processes=2"]
-    process = launched(run, *words)
-    victim = ranks_of(process)[1]
-    hung = Path(f"/proc/{victim}/environ").read_text().split("\0RANK=")[1].split("\0")[0]
-    os.kill(victim, signal.SIGSTOP)
-    _, said = process.communicate(timeout=90)  # torch's agent gives a stopped process 30 s
-    assert process.returncode == 1, said
-    named(int(hung), run, said)
+    process = start_launcher(*words, log=log, before=hurry_launcher)
+    wait_until(lambda: at_step(run, 5), [process], log)
+    os.kill(ranks_of(process.pid or 0)[1], signal.SIGSTOP)
+    finish_ranks([process], log, check=1)
+    named(1, run, log.read_text())
 
 
 def named(hung: int, run: Path, said: str) -> None:
