@@ -50,8 +50,10 @@ Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handl
 
 def processes_here(wanted: int | None) -> int:
     """How many ranks to start on this machine: `wanted`, else one for each GPU, else one."""
-    if wanted or (counted := os.environ.get(COUNTED, "")):
-        return wanted or int(counted)
+    if wanted:
+        return wanted
+    if counted := os.environ.get(COUNTED):
+        return int(counted)
     return max(1, cli.import_module("torch").cuda.device_count())
 
 
