@@ -14,7 +14,8 @@ FLOORS = [
     {"machine_schema"},
     {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"watchdog"},
-    {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"},
+    {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"}
+    | {"track_settings"},
     {"models", "rendezvous", "config", "cost", "cuda_graphs", "launcher"},
     {"dist"},
     {"objectives", "evaluate", "weights", "data", "run"},

@@ -6,7 +6,8 @@ Takes modules and batches, gives numbers; knows no file and no configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,18 +21,26 @@ from mae_dist.watchdog import progress
 CHUNK = 1024
 """Test features compared with all training features at once."""
 RESAMPLES = 1000
+RANK_EPS = 1e-7
+"""What RankMe adds to each share."""
 ROUNDING = 1e-12
 """What a variance from sums in float64 may be off by, as a share of the mean square."""
 
 
 @torch.no_grad()
-def mean_loss(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
-    """Mean per-sample loss over all ranks, and the number of samples."""
+def mean_loss(
+    objective: nn.Module, batches: Iterable[Batch], device: torch.device,
+    each: Callable[[Batch, Tensor], None] = lambda *_: None,
+) -> tuple[float, int]:  # fmt: skip
+    """Mean per-sample loss over all ranks, and the number of samples. ``each`` is called with every batch and the
+    objective's prediction.
+    """
     objective.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        readable = ~batch.bad
-        total += torch.stack([objective(batch).loss.double()[readable].sum(), readable.double().sum()])
+        readable, (losses, prediction) = ~batch.bad, objective(batch)
+        total += torch.stack([losses.double()[readable].sum(), readable.double().sum()])
+        each(batch, prediction)
     objective.train()
     loss, count = dist.all_reduce_sum(total).tolist()
     if not count:
@@ -76,14 +85,18 @@ def unreadable(total: int, num_images: int) -> dict[str, float | int]:
 
 @torch.no_grad()
 def features(
-    backbone: nn.Module, dim: int, batches: Iterable[Batch], device: torch.device
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-    """This rank's features (`dim` numbers each) and labels; both empty where its part of the split is."""
-    backbone.eval()
+    module: nn.Module, dim: int, batches: Iterable[Batch], device: torch.device,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:  # fmt: skip
+    """This rank's features (`dim` numbers each), which the module, or else its method `encode`, makes of images, and
+    labels; both empty where its part of the split is. Leaves the module in evaluation mode.
+    """
+    module.eval()
+    encode = encode or module
     values, labels = [torch.zeros(0, dim, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
     for batch in batches:
         readable = ~batch.bad
-        values.append(backbone(batch.images).float()[readable])
+        values.append(encode(batch.images).float()[readable])
         labels.append(batch.labels[readable])
     return torch.cat(values), torch.cat(labels)
 
@@ -117,10 +130,16 @@ def knn(
     """`hits` of nearest neighbours by cosine, votes exp(similarity / temperature) (Wu et al. 2018, section 3.4)."""
     bank = nn.functional.normalize(train[0], dim=1), train[1]
     counts = torch.zeros(3, dtype=torch.int64, device=train[0].device)
-    for queries, labels in zip(test[0].split(CHUNK), test[1].split(CHUNK), strict=True):
-        progress()
+    for queries, labels in chunks(test):
         counts += hits(votes(bank, queries, num_classes, k, temperature), labels)
     return counts
+
+
+def chunks(samples: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features, labels) of CHUNK samples after one another."""
+    for rows, labels in zip(samples[0].split(CHUNK), samples[1].split(CHUNK), strict=True):
+        progress()
+        yield rows, labels
 
 
 def votes(
@@ -164,6 +183,57 @@ class Ridge:
         target = cross[:-1] / count - torch.outer(mean, share)
         weight = torch.linalg.solve(covariance + penalty[:, None, None] * identity, target.expand(len(penalty), -1, -1))
         return weight, share - mean @ weight
+
+
+def linear_scores(
+    rows: Float[Tensor, "b d"], weight: Float[Tensor, "k d classes"], bias: Float[Tensor, "k classes"]
+) -> Float[Tensor, "b k classes"]:
+    """Scores of several linear maps of the same features."""
+    return torch.einsum("bd,kdc->bkc", rows.double(), weight) + bias
+
+
+def ridge(
+    train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int,
+    penalties: Sequence[float],
+) -> Int[Tensor, " 3"]:  # fmt: skip
+    """`hits` over all ranks of ridge regression, with the penalty that is best on `held`; arguments are this rank's
+    (features, labels).
+    """
+    sums = Ridge(train[0].shape[1], num_classes, train[0].device)
+    for rows, labels in chunks(train):
+        sums.add(rows, labels)
+    weight, bias = sums.solve(penalties)
+
+    def count(samples: tuple[Tensor, Tensor]) -> Int[Tensor, "k 3"]:
+        counts = torch.zeros(len(weight), 3, dtype=torch.int64, device=weight.device)
+        for rows, labels in chunks(samples):
+            counts += torch.stack([hits(scores, labels) for scores in linear_scores(rows, weight, bias).unbind(1)])
+        return dist.all_reduce_sum(counts)
+
+    best = int(count(held)[:, 0].argmax())
+    weight, bias = weight[best : best + 1], bias[best : best + 1]
+    return count(test)[0]
+
+
+def rankme(features: Float[Tensor, "n d"]) -> float:
+    """Effective rank of the features of all ranks (RankMe, Garrido et al. 2023, equations 1 and 2): the exponential of
+    the entropy of the singular values, as shares of their sum. They are the roots of the Gram matrix's eigenvalues, so
+    that only sums over samples are needed.
+    """
+    gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
+    for rows in features.split(CHUNK):
+        gram += rows.double().T @ rows.double()
+    num_samples = int(dist.all_reduce_sum(torch.tensor(len(features), device=features.device)))
+    singular = torch.linalg.eigvalsh(dist.all_reduce_sum(gram))[-num_samples:].clamp(min=0).sqrt()
+    share = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + RANK_EPS
+    return float((-share * share.log()).sum().exp())
+
+
+def is_chance(top1: float, num_images: int, share: float) -> bool:
+    """Whether a top-1 accuracy in percent is, within two standard errors, not above that of always guessing the most
+    frequent class, which is this `share` of the images.
+    """
+    return top1 <= 100 * (share + 2 * math.sqrt(share * (1 - share) / num_images))
 
 
 def bootstrap(num_hits: int, num_images: int, seed: int) -> tuple[float, float]:

@@ -101,9 +101,12 @@ NAMES = {
     "checkpoint.minutes": "train_time_interval recovery_interval",
     "checkpoint.keep": "save_total_limit checkpoint_hist keep_latest_k save_top_k max_to_keep keep_last",
     "checkpoint.keep_every": "keep_period keep_freq",
+    "checkpoint.keep_best": "monitor save_best save_best_only best_metric metric_for_best_model load_best_model_at_end "
+                            "eval_metric checkpoint_metric",
     "track.every": "log_every_n_steps log_interval log_freq logging_steps print_freq log_every log_steps print_every",
     "track.evaluate_every": "eval_freq eval_every eval_steps eval_interval val_check_interval check_val_every_n_epoch "
                             "val_freq eval_every_n_epochs val_interval",
+    "track.online": "online_eval online_probe online_knn knn_eval linear_eval online_linear_eval rankme",
     "track.wandb": "log_wandb enable_wandb use_wandb report_to wandb_mode logger",
     "track.project": "wandb_project project_name",
 }  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Literal
 
 from mae_dist.setting import setting
 
+PRETRAIN = ("pretrain",)
+
 
 @dataclass(frozen=True)
 class MachineConfig:
@@ -59,6 +61,12 @@ class CheckpointConfig:
     keep_every: int | None = setting(
         None, "steps between checkpoints that are kept for good; none: only the newest are kept", at_least=1
     )
+    keep_best: Literal[
+        "test_loss", "knn_top1", "ridge_top1", "rankme", "test_top1", "test_top5", "held_out_top1"
+    ] | None = setting(
+        None, "number of the evaluations by which the best checkpoint is kept, too: losses are better when lower, the "
+        "others when higher; none: none is", unless=("knn",),
+    )  # fmt: skip
     rewind_after: int = setting(3, "non-finite steps in a row before a rewind to the last checkpoint", at_least=1)
     max_skipped: int = setting(30, "total of non-finite steps above which the run fails", at_least=0)
 
@@ -69,6 +77,17 @@ class TrackConfig:
 
     every: int = setting(20, "steps between log flushes, the only host-device syncs but the first step's", at_least=1)
     evaluate_every: float | None = setting(None, "epochs between evaluations; none: only at the end", above=0)
+    online: tuple[Literal["knn", "ridge", "rankme"], ...] = setting(
+        (), "what evaluations measure of the features; knn: nearest neighbours, as the verb knn; ridge: a linear probe "
+        "in closed form, as the verb probe with heads.ridge; rankme: their effective rank", verbs=PRETRAIN,
+    )  # fmt: skip
+    online_images: int | None = setting(
+        None, "training images, evenly spread, whose features track.online takes; none: all", verbs=PRETRAIN, at_least=1
+    )
+    band: tuple[tuple[float, ...], ...] = setting(
+        (), "rows [epoch, low, high]: mean training loss of a right run from the row before to that epoch, outside of "
+        "which a run warns; empty: not known", verbs=PRETRAIN,
+    )  # fmt: skip
     ids: bool = setting(False, "write ids.jsonl: the ids of the samples of each step")
     wandb: Literal["off", "online", "offline"] | None = setting(None, "mirror on wandb; none: WANDB_MODE, else off")
     project: str | None = setting(None, "project on Weights & Biases; none: WANDB_PROJECT, else mae_dist")
@@ -76,3 +95,8 @@ class TrackConfig:
     group: str | None = setting(None, "group of runs on Weights & Biases; none: WANDB_RUN_GROUP")
     tags: tuple[str, ...] = setting((), "tags on Weights & Biases; none: WANDB_TAGS")
     notes: str | None = setting(None, "notes on Weights & Biases; none: WANDB_NOTES")
+
+    def __post_init__(self) -> None:
+        """Rows are tuples, however they were read."""
+        rows = (tuple(row) if isinstance(row, list) else row for row in self.band)
+        object.__setattr__(self, "band", tuple(rows))

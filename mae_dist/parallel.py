@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -163,6 +163,7 @@ def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
     for block in blocks_of(objective):
         fully_shard(matrices_of(block), mesh=where, mp_policy=matrices)  # pyright: ignore
     fully_shard(objective, mesh=where, mp_policy=rest, reshard_after_forward=True)  # also after an evaluation
+    register_fsdp_forward_method(objective, "pooled")
 
 
 @torch.no_grad()

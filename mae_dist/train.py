@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from mae_dist.cuda_graphs import GraphedPasses
 from mae_dist.model_sizes import sides
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
-from mae_dist.run import checkpoint, tracker
+from mae_dist.run import checkpoint, layout, tracker
 from mae_dist.run.async_checkpoint import AsyncSaver
 from mae_dist.run.directory import RunDir
 from mae_dist.run.tracker import Tracker
@@ -81,7 +81,7 @@ class Task:
     batches: Callable[[range], Iterator[Batch]]
     num_micro: int
     num_samples: int
-    evaluate: Callable[[int], dict[str, float]]
+    evaluate: Callable[[int], dict[str, Any]]
     sample_name: Callable[[int], str]
     load_initial_weights: Callable[[], None] = lambda: None
     log_changes: Callable[[], None] = lambda: None
@@ -182,7 +182,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
                 saver.save(step, state.tensors())
                 saver.wait()
             if evaluating:  # also when stopping: a resume begins after this step and would never make up for it
-                evaluate(task, run, state, tracking, saver, config.train.precision, device)
+                saving |= evaluate(task, run, state, tracking, saver, config, device)
             if step == total or (not wanted.stop and (refusal or (saving and step not in tracking.skipped))):
                 saver.save(step, state.tensors())  # not of a skipped step: a rewind needs what was before it
             if evaluating or saving:
@@ -280,16 +280,24 @@ def agree(stop: StopFlag, saver: AsyncSaver, last: bool) -> Wanted:
 
 
 def evaluate(
-    task: Task, run: RunDir, state: TrainState, tracking: Tracker, saver: AsyncSaver, precision: str,
+    task: Task, run: RunDir, state: TrainState, tracking: Tracker, saver: AsyncSaver, config: TrainingConfig,
     device: torch.device,
-) -> None:  # fmt: skip
-    """Record the task's numbers and pictures of this step, with the averaged weights if the run averages."""
+) -> bool:  # fmt: skip
+    """Record the task's numbers and pictures of this step, with the averaged weights if the run averages; whether it is
+    the best so far by checkpoint.keep_best, and so to be saved.
+    """
     saver.wait(last=False)  # forking loader workers beside its thread can hang them (cpython#112275)
-    with state.ema.swapped_in(), parallel.autocast(precision, device):
+    with state.ema.swapped_in(), parallel.autocast(config.train.precision, device):
         tracking.numbers(state.step, task.evaluate(state.step))
     task.log_changes()
     for file in sorted((run.path / "pictures").glob(f"*-{state.step:09d}.png")):
         tracking.picture(file)
+    if (by := config.checkpoint.keep_best) is None:
+        return False
+    step, value = dist.run_on_rank0(lambda: layout.best(run.path, by, also=state.step)) or (0, 0.0)
+    if step == state.step and dist.is_main():
+        log.info("step %d: %s %.4g is the best so far; its checkpoint is kept (%s@%d)", step, by, value, run.path, step)
+    return step == state.step
 
 
 def go_back(

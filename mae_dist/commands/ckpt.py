@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_list(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
-    """Print a line per checkpoint, and the checkpoint that is being written."""
+    """Print a line per checkpoint, the best by checkpoint.keep_best, and the checkpoint that is being written."""
     table = Table("step", "written", "age", "MiB", "files", "ranks", "tensors", title=f"checkpoints of {run.path}")
     for path in paths:
         manifest = read_manifest(path)
@@ -60,6 +60,9 @@ def show_list(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
             str(manifest["num_tensors"]),
         )  # fmt: skip
     Console().print(table)
+    by = run.settings()[2].checkpoint.keep_best
+    if by and (best := layout.best(run.path, by)):
+        print(f"best {by}: {best.value:.4g}, step {best.step:,} ({run.path}@{best.step})")
     for path in sorted((run.path / "checkpoints").glob(".saving-*")):
         print(
             f"step {int(path.name.removeprefix('.saving-')):,} is being written, or its run was killed while writing it"

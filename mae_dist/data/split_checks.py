@@ -62,15 +62,22 @@ def unseen_classes(train: ShardIndex, test: ShardIndex) -> set[int]:
     return asked - taught
 
 
+def label_counts(index: ShardIndex) -> dict[int, int] | None:
+    """The labels that occur in a split, and how often, as dataset.json counts them; None where it does not."""
+    counts = index.dataset.label_counts
+    name = next((name for name, shards in index.dataset.splits.items() if shards == index.shards), None)
+    if name not in counts:
+        return None
+    table = index.parts.labels[0] if index.parts.labels else None
+    return {int(n if table is None else table[n]): count for n, count in enumerate(counts[name]) if count}
+
+
 def present_labels(index: ShardIndex) -> set[int] | None:
     """The labels that occur in a split; None where that is not known and too many samples, or remote ones, had to be
     read.
     """
-    counts = index.dataset.label_counts
-    name = next((name for name, shards in index.dataset.splits.items() if shards == index.shards), None)
-    if name in counts:
-        table = index.parts.labels[0] if index.parts.labels else None
-        return {int(n if table is None else table[n]) for n, count in enumerate(counts[name]) if count}
+    if (counts := label_counts(index)) is not None:
+        return {*counts}
     if len(index) > MOST_READ or any(index.remotes):
         return None
     found = set()

@@ -1,4 +1,5 @@
-"""What happened between the first start of a run and its end, a line each: every stop, failure, restart and rewind.
+"""What happened between the first start of a run and its end, a line each: stops, failures, restarts, rewinds and
+warnings.
 
 Read from the run's events.jsonl and from the events of its jobs' first tasks.
 """
@@ -52,6 +53,8 @@ def _text(event: Event) -> str:
             return f"failed ({event['reason']}, rank {event['rank']}): {event['message']}"
         case "requeue":
             return f"requeued by {event['by']}: {event['message']}"
+        case "warn":
+            return f"warning: {event['message']}"
         case "rewind":
             skipped, left_out = len(event["nonfinite"]), len(event["left_out"])
             return f"rewound to step {event['to']}: {skipped} steps were not finite; {left_out} samples left out"

@@ -35,6 +35,12 @@ class Objective(nn.Module):
         """Set every parameter outside the backbone to its initial value; `fill(parameter, value)` writes one."""
         initialise(self, self.seed, skip=self.backbone, fill=fill)
 
+    def pooled(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """The features of images. Of an objective that is sharded, only its own methods gather the backbone's weights
+        (see `parallel.shard`).
+        """
+        return self.backbone(images)
+
     def groups(self, optim: OptimConfig) -> list[dict[str, Any]] | None:  # noqa: ARG002
         """Parameter groups with lr_scale, weight_decay and the update rule of each (see `optim.build`).
 

@@ -86,10 +86,16 @@ class MAE(Objective):
         """Each sample's mean squared error over its predicted patches, and the predictions (b, predicted, ppc)."""
         mask = self.mask(batch)
         prediction = single(self.predict(batch.images, mask))
+        return Output(self.errors(batch, mask, prediction).mean((1, 2)), prediction)
+
+    def errors(
+        self, batch: Batch, mask: Mask, prediction: Float[Tensor, "b p ppc"]
+    ) -> Float[Tensor, "b p ppc"]:  # fmt: skip
+        """The squared error of each number of the predicted patches."""
         target = take(patchify(batch.images, self.backbone.patch), self.predicted(mask))
         if self.settings.norm_pix:
             target = normalise_patches(target)
-        return Output(F.mse_loss(prediction, target, reduction="none").mean((1, 2)), prediction)
+        return F.mse_loss(prediction, target, reduction="none")
 
     def predict(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b p ppc"]:
         """Predicted pixels of the patches that `predicted` lists, normalised if `mae.norm_pix`."""

@@ -87,6 +87,7 @@ class AsyncSaver:
 
     def _write(self, step: int, parts: dict[str, checkpoint.Part]) -> None:
         try:
-            self.run.save(step, parts, self.settings.keep, self.settings.keep_every, self.group)
+            keep = self.settings
+            self.run.save(step, parts, keep.keep, keep.keep_every, self.group, keep.keep_best)
         except BaseException as error:  # raised by `wait`, in the thread of the loop
             self.error = error

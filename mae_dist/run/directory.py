@@ -142,17 +142,19 @@ class RunDir:
 
     def save(
         self, step: int, parts: dict[str, checkpoint.Part], keep: int, keep_every: int | None = None,
-        group: Any = None,
+        group: Any = None, keep_best: str | None = None,
     ) -> None:  # fmt: skip
         """Save the checkpoint of `step`, all ranks together (of `group`, if given), each its own `parts`; then remove
-        all but the newest `keep` and those whose step is a multiple of `keep_every`.
+        all but the newest `keep`, those whose step is a multiple of `keep_every`, and the best by `keep_best` (see
+        `layout.best`).
 
         Raises MachineFault on every rank where it cannot be written; the earlier checkpoints are then still there.
         """
 
         def prune() -> None:
+            best = layout.best(self.path, keep_best) if keep_best else None
             for old in self.checkpoints()[:-keep]:
-                if keep_every is None or step_of(old) % keep_every:
+                if (keep_every is None or step_of(old) % keep_every) and (best is None or step_of(old) != best.step):
                     atomic.remove(old)
 
         checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, parts, group)

@@ -6,6 +6,7 @@
     fail     reason ("user_error", "rank_lost", "worker_lost", "hung", "machine_fault", "out_of_memory", "crash"), rank,
              message
     rewind   step, to, nonfinite (steps), left_out (sample ids)
+    warn     step, about (what, the same for the same warning), message
     submit   job, logs, nodes, tasks_per_node
     requeue  job, start, reason ("saved", "stopped", "time_limit", "rank_lost"), by ("task", "slurm", "script"),
              message, saved (step of the newest checkpoint)
@@ -26,11 +27,12 @@ from typing import Any, Literal
 from mae_dist.run import jsonl
 
 FILE = "events.jsonl"
-Kind = Literal["start", "stop", "fail", "rewind", "submit", "requeue", "finish"]
+Kind = Literal["start", "stop", "fail", "rewind", "warn", "submit", "requeue", "finish"]
 Event = dict[str, Any]
 FIELDS = {
     "start": ("step",), "stop": ("reason", "step", "message"),
     "fail": ("reason", "rank", "message"), "rewind": ("step", "to", "nonfinite", "left_out"),
+    "warn": ("step", "about", "message"),
     "submit": ("job", "logs", "nodes", "tasks_per_node"), "requeue": ("job", "start", "reason", "by", "message"),
 }  # fmt: skip
 """The fields that an event of a kind always has."""

@@ -24,10 +24,11 @@ RUN/
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mae_dist import config as configuration
 from mae_dist import small_files
@@ -94,6 +95,28 @@ def checkpoints(path: Path) -> list[Path]:
     """
     found = (path / "checkpoints").glob("step-*")
     return sorted(folder for folder in found if CHECKPOINT.fullmatch(folder.name) and folder.is_dir())
+
+
+class Best(NamedTuple):
+    """The step that an evaluation found to be the best, and its number."""
+
+    step: int
+    value: float
+
+
+def best(path: Path, number: str, also: int = 0) -> Best | None:
+    """The best by a `number` of its evaluations among the checkpoints of the run in the folder `path` and the step
+    `also`, the earliest of equal ones; None where there is none. A loss is better when lower, all else when higher.
+    """
+    metrics, steps = path / METRICS, {*map(step_of, checkpoints(path)), also}
+    records = jsonl.records_with(metrics, number) if metrics.is_file() else []
+    found = [
+        Best(record["step"], record[number]) for record in records
+        if record.get("kind") == jsonl.EVALUATION and record["step"] in steps
+        and isinstance(record[number], int | float) and math.isfinite(record[number])
+    ]  # fmt: skip
+    sign = 1 if number.endswith("loss") else -1
+    return min(found, key=lambda each: (sign * each.value, each.step), default=None)
 
 
 def checkpoint_at(run: Path, step: int, field: str) -> Path:

@@ -57,7 +57,7 @@ def grouped(record: dict[str, Any]) -> dict[str, Any]:
     for name, value in record.items():
         if name in ("step", "epoch"):
             found[name] = value
-        elif name != "kind":
+        elif name != "kind" and not isinstance(value, list):
             group = "test" if evaluation else "system" if name in SYSTEM or interval else "train"
             found[f"{group}/{name.removeprefix('test_') if evaluation else name}"] = value
     return found

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mae_dist import clock, dist, printed
 from mae_dist.errors import MachineFault
-from mae_dist.run import events, interval, jsonl, layout
+from mae_dist.run import events, interval, jsonl, layout, warned
 from mae_dist.run.interval import RankTime
 from mae_dist.run.log_file import unprinted
 from mae_dist.run.mirror import Mirror
@@ -55,6 +55,7 @@ class Tracker:
         peak: float = 0.0,
     ):  # fmt: skip
         self.path, self.total, self.num_samples = path / layout.METRICS, total, num_samples
+        self.config = config
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], Mapping[str, float | clock.Spans], dict[str, Tensor]]] = []
@@ -137,6 +138,10 @@ class Tracker:
         summed = interval.record(records[-1]["step"], ranks, self.hosts, rate * self.share_of_peak)
         self._write(self.path, records + [summed] * self.begun)
         self._mirror(*records, *[summed] * self.begun)
+        if dist.is_main():
+            before, now_at = self._epoch(records[0]["step"] - 1), records[-1]
+            found = warned.outside_band(self.path.parent, self.config, before, now_at["epoch"])
+            warned.warn(self.path.parent, now_at["step"], found)
         if self.ids:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
         self._show(records[-1], summed)
@@ -185,14 +190,14 @@ class Tracker:
         """Leave the time since the last flush (an evaluation, a save) out of images_per_second."""
         self.flushed = time.perf_counter()
 
-    def numbers(self, step: int, numbers: dict[str, float]) -> None:
-        """Record an evaluation, unless it has no numbers."""
+    def numbers(self, step: int, numbers: dict[str, Any]) -> None:
+        """Record an evaluation, unless it has no numbers. What is none, as a list of them, is not shown."""
         if not numbers:
             return
         record = {"kind": jsonl.EVALUATION, "step": step, "epoch": self._epoch(step)} | numbers
         self._write(self.path, [record])
         self._mirror(record)
-        text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
         self._print(f"step {step}: {text}")
 
     def picture(self, file: Path) -> None:
@@ -258,7 +263,7 @@ def summary(path: Path) -> dict[str, float]:
     if skipped := sum(r.get("skipped", False) for r in steps):
         found["skipped"] = skipped
     if evaluations:
-        found |= {k: v for k, v in evaluations[-1].items() if k not in ("kind", "step", "epoch")}
+        found |= {k: v for k, v in evaluations[-1].items() if isinstance(v, int | float) and k not in ("step", "epoch")}
     return found
 
 

@@ -7,14 +7,15 @@ import logging
 import numpy as np
 import torch
 
-from mae_dist import dist, evaluate, image_grid, parallel, resolutions
+from mae_dist import dist, image_grid, parallel, resolutions
 from mae_dist.data.loader import TarSource
 from mae_dist.data.resident import ResidentSource
 from mae_dist.data.views import denormalise
 from mae_dist.objectives.mae import MAE
 from mae_dist.patch_counts import patch_counts
 from mae_dist.schema import PretrainConfig
-from mae_dist.stages.setup import Setup, prepare_run
+from mae_dist.stages import online, warn
+from mae_dist.stages.setup import Setup, num_classes, prepare_run
 from mae_dist.train import fit
 
 log = logging.getLogger(__name__)
@@ -34,27 +35,32 @@ def run(config: PretrainConfig) -> None:
 
 
 def train(setup: Setup[PretrainConfig], objective: MAE) -> None:
-    """Train the objective, with pictures and the test loss at every evaluation; write result.json."""
+    """Train the objective, with pictures, the test loss and what track.online asks for at every evaluation; write
+    result.json.
+    """
     train_source = setup.source(setup.train_split, training=True)
     test_source = setup.source(setup.test_split) if setup.test_split else None
     setup = setup.with_micro_batch(objective)  # beside the images that are kept on the GPU
+    online.announce(setup)
     if dist.is_main() and (channels := setup.backbone.channels) not in (1, 3):
         log.info("pictures show the first %s of %d channels", "3" if channels > 3 else "one", channels)
 
     def evaluate_step(step: int) -> dict[str, float]:
         draw(setup, objective, test_source or train_source, step)
-        if test_source is None:
-            return {}
-        loss, count = evaluate.mean_loss(objective, setup.evaluation_batches(test_source), setup.device)
-        return {"test_loss": loss} | evaluate.unreadable(count, len(test_source.index))
+        numbers = online.test_loss(setup, objective, test_source, step) if test_source else {}
+        return numbers | online.measure(setup, objective, train_source, test_source)
 
     task = setup.task(objective, train_source, setup.num_micro, evaluate_step, no_decay_tokens=False)
     numbers = fit(task, setup.run, setup.config, setup.device)
+    if (test_split := setup.test_split) and "ridge_top1" in numbers:
+        top1, classes = numbers["ridge_top1"], num_classes(setup.train_split)
+        setup.warn(warn.of_chance(top1, len(test_split), test_split, classes, "ridge_top1"))
     setup.run.finish({"verb": "pretrain"} | numbers)
 
 
 def build(setup: Setup[PretrainConfig]) -> MAE:
-    """The objective that the settings describe."""
+    """The objective that the settings describe. Raises ValueError where what is to be measured of it cannot be."""
+    online.check(setup)
     with parallel.meta_init(setup.config.machine):
         objective = MAE(setup.backbone, setup.config.mae, setup.config.train.seed)
     for side in resolutions.sides(setup.config):  # raises now what is impossible for one of them

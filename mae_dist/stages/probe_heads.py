@@ -30,6 +30,7 @@ from mae_dist.data.loader import Source
 from mae_dist.objectives.probe_heads import Head, ProbeHeads, held_out
 from mae_dist.run import jsonl, tracker
 from mae_dist.run.layout import MANIFEST
+from mae_dist.stages import warn
 from mae_dist.stages.setup import Setup, num_classes, prepare_run
 from mae_dist.train import fit
 
@@ -198,7 +199,7 @@ def closed_forms(setup: Setup[schema.ProbeConfig], objective: ProbeHeads, batche
 
 def linear(columns: slice, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     """Scores of several linear maps of the same columns: weight (rows, d, classes), bias (rows, classes)."""
-    return lambda rows: torch.einsum("bd,kdc->bkc", rows[:, columns].double(), weight) + bias
+    return lambda rows: evaluate.linear_scores(rows[:, columns], weight, bias)
 
 
 def neighbours(columns: slice, bank: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
@@ -246,6 +247,8 @@ def conclude(
     tested = count(objective, [alone], setup.evaluation_batches(setup.source(setup.test_split)))[0]
     result = {"verb": "probe", "chosen": rows[best]["name"], "held_out_top1": rows[best]["held_out_top1"]}
     result |= evaluate.percentages(tested, len(setup.test_split))
+    classes = num_classes(setup.test_split)
+    setup.warn(warn.of_chance(result["top1"], result["num_test_images"], setup.test_split, classes, "the chosen head"))
     low, high = evaluate.bootstrap(int(tested[0]), int(tested[2]), setup.config.train.seed)
     result["interval"] = [round(low, 4), round(high, 4)]
     result |= {"num_held_out": int(counts[best, 2]), "diverged": sum(dead), "table": "heads.md"}

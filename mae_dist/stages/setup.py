@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import devices, dist, environment, models, parallel, resolutions, rewind, starts
+from mae_dist import devices, dist, environment, models, parallel, resolutions, rewind, starts, track_settings
 from mae_dist.batch import Batch
 from mae_dist.data import decoding, loader, views
 from mae_dist.data.cache import Cache
@@ -26,10 +26,11 @@ from mae_dist.data.order import Order, mixed, num_micro, plan
 from mae_dist.models.backbone import Backbone
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
-from mae_dist.run import identity, log_file
+from mae_dist.run import identity, jsonl, layout, log_file, warned
 from mae_dist.run.directory import RunDir
-from mae_dist.schema import C, RunConfig
-from mae_dist.stages import initial_weights
+from mae_dist.run.warned import Warned
+from mae_dist.schema import C
+from mae_dist.stages import initial_weights, warn
 from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
 from mae_dist.stages.passes import reported
@@ -38,9 +39,6 @@ from mae_dist.train import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-FEW_STEPS = 3
-"""Steps an epoch below which a start warns: the batch is too large for the data."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,11 @@ class Setup(Generic[C]):
         batches = source.batches(((epochs, ids[chosen]) for epochs, chosen in places), self.view(training=False))
         return reported(batches, len(ids), "training split" if source.index is self.train_split else "test split")
 
+    def warn(self, found: Iterable[Warned]) -> None:
+        """Log and record, once in a run, what is `found`."""
+        if dist.is_main():
+            warned.warn(self.run.path, jsonl.last_step(self.run.path / layout.METRICS), found)
+
     def load_initial_weights(self, objective: Objective) -> None:
         """Fill the backbone, and the decoder of an MAE, from `init_from`: see `initial_weights.load`. Does nothing
         where init_from=random.
@@ -193,6 +196,9 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
         if not setup.run.open(verb, setup.config, setup.data_fingerprint, total, start):
             return None
         setup.run.record_classes(setup.train_split.dataset.classes if needs_labels else None)
+        setup.warn(warn.of_settings(verb, setup.config, setup.device, len(setup.train_split)))
+        if needs_labels or track_settings.needs_labels(setup.config):
+            setup.warn(warn.of_labels(setup.train_split))
         return setup, built
 
 
@@ -200,26 +206,27 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     """Join the ranks, find data, initial weights and statistics, and build the backbone; nothing is written, but a
     checkpoint of others that init_from names is imported beside the run.
 
-    ``needs_labels``: the verb needs a label on every sample, and a test split. Raises ValueError in one sentence.
+    ``needs_labels``: the verb needs a label on every sample, and a test split; track.online may do so, too. Raises
+    ValueError in one sentence.
     """
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
     if config.machine.compile:
         environment.prepare_compiler(device.type)
-    run = RunDir(config.out)
+    run, labelled = RunDir(config.out), needs_labels or track_settings.needs_labels(config)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
     cache = Cache.of(config.data.cache, config.data.cache_size)
-    config, train_split, test_split = open_splits(config, before, needs_labels, cache)
+    config, train_split, test_split = open_splits(config, before, labelled, cache)
     config = with_imported(config)
     initial = initial_weights.find(config.origin, began) if config.origin is not None else None
-    for split, name in ((train_split, config.data.split), (test_split, config.data.test_split)) if needs_labels else ():
-        refuse_unlabelled(split, name, verb)
+    for split, name in ((train_split, config.data.split), (test_split, config.data.test_split)) if labelled else ():
+        refuse_unlabelled(split, name, verb if needs_labels else "track.online")
     if initial is not None:
         starts.check_same_model(config, initial.config)
     if test_split is not None:
-        train_split = check_splits(config, train_split, test_split, needs_labels)
+        train_split = check_splits(config, train_split, test_split, labelled)
     origin = initial.config if initial else None
     config = with_statistics(
         decoding.completed(config, before, train_split.dataset, origin), before or origin, train_split
@@ -242,29 +249,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     setup.view(training=True).augment()  # raises now what timm does not understand in view.randaugment
     for split in filter(None, (train_split, test_split)):
         dist.run_together(partial(check_first_images, split, decoding.decoding(config)))
-    if dist.is_main():
-        warn(config, device, len(train_split))
     return setup
-
-
-def warn(config: RunConfig, device: torch.device, num_samples: int) -> None:
-    """Log settings that are possible, but seldom meant: a batch that is most of the data, a warmup that does not end,
-    and 16 bits on a CPU.
-    """
-    epochs = configuration.total_steps(config.train, num_samples) * config.train.global_batch / num_samples
-    optim, precision = getattr(config, "optim", None), config.train.precision
-    if optim is not None and num_samples < FEW_STEPS * config.train.global_batch:
-        log.warning(
-            "train.global_batch=%d: an epoch of %d images is %.2g steps; a smaller batch gives more",
-            config.train.global_batch, num_samples, num_samples / config.train.global_batch,
-        )  # fmt: skip
-    if optim is not None and epochs and optim.warmup_epochs >= epochs:
-        log.warning(
-            "optim.warmup_epochs=%g: the run has %.3g epochs, so its lr does not reach its peak before the end",
-            optim.warmup_epochs, epochs,
-        )  # fmt: skip
-    if device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and environment.has_bf16()):
-        log.warning("train.precision=%s: this CPU has no instructions for it; fp32 is faster", precision)
 
 
 def check_cache(index: ShardIndex, window: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from mae_dist import evaluate
 from mae_dist.data.loader import Source
 from mae_dist.objectives.classify import Classifier
-from mae_dist.stages.setup import Setup
+from mae_dist.stages import warn
+from mae_dist.stages.setup import Setup, num_classes
 from mae_dist.train import fit
 
 K = TypeVar("K", bound=Classifier)
@@ -43,5 +44,7 @@ def train_and_test(
 
         task = dataclasses.replace(task, load_initial_weights=load_and_adapt)
     numbers = fit(task, setup.run, setup.config, setup.device)
+    top1, count = numbers["test_top1"], int(numbers["num_test_images"])
+    setup.warn(warn.of_chance(top1, count, test_split, num_classes(test_split), "top-1"))
     renamed = {name.removeprefix("test_"): value for name, value in numbers.items()}
     setup.run.finish({"verb": setup.verb} | renamed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -26,7 +27,7 @@ from mae_dist.__main__ import main
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 from mae_dist.errors import MachineFault
-from mae_dist.run import async_checkpoint, checkpoint, directory
+from mae_dist.run import async_checkpoint, checkpoint, directory, jsonl, layout
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 
@@ -144,6 +145,39 @@ def test_checkpoint_keep_every_is_never_removed(tmp_path: Path) -> None:
     for step in range(1, 9):
         run.save(step, checkpoint.share(simple(float(step))), keep=2, keep_every=3)
     assert [step_of(path) for path in run.checkpoints()] == [3, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("number", "values", "left"),
+    [
+        ("test_loss", [0.9, 0.4, 0.6, 0.4, None, 0.5], [2, 6]),  # the earliest of equal ones
+        ("knn_top1", [9.0, 40.0, 6.0, 41.0, None, 5.0], [4, 6]),
+        ("knn_top1", [math.nan, 4.0, 3.0, 2.0, 1.0, 0.0], [2, 6]),
+        ("rankme", [None] * 6, [6]),
+    ],
+)
+def test_checkpoint_keep_best_is_never_removed(
+    number: str, values: list[float | None], left: list[int], tmp_path: Path
+) -> None:
+    run = opened(tmp_path)
+    for step, value in enumerate(values, 1):
+        if value is not None:
+            jsonl.append(run.path / layout.METRICS, {"kind": "evaluation", "step": step, number: value})
+        run.save(step, checkpoint.share(simple(float(step))), keep=1, keep_best=number)
+    assert [step_of(path) for path in run.checkpoints()] == left
+    assert layout.best(run.path, number) == ((left[0], values[left[0] - 1]) if len(left) == 2 else None)
+
+
+def test_checkpoint_best_is_one_that_is_still_there(tmp_path: Path) -> None:
+    """A rewind drops later records and checkpoints; the one that was the best before may be gone by then."""
+    run = saved(tmp_path, 3, 5)
+    for step, value in ((2, 50.0), (3, 20.0), (5, 30.0), (6, 25.0), (7, 60.0)):
+        jsonl.append(run.path / layout.METRICS, {"kind": "evaluation", "step": step, "knn_top1": value})
+    assert layout.best(run.path, "knn_top1") == (5, 30.0)
+    assert layout.best(run.path, "knn_top1", also=6) == (5, 30.0)
+    assert layout.best(run.path, "knn_top1", also=7) == (7, 60.0)
+    run.forget(4)
+    assert layout.best(run.path, "knn_top1") == (3, 20.0)
 
 
 def test_checkpoint_on_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:

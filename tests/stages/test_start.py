@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from shared_types import Tars
 
-from mae_dist import environment
+from mae_dist import environment, recipes
+from mae_dist.config import load
 from mae_dist.data.pixels import Decoding
-from mae_dist.schema import DataConfig, OptimConfig, PretrainConfig, TrainConfig
+from mae_dist.schema import (
+    DataConfig,
+    OptimConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+from mae_dist.stages import warn
 from mae_dist.stages.images import check_first_images
-from mae_dist.stages.setup import warn
 
 CPU = torch.device("cpu")
+
+
+def warnings(config: RunConfig, num_samples: int, verb: str = "pretrain") -> dict[str, str]:
+    """Sentence of each warning of settings, by what it is about."""
+    return dict(warn.of_settings(verb, config, CPU, num_samples))
 
 
 def test_start_refuses_a_split_of_which_the_first_images_are_all_unreadable(tars: Tars) -> None:
@@ -32,28 +46,50 @@ def test_start_accepts_a_split_with_one_readable_image(tars: Tars) -> None:
     ("steps", "epochs", "warmup", "said"),
     [(9, 800, 2.0, True), (10, 800, 1.0, True), (20, 800, 1.0, False), (None, 3, 2.0, False)],
 )
-def test_start_says_that_warmup_outlasts_the_run(
-    steps: int | None, epochs: int, warmup: float, said: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_start_says_that_warmup_outlasts_the_run(steps: int | None, epochs: int, warmup: float, said: bool) -> None:
     train = TrainConfig(steps=steps, epochs=epochs, global_batch=10, precision="fp32")
-    warn(PretrainConfig(data=DataConfig("x"), train=train, optim=OptimConfig(warmup_epochs=warmup)), CPU, 100)
-    assert ("its lr does not reach its peak before the end" in caplog.text) == said
+    found = warnings(PretrainConfig(data=DataConfig("x"), train=train, optim=OptimConfig(warmup_epochs=warmup)), 100)
+    assert ("its lr does not reach its peak before the end" in found.get("optim.warmup_epochs", "")) == said
 
 
 @pytest.mark.parametrize(("images", "said"), [(7, "an epoch of 7 images is 0.7 steps"), (29, "is 2.9 steps"), (30, "")])
-def test_start_says_that_an_epoch_has_few_steps(images: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_start_says_that_an_epoch_has_few_steps(images: int, said: str) -> None:
     train = TrainConfig(epochs=800, global_batch=10, precision="fp32")
-    warn(PretrainConfig(data=DataConfig("x"), train=train), CPU, images)
-    assert (said in caplog.text) if said else not caplog.text
+    found = warnings(PretrainConfig(data=DataConfig("x"), train=train), images)
+    assert said in found.get("train.global_batch", "")
+    assert ("shows images more than once" in found.get("train.global_batch", "")) == (images < 10)
+    assert bool(found) == bool(said)
 
 
 @pytest.mark.parametrize(("precision", "fast", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp16", True, 1),
                                                          ("fp32", False, 0)])  # fmt: skip
 def test_start_says_once_that_16_bits_are_slow_on_a_cpu(
-    precision: str, fast: bool, said: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    precision: str, fast: bool, said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "has_bf16", lambda: fast)
     config = PretrainConfig(data=DataConfig("x"))
-    with caplog.at_level(logging.WARNING):
-        warn(replace(config, train=replace(config.train, precision=precision)), CPU, 10**6)
-    assert caplog.text.count(f"train.precision={precision}: this CPU has no instructions for it") == said
+    found = warnings(replace(config, train=replace(config.train, precision=precision)), 10**6)
+    assert str(found).count(f"train.precision={precision}: this CPU has no instructions for it") == said
+
+
+RECIPES = [
+    (path, verb) for name, path in recipes.known().items()
+    if (verb := name.partition("/")[0].replace("scratch", "finetune")) in ("pretrain", "probe", "finetune")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "verb"), RECIPES, ids=lambda value: getattr(value, "stem", value))
+def test_start_says_that_the_lr_is_ten_times_off_but_not_of_a_recipe(path: Path, verb: str) -> None:
+    words = ["out=x", "data.path=y", *(["init_from=random"] if verb != "pretrain" else [])]
+    config = load(verb, path, words)
+    assert "optim.base_lr" not in warnings(config, 10**6, verb)
+    assert isinstance(config, PretrainConfig | SupervisedConfig)
+    if isinstance(config, ProbeConfig) and config.heads.active:
+        return
+    high = replace(config, optim=replace(config.optim, base_lr=10 * config.optim.base_lr))
+    assert "usually stays below" in warnings(high, 10**6, verb)["optim.base_lr"]
+
+
+def test_start_says_that_the_lr_is_ten_times_too_low() -> None:
+    config = load("pretrain", "imagenet_vit_b16", ["out=x", "data.path=y", "optim.base_lr=1.5e-5"])
+    assert warnings(config, 10**6)["optim.base_lr"].endswith("set optim.base_lr=0.00015, the paper's")
