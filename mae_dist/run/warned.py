@@ -44,7 +44,8 @@ def outside_band(run: Path, config: RunConfig, before: float, epoch: float) -> I
     loss is outside of.
     """
     begin = 0.0
-    for end, low, high in config.track.band if isinstance(config, PretrainConfig) else ():
+    for end, low, high in config.track.band:
+        assert isinstance(config, PretrainConfig)  # no other verb reads the setting
         if before < end <= epoch:
             steps = jsonl.steps(run / layout.METRICS)
             losses = [step["loss"] for step in steps if begin < step["epoch"] <= end and "loss" in step]
