@@ -41,7 +41,7 @@ COUNTED = "MAE_DIST_PROCESSES"
 SIGNALS = (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are passed on to the ranks, which are no part of this process's group."""
 PATIENCE = 30.0
-"""Seconds that ranks have to end after a signal, or after one of them was lost, before they are killed."""
+"""Seconds that ranks have to end after one of them has failed, before they are killed."""
 POLL = 0.1
 """Seconds between looks at the ranks."""
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -153,8 +153,9 @@ def become_rank(argv: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
 
 def wait(pids: Mapping[int, int], received: Sequence[signal.Signals]) -> list[tuple[int, int]]:
     """Wait until all ranks have ended, whose process ids these are: (rank, exit status, or -n after signal n) of those
-    that failed, in the order in which they did. Signals that are `received` meanwhile are passed on; where a rank has
-    failed, the others get SIGTERM. Those that have not ended PATIENCE s after the first are killed.
+    that failed, in the order in which they did. Signals that are `received` meanwhile are passed on, and the ranks have
+    the time that a step and a save take; their own watchdogs end those that hang. Where a rank has failed, the others
+    get SIGTERM, and are killed PATIENCE s later.
     """
     running, failures, passed, deadline = dict(pids), [], 0, math.inf
     while running and time.monotonic() < deadline + PATIENCE:  # a process may hang in the kernel even then
@@ -162,10 +163,9 @@ def wait(pids: Mapping[int, int], received: Sequence[signal.Signals]) -> list[tu
             if rank in running and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 del running[rank]
                 failures += [(rank, os.waitstatus_to_exitcode(ended[1]))] if ended[1] else []
-        due = [*received[passed:], *[signal.SIGTERM] * (deadline == math.inf and len(failures) > 0)]
-        passed = len(received)
-        if due and deadline == math.inf:
-            deadline = time.monotonic() + PATIENCE
+        due, passed = [*received[passed:]], len(received)
+        if failures and deadline == math.inf:
+            due, deadline = [*due, signal.SIGTERM], time.monotonic() + PATIENCE
         for number in [*due, *[signal.SIGKILL] * (time.monotonic() > deadline)]:
             for pid in running.values():
                 send(pid, number)

@@ -34,7 +34,7 @@ def attention_and_gradient(qkv: torch.Tensor, heads: int, d_out: torch.Tensor) -
 def test_short_attention_kernels_equal_torch_in_the_interpreter() -> None:
     """Triton's interpreter runs the kernels on a CPU, in fp32; it is chosen before Triton is imported."""
     pytest.importorskip("triton")
-    code = f"""
+    code = """
 import torch
 from test_cuda_graphs import attention_and_gradient
 from mae_dist.models.short_attention import short_attention
