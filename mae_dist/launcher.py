@@ -42,6 +42,8 @@ SIGNALS = (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are passed on to the ranks, which are no part of this process's group."""
 PATIENCE = 30.0
 """Seconds that ranks have to end after one of them has failed, before they are killed."""
+IMPORTS = 600.0
+"""Seconds that imports may take, from a storage that is slow, on a machine that does much else."""
 POLL = 0.1
 """Seconds between looks at the ranks."""
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -100,7 +102,7 @@ def run(argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str
     their exit status.
     """
     if is_forked():
-        with watchdog.watching(watchdog.STARTING):
+        with watchdog.watching(IMPORTS):
             cli.import_module(cli.VERBS[argv[0]].module)
     received: list[signal.Signals] = []
 
