@@ -348,7 +348,11 @@ def _numbered(named: Named, by_number: bool) -> Labelled:
     names = set().union(*map(classes_of, named.values()))
     if not names:
         return Labelled({split: [(f, -1) for f, _ in files] for split, files in named.items()}, None, None)
-    if by_number and all(re.fullmatch(r"-1|0|[1-9]\d*", name) for name in names):
+    others = [name for name in names if not re.fullmatch(r"-1|0|[1-9]\d*", name)]
+    if by_number and others and len(others) < len(names):
+        what = f"{len(names) - len(others)} of {len(names)} labels are numbers, but not {listed(sorted(others))}"
+        log.warning("--labels: %s; all count as names", what)
+    if by_number and not others:
         labels, classes = {name: int(name) for name in names}, None
         num_classes = max(labels.values()) + 1 or None
         if num_classes is not None and (empty := num_classes - len(names - {"-1"})):

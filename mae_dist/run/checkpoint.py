@@ -159,9 +159,12 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
 def verify(path: Path) -> str | None:
     """What is damaged in a checkpoint, or None where its files are those of its manifest, by name, size and sha256."""
     try:
-        files = layout.manifest(path)["files"]
+        manifest = layout.manifest(path)
     except ValueError as error:
         return str(error)
+    if manifest["step"] != layout.step_of(path):
+        return f"{MANIFEST} is of step {manifest['step']}"
+    files = manifest["files"]
     own = {MANIFEST, *files}
     for file in sorted(path.iterdir()):  # all safetensors files of a folder are read, so none may come from elsewhere
         if file.name not in own and (file.suffix == ".safetensors" or not file.name.startswith(".")):

@@ -134,8 +134,8 @@ def step_of(path: Path) -> int:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint: "files", by name their "bytes" and "sha256", and "world" and "num_tensors". Raises
-    ValueError where it is damaged, and MachineFault.
+    """The manifest of a checkpoint: "step", "files", by name their "bytes" and "sha256", and "world" and "num_tensors".
+    Raises ValueError where it is damaged, and MachineFault.
     """
     file = checkpoint / MANIFEST
     plain = small_files.read_json(file)
@@ -144,7 +144,8 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
         isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
         and Path(name).name == name for name, facts in files.items()
     )  # fmt: skip
-    if not (files and named and all(type(plain.get(name)) is int for name in ("world", "num_tensors"))):
+    numbers = (plain.get(name) for name in ("step", "world", "num_tensors"))
+    if not (files and named and all(type(number) is int and number >= 0 for number in numbers)):
         raise ValueError(f"{file}: not the manifest of a checkpoint")
     return plain
 

@@ -190,11 +190,16 @@ def test_folder_lists_name_images_by_the_ids_of_cub(tmp_path: Path, caplog: pyte
         read(tmp_path, answer)
 
 
-def test_folder_list_takes_words_for_no_label_as_none(tmp_path: Path) -> None:
+def test_folder_list_takes_words_for_no_label_as_none_and_reports_names_among_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     words = ["nan", "None", "NULL", "NA", "n/a", "#N/A", "<NA>", "", "-1", "cat"]
     files(tmp_path, *(f"{number}.jpg" for number in range(len(words))))
     files(tmp_path, "l.csv", content="".join(f"{number}.jpg,{word}\n" for number, word in enumerate(words)))
     assert read(tmp_path, labels="l.csv") == {"train": {None: 9, "cat": 1}}
+    files(tmp_path, "l.csv", content="0.jpg,0\n1.jpg,1\n2.jpg,1=\n")
+    assert read(tmp_path, labels="l.csv") == {"train": {None: 7, "0": 1, "1": 1, "1=": 1}}
+    assert "--labels: 2 of 3 labels are numbers, but not 1=; all count as names" in caplog.text
 
 
 def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:

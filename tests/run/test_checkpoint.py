@@ -385,6 +385,17 @@ def test_damaged_manifest_counts_as_damage(tmp_path: Path, text: str) -> None:
     assert checkpoint.verify(run.checkpoints()[0]) is not None
 
 
+@pytest.mark.parametrize(("field", "value"), [("step", 2), ("step", 0.5), ("world", "1"), ("num_tensors", -1)])
+def test_manifest_of_another_step_or_without_numbers_counts_as_damage(tmp_path: Path, field: str, value: Any) -> None:
+    (path,) = saved(tmp_path, 1).checkpoints()
+    assert checkpoint.verify(path) is None
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {field: value}))
+    assert str(checkpoint.verify(path)).startswith(
+        "manifest.json is of step 2" if value == 2 else f"{path}/manifest.json: not the manifest"
+    )
+
+
 def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
     for path in run.checkpoints():
