@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shlex
 import sys
-from pathlib import Path
 
 from mae_dist import (
     __version__,
@@ -19,7 +17,6 @@ from mae_dist import (
     config,
     environment,
     errors,
-    hints,
     launcher,
     printed,
     recipes,
@@ -164,6 +161,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
 
 def print_result(verb: str, settings: schema.RunConfig, argv: list[str]) -> None:
     """Print the final numbers of a run, where its folder is, and what may come next."""
+    from mae_dist.monitor import following
     from mae_dist.run.directory import RunDir
 
     out = settings.out
@@ -171,12 +169,8 @@ def print_result(verb: str, settings: schema.RunConfig, argv: list[str]) -> None
     numbers = "  ".join(f"{name} {_format(value)}" for name, value in result.items() if name != "verb")
     print(f"{verb} is finished: {numbers}\n{out} holds it; `mae-dist report {out}` draws it")
     if verb == "pretrain":
-        stem = next((Path(word).stem for word in argv if "=" not in word), "")
-        for following in ("probe", "finetune"):
-            recipe = [stem] if f"{following}/{stem}" in recipes.known() else []
-            data = f"data.path={hints.shown(settings.data.path)}"
-            words = [following, *recipe, data, f"init_from={out}", f"out={out}-{following}"]
-            print(f"next, where there are labels: mae-dist {shlex.join(words)}")
+        for why, command in following.after_pretraining(settings, out, argv):
+            print(f"next, for {why}: {command}")
 
 
 def _format(value: object) -> str:

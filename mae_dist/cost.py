@@ -11,9 +11,10 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Protocol
 
+from mae_dist import heads_settings
 from mae_dist.model_sizes import grid_of, size_of
 from mae_dist.patch_counts import patch_counts
-from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, TrainingConfig
+from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, ProbeConfig, TrainingConfig
 
 FP32 = 4
 """Bytes of a number."""
@@ -181,7 +182,11 @@ def finetuning(
 
 
 def of_run(config: TrainingConfig) -> Cost | None:
-    """The cost of an image in a step of a run, without heads of classes, which are below 1 %."""
+    """The cost of an image in a step of a run, without heads of classes, which are below 1 %; None of heads on stored
+    features, which are all of a step.
+    """
+    if isinstance(config, ProbeConfig) and heads_settings.stores_features(config):
+        return None
     model, channels = config.model, config.data.channels or 3
     if isinstance(config, PretrainConfig):
         return pretraining(model.name, config.mae, model.image_size, channels)

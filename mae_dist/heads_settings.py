@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mae_dist import hints
-from mae_dist.schema import ProbeConfig
+from mae_dist.schema import HeadsConfig, ProbeConfig
 
 OWN_OF_HEADS = {
     "optim.name": "heads.lars, heads.sgd, heads.adamw", "optim.base_lr": "heads.lars, heads.sgd, heads.adamw",
@@ -38,3 +38,18 @@ def check(config: ProbeConfig, changed: Mapping[str, Any]) -> None:
         raise ValueError("data.weights: heads.ridge and heads.knn take each image once; leave it out")
     if heads.active and config.train.clip_grad is not None:
         raise ValueError(f"train.clip_grad={config.train.clip_grad:g}: several heads would clip each other; omit it")
+
+
+def num_trained(heads: HeadsConfig) -> int:
+    """Heads that are trained by steps: all but ridge regression and nearest neighbours."""
+    rates, reads = len(heads.lars) + len(heads.sgd) + len(heads.adamw), len({*heads.blocks} or {0})
+    per_rate = len(heads.weight_decay)
+    pooled = len(heads.adamw) * per_rate if heads.attentive else 0
+    return reads * len({*heads.features}) * rates * per_rate + pooled
+
+
+def stores_features(config: ProbeConfig) -> bool:
+    """Whether heads are trained on features that are computed once, as no image is augmented."""
+    view = config.view
+    augmented = view.crop != "center" or view.flip or view.random_erasing or view.randaugment or view.color_jitter
+    return config.heads.active and not augmented

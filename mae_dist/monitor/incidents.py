@@ -15,11 +15,12 @@ from mae_dist.run.events import Event
 
 
 class Incident(NamedTuple):
-    """When something happened, at which step if that is known, and what it was."""
+    """When something happened, at which step if that is known, what it was, and whether it is a warning of the run."""
 
     time: str
     step: str
     what: str
+    is_warning: bool = False
 
 
 def of(recorded: list[Event], run: Path) -> list[Incident]:
@@ -32,7 +33,11 @@ def of(recorded: list[Event], run: Path) -> list[Incident]:
     last = {(event["job"], event["start"]): event for event in recorded if event["event"] == "requeue"}
     repeated = [event for event in recorded if event["event"] == "requeue" and event not in last.values()]
     found += [event for event in recorded if event is not first and event not in repeated]
-    incidents = (Incident(event["time"], str(event.get("step", "")), text) for event in found if (text := _text(event)))
+    incidents = (
+        Incident(event["time"], str(event.get("step", "")), text, event["event"] == "warn")
+        for event in found
+        if (text := _text(event))
+    )
     return sorted(incidents, key=lambda incident: incident.time)
 
 

@@ -1,38 +1,46 @@
 """`mae-dist report RUN [RUN ...]`: one HTML file about one or several runs, to read, to compare and to pass on.
 
-The file is self-contained, written atomically, opens offline, in light and dark and on a phone. A run that is not
-finished, or has no metrics yet, is reported as such. The template escapes everything that comes from a run.
+The file is self-contained, written atomically, opens offline, in light and dark, on a phone and on paper. A run that is
+not finished, or has no metrics yet, is reported as such. The template escapes everything that comes from a run.
 Reads files only: starts nothing and changes nothing in a run's folder but the report itself.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 from markupsafe import Markup
 
 from mae_dist import config as configuration
-from mae_dist.cli import Parser, duration
-from mae_dist.monitor import incidents, svg
+from mae_dist.cli import Parser
+from mae_dist.monitor import (
+    compare,
+    following,
+    matrix,
+    predictions,
+    probe_table,
+    provenance,
+    records,
+    report_texts,
+    speed,
+    svg,
+)  # fmt: skip
+from mae_dist.monitor.compare import Group
+from mae_dist.monitor.records import Run
 from mae_dist.monitor.svg import Series, number
-from mae_dist.run import events, jsonl, layout
-from mae_dist.schema import RANDOM, PretrainConfig, RunConfig
+from mae_dist.run import jsonl, layout
+from mae_dist.schema import PretrainConfig
 
 MAX_EARLIER_PICTURES = 6
 MAX_INCIDENTS = 50
-MOST_STEPS = 50_000
-"""Steps of a metrics.jsonl that are shown, at least, where it has as many."""
+MAX_FURTHER_PLOTS = 24
 MOST_PICTURE = 2**25
 """Bytes of a picture."""
 LOSS_UNITS = {"probe": "cross-entropy, nats", "finetune": "cross-entropy, nats"}
@@ -40,255 +48,156 @@ NORM_PIX = (
     "With mae.norm_pix=true the loss is in units of per-patch variance: 1.0 is predicting the patch mean. "
     "Pictures un-normalise with the true patch statistics."
 )
+SEEDS = "A group of seeds is one curve, their mean."
 ROWS = {"reconstruction": "rows: original, masked, reconstructed"}
-DASH = "\N{EN DASH}"
-"""Shown in place of a number that a run does not have."""
-Point = tuple[float, float]
+KNOWN = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "bad"}
+"""Numbers of metrics.jsonl that have their own plot, or are counted elsewhere."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one run's folder holds. `style` is the run's place in the report; `result` is {} until it is finished;
-    `every` is how many recorded steps each of those in `metrics` stands for.
-    """
+class Report:
+    """All that a report is made from."""
 
-    path: Path
-    name: str
-    style: int
-    verb: str
-    data_fingerprint: str
-    total_steps: int
-    config: RunConfig
-    config_text: str
-    metrics: list[dict[str, Any]]
-    result: dict[str, Any]
-    starts: list[dict[str, Any]]
-    incidents: list[incidents.Incident]
-    num_unreadable: int
-    every: int
+    title: str
+    written: str
+    runs: list[Run]
+    groups: list[Group]
+    pairs: list[compare.Pair]
+    predictions: list[predictions.Predictions]
 
-    @property
-    def resumed(self) -> list[float]:
-        """The steps at which the run was started again."""
-        return [start["step"] for start in self.starts if start["step"] > 0]
+    def next(self, run: Run) -> list[following.Next]:
+        """Commands that may follow on a run."""
+        own, starts = {str(run.path), run.config.out}, {other.init_from for other in self.runs}
+        random = any(run in pair.other.runs for pair in self.pairs)
+        names = {run.name, run.path.name}
+        predicted = any(Path(found.origin.partition("@")[0]).name in names for found in self.predictions)
+        return following.after(
+            run.verb, run.config, str(run.path), run.starts[-1].get("command") if run.starts else None,
+            finished=run.state == "finished", is_start=bool(own & starts), has_random=random, predicted=predicted,
+        )  # fmt: skip
 
-    @property
-    def init_from(self) -> str:
-        """The run whose weights this run started from, or `random`."""
-        return getattr(self.config, "init_from", RANDOM)
-
-    @property
-    def top1(self) -> float | None:
-        """Test accuracy in percent of a finished run that measured it."""
-        top1 = self.result.get("top1")
-        return top1 if _finite(top1) and self.result.get("num_test_images") else None
-
-    @property
-    def state(self) -> str:
-        """`finished`, or how far the run has come."""
-        step = self.last("step")
-        if self.result or step is None:
-            return "finished" if self.result else "incomplete, no step yet"
-        return f"incomplete at step {number(step)} of {number(self.total_steps)}"
-
-    def last(self, key: str) -> float | None:
-        """The latest value of a metric, None where there is none."""
-        return next((line[key] for line in reversed(self.metrics) if _finite(line.get(key))), None)
-
-
-class Pair(NamedTuple):
-    """Two finished runs with a test accuracy that differ only in their initial weights."""
-
-    random: Run
-    run: Run
-
-    @property
-    def scores(self) -> list[tuple[float, int]]:
-        """Top-1 in percent and the number of test images, of each run."""
-        return [(run.result["top1"], run.result["num_test_images"]) for run in self]
-
-    @property
-    def gain(self) -> float:
-        """Points of top-1 by which the pretrained run is better."""
-        return self.run.result["top1"] - self.random.result["top1"]
-
-    @property
-    def standard_error(self) -> float:
-        """Of the gain, in points, as if the two had been tested on independent samples of images. On the same images,
-        where two runs often err together, it is smaller.
-        """
-        return math.sqrt(sum(top1 * (100 - top1) / num_images for top1, num_images in self.scores))
-
-    @property
-    def num_test_images(self) -> str:
-        """One number as text, or two where the runs were tested on different splits."""
-        return " and ".join(dict.fromkeys(f"{num_images:,}" for _, num_images in self.scores))
+    def following(self) -> list[tuple[Run, list[following.Next]]]:
+        """The commands of `next` of each run that has some; of a group of seeds that are finished, of the first."""
+        chosen = (run for group in self.groups for run in group.runs if run == group.runs[0] or run.state != "finished")
+        return [(run, steps) for run in chosen if (steps := self.next(run))]
 
 
 def main(argv: list[str]) -> int:
     """Run `mae-dist report ARGV`: write the report, print its path and return the exit status."""
     parser = Parser(prog="mae-dist report", description="Write one HTML file about one or several runs.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first RUN")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or of `mae-dist predict`")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
     parser.add_argument("--title", metavar="T", help="default: the runs' names")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print all numbers as JSON instead, or write them to --out")
+    form.add_argument("--md", action="store_true", help="print Markdown tables of the results instead, or write them")
     args = parser.parse_args(argv)
+    if args.out and args.out.is_dir():
+        raise ValueError(f"out={args.out}: is a folder; name a file, for example {args.out / 'report.html'}")
     title = args.title or ", ".join(run.resolve().name for run in args.runs[:3]) + ", ..." * (len(args.runs) > 3)
-    print(write(args.runs, args.out or args.runs[0] / "report.html", title))
+    report = read(args.runs, title, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    as_text = args.json or args.md
+    text = report_texts.as_json(report) if args.json else report_texts.as_markdown(report) if args.md else page(report)
+    if as_text and args.out is None:
+        print(text, end="")
+        return 0
+    out = args.out or report.runs[0].path / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    jsonl.write_atomic(out, text)
+    print(out)
     return 0
 
 
-def write(runs: Sequence[Path], out: Path, title: str) -> Path:
-    """Write the report about `runs` to the file `out` and return it. Raises ValueError for a folder that is no run."""
-    if out.is_dir():
-        raise ValueError(f"out={out}: is a folder; name a file, for example {out / 'report.html'}")
-    text = page(read_runs(runs), title, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    jsonl.write_atomic(out, text)
-    return out
-
-
-# Reading
-
-
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read each run once, in the given order. Its name is its folder's, or the whole path where two are the same."""
-    unique = list({path.resolve(): path for path in paths}.items())
-    names = [resolved.name for resolved, _ in unique]
-    return [
-        _read_run(path, str(path) if names.count(resolved.name) > 1 else resolved.name, style)
-        for style, (resolved, path) in enumerate(unique)
-    ]
-
-
-def _read_run(path: Path, name: str, style: int) -> Run:
-    file = path / layout.CONFIG
-    if not file.is_file():
-        raise ValueError(f"run {path}: holds no config.yaml, so it is no run of mae-dist; give the out= of a run")
-    verb, data_fingerprint, config = layout.settings(path)
-    metrics, *damaged, every = jsonl.read_thinned(path / layout.METRICS, MOST_STEPS)
-    recorded, also_damaged = jsonl.read_counting(path / events.FILE)
-    recorded = events.sound(recorded, events.FIELDS)
-    return Run(
-        path=path, name=name, style=style, verb=verb, data_fingerprint=data_fingerprint, config=config,
-        config_text=file.read_text("utf-8"), total_steps=layout.read_config(path)["total_steps"], result=_result(path),
-        num_unreadable=sum(damaged, also_damaged), every=every,
-        metrics=[line for line in metrics if _finite(line.get("step"))],
-        starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded, path),
-    )  # fmt: skip
-
-
-def _result(path: Path) -> dict[str, Any]:
-    try:
-        return layout.result(path) or {}
-    except ValueError as error:
-        raise ValueError(f"{path / layout.RESULT}: is damaged ({error}); restore it or leave the run out") from error
-
-
-# Numbers
-
-
-def points(run: Run, key: str) -> list[Point]:
-    """(step, value) of one metric by step, finite values only; of a step that a resumed run repeated, the later."""
-    values = {line["step"]: line[key] for line in run.metrics if _finite(line.get(key))}
-    return sorted(values.items())
-
-
-def data_wait(run: Run) -> list[Point]:
-    """(step, percent of a mean step's time for which that step waited for data), 100 at most."""
-    batch, speed = run.config.train.global_batch, dict(points(run, "images_per_second"))
-    waits = [(step, wait) for step, wait in points(run, "data_wait") if step in speed]
-    return [(step, min(100.0, 100 * wait * speed[step] / batch)) for step, wait in waits]
-
-
-def training_seconds(run: Run) -> float:
-    """Time spent in training steps, from their number and the throughput; 0 where nothing was measured."""
-    batch, speed = run.config.train.global_batch, points(run, "images_per_second")
-    before = [0.0, *(step for step, _ in speed)]
-    return sum(batch * (step - last) / rate for (step, rate), last in zip(speed, before, strict=False) if rate > 0)
-
-
-def summary(run: Run) -> dict[str, str]:
-    """The numbers of a run in the first table: column -> text."""
-
-    def shown(value: float | None, digits: int | None = None) -> str:
-        if value is None or not _finite(value):
-            return DASH
-        return number(value) if digits is None else f"{value:,.{digits}f}"
-
-    result, spent = run.result, training_seconds(run)
-    speed, num_bad = ([value for _, value in points(run, key)] for key in ("images_per_second", "bad"))
-    return {
-        "epochs": shown(run.last("epoch")),
-        "steps": shown(result.get("steps", run.last("step"))),
-        "top-1 %": shown(result.get("top1", run.last("test_top1")), 2),
-        "top-5 %": shown(result.get("top5", run.last("test_top5")), 2),
-        "loss": shown(result.get("loss", run.last("loss"))),
-        "test images": shown(result.get("num_test_images")),
-        "bad samples": shown(sum(num_bad)),
-        "images/s": shown(median(speed) if speed else None),
-        "training": duration(spent) if spent else DASH,
-    }
-
-
-def pairs(runs: Sequence[Run]) -> list[Pair]:
-    """Each run with a score that was initialised from another run, beside the one with the same verb, data and deciding
-    settings that was initialised at random.
-    """
-
-    def key(run: Run) -> str:
-        settings = configuration.result_settings(run.config) | {"init_from": None}
-        return json.dumps([run.verb, run.data_fingerprint, settings], sort_keys=True, default=str)
-
-    scored = [run for run in runs if run.top1 is not None]
-    randoms = {key(run): run for run in scored if run.init_from == RANDOM}
-    return [Pair(randoms[key(run)], run) for run in scored if run.init_from != RANDOM and key(run) in randoms]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def read(paths: Sequence[Path], title: str, written: str) -> Report:
+    """Read folders of runs and of predictions; `written` is when. Raises ValueError for any other folder."""
+    of_predict = [path for path in dict.fromkeys(paths) if predictions.is_of_predict(path)]
+    others = [path for path in paths if path not in of_predict]
+    if not others:
+        raise ValueError(f"{of_predict[0]}: holds predictions; give the run that made them as well")
+    runs, groups = compare.grouped(records.read_runs(others))
+    found = [predictions.read(path) for path in of_predict]
+    return Report(title, written, runs, groups, compare.pairs(groups), found)
 
 
 # The page
 
 
-def page(runs: Sequence[Run], title: str, written: str) -> str:
-    """The whole HTML text; `written` is when."""
+def page(report: Report) -> str:
+    """The whole HTML text."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    columns, cells = summary(report.runs)
+    tables = [table for run in report.runs if (table := probe_table.of(run))]
     return environment.get_template("report.html.j2").render(
-        title=title, written=written, runs=runs, pairs=pairs(runs), curves=curves(runs), galleries=galleries(runs),
-        style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, summary=summary,
-        documents=documents, number=number, colour=svg.colour, swatch=lambda style: Markup(svg.swatch(style)),
+        report=report, runs=report.runs, columns=columns, cells=cells, story=report_texts.story,
+        curves=curves(report.groups), galleries=galleries(report.runs), probe_tables=tables,
+        differences=compare.differences(report.groups), speeds=[(run, speed.of(run)) for run in report.runs],
+        style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, parts=speed.PARTS,
+        environments=provenance.environments(report.runs), following=report.following(), documents=documents,
+        changed=changed, number=number, colour=svg.colour, swatch=lambda style: Markup(svg.swatch(style)),
+        max_classes=predictions.MOST_CLASSES,
+        confusion=lambda found: Markup(matrix.confusion(found.order, found.counts)),
+        whisker=lambda ends, scale: Markup(matrix.whisker(ends, scale)), labelled=matrix.LABELLED,
         file_name=lambda path: Path(path).name, end_of=lambda text: text if len(text) <= 40 else f"...{text[-37:]}",
     )  # fmt: skip
 
 
-def curves(runs: Sequence[Run]) -> Iterator[tuple[str, Markup, Markup, str]]:
-    """(verb, plot of the loss, the other plots, notes) of each verb whose runs have metrics."""
-    for verb in dict.fromkeys(run.verb for run in runs):
-        chosen = [run for run in runs if run.verb == verb]
+def summary(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns of numbers in the first table, those that no run has left out, and each run's cells by its name."""
+    all_numbers = {run.name: records.numbers(run) for run in runs}
+    names = [n for n in report_texts.COLUMNS if any(numbers[n] is not None for numbers in all_numbers.values())]
+    cells = {run: [report_texts.cell(n, numbers[n]) for n in names] for run, numbers in all_numbers.items()}
+    return [report_texts.COLUMNS[name] for name in names], cells
 
-        def drawn(title: str, key: str, unit: str = "", chosen: list[Run] = chosen, **shape: bool) -> str:
-            of = data_wait if key == "data_wait" else partial(points, key=key)
-            return svg.plot(title, [Series(run.name, run.style, of(run), run.resumed) for run in chosen], unit, **shape)
+
+def curves(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, Markup, str]]:
+    """(verb, plot of the loss, the other plots, notes) of each verb whose runs have metrics."""
+    for verb in dict.fromkeys(group.runs[0].verb for group in groups):
+        chosen = [group for group in groups if group.runs[0].verb == verb]
+        runs = [run for group in chosen for run in group.runs]
+
+        def drawn(title: str, key: str, unit: str = "", chosen: list[Group] = chosen, **shape: bool) -> str:
+            of = records.data_wait if key == "data_wait" else partial(records.points, key=key)
+            series = []
+            for group in chosen:
+                points = sorted(point for run in group.runs for point in of(run))
+                marks = [step for run in group.runs for step in run.resumed]
+                series.append(Series(group.name, group.style, points, marks))
+            return svg.plot(title, series, unit, **shape)
 
         loss = drawn("Loss", "loss", LOSS_UNITS.get(verb, ""), wide=True)
-        small = (
-            drawn("Test top-1", "test_top1", "%")
-            + drawn("Test top-5", "test_top5", "%")
-            + drawn("Learning rate", "lr", zero=True)
+        small = "".join(drawn(_title(key), key, "%" if "top" in key else "") for key in further(runs))
+        small += (
+            drawn("Learning rate", "lr", zero=True)
             + drawn("Gradient norm", "grad_norm", zero=True)
             + drawn("Throughput", "images_per_second", "images/s", zero=True)
             + drawn("Waiting for data", "data_wait", "% of the time", zero=True)
         )
-        notes = ["Across: optimizer steps."]
-        notes += [NORM_PIX] * any(isinstance(run.config, PretrainConfig) and run.config.mae.norm_pix for run in chosen)
-        notes += ["Dotted vertical lines: the run was resumed there."] * any(run.resumed for run in chosen)
+        notes = ["Across: optimizer steps. Light bands: the lowest to the highest value of what is drawn as one point."]
+        notes += [NORM_PIX] * any(isinstance(run.config, PretrainConfig) and run.config.mae.norm_pix for run in runs)
+        notes += [f"The loss is the mean over {heads} heads." for heads in {run.num_heads for run in runs} - {0}]
+        notes += [SEEDS] * any(len(group.runs) > 1 for group in chosen)
+        notes += ["Dotted vertical lines: the run was resumed there."] * any(run.resumed for run in runs)
         if loss + small:
             yield verb, Markup(loss), Markup(small), " ".join(notes)
+
+
+def further(runs: Sequence[Run]) -> list[str]:
+    """Names of all other numbers that evaluations and the like have recorded, in their order, MAX_FURTHER_PLOTS at
+    most; those of steps and intervals are in plots and tables of their own.
+    """
+    own = (jsonl.STEP, jsonl.INTERVAL)
+    others = (line for run in runs for line in run.metrics if line.get("kind") not in own)
+    found = dict.fromkeys(key for line in others for key, value in line.items() if records.finite(value))
+    return [key for key in found if key not in KNOWN and not key.startswith("num_")][:MAX_FURTHER_PLOTS]
+
+
+def _title(key: str) -> str:
+    text = key.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
+    return text[:1].upper() + text[1:60]
 
 
 def is_png(file: Path) -> bool:
@@ -299,8 +208,8 @@ def is_png(file: Path) -> bool:
         return stream.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def galleries(runs: Sequence[Run]) -> Iterator[tuple[Run, str, str, tuple[int, str], list[tuple[int, str]]]]:
-    """(run, kind, what the rows are, latest picture, evenly chosen earlier ones) for each run and kind of picture.
+def galleries(runs: Sequence[Run]) -> Iterator[tuple[Run, str, str, list[tuple[int, str]]]]:
+    """(run, kind, what the rows are, evenly chosen pictures, oldest first) for each run and kind of picture.
 
     A picture is (step, PNG in base64). What is none, and links, which may lead to other files, are left out.
     """
@@ -314,8 +223,13 @@ def galleries(runs: Sequence[Run]) -> Iterator[tuple[Run, str, str, tuple[int, s
             *earlier, latest = sorted(files)
             places = dict.fromkeys(i * len(earlier) // MAX_EARLIER_PICTURES for i in range(MAX_EARLIER_PICTURES))
             chosen = [earlier[place] for place in places] if earlier else []
-            (last, *small) = [(step, base64.b64encode(file.read_bytes()).decode()) for step, file in (latest, *chosen)]
-            yield run, kind, ROWS.get(kind, ""), last, small
+            encoded = [(step, base64.b64encode(file.read_bytes()).decode()) for step, file in (*chosen, latest)]
+            yield run, kind, ROWS.get(kind, ""), encoded
+
+
+def changed(run: Run) -> str:
+    """The settings of a run that are not the defaults of its verb, as they are written on a command line."""
+    return "\n".join(report_texts.setting(*pair) for pair in configuration.changed(run.config).items())
 
 
 def documents(run: Run) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 NUM_COLOURS = 7
@@ -25,7 +25,8 @@ MAX_DOTS = 30
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve. `points` are finite (x, y) with x ascending; `marks` are the x of vertical lines.
+    """A named curve. `points` are finite (x, y) with x ascending; of several with one x, for several runs, the mean is
+    drawn. `marks` are the x of vertical lines.
 
     `style` is the number of the curve on the page: it decides colour and dashes, the same in every plot.
     """
@@ -45,14 +46,24 @@ class Bin(NamedTuple):
     high: float
 
 
+def merged(points: Sequence[tuple[float, float]]) -> list[Bin]:
+    """The points of each x as one."""
+    found = []
+    for x, together in groupby(points, key=lambda point: point[0]):
+        ys = [y for _, y in together]
+        found.append(Bin(x, sum(ys) / len(ys), min(ys), max(ys)))
+    return found
+
+
 def downsample(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[Bin]:
-    """Merge neighbouring points into at most `limit` bins of equal size, up to one point; short series are kept."""
-    num_bins = min(limit, len(points))
+    """Merge neighbouring points into at most `limit` bins of equal size, up to one x; short series are kept."""
+    singles = merged(points)
+    num_bins = min(limit, len(singles))
     bins = []
     for i in range(num_bins):
-        part = points[i * len(points) // num_bins : (i + 1) * len(points) // num_bins]
-        ys = [y for _, y in part]
-        bins.append(Bin(sum(x for x, _ in part) / len(part), sum(ys) / len(part), min(ys), max(ys)))
+        part = singles[i * len(singles) // num_bins : (i + 1) * len(singles) // num_bins]
+        x, y = (sum(column) / len(part) for column in ([b.x for b in part], [b.y for b in part]))
+        bins.append(Bin(x, y, min(b.low for b in part), max(b.high for b in part)))
     return bins
 
 
@@ -90,15 +101,16 @@ def plot(title: str, series: Sequence[Series], unit: str = "", *, zero: bool = F
     """One figure with axes, curves, tooltips and a legend with the last values; empty where no series has points.
 
     x is the optimizer step, and its axis begins at 0. A long curve is drawn as the means of its bins, with a light band
-    from the lowest to the highest value, cut off at the axes. `zero`: the y axis begins at 0. `wide`: the shape
-    for a whole row instead of half of one.
+    from the lowest to the highest value, cut off at the axes, unless these are of several runs at one x. `zero`: the y
+    axis begins at 0. `wide`: the shape for a whole row instead of a part of one.
     """
     limit = MAX_POINTS if wide else MAX_POINTS_SMALL
     curves = [(one, downsample(one.points, limit)) for one in series if one.points]
     if not curves:
         return ""
     width, height = (900, 340) if wide else (460, 220)
-    ys = [b.y for _, bins in curves for b in bins] + [0.0] * zero
+    ys = [y for _, bins in curves for b in bins for y in ((b.low, b.y, b.high) if len(bins) < limit else (b.y,))]
+    ys += [0.0] * zero
     y_ticks = ticks(min(ys), max(ys))
     last = max(1.0, *(bins[-1].x for _, bins in curves))
     frame = _Frame(last, y_ticks[0], y_ticks[-1], width - LEFT - RIGHT, height - TOP - BOTTOM)
@@ -215,6 +227,6 @@ def _legend(series: Sequence[Series]) -> str:
     for one in series:
         name = escape(one.name)
         items.append(
-            f'<li>{swatch(one.style)}<span title="{name}">{name}</span> <b>{number(one.points[-1][1])}</b></li>'
+            f'<li>{swatch(one.style)}<span title="{name}">{name}</span> <b>{number(merged(one.points)[-1].y)}</b></li>'
         )
     return f'<ul class="legend">{"".join(items)}</ul>'

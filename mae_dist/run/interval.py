@@ -79,3 +79,10 @@ def describe(interval: Mapping[str, Any], num_ranks: int) -> str:
         return f"limited by one rank: the others waited {waited} for {rank} to compute"
     mfu = f", MFU {interval['mfu']:.0%}" if "mfu" in interval else ""
     return f"limited by computing: {interval['compute']:.0%} of the time{mfu}"
+
+
+def advice(limit: str, workers: int) -> str:
+    """What to do about a limit, as the end of its sentence; empty where a setting would hardly change it."""
+    if limit == "data":
+        return f" (machine.workers={workers}); `mae-dist bench data` with this run's settings says what to change"
+    return "; see checkpoint.every and the speed of the disk" if limit == "checkpoint" else ""

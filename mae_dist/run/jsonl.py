@@ -108,16 +108,18 @@ def _last(records: Sequence[Record]) -> Record:
 
 
 def read_thinned(path: Path, most: int) -> tuple[list[Record], int, int]:
-    """The evaluations, then the steps of a metrics.jsonl, of either at most twice `most` (see `Thinned`); how many
-    lines are damaged; and how many steps each of the steps stands for.
+    """The evaluations, intervals and other records of a metrics.jsonl, then its steps, of each kind at most twice
+    `most` (see `Thinned`); how many lines are damaged; and how many steps each of the steps stands for.
     """
-    steps, others, damaged = Thinned(most), Thinned(most), 0
+    kinds = {kind: Thinned(most) for kind in (EVALUATION, INTERVAL, "", STEP)}
+    damaged = 0
     for record in _records(path):
         if record is None:
             damaged += 1
         else:
-            (steps if record.get("kind") == STEP else others).add(record)
-    return others.records() + steps.records(), damaged, steps.every
+            kind = record.get("kind")
+            kinds[kind if isinstance(kind, str) and kind in kinds else ""].add(record)
+    return [record for kept in kinds.values() for record in kept.records()], damaged, kinds[STEP].every
 
 
 def tail(path: Path, num_bytes: int = TAIL) -> list[Record]:

@@ -38,10 +38,6 @@ SECONDS_BETWEEN_LINES = 10.0
 """Least time between two lines of progress in a log."""
 WATCHED_SECONDS = 30.0
 """Seconds over which what limits the run is judged for the log, which has a line where that has changed."""
-ADVICE = {
-    "data": " (machine.workers=%d); `mae-dist bench data` with this run's settings says what to change",
-    "checkpoint": "; see checkpoint.every and the speed of the disk", "communication": "", "compute": "",
-}  # fmt: skip
 
 
 class Tracker:
@@ -180,10 +176,9 @@ class Tracker:
         noticeable = found["waited"] >= interval.NOTICEABLE
         self.said = found["limit"], found["rank"] if noticeable else 0
         if dist.is_main() and self.said != before:
-            advice = ADVICE[found["limit"]]
             log.log(
                 logging.WARNING if noticeable else logging.INFO, "step %d: %s%s", step,
-                interval.describe(found, len(ranks)), advice % self.workers if "%" in advice else advice,
+                interval.describe(found, len(ranks)), interval.advice(found["limit"], self.workers),
             )  # fmt: skip
 
     def restart_clock(self) -> None:

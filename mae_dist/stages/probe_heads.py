@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mae_dist import config as configuration
-from mae_dist import dist, evaluate, parallel, schema
+from mae_dist import dist, evaluate, heads_settings, parallel, schema
 from mae_dist.batch import Batch
 from mae_dist.data.features import Features
 from mae_dist.data.loader import Source
@@ -64,8 +64,7 @@ def train_and_compare(
     setup: Setup[schema.ProbeConfig], objective: ProbeHeads, held: np.ndarray, rest: np.ndarray
 ) -> None:
     """Train the heads on the samples `rest`, compare them on the `held` out ones, test the best."""
-    view, precision = setup.config.view, setup.config.train.precision
-    fixed = view.crop == "center" and not (view.flip or view.random_erasing or view.randaugment or view.color_jitter)
+    precision, fixed = setup.config.train.precision, heads_settings.stores_features(setup.config)
     source = stored(setup, objective) if fixed else setup.source(setup.train_split, training=True)
     numbers = train(setup, objective, source, held) if objective.heads else prepare(setup, objective)
     with parallel.autocast(precision, setup.device):

@@ -8,91 +8,27 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import yaml
 from markupsafe import escape
+from report_pages import DASH, EVIL, Checker, figures, finish, make_run, render, write_lines
 
-from mae_dist import config, image_grid
+from mae_dist import image_grid
 from mae_dist.__main__ import main
 from mae_dist.cli import duration
-from mae_dist.monitor import report
-from mae_dist.run import events, jobs, layout
+from mae_dist.monitor import compare, records, report
+from mae_dist.run import events, jobs
 
 NOW = "2026-01-01T00:00:00+0000"
-EVIL = '<script>alert("&")</script>'
-
-
-def make_run(path: Path, verb: str = "pretrain", *overrides: str, num_steps: int = 40) -> Path:
-    """A small run as the real stages write it: 128 images a step, 10 steps an epoch, 640 images a second."""
-    always = [f"out={path}", "data.path=/data", "model.name=vit_p4_d128", "train.global_batch=128"]
-    settings = config.load(verb, None, [*always, *overrides])
-    path.mkdir(parents=True)
-    head = {"format": layout.FORMAT, "verb": verb, "data_fingerprint": "abc"}
-    head |= {"total_steps": config.total_steps(settings.train, 1280)}
-    (path / "config.yaml").write_text(yaml.safe_dump(head, sort_keys=False) + config.dump(settings))
-    same = {"kind": "step", "lr": 1e-3, "grad_norm": 0.5, "images_per_second": 640.0, "data_wait": 0.05}
-    steps = range(1, num_steps + 1)
-    write_lines(path / "metrics.jsonl", [{"step": step, "epoch": step / 10, "loss": 1 / step} | same for step in steps])
-    return path
-
-
-def write_lines(file: Path, lines: list[dict[str, Any]], cut: str = "") -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
-
-
-def finish(path: Path, **numbers: Any) -> Path:
-    (path / "result.json").write_text(json.dumps(numbers))
-    return path
-
-
-def render(*paths: Path) -> str:
-    return report.page(report.read_runs(paths), "A title", "today")
 
 
 def cells(html: str, name: str) -> list[str]:
     """The texts of a run's row in the summary table."""
     row = next(r for r in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL) if f" {name}</span>" in r)
     return [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
-
-
-def figures(html: str) -> list[tuple[str, ElementTree.Element]]:
-    """The plots of a page with their titles, parsed as XML, in order."""
-    found = [ElementTree.fromstring(f) for f in re.findall(r'<figure class="plot.*?</figure>', html, re.DOTALL)]
-    return [((figure.findtext("figcaption") or "").strip(), figure) for figure in found]
-
-
-class Checker(HTMLParser):
-    """Holds open tags against closing ones, and collects every address that a browser would load."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 @pytest.fixture
@@ -139,8 +75,8 @@ def test_report_is_well_formed_and_loads_nothing(family: list[Path]) -> None:
 
 def test_report_summary_has_the_numbers(family: list[Path]) -> None:
     html = render(*family)
-    tail = ["0", "640", "8 s", "finished"]
-    numbers = ["4", "40", report.DASH, report.DASH, "0.4123", report.DASH]
+    tail = ["640", "8 s", "finished"]
+    numbers = ["4", "40", DASH, DASH, "0.4123", DASH]
     assert cells(html, "mae") == ["mae", "pretrain", "vit_p4_d128", "random", "/data", *numbers, *tail]
     numbers = ["4", "40", "31.25", "60.12", "2.75", "2,000"]
     assert cells(html, "probe-mae") == ["probe-mae", "probe", "vit_p4_d128", "mae", "/data", *numbers, *tail]
@@ -170,13 +106,13 @@ def test_report_pairs_differ_only_in_init_from(tmp_path: Path, verb: str, change
     one = finish(make_run(tmp_path / "a", "probe", "init_from=mae"), top1=2.0, num_test_images=10)
     other = finish(make_run(tmp_path / "b", verb, "init_from=random", *changes), top1=1.0, num_test_images=10)
     same = finish(make_run(tmp_path / "c", "probe", "init_from=random", "data.path=/mnt"), top1=1.0, num_test_images=10)
-    found = report.pairs(report.read_runs([one, other, same]))
+    found = compare.pairs(compare.grouped(records.read_runs([one, other, same]))[1])
     assert [(random.name, run.name) for random, run in found] == [("c", "a")]
 
 
 def test_report_escapes_everything(tmp_path: Path, family: list[Path]) -> None:
     evil = make_run(tmp_path / "<b>&'bold", num_steps=3)
-    html = report.page(report.read_runs([*family, evil]), EVIL, "today")
+    html = render(*family, evil, title=EVIL)
     assert "<script" not in html
     assert html.count(str(escape(EVIL))) >= 5  # title twice, hostname, two incidents
     assert "<b>&" not in html
@@ -212,19 +148,19 @@ def test_report_ignores_a_half_written_line_and_counts_damaged_ones(tmp_path: Pa
     run = make_run(tmp_path / "run")
     lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.25}]
     write_lines(run / "metrics.jsonl", lines, cut='{"step": 4, "lo')
-    (read,) = report.read_runs([run])
-    assert report.points(read, "loss") == [(1, 0.5), (3, 0.25)]
+    (read,) = records.read_runs([run])
+    assert records.points(read, "loss") == [(1, 0.5), (3, 0.25)]
     assert read.num_unreadable == 0
     write_lines(run / "metrics.jsonl", lines, cut='{"step": 4, "lo\n{"step": 3, "loss": 0.125}\n')
-    (read,) = report.read_runs([run])
-    assert report.points(read, "loss") == [(1, 0.5), (3, 0.125)]  # the later line of a step counts
+    (read,) = records.read_runs([run])
+    assert records.points(read, "loss") == [(1, 0.5), (3, 0.125)]  # the later line of a step counts
     assert "1 unreadable lines" in render(run)
 
 
 def test_report_data_wait_is_a_share_of_the_step(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_steps=1)  # a step takes 0.2 s, of which 0.05 s waiting
-    (read,) = report.read_runs([run])
-    assert report.data_wait(read) == [(1, pytest.approx(25.0))]
+    (read,) = records.read_runs([run])
+    assert records.data_wait(read) == [(1, pytest.approx(25.0))]
 
 
 def test_report_marks_resumes(family: list[Path]) -> None:
@@ -240,15 +176,17 @@ def test_report_marks_resumes(family: list[Path]) -> None:
 def test_report_gallery_has_the_latest_and_some_earlier_pictures(family: list[Path]) -> None:
     html = render(family[0])
     steps = [int(s) for s in re.findall(r'alt="reconstruction of mae at step (\d+)"', html)]
-    assert steps[0] == 20
-    assert steps[1] == 1
+    assert steps[0] == 1
+    assert steps[-1] == 20
     assert len(steps) == 1 + report.MAX_EARLIER_PICTURES
-    assert steps[1:] == sorted(set(steps[1:]))
+    assert steps == sorted(set(steps))
+    assert len(re.findall(r'<input type="radio" name="film-1"', html)) == len(steps)
+    assert len(re.findall(r"<input [^>]*checked", html)) == 1
 
 
 def test_report_names_runs_of_equal_folder_names_by_their_paths(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
-    assert [run.name for run in report.read_runs([one, two, one])] == [str(one), str(two)]
+    assert [run.name for run in records.read_runs([one, two, one])] == [str(one), str(two)]
 
 
 DAMAGED = ["- a\n- b\n", "out: somewhere\n", "verb: [\n", "format: 2\nverb: knn\n", "verb: knn\n"]
@@ -259,7 +197,7 @@ def test_report_of_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> N
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        report.write([tmp_path], tmp_path / "out.html", "t")
+        report.main([str(tmp_path), "--out", str(tmp_path / "out.html")])
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "out.html").exists()
@@ -307,11 +245,11 @@ def test_report_embeds_pictures_of_the_run_alone(tmp_path: Path) -> None:
 def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", num_steps=100)
     whole = cells(render(run), "run")
-    monkeypatch.setattr(report, "MOST_STEPS", 10)
+    monkeypatch.setattr(records, "MOST_STEPS", 10)
     page = render(run)
     assert "8 in a row are shown as one, the last." in page
     assert cells(page, "run") == whole
-    assert report.read_runs([run])[0].last("step") == 100
+    assert records.read_runs([run])[0].last("step") == 100
 
 
 @pytest.mark.parametrize(
