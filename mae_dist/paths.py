@@ -27,7 +27,7 @@ MOST_FOLDERS = 10_000
 """Folders in which tars are looked for: more are not a data set, but a disk."""
 MOST_NAMES = 1_000_000
 """Names that one text may have braces for."""
-HOME = re.compile(r"(^|::|[\[,]\s*)(~[\w.-]*)(?=/|::|[,\]]|$)")
+HOME = re.compile(r"(^|::|=|[\[,]\s*)(~[\w.-]*)(?=/|::|[,\]]|$)")
 VARIABLE = re.compile(r"\$(\w+)")
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 ELEMENT = re.compile(r"""(?:"[^"]*"|'[^']*'|\{(?:[^{}]|\{[^{}]*\})*\}|[^,])+""")

@@ -93,6 +93,7 @@ def test_path_variables_are_those_of_a_shell(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DATA", "/d")
     assert paths.with_variables("~/x") == "/home/me/x"
     assert paths.with_variables("[~/a, $DATA/b]::~") == "[/home/me/a, /d/b]::/home/me"
+    assert paths.with_variables("train=~/a,test=$DATA/b") == "train=/home/me/a,test=/d/b"
     assert paths.with_variables("$DATA/x-{0..1}~/$/a~b") == "/d/x-{0..1}~/$/a~b"
     with pytest.raises(ValueError, match="no variable NOT_THERE"):
         paths.with_variables("$NOT_THERE/x")

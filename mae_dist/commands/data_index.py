@@ -195,6 +195,7 @@ def _merge(
 ) -> index.Dataset:
     """Index `tars` into `folder`; return `before` with these tars as its split."""
     split, source = arguments.split or TRAIN, arguments.labels
+    source = paths.with_variables(source) if "/" in source else source
     _tell_of_split(before, split, [_listed_as(tar, folder) for tar in tars], folder, arguments)
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})

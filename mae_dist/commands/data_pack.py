@@ -52,10 +52,7 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         "what is before the number in a file's name, as in cat.12.jpg",
     )  # fmt: skip
     _add_test_share(folder)
-    _complete(
-        folder, lambda given, tick: from_folder(given.source, given.test_share, given.splits, given.labels, tick),
-        encodes=True,
-    )  # fmt: skip
+    _complete(folder, _open_folder, encodes=True)
 
     _add_imagenet(kinds)
     synthetic = kinds.add_parser("synthetic", help="procedural 32x32 images in 10 classes; needs no source")
@@ -74,6 +71,11 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         lambda given, _: from_tars(paths.with_variables(given.source), given.split, given.test_share),
         sizes=False, encodes=True,
     )  # fmt: skip
+
+
+def _open_folder(given: argparse.Namespace, tick: ProgressCallback) -> Source:
+    splits, labels = (None if text is None else paths.with_variables(text) for text in (given.splits, given.labels))
+    return from_folder(given.source, given.test_share, splits, labels, tick)
 
 
 def _add_imagenet(kinds: argparse._SubParsersAction) -> None:
