@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
-    {"setting", "errors", "interfaces", "printed", "signals", "checksum", "clock", "devices"} | {"tensor_bytes"},
-    {"machine_schema"},
+    {"setting", "errors", "interfaces", "printed", "signals", "checksum", "clock", "gpus", "tensor_bytes"},
+    {"machine_schema", "devices"},
     {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "small_files"}
     | {"watchdog"},
     {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"}
@@ -19,7 +19,7 @@ FLOORS = [
     {"models", "rendezvous", "config", "cost", "cuda_graphs", "launcher"},
     {"dist"},
     {"objectives", "evaluate", "weights", "data", "run"},
-    {"parallel", "monitor", "restore"},
+    {"forecast", "parallel", "monitor", "restore"},
     {"optim"},
     {"rewind", "verify", "trained"},
     {"train"},

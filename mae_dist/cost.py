@@ -7,14 +7,14 @@ Counted are matrix products, linear layers and attention, as in the papers' tabl
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from mae_dist import heads_settings
-from mae_dist.model_sizes import grid_of, size_of
+from mae_dist.model_sizes import block_parameters, grid_of, num_parameters, size_of
 from mae_dist.patch_counts import patch_counts
-from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, ProbeConfig, TrainingConfig
+from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, ProbeConfig, RunConfig, TrainingConfig
 
 FP32 = 4
 """Bytes of a number."""
@@ -24,12 +24,14 @@ FP32 = 4
 class Cost:
     """Cost per image. ``forward`` and ``backward`` are multiply-adds, which the papers' tables call FLOPs; ``kept``
     counts the numbers that autograd keeps for the backward pass, parameters and indices left out, with attention as
-    fused kernels compute it: they keep queries, keys, values, the result and one number a row.
+    fused kernels compute it: they keep queries, keys, values, the result and one number a row. ``recomputable`` are
+    those of them that blocks need not keep with activation checkpointing: all but each block's input.
     """
 
     forward: int = 0
     backward: int = 0
     kept: int = 0
+    recomputable: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -49,10 +51,9 @@ class Cost:
         """Bytes in fp32 of what autograd keeps, without activation checkpointing."""
         return FP32 * self.kept
 
-    @property
-    def frozen(self) -> Cost:
-        """The cost without a backward pass."""
-        return Cost(self.forward)
+    def block(self, inputs: int) -> Cost:
+        """The same as the cost of a block that is given so many numbers."""
+        return replace(self, recomputable=self.kept - inputs)
 
 
 class BlockCost(Protocol):
@@ -92,20 +93,21 @@ def attention(queries: int, keys: int, dim: int, context_dim: int, heads: int) -
 def vit_block(tokens: int, out: int, dropped: bool, *, dim: int, heads: int) -> Cost:  # noqa: ARG001
     """`layers.AttentionBlock`."""
     attended = norm(tokens, dim) + Cost(kept=tokens * dim) + attention(out, tokens, dim, dim, heads)
-    return attended + mlp(out, dim, 4 * dim)
+    return (attended + mlp(out, dim, 4 * dim)).block(tokens * dim)
 
 
 def cross_block(tokens: int, context: int, dim: int, context_dim: int, heads: int) -> Cost:
     """`layers.CrossBlock`."""
     queries = norm(tokens, dim) + Cost(kept=tokens * dim)
-    return queries + attention(tokens, context, dim, context_dim, heads) + mlp(tokens, dim, 4 * dim)
+    attended = queries + attention(tokens, context, dim, context_dim, heads)
+    return (attended + mlp(tokens, dim, 4 * dim)).block(tokens * dim)
 
 
 def mixer_block(tokens: int, out: int, dropped: bool, *, dim: int, hidden: int, wide: int) -> Cost:
     """`mixer.MixerBlock`; where patches are hidden, each sample keeps the weights of its own positions."""
     weights = hidden * (tokens + out) if dropped else 0
     mixing = product(dim, tokens, hidden, tokens * dim) + product(dim, hidden, out, 2 * dim * hidden)
-    return norm(tokens, dim) + mixing + Cost(kept=weights) + mlp(out, dim, wide)
+    return (norm(tokens, dim) + mixing + Cost(kept=weights) + mlp(out, dim, wide)).block(tokens * dim)
 
 
 def block_of(name: str, dim: int, heads: int = 0) -> BlockCost | None:
@@ -178,7 +180,7 @@ def finetuning(
         return whole + head
     one = mlp(tokens, dim, size.get("channel_hidden", 4 * dim)) if trained == 0.5 else block(tokens, tokens, False)
     trains = one * math.ceil(trained) + head
-    return Cost(whole.forward + head.forward, trains.backward, trains.kept)
+    return Cost(whole.forward + head.forward, trains.backward, trains.kept, trains.recomputable)
 
 
 def of_run(config: TrainingConfig) -> Cost | None:
@@ -192,3 +194,33 @@ def of_run(config: TrainingConfig) -> Cost | None:
         return pretraining(model.name, config.mae, model.image_size, channels)
     trained = config.model.train_blocks if isinstance(config, FinetuneConfig) else 0
     return finetuning(model.name, model.image_size, channels, trained=trained)
+
+
+def parameters(config: RunConfig, classes: int = 0) -> tuple[int, int]:
+    """(All parameters of a run's objective, fixed ones included; those that are trained), with one head of so many
+    classes. Raises ValueError for a model that does not exist or images that it cannot have.
+    """
+    model, channels = config.model, config.data.channels or 3
+    backbone, dim = num_parameters(model.name, model.image_size, channels), size_of(model.name)["dim"]
+    if isinstance(config, PretrainConfig):
+        total = backbone + decoder_parameters(model.name, config.mae, model.image_size, channels)
+        return total, total
+    head = (dim + 1) * classes
+    if not isinstance(config, FinetuneConfig):
+        return backbone + head, head
+    blocks = config.model.train_blocks
+    share = 1.0 if blocks is None else min(1.0, blocks / size_of(model.name)["depth"])
+    return backbone + head, int(share * backbone) + head
+
+
+def decoder_parameters(name: str, mae: MaeConfig, image_size: int | tuple[int, int], channels: int) -> int:
+    """Parameters of the decoder of masked autoencoding, with its fixed position embedding."""
+    size, grid = size_of(name), grid_of(image_size, size_of(name)["patch"])
+    dim, wide, tokens, pixels = size["dim"], mae.decoder_dim, math.prod(grid), channels * size["patch"] ** 2
+    ends = (num_prefix(name) + tokens) * wide + 2 * wide + (wide + 1) * pixels + (dim if mae.hidden == "token" else 0)
+    if mae.decoder == "cross":
+        block = block_parameters(wide) + 2 * (dim - wide) * wide
+        return ends + wide + mae.decoder_depth * block
+    mixing = {"tokens": tokens, "token_hidden": wide // 2, "channel_hidden": 4 * wide} if "token_hidden" in size else {}
+    embedding = (dim + 1) * wide + (wide if mae.hidden == "drop" else 0)
+    return ends + embedding + mae.decoder_depth * block_parameters(wide, **mixing)

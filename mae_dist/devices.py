@@ -6,12 +6,13 @@ A rank whose GPU has failed would else train on its CPU, a hundred times slower,
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 
 import torch
+
+from mae_dist import gpus
 
 CPU = "cpu"
 DETERMINISTIC = {
@@ -22,16 +23,6 @@ DETERMINISTIC = {
 they took or on sizes. One that is set already stays.
 """
 
-PEAKS = {
-    "B200": (2250, 80), "GH200": (989, 67), "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
-    "H100": (989, 67), "A100": (312, 19.5), "A30": (165, 10.3), "A40": (149.7, 37.4), "A10G": (70, 35),
-    "A10": (125, 31.2), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "V100": (125, 15.7),
-    "T4": (65, 8.1), "RTX 6000 Ada": (364, 91.1), "RTX A6000": (154.8, 38.7), "RTX 5090": (209.5, 104.8),
-    "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6), "MI300X": (1307, 163.4),
-}  # fmt: skip
-"""A part of a GPU's name -> TFLOP/s of matrix products in 16 bits (sums in fp32) and in fp32 (not TF32), by the makers'
-data sheets, without sparsity. A name is looked up from the first row on.
-"""
 MEASURED_SIDES, MEASURED_SECONDS = {"cpu": 512, "cuda": 8192}, 0.05
 """Side of the square matrices, by type of device, whose product is timed where no table knows the peak; how long."""
 
@@ -45,13 +36,10 @@ def name_of(device: torch.device) -> str:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The most floating point operations a second that a device makes of matrix products in `dtype`: of a GPU that
-    PEAKS lists that of the data sheet, else the best that is measured now.
+    `gpus` lists that of the data sheet, else the best that is measured now.
     """
-    name = name_of(device)
-    known = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
-    if known is None or " MIG " in name:  # a part of a GPU
-        return measured_peak(device, dtype)
-    return 1e12 * known[0 if dtype.itemsize == 2 else 1]
+    known = gpus.find(name_of(device))
+    return measured_peak(device, dtype) if known is None else known.peak(dtype.itemsize)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = MEASURED_SECONDS) -> float:

@@ -92,8 +92,16 @@ def num_parameters(name: str, image_size: int | tuple[int, int], channels: int =
     tokens = math.prod(grid_of(image_size, patch))
     embedding = channels * patch**2 * dim + dim
     if "token_hidden" in size:
-        hidden, wide = size["token_hidden"], size["channel_hidden"]
-        block = 2 * tokens * hidden + hidden + tokens + 2 * dim * wide + wide + dim + 4 * dim
+        block = block_parameters(dim, tokens, size["token_hidden"], size["channel_hidden"])
         return embedding + size["depth"] * block + 2 * dim
-    block = 12 * dim**2 + 13 * dim  # qkv, projection, an MLP of four times the width, two norms
-    return embedding + dim + (tokens + 1) * dim + size["depth"] * block + 2 * dim
+    return embedding + dim + (tokens + 1) * dim + size["depth"] * block_parameters(dim) + 2 * dim
+
+
+def block_parameters(dim: int, tokens: int = 0, token_hidden: int = 0, channel_hidden: int = 0) -> int:
+    """Number of parameters of a Mixer's block, or, without `token_hidden`, of a ViT's: queries, keys, values and
+    projection, an MLP of four times the width, two norms.
+    """
+    if not token_hidden:
+        return 12 * dim**2 + 13 * dim
+    mixing = 2 * tokens * token_hidden + token_hidden + tokens
+    return mixing + 2 * dim * channel_hidden + channel_hidden + dim + 4 * dim

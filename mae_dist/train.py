@@ -251,22 +251,28 @@ def prepare(
     """(The module to call, on the device; the state, restored from the run or with the task's initial weights; the
     module's passes as CUDA graphs, if wanted).
     """
-    objective, train = task.objective, config.train
-    module = parallel.parallelize(objective, config.machine, train, device)
-    groups = objective.groups(config.optim) or optim.param_groups(
-        objective, config.optim, objective.backbone.depth, task.no_decay_tokens
-    )
-    optimizer = optim.build(config.optim, groups)
-    optim.init_optimizer_state(optimizer)
-    loss_scale = optim.LossScale(device, enabled=train.precision == "fp16")
-    state = TrainState(objective, optimizer, loss_scale, optim.EMA(objective, train.ema))
+    module, state = new_state(task.objective, config, device, task.no_decay_tokens)
     if not state.restore(run):
         task.load_initial_weights()
         state.ema.reset()
-    objective.train()
     gc.collect()
     gc.freeze()  # a full collection would stop all threads for as long as it takes to visit what there is by now
-    return module, state, graphed(module, state, train) if config.machine.cuda_graphs else None
+    return module, state, graphed(module, state, config.train) if config.machine.cuda_graphs else None
+
+
+def new_state(
+    objective: Objective, config: TrainingConfig, device: torch.device, no_decay_tokens: bool
+) -> tuple[nn.Module, TrainState]:
+    """(The module to call, on the device and in training mode; the state at step 0). See `optim.param_groups`."""
+    module = parallel.parallelize(objective, config.machine, config.train, device)
+    groups = objective.groups(config.optim) or optim.param_groups(
+        objective, config.optim, objective.backbone.depth, no_decay_tokens
+    )
+    optimizer = optim.build(config.optim, groups)
+    optim.init_optimizer_state(optimizer)
+    loss_scale = optim.LossScale(device, enabled=config.train.precision == "fp16")
+    objective.train()
+    return module, TrainState(objective, optimizer, loss_scale, optim.EMA(objective, config.train.ema))
 
 
 def agree(stop: StopFlag, saver: AsyncSaver, last: bool) -> Wanted:
