@@ -6,6 +6,8 @@ override its fields.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import re
 import shutil
@@ -26,6 +28,8 @@ FIELDS = {
     "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node", "gpus-per-task": "gpus_per_node",
 }  # fmt: skip
 """Options of sbatch -> the field of a cluster file that sets them, and from which ranks and limits follow."""
+FLAGS = ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")
+"""Fields that options of the command line override."""
 SIGNAL_LEAD = 30.0
 """Seconds by which SLURM may signal before it was requested to: it checks time limits twice a minute."""
 
@@ -41,6 +45,10 @@ class Cluster:
     gres: str | None = setting(
         None, "request GPUs by --gres=GRES:N, with gpu or gpu:a100 for example; none: by --gpus-per-node=N"
     )
+    gpu: str | None = setting(
+        None, "name of the GPUs, H100 for example, from which preflight knows speed and memory; none: that in gres or "
+        "constraint",
+    )  # fmt: skip
     tasks_per_node: int | None = setting(None, "ranks of each node; none: one a GPU", at_least=1)
     cpus_per_task: int | None = setting(None, "CPU cores of each rank", at_least=1)
     memory: float | None = setting(None, "GB of each node; none: the partition's default; 0: all", at_least=0)
@@ -98,6 +106,22 @@ class Cluster:
         where = f" of partition {' or '.join(self.partitions)}" if self.partitions else ""
         gpus = f", {self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} each" if self.gpus_per_node else ""
         return f"{nodes} x {self.ranks_per_node} rank{'s' * (self.ranks_per_node > 1)}{where}{gpus}, {self.time}"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --cluster and the options that override its fields."""
+    example = Path(__file__).parent / "clusters" / "example.yaml"
+    parser.add_argument("--cluster", help=f"WHERE: a cluster file, see {example}")
+    for name in FLAGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"overrides {name} of the cluster file")
+
+
+def overrides_of(options: argparse.Namespace) -> list[str]:
+    """The `field=value` that the options of `add_flags` give."""
+    flags = {name: value for name in FLAGS if (value := getattr(options, name)) is not None}
+    if flags.get("time", "").isdigit():  # minutes, as for sbatch
+        flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
+    return [f"{name}={json.dumps(value)}" for name, value in flags.items()]
 
 
 def load(file: str, overrides: list[str]) -> Cluster:

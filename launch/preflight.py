@@ -11,11 +11,11 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import model_sizes, starts
+from mae_dist import forecast, model_sizes, starts
 from mae_dist.data import split_checks
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.run import identity, jobs, layout, slurm_cli
-from mae_dist.schema import FinetuneConfig, PretrainConfig, RunConfig
+from mae_dist.schema import RunConfig
 
 DISK_MARGIN = 2**30
 """Bytes of disk for what is not a checkpoint: logs, pictures, code."""
@@ -145,19 +145,10 @@ def nearest_existing(path: Path) -> Path:
 
 def check_disk(config: RunConfig) -> None:
     """Whether the disk has room for the checkpoints that are kept, and for one that is being written."""
-    need = state_bytes(config) * (config.checkpoint.keep + 1) + DISK_MARGIN
-    free = shutil.disk_usage(nearest_existing(Path(config.out))).free
+    size, number = forecast.checkpoint_bytes(config), config.checkpoint.keep + 1
+    need, free = size * number + DISK_MARGIN, shutil.disk_usage(nearest_existing(Path(config.out))).free
     if free < need:
         raise ValueError(
-            f"out={config.out}: {free / 1e9:.1f} GB of disk are free, but {config.checkpoint.keep + 1} checkpoints of "
-            f"{state_bytes(config) / 1e9:.2f} GB need {need / 1e9:.1f}; make room, or lower checkpoint.keep"
+            f"out={config.out}: {free / 1e9:.1f} GB of disk are free, but {number} checkpoints of {size / 1e9:.2f} GB "
+            f"need {need / 1e9:.1f}; make room, or lower checkpoint.keep"
         )
-
-
-def state_bytes(config: RunConfig) -> int:
-    """Estimated bytes of a checkpoint: parameters in fp32, their two moments, their EMA if there is one."""
-    backbone = model_sizes.num_parameters(config.model.name, config.model.image_size, config.data.channels or 3)
-    decoder = 13 * config.mae.decoder_depth * config.mae.decoder_dim**2 if isinstance(config, PretrainConfig) else 0
-    if isinstance(config, PretrainConfig | FinetuneConfig):
-        return 4 * (backbone + decoder) * (3 + bool(config.train.ema))
-    return 4 * backbone

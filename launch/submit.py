@@ -29,13 +29,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from launch import cluster as cluster_file
-from launch import local, pipeline, preflight, slurm, snapshot, sweep
+from launch import local, pipeline, preflight, preflight_screen, slurm, snapshot, sweep
 from launch.cluster import Cluster
 from launch.pipeline import Run, Stage
 from launch.task_runner import JobSpec
 from mae_dist import config as configuration
 from mae_dist import printed
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
+from mae_dist.forecast import Forecast
 from mae_dist.run import identity, jobs, layout, slurm_cli
 from mae_dist.schema import SCHEMAS, C
 
@@ -87,12 +88,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mae-dist submit", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    example = Path(__file__).parent / "clusters" / "example.yaml"
     parser.add_argument("verb", choices=[*SCHEMAS, "pipeline"])
     parser.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value", help="as for mae-dist")
-    parser.add_argument("--cluster", help=f"WHERE: a cluster file, see {example}")
-    for name in ("partition", "nodes", "gpus-per-node", "tasks-per-node", "time"):
-        parser.add_argument(f"--{name}", help=f"overrides {name.replace('-', '_')} of the cluster file")
+    cluster_file.add_flags(parser)
     parser.add_argument("--torchrun", action="store_true", help="one task on each node, which starts its ranks")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="key=a,b,...", help="a job array of all combinations")
     parser.add_argument("--at-once", type=int, default=8, help="runs of a sweep at the same time (default 8)")
@@ -137,10 +135,7 @@ def cluster_for(stage: Stage, options: argparse.Namespace) -> Cluster:
     if options.cluster is None:
         known = ", ".join(sorted(str(path) for path in Path(__file__).parent.glob("clusters/*.yaml")))
         raise ValueError(f"--cluster FILE.yaml is needed: where to run; there are {known}")
-    flags = {name: getattr(options, name) for name in ("partition", "nodes", "gpus_per_node", "tasks_per_node", "time")}
-    if flags["time"] and flags["time"].isdigit():  # minutes, as for sbatch
-        flags["time"] = f"{int(flags['time']) // 60}:{int(flags['time']) % 60:02d}:00"
-    overrides = [f"{name}={pipeline.as_yaml(value)}" for name, value in flags.items() if value is not None]
+    overrides = cluster_file.overrides_of(options)
     overrides += ["torchrun=true"] if options.torchrun else []
     cluster = cluster_file.load(options.cluster, overrides)
     overrides += [] if stage.ranked else cluster_file.one_rank(cluster)
@@ -167,7 +162,13 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
         for stage in remaining:
             num = len(stage.remaining)
             print(f"# {stage.name}: {num} job{'s' * (num > 1)}\n{script(stage, clusters[stage.name])}")
+            for found in expected(stage, clusters[stage.name], remaining):
+                print("\n".join(f"# {line}" for line in preflight_screen.lines(found)) + "\n")
         return
+    for stage in remaining:
+        for found in expected(stage, clusters[stage.name], remaining):
+            if problem := preflight_screen.problem(found):
+                logging.warning("%s: %s", stage.name, problem)
     slurm.leave_allocation()
     largest = slurm_cli.max_array_size() if any(len(stage.remaining) > 1 for stage in remaining) else None
     for stage in remaining:
@@ -182,6 +183,15 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
     numbers = " ".join(slurm.numbers_of(itertools.chain.from_iterable(queued.values())))
     print(f"code  {code} ({(code / layout.REVISION).read_text().strip()})")
     print(f"next: mae-dist runs {quoted_base} --watch | mae-dist logs {quoted_base} | scancel {numbers}")
+
+
+def expected(stage: Stage, cluster: Cluster, remaining: list[Stage]) -> list[Forecast]:
+    """What the first run of a stage is expected to take; none where that is not known before other stages are done."""
+    run, waits = stage.remaining[0], {other.name for other in remaining} & {*stage.needs}
+    if run.config is None or waits or stage.verb not in preflight_screen.TRAINING:
+        return []
+    place = preflight_screen.place_of(cluster)
+    return [preflight_screen.without_trial(stage.verb, with_save_interval(run.config, cluster), place)]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from mae_dist.signals import Stopped
 
 USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one run, see `mae-dist VERB --help`
        mae-dist submit {VERB [CONFIG.yaml],pipeline FILE.yaml} --cluster FILE.yaml [section.key=value ...]
+       mae-dist preflight [VERB] CONFIG.yaml [DATA] [--cluster FILE.yaml] [--json] [section.key=value ...]
        mae-dist report RUN [RUN ...] [--json|--md] [--out FILE]
        mae-dist runs [DIR ...] [--watch] [--results FILE.md]
        mae-dist logs RUN [--lines N] [--all]

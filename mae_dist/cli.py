@@ -26,6 +26,9 @@ VERBS = {
     "probe": Verb("mae_dist.stages.probe", "linear probe: a linear head on a frozen backbone"),
     "finetune": Verb("mae_dist.stages.finetune", "train backbone and head on labels"),
     "submit": Verb("launch.submit", "queue a run, a sweep or a pipeline of runs as SLURM jobs"),
+    "preflight": Verb(
+        "launch.preflight_screen", "will it fit, how fast, how long, what limits it: before it is started"
+    ),
     "report": Verb("mae_dist.monitor.report", "one HTML file from one or more runs: curves, pictures, numbers"),
     "runs": Verb("mae_dist.monitor.runs", "a table of runs: status, step, loss, speed, result"),
     "logs": Verb("mae_dist.monitor.logs", "output of the newest job of a run, the first failing rank first"),

@@ -43,4 +43,12 @@ def find(name: str) -> Gpu | None:
     words = re.sub(r"[\W_]+", " ", name)
     known = (gpu for gpu in GPUS if re.search(rf"\b{gpu.part.replace(' ', ' ?')}\b", words, re.I))
     found, memory = next(known, None), re.search(r"\b(\d+) ?GB\b", words, re.I)
-    return found._replace(memory=float(memory[1])) if found and memory else found
+    if found is None or memory is None or float(memory[1]) > 2 * found.memory:  # a GH200's 480 GB are its CPU's
+        return found
+    return found._replace(memory=float(memory[1]))
+
+
+def are_alike(one: str, other: str) -> bool:
+    """Whether two names are of one device, or of the same row."""
+    first, second = find(one), find(other)
+    return one == other or (first is not None and second is not None and first.part == second.part)

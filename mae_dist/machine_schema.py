@@ -11,6 +11,8 @@ from typing import Literal
 from mae_dist.setting import setting
 
 PRETRAIN = ("pretrain",)
+CPU_MICRO_BATCH = 256
+"""What `machine.micro_batch=auto` means on CPUs, where there is no memory limit to try."""
 
 
 @dataclass(frozen=True)

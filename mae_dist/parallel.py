@@ -28,14 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_dist import dist
 from mae_dist.batch import Batch
+from mae_dist.machine_schema import CPU_MICRO_BATCH
 from mae_dist.models import short_attention
 from mae_dist.models.layers import Attention, Block
 from mae_dist.objectives import Objective
 from mae_dist.schema import MachineConfig, TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_MICRO_BATCH = 256
-"""What `machine.micro_batch=auto` means on CPUs, where there is no memory limit to try."""
 WAYS = "try machine.activation_checkpointing=1, or machine.strategy=fsdp with machine.micro_batch=N"
 """What helps where a model is too large for machine.micro_batch=auto."""
 

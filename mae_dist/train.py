@@ -255,6 +255,7 @@ def prepare(
     if not state.restore(run):
         task.load_initial_weights()
         state.ema.reset()
+    task.objective.train()
     gc.collect()
     gc.freeze()  # a full collection would stop all threads for as long as it takes to visit what there is by now
     return module, state, graphed(module, state, config.train) if config.machine.cuda_graphs else None
@@ -263,7 +264,7 @@ def prepare(
 def new_state(
     objective: Objective, config: TrainingConfig, device: torch.device, no_decay_tokens: bool
 ) -> tuple[nn.Module, TrainState]:
-    """(The module to call, on the device and in training mode; the state at step 0). See `optim.param_groups`."""
+    """(The module to call, on the device; the state at step 0). ``no_decay_tokens``: see `optim.param_groups`."""
     module = parallel.parallelize(objective, config.machine, config.train, device)
     groups = objective.groups(config.optim) or optim.param_groups(
         objective, config.optim, objective.backbone.depth, no_decay_tokens
@@ -271,7 +272,6 @@ def new_state(
     optimizer = optim.build(config.optim, groups)
     optim.init_optimizer_state(optimizer)
     loss_scale = optim.LossScale(device, enabled=config.train.precision == "fp16")
-    objective.train()
     return module, TrainState(objective, optimizer, loss_scale, optim.EMA(objective, config.train.ema))
 
 

@@ -5,6 +5,7 @@ RUN/
                      checkpoint that the run started from
   events.jsonl       what happened to the run: starts, stops, failures, rewinds, submissions, see `events`
   metrics.jsonl      one line a step, one an evaluation and one an interval, see `tracker`
+  preflight.json     what `mae-dist preflight` expected of the run
   log.txt            what was logged, for runs without a job, see `log_file`
   ids.jsonl          with track.ids: the samples of each step
   checkpoints/
@@ -38,6 +39,7 @@ CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", "
 CODE, REVISION = "code", "REVISION"
 MANIFEST = "manifest.json"
 CLASSES = "classes.json"
+PREFLIGHT = "preflight.json"
 STARTED_FROM = "started_from"
 """Key of config.yaml: `identity.of_checkpoint` of what init_from gave the run."""
 CHECKPOINT = re.compile(r"step-[0-9]{9,}")
@@ -48,8 +50,10 @@ FORMAT = 2
 """Version of the layout of a run's folder, in its config.yaml."""
 RECENT = 100
 """Steps over which the training loss is averaged, for tables and for the final result."""
-BEFORE_THE_RUN = {jobs.FOLDER, events.FILE, CODE, LOCK}
-"""What may lie in the folder before the run starts: its submission, its jobs, the code that they run, the lock."""
+BEFORE_THE_RUN = {jobs.FOLDER, events.FILE, CODE, LOCK, PREFLIGHT}
+"""What may lie in the folder before the run starts: its submission, its jobs, the code that they run, the lock, what is
+expected of it.
+"""
 
 
 def read_config(path: Path) -> dict[str, Any]:

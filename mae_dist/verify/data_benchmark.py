@@ -7,8 +7,10 @@ batches are in memory already: the rate at which the step could go, and what sta
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from mae_dist import dist, environment, models
-from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
+from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
 from mae_dist.data.decode import Memory, decode, stored_size
@@ -168,11 +170,20 @@ def _readable(sample: Any, how: Decoding) -> bool:
 def loader_rate(source: Any, view: View, ids: np.ndarray, batch: int) -> float:
     """Images per second of wall time of a source, its start left out: from its first batch on."""
     plan = [(np.zeros_like(part), part) for part in np.array_split(ids, max(2, len(ids) // batch))]
-    batches = source.batches(iter(plan), view)
-    first = next(batches)
-    began = time.perf_counter()
-    count = sum(batch.size for batch in batches)
-    if first.images.is_cuda:
+    return rate_of(source.batches(iter(plan), view))
+
+
+def rate_of(batches: Iterator[Batch], seconds: float = math.inf, started: int = 1) -> float:
+    """Images per second of wall time of batches, from the one of number `started` on, for so many seconds and a batch
+    more. The start, in which workers read ahead, is left out.
+    """
+    first = list(itertools.islice(batches, started))
+    began, count = time.perf_counter(), 0
+    for batch in batches:
+        count += batch.size
+        if time.perf_counter() - began > seconds:
+            break
+    if first and first[0].images.is_cuda:
         torch.cuda.synchronize()
     return count / (time.perf_counter() - began)
 

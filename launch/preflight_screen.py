@@ -1,0 +1,330 @@
+"""`mae-dist preflight [VERB] CONFIG [DATA] [--cluster FILE] [key=value ...]`: what a run will take, and what limits it.
+
+Memory, speed, time, queue and disk, what limits the run, and the setting to change. Steps and loading are timed here
+where that says something of where the run will be computed. Nothing is queued; with out= the run's folder keeps what
+was expected, and `mae-dist report` shows it beside what came. `mae-dist submit` prints the same without trying.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch import cluster as cluster_file
+from launch import preflight
+from launch.cluster import Cluster
+from mae_dist import config as configuration
+from mae_dist import environment, errors, forecast, gpus, recipes, small_files
+from mae_dist.cli import Parser, duration
+from mae_dist.forecast import Forecast, Place
+from mae_dist.model_sizes import sides
+from mae_dist.printed import counted, rate
+from mae_dist.run import events, jsonl, layout
+from mae_dist.schema import SCHEMAS, TrainingConfig
+
+TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
+NO_FOLDER = "runs/preflight"
+"""Folder of a run whose folder is not given; nothing is written there."""
+MEASURED = "measured on this machine"
+WIDTH = 118
+"""Characters of a line."""
+WAIT = 0.1
+"""Share of the time from which on loading, and of a job from which on starting and stopping, is worth a change."""
+FEW_STEPS = 3
+"""Steps an epoch below which the batch is too large for the data."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `mae-dist preflight ARGV`. Exit status DONE, or FAILED where the run does not fit into memory or disk."""
+    parser = Parser(prog="mae-dist preflight", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("words", nargs="*", metavar="VERB | CONFIG | DATA | section.key=value", help="as for mae-dist")
+    cluster_file.add_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_intermixed_args(argv)
+    verb, file, settings = read_words(options.words)
+    given = any(word.startswith("out=") for word in settings)
+    given = given or (file is not None and "out" in (small_files.read_yaml(Path(file)) or {}))
+    config = configuration.load(verb, file, settings if given else [*settings, f"out={NO_FOLDER}"])
+    where = cluster_file.overrides_of(options)
+    if where and options.cluster is None:
+        raise ValueError(f"{where[0]}: overrides a field of a cluster file; give --cluster FILE, too")
+    cluster = cluster_file.load(options.cluster, where) if options.cluster else None
+    if cluster is not None:
+        preflight.check_ranks(config, cluster)
+    if given:
+        preflight.check_folder(verb, config)
+    found = with_trial(verb, config, cluster)
+    if given:
+        keep(found)
+    print(json.dumps(facts(found), indent=1) if options.json else "\n".join(lines(found)))
+    return errors.FAILED if problem(found) else errors.DONE
+
+
+def read_words(words: list[str]) -> tuple[str, str | None, list[str]]:
+    """(Verb, CONFIG.yaml, settings) of the words. The verb that is not given is that of the file's folder, else
+    pretrain; a lone path beside model.name= is that of data. Raises ValueError.
+    """
+    paths: list[Any] = [word for word in words if "=" not in word]
+    settings = [word for word in words if "=" in word]
+    named = paths.pop(0) if paths and paths[0] in SCHEMAS else None
+    if len(paths) == 1 and any(word.startswith("model.name=") for word in settings):
+        paths = [None, *paths]  # settings that need no file
+    file, *data = paths or [None]
+    if len(data) > 1:
+        raise ValueError(f"preflight: one CONFIG and one DATA, not also {' '.join(data[1:])}; quote a glob")
+    verb = named or (Path(file).parent.name if file and Path(file).parent.name in SCHEMAS else "pretrain")
+    if verb not in TRAINING:
+        raise ValueError(f"preflight {verb}: trains nothing; give one of {', '.join(TRAINING)}")
+    found = str(recipes.find(verb, file)) if file else None
+    return verb, found, [*(f"data.path={path}" for path in data), *settings]
+
+
+def with_trial(verb: str, config: TrainingConfig, cluster: Cluster | None) -> Forecast:
+    """The forecast of a run, with steps timed here, where the device is that of the run, and loading."""
+    logging.getLogger("mae_dist.stages.setup").setLevel(logging.ERROR)  # this screen has what it would warn of
+    from mae_dist.stages import trial  # imports torch
+
+    here = trial.device_here(config.machine.processes)
+    if cluster is None:
+        place = Place(1, here.ranks, environment.cores(), here.name, here.is_gpu, here.memory)
+    else:
+        place = place_of(cluster)
+        if place.is_gpu == here.is_gpu and gpus.are_alike(place.device or here.name, here.name):
+            place = dataclasses.replace(place, device=here.name, memory=place.memory or here.memory)
+    found = without_trial(verb, config, place)
+    fits_here = found.fits_with(found.micro, config.machine.activation_checkpointing)
+    tried = trial.measure(verb, config, place.ranks, here.ranks, place.device == here.name and fits_here)
+    step, loading = tried.step or found.step, tried.loading
+    if step is not None and cluster is not None and not place.is_gpu:
+        step = step._replace(extrapolated=True)  # its CPUs are others
+    if loading is not None and loading.serial and place.is_gpu and not here.is_gpu and tried.kept_images:
+        loading = None  # a GPU crops faster than this machine
+    return dataclasses.replace(
+        found, num_samples=tried.num_samples, num_test=tried.num_test, step=step, loading=loading,
+        kept_images=tried.kept_images if place.is_gpu else 0.0, measured=tried.memory, most_tried=tried.most,
+    )  # fmt: skip
+
+
+def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
+    """The forecast of a run by closed forms, the table of measured steps and data sheets. Imports no torch."""
+    splits = preflight.splits_used(verb, config)
+    made = [layout.step_of(path) for path in layout.checkpoints(Path(config.out))]
+    return Forecast(
+        verb, config, place, len(splits[0]), num_test=len(splits[1]) if len(splits) > 1 else 0,
+        step=forecast.expected_rate(config, place.device, jsonl.read(forecast.TABLE)) if place.is_gpu else None,
+        done=max(made, default=0), free=shutil.disk_usage(preflight.nearest_existing(Path(config.out))).free,
+    )  # fmt: skip
+
+
+def place_of(cluster: Cluster) -> Place:
+    """Where a cluster file runs ranks, on the least of its nodes."""
+    device = cluster.gpu or cluster.gres or cluster.constraint or ""
+    gpu = gpus.find(device) if cluster.gpus_per_node else None
+    memory = cluster.memory * 1e9 / cluster.ranks_per_node if cluster.memory else None
+    limit = cluster_file.seconds_of(cluster.time)
+    return Place(
+        nodes=cluster.nodes_range[0], ranks_per_node=cluster.ranks_per_node, is_gpu=cluster.gpus_per_node > 0,
+        cores=cluster.ranks_per_node * (cluster.cpus_per_task or 1), device=device if gpu else cluster.gpu or "",
+        memory=gpu.memory * 1e9 if gpu else None if cluster.gpus_per_node else memory,
+        limit=limit, unused=cluster.start_up + cluster.stop_before_end, lose_at_most=cluster.lose_at_most,
+    )  # fmt: skip
+
+
+def keep(found: Forecast) -> None:
+    """Write what is expected into the run's folder, which is made."""
+    folder = Path(found.config.out)
+    preflight.check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    jsonl.write_atomic(folder / layout.PREFLIGHT, json.dumps({"time": events.now()} | facts(found), indent=1) + "\n")
+
+
+def facts(found: Forecast) -> dict[str, Any]:
+    """The forecast as plain numbers: bytes, seconds, images a second; None for what is not known."""
+    config, place = found.config, found.place
+    every, best = config.machine.activation_checkpointing, found.best
+    return {
+        "verb": found.verb, "model": config.model.name, "image_size": [*sides(config.model.image_size)],
+        "place": dataclasses.asdict(place) | {"ranks": place.ranks},
+        "fits": found.fits, "micro_batch": found.micro, "memory": found.memory(found.micro, every),
+        "memory_measured": found.measured,
+        "best": best and {"micro_batch": best[0], "activation_checkpointing": best[1]},
+        "images": found.num_samples, "steps": found.steps, "steps_done": found.done,
+        "step_ceiling": found.step_ceiling, "step_known": found.step and found.step.how,
+        "extrapolated": extrapolated(found), "loader_ceiling": found.loader_ceiling,
+        "images_per_second": found.speed, "seconds": found.seconds, "requeues": found.requeues,
+        "checkpoint_bytes": found.checkpoint, "disk_bytes": found.checkpoint * found.num_checkpoints,
+        "disk_free": found.free, "seconds_between_checkpoints": found.between_saves,
+        "limit": limit(found), "warnings": [*warnings(found)],
+    }  # fmt: skip
+
+
+def extrapolated(found: Forecast) -> bool:
+    """Whether the speed rests on more than measurements of this step on such a device with as many ranks."""
+    return found.step is None or found.step.extrapolated or found.place.ranks > 1
+
+
+def lines(found: Forecast) -> list[str]:
+    """The screen."""
+    config, place = found.config, found.place
+    size = " x ".join(map(str, dict.fromkeys(sides(config.model.image_size))))
+    where = f"{counted(place.nodes, 'node')} x {counted(place.ranks_per_node, 'rank')}"
+    shape = f"{counted(config.train.global_batch, 'image')} a step on {where}"
+    head = f"{found.verb} of {config.model.name} at {size} px, {config.train.precision}, {shape}"
+    rows = [("memory", memory_line(found)), ("data", data_line(found)), *speed_lines(found), ("time", time_line(found)),
+            ("queue", queue_line(found)), ("disk", disk_line(found))]  # fmt: skip
+    rows = [*((name, row) for name, row in rows if row), *(("warning", row) for row in warnings(found))]
+    text = [head + (f" ({place.device})" if place.device else ", device not known")]
+    for name, row in rows:
+        text += textwrap.wrap(f"  {name:9s} {row}", WIDTH, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return [*text, *textwrap.wrap(limit(found), WIDTH, break_on_hyphens=False)]
+
+
+def gigabytes(value: float) -> str:
+    """Bytes as text."""
+    unit, name = next((row for row in ((1e12, "TB"), (1e9, "GB")) if value >= row[0] / 10), (1e6, "MB"))
+    return f"{value / unit:.3g} {name}"
+
+
+def memory_line(found: Forecast) -> str:
+    """Whether the run fits, from what parts, and what would be best."""
+    machine, place = found.config.machine, found.place
+    parts = found.memory(found.micro, machine.activation_checkpointing)
+    of = f" of {gigabytes(place.memory)}" if place.memory else "; the device's memory is not known"
+    text = f"{'fits' if found.fits else 'does not fit'}: {gigabytes(sum(parts.values()))}{of}"
+    text += f" with {counted(found.micro, 'image')} at once ("
+    text += ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items() if value) + ")"
+    if found.measured:
+        text += f"; a trial step took {gigabytes(found.measured)}" + (", Python included" if not place.is_gpu else "")
+    if place.memory and place.is_gpu and found.best:
+        text += f"; best: machine.micro_batch={found.best[0]} machine.activation_checkpointing={found.best[1]}"
+    return text
+
+
+def data_line(found: Forecast) -> str:
+    """Steps, epochs and warm-up."""
+    train, warmup = found.config.train, found.config.optim.warmup_epochs
+    epoch = found.num_samples / train.global_batch
+    text = f"{counted(found.num_samples, 'image')}, an epoch is {epoch:,.4g} steps; {counted(found.steps, 'step')}"
+    text += f" are {found.steps / epoch:.4g} epochs" + (
+        f", the first {warmup * epoch:,.4g} steps warm-up" if warmup else ""
+    )
+    return text + (f"; {found.done:,} are done" if found.done else "")
+
+
+def speed_lines(found: Forecast) -> Iterator[tuple[str, str]]:
+    """The two ceilings, and what follows."""
+    step, loading, place = found.step, found.loading, found.place
+    if found.step_ceiling is None or step is None:
+        device = place.device or "the device"
+        yield "step", f"not known: {device} is neither here nor in a table; gpu: in the cluster file names one (H100)"
+    else:
+        ranks = f"; {place.ranks} ranks are assumed to reach {forecast.SCALING:.0%}" if place.ranks > 1 else ""
+        yield "step", f"{rate(found.step_ceiling)} images/s ({step.how}{ranks})"
+    if found.loader_ceiling is not None and loading is not None:
+        what = "in memory, before each step" if loading.serial else f"machine.workers={found.config.machine.workers}"
+        yield "loader", f"{rate(found.loader_ceiling)} images/s ({MEASURED}: {what})"
+    else:
+        yield "loader", "not measured"
+    if found.speed is not None:
+        yield "predicted", f"{rate(found.speed)} images/s" + (", extrapolated" if extrapolated(found) else "")
+
+
+def time_line(found: Forecast) -> str:
+    """Hours, and what they cost."""
+    if found.seconds is None:
+        return "not known, as the speed is not"
+    hours, place = found.seconds / 3600, found.place
+    cost = (
+        f"{hours * place.ranks:,.3g} GPU-hours"
+        if place.is_gpu
+        else f"{hours * place.nodes * place.cores:,.3g} core-hours"
+    )
+    return f"{duration(found.seconds)} from now on, {cost}"
+
+
+def queue_line(found: Forecast) -> str:
+    """Jobs, and what a stop costs."""
+    text = ""
+    if found.requeues is not None and found.place.limit:
+        jobs, each = found.requeues + 1, duration(found.place.unused)
+        text = f"{counted(jobs, 'job')} of {duration(found.place.limit)}, each {each} for start and stop; "
+    if found.between_saves is None:
+        return text
+    return f"{text}a stop without warning loses {duration(found.between_saves)} at most"
+
+
+def disk_line(found: Forecast) -> str:
+    """Checkpoints against the disk."""
+    need = found.checkpoint * found.num_checkpoints
+    free = f" of {gigabytes(found.free)} free" if found.free is not None else ""
+    return f"{gigabytes(found.checkpoint)} a checkpoint, {found.num_checkpoints} at most: {gigabytes(need)}{free}"
+
+
+def problem(found: Forecast) -> str:
+    """Why the run would fail, with what to change; empty where it fits."""
+    machine, place, best = found.config.machine, found.place, found.best
+    if not found.fits:
+        change = "machine.strategy=fsdp" if machine.strategy == "ddp" and place.ranks > 1 else "a smaller model.name"
+        if best is not None:
+            change = f"machine.micro_batch={best[0]} machine.activation_checkpointing={best[1]}"
+        return f"It does not fit into the memory of a rank: set {change}."
+    need = found.checkpoint * found.num_checkpoints + preflight.DISK_MARGIN
+    if found.free is not None and need > found.free:
+        lower = "raise checkpoint.keep_every" if found.config.checkpoint.keep_every else "lower checkpoint.keep"
+        return f"Its checkpoints do not fit on the disk: {lower}, or choose another out=."
+    return ""
+
+
+def limit(found: Forecast) -> str:
+    """What limits the run, in a sentence, with the setting to change."""
+    if sentence := problem(found):
+        return sentence
+    step, loader, machine = found.step_ceiling, found.loader_ceiling, found.config.machine
+    if step is None or found.speed is None:
+        return "It fits; what limits its speed is not known here."
+    waits = 1 - found.speed / step
+    if loader is None or found.loading is None or waits < WAIT:
+        ways = [] if machine.compile else ["machine.compile=true"]
+        ways += ["train.precision=bf16"] if found.config.train.precision == "fp32" and found.place.is_gpu else []
+        ways += ["machine.activation_checkpointing=0"] if machine.activation_checkpointing and found.most(0) else []
+        return f"It fits, and computing limits it: {', '.join([*ways, 'more ranks'])} may make it faster."
+    lost = f"It fits, but loading takes {waits:.0%} of its speed"
+    busy, cores = machine.workers * found.place.ranks_per_node, found.place.cores
+    needed = math.ceil(machine.workers * 1.1 * step / loader)
+    if not machine.workers:
+        return f"{lost}: set machine.workers={min(cores, 4)}."
+    if found.loading.serial:
+        return f"{lost}: images in memory are cropped where steps are computed; view.crop=pad is faster."
+    if found.place.is_gpu and busy < cores and needed * found.place.ranks_per_node <= cores:
+        return f"{lost}: set machine.workers={needed}."
+    side = round(min(sides(found.config.model.image_size)) * 8 / 7)
+    return f"{lost}: pack the images once with `mae-dist data pack tars --short-side {side}`, or take more cores."
+
+
+def warnings(found: Forecast) -> Iterator[str]:
+    """Settings that are possible, but seldom meant."""
+    config, place = found.config, found.place
+    batch, epochs = config.train.global_batch, found.steps * config.train.global_batch / found.num_samples
+    if found.num_samples < FEW_STEPS * batch:
+        steps = found.num_samples / batch
+        yield f"train.global_batch={batch}: an epoch is {steps:.2g} steps; a smaller batch gives more"
+    if config.optim.warmup_epochs >= epochs:
+        yield f"optim.warmup_epochs={config.optim.warmup_epochs:g}: the run has {epochs:.3g}, so its lr reaches no peak"
+    if config.train.resolutions:
+        yield "train.resolutions: memory and speed are those of the last resolution, the dearest"
+    if place.limit is None:
+        return
+    useful = place.limit - place.unused
+    if place.unused > WAIT * place.limit and found.requeues:
+        yield f"time: {place.unused / place.limit:.0%} of each job is start and stop; ask for more time"
+    if found.between_saves is not None and found.between_saves > useful and found.requeues:
+        yield "checkpoint.minutes: no checkpoint falls into a job but the one at its end; set less than its time limit"
+    if found.step_seconds is not None and found.step_seconds > useful:
+        yield f"time: a step takes {duration(found.step_seconds)}, longer than a job; ask for more time"

@@ -1,0 +1,315 @@
+"""What a run will take, before it is started: memory, speed, time, disk, and what limits it. Imports no torch.
+
+Memory and checkpoints follow in closed form from the settings. The speed is that which `stages.trial` has measured on a
+device at hand, else that of the committed table of `bench step --record`, else an assumed share of the peak of the data
+sheet; `Rate.how` says which. Times are those of steps and evaluations, without waits for a queue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mae_dist import config as configuration
+from mae_dist import cost, gpus
+from mae_dist.machine_schema import CPU_MICRO_BATCH
+from mae_dist.model_sizes import sides, size_of
+from mae_dist.schema import MaeConfig, PretrainConfig, RunConfig, SupervisedConfig, TrainingConfig
+
+TABLE = Path(__file__).with_name("configs") / "steps.jsonl"
+"""Speeds of steps by device and settings, as `mae-dist bench step --record` writes them."""
+SHARES = {2: 0.35, 4: 0.5}
+"""Bytes of a number -> the share of the data sheet's peak that is assumed where no step was measured."""
+SCALING = 0.95
+"""Share of the speed of separate ranks that is assumed of ranks that train together."""
+RESERVE = 0.1
+"""Share of a device's memory for what is not foreseen, as machine.micro_batch=auto leaves it."""
+KEPT_BYTES = {2: 2.25, 4: 4.0}
+"""Bytes of a number of `Cost.kept` under autocast to 16 bits, where norms keep fp32 (4 of 17 parts of a block), and in
+fp32.
+"""
+FEW = 8
+"""Images at once below which recomputing activations, a third more work, is the better choice."""
+MOMENTS = {"adamw": 2, "lars": 1, "muon": 1}
+"""Numbers that an optimizer keeps of each parameter, at least of those of blocks."""
+
+
+class Rate(NamedTuple):
+    """Images a second of one rank, how that is known, and whether it was extrapolated rather than measured."""
+
+    value: float
+    how: str
+    extrapolated: bool
+
+
+class Loading(NamedTuple):
+    """Images a second that one rank's loader gave here, with how many cores busy; ``serial``: it computes where the
+    step is computed, before it (images in memory, or no workers).
+    """
+
+    value: float
+    cores: int
+    serial: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is computed: nodes, ranks and cores of each, and the device of a rank: its name, whether it is a GPU,
+    its memory in bytes (of a CPU: the machine's share of a rank). None or "": not known. ``limit``: seconds of a job,
+    of which `unused` are start and stop; ``lose_at_most``: minutes between checkpoints.
+    """
+
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cores: int = 1
+    device: str = ""
+    is_gpu: bool = False
+    memory: float | None = None
+    limit: float | None = None
+    unused: float = 0.0
+    lose_at_most: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all nodes."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answers, each a property. ``num_test``: images of an evaluation; ``step`` and ``loading``: None where not
+    known; ``kept_images``: bytes of a split that the device keeps; ``done``: steps that the run has made already;
+    ``measured``: bytes of memory that a trial step took; ``most_tried``: images at once that fitted by trial; ``free``:
+    bytes of disk.
+    """
+
+    verb: str
+    config: TrainingConfig
+    place: Place
+    num_samples: int
+    num_test: int = 0
+    step: Rate | None = None
+    loading: Loading | None = None
+    kept_images: float = 0.0
+    done: int = 0
+    measured: float | None = None
+    most_tried: int | None = None
+    free: float | None = None
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return configuration.total_steps(self.config.train, self.num_samples)
+
+    @property
+    def share(self) -> int:
+        """Images of a step that the busiest rank computes."""
+        group = configuration.group(self.config)
+        return group * math.ceil(self.config.train.global_batch / (group * self.place.ranks))
+
+    @property
+    def micro(self) -> int:
+        """Images that a rank computes at once."""
+        given = self.config.machine.micro_batch
+        return min(self.share, given if isinstance(given, int) else (self.best or (1, 0))[0])
+
+    def memory(self, micro: int, every: int) -> dict[str, float]:
+        """Bytes that a rank takes with so many images at once, by part, where every `every`-th block is recomputed."""
+        total, trained = cost.parameters(self.config)
+        train, machine = self.config.train, self.config.machine
+        per_rank = {"ddp": 1, "fsdp": self.place.ranks, "hsdp": machine.shards or self.place.ranks_per_node}
+        part = 4 / per_rank[machine.strategy]
+        size, image = bytes_of(self.config), cost.of_run(self.config) or cost.Cost()
+        kept = image.kept
+        if every:
+            deepest = image.recomputable / max(1, min(depths(self.config)))  # of one block, while it is recomputed
+            kept += deepest - image.recomputable / every
+        pixels = math.prod(sides(self.config.model.image_size)) * (self.config.data.channels or 3)
+        return {
+            "weights": part * total + (2 * total if size == 2 else 0),
+            "gradients": part * trained,
+            "moments": MOMENTS[self.config.optim.name] * part * trained,
+            "EMA": part * trained if train.ema else 0.0,
+            "activations": micro * kept * KEPT_BYTES[size],
+            "images": self.kept_images + micro * pixels * 4,
+        }
+
+    def fits_with(self, micro: int, every: int) -> bool:
+        """Whether so many images at once fit into a rank's memory; True where that is not known."""
+        if self.place.memory is None:
+            return True
+        return sum(self.memory(micro, every).values()) <= (1 - RESERVE) * self.place.memory
+
+    def most(self, every: int) -> int:
+        """The most images at once that fit: a rank's share, halved as machine.micro_batch=auto does; 0: not even one
+        group.
+        """
+        if self.most_tried and every == self.config.machine.activation_checkpointing:
+            return self.most_tried
+        micro = self.share if self.place.is_gpu else min(self.share, CPU_MICRO_BATCH)
+        group = configuration.group(self.config)
+        while not self.fits_with(micro, every):
+            if micro <= group:
+                return 0
+            micro = group * math.ceil(micro / group / 2)
+        return micro
+
+    @cached_property
+    def best(self) -> tuple[int, int] | None:
+        """(machine.micro_batch, machine.activation_checkpointing) that are best, None where nothing fits."""
+        plain, recomputed = self.most(0), self.most(1)
+        if plain >= min(FEW, self.share) or plain == recomputed:
+            return (plain, 0) if plain else None
+        return recomputed, 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits as it is set."""
+        return self.fits_with(self.micro, self.config.machine.activation_checkpointing)
+
+    @property
+    def step_ceiling(self) -> float | None:
+        """Images a second of all ranks, where no loader keeps them waiting."""
+        if self.step is None:
+            return None
+        return self.step.value * self.place.ranks * (SCALING if self.place.ranks > 1 else 1.0)
+
+    @property
+    def loader_ceiling(self) -> float | None:
+        """Images a second of the loaders of all ranks, on cores like those of this machine."""
+        if self.loading is None:
+            return None
+        if self.loading.serial:
+            return self.loading.value * self.place.ranks
+        busy = min(self.config.machine.workers * self.place.ranks_per_node, self.place.cores)
+        return self.loading.value / self.loading.cores * busy * self.place.nodes
+
+    @property
+    def speed(self) -> float | None:
+        """Images a second of all ranks: the lower ceiling, or, where loader and step take turns on the same device or
+        the same cores, what their times add up to.
+        """
+        step, loader = self.step_ceiling, self.loader_ceiling
+        if step is None or loader is None or self.loading is None:
+            return step
+        if self.loading.serial:
+            return 1 / (1 / step + 1 / loader)
+        if self.place.is_gpu:
+            return min(step, loader)
+        all_cores = self.loading.value / self.loading.cores * self.place.cores * self.place.nodes
+        return min(loader, 1 / (1 / step + 1 / all_cores))
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the steps that are left, and of evaluations."""
+        if not self.speed:
+            return None
+        image, epochs = cost.of_run(self.config), self.config.track.evaluate_every
+        forward = 1 / 3 if image is None else image.forward / (image.forward + image.backward)
+        left = self.steps - self.done
+        images = left * self.config.train.global_batch
+        evaluations = max(1, int(images / self.num_samples / epochs)) if epochs else 1
+        return (images + evaluations * self.num_test * forward) / self.speed
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Time of a step."""
+        return self.config.train.global_batch / self.speed if self.speed else None
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint."""
+        return checkpoint_bytes(self.config)
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints on the disk at most: the newest, those kept for good, and one that is being written."""
+        settings = self.config.checkpoint
+        return settings.keep + 1 + (self.steps // settings.keep_every if settings.keep_every else 0)
+
+    @property
+    def between_saves(self) -> float | None:
+        """Seconds between checkpoints."""
+        minutes = self.config.checkpoint.minutes or self.place.lose_at_most
+        limits = [60 * minutes] if minutes else []
+        if self.step_seconds:
+            limits.append(self.config.checkpoint.every * self.step_seconds)
+        return min(limits, default=None)
+
+    @property
+    def requeues(self) -> int | None:
+        """How often the time limit stops the run, which then is requeued; None where limit or time are not known."""
+        if self.place.limit is None or self.seconds is None:
+            return None
+        useful = max(self.place.limit - self.place.unused, 1.0)
+        return math.ceil(self.seconds / useful) - 1
+
+
+def bytes_of(config: TrainingConfig) -> int:
+    """Bytes of the numbers of matrix products."""
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def depths(config: TrainingConfig) -> list[int]:
+    """Blocks of the backbone, and of the decoder where there is one."""
+    depth, decoder = size_of(config.model.name)["depth"], getattr(config, "mae", None)
+    return [depth, decoder.decoder_depth] if decoder and decoder.decoder_depth else [depth]
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: parameters in fp32, the moments of those that are trained, and their EMA."""
+    total, trained = cost.parameters(config)
+    moments = MOMENTS[config.optim.name] if isinstance(config, PretrainConfig | SupervisedConfig) else 0
+    return 4 * (total + trained * (moments + bool(config.train.ema)))
+
+
+def expected_rate(config: TrainingConfig, device: str, rows: Iterable[Mapping[str, Any]]) -> Rate | None:
+    """Images a second of a step on a device that is not at hand: from the nearest of the `rows` of TABLE of such a
+    device, else from its data sheet; None for a device or a model that is not known.
+    """
+    image, gpu, size = cost.of_run(config), gpus.find(device), bytes_of(config)
+    if image is None or gpu is None:
+        return None
+    wanted = row_key(config)
+    alike = [row for row in rows if fits_row(row, device, config)]
+    if not alike:
+        share, peak = SHARES[size], gpu.peak(size)
+        how = f"not measured: {share:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu.part}'s data sheet is assumed"
+        return Rate(share * peak / image.training_flops, how, True)
+    nearest = min(alike, key=lambda row: (row_key_distance(row, wanted, image), -row["images"]))
+    value = nearest["share"] * nearest["peak"] / image.training_flops
+    same = all(nearest[name] == given for name, given in wanted.items())
+    what = f"{nearest['model']}, {nearest['images']} images at once"
+    how = f"measured on {nearest['device']} ({what})" if same else f"not measured: as {what} on {nearest['device']}"
+    return Rate(value, how, not same)
+
+
+def row_key(config: TrainingConfig) -> dict[str, Any]:
+    """What a row of TABLE says of the model."""
+    model = {"model": config.model.name, "image_size": [*sides(config.model.image_size)]}
+    mae = getattr(config, "mae", None)
+    return model | {"decoder": decoder_text(mae) if mae else "none"}
+
+
+def decoder_text(mae: MaeConfig) -> str:
+    """A decoder in a row of TABLE."""
+    return f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}"
+
+
+def fits_row(row: Mapping[str, Any], device: str, config: TrainingConfig) -> bool:
+    """Whether a row of TABLE is of such a device, in this precision, compiled or not as the run is."""
+    how = (row["precision"], row["variant"])
+    wanted = (config.train.precision, "compiled" if config.machine.compile else "eager")
+    return "peak" in row and how == wanted and gpus.are_alike(row["device"], device)
+
+
+def row_key_distance(row: Mapping[str, Any], wanted: Mapping[str, Any], image: cost.Cost) -> float:
+    """How far the model of a row is from that which is wanted: 0 for the same, else how their operations differ."""
+    if all(row[name] == value for name, value in wanted.items()):
+        return 0.0
+    other = cost.pretraining(row["model"], MaeConfig(), (row["image_size"][0], row["image_size"][1])) or cost.Cost(1)
+    return 1 + abs(math.log(other.training_flops / image.training_flops))

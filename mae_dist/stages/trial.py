@@ -1,0 +1,160 @@
+"""What a run can do on the device at hand, by trying: a few steps and some seconds of loading, as the run does them.
+
+The objective, the optimizer, the loader and `train_step` are those of the run, from random weights and at lr 0; nothing
+is kept. Without the run's other ranks: a rank's share of a step is computed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import os
+import resource
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from mae_dist import config as configuration
+from mae_dist import cost, devices, environment, launcher, parallel
+from mae_dist.batch import Batch
+from mae_dist.cli import VERBS
+from mae_dist.data.loader import TarSource
+from mae_dist.forecast import Loading, Rate
+from mae_dist.stages.setup import Setup, build_setup
+from mae_dist.train import new_state, train_step
+from mae_dist.verify.benchmarks import synchronize
+from mae_dist.verify.data_benchmark import rate_of
+
+STEP_SECONDS = 5.0
+"""Expected time of a step above which fewer images at once are timed."""
+SECONDS, FEWEST, MOST = 10.0, 3, 20
+"""Seconds for which steps are repeated, at least and at most how often."""
+LOADING_SECONDS = 4.0
+"""For which loading is timed."""
+USUAL = 0.5
+"""Share of a device's peak at which the time of a step is expected."""
+
+
+class Device(NamedTuple):
+    """What ranks compute on here: its name, how many of this machine are ranks, and each one's memory in bytes."""
+
+    name: str
+    is_gpu: bool
+    ranks: int
+    memory: float
+
+
+class Trial(NamedTuple):
+    """What was found: see `Forecast`. ``most``: images at once that fit on the GPU, None on a CPU."""
+
+    num_samples: int
+    num_test: int
+    step: Rate | None
+    loading: Loading | None
+    kept_images: float
+    memory: float | None
+    most: int | None
+
+
+def device_here(processes: int | None) -> Device:
+    """The device of this machine's ranks, as many as `processes` says, else one a GPU."""
+    ranks = launcher.processes_here(processes)
+    device = devices.of_rank(0)
+    if device.type == "cuda":
+        return Device(devices.name_of(device), True, ranks, torch.cuda.get_device_properties(device).total_memory)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(devices.name_of(device), False, ranks, memory / ranks)
+
+
+def measure(verb: str, config: Any, ranks: int, ranks_here: int, stepping: bool) -> Trial:
+    """Try the share that one of `ranks` has of a run, beside `ranks_here` of this machine; only its loader unless
+    `stepping`. Raises what the start of the run would: ValueError for what is wrong with settings, data or initial
+    weights.
+    """
+    launcher.limit_threads(ranks_here)
+    group = configuration.group(config)
+    share = group * -(-config.train.global_batch // (group * ranks))
+    machine = dataclasses.replace(config.machine, processes=1, strategy="ddp", shards=None)
+    train = dataclasses.replace(config.train, global_batch=share, resolutions=())
+    config = dataclasses.replace(config, machine=machine, train=train)
+    setup = build_setup(verb, config, needs_labels=verb != "pretrain")
+    objective = importlib.import_module(VERBS[verb].module).build(setup)
+    source = setup.source(setup.train_split, training=True)
+    most = None
+    if stepping and setup.device.type == "cuda":
+        automatic = dataclasses.replace(config, machine=dataclasses.replace(machine, micro_batch="auto"))
+        most = dataclasses.replace(setup, config=automatic).with_micro_batch(objective).micro_batch
+    setup = setup.with_micro_batch(objective) if stepping else setup
+    images = timed_images(setup, share)
+    num_micro = -(-share // images)
+    loading, step, memory = load(setup, source, num_micro), None, None
+    if stepping:
+        batch = next(setup.training_batches(source, num_micro, range(1), {}))
+        step, memory = step_rate(setup, objective, batch, share, num_micro), memory_used(setup.device)
+    kept = 0 if isinstance(source, TarSource) else source.images.nbytes
+    num_test = 0 if setup.test_split is None else len(setup.test_split)
+    return Trial(len(setup.train_split), num_test, step, loading, kept, memory, most)
+
+
+def timed_images(setup: Setup[Any], share: int) -> int:
+    """Images at once in the steps that are timed: those of the run, or fewer where a step would take too long."""
+    config, group = setup.config, configuration.group(setup.config)
+    images = min(share, setup.micro_batch)
+    counted, dtype = cost.of_run(config), parallel.DTYPES.get(config.train.precision, torch.float32)
+    rate = USUAL * devices.peak_flops(setup.device, dtype)
+    while counted and images > group and images * counted.training_flops / rate > STEP_SECONDS:
+        images = group * -(-images // group // 2)
+    return images
+
+
+def load(setup: Setup[Any], source: Any, num_micro: int) -> Loading | None:
+    """The rate of the run's own loader on its first steps; None where the tars would have to be fetched first."""
+    if any(file is not None for file in source.index.remotes):
+        return None
+    workers = setup.config.machine.workers if isinstance(source, TarSource) else 0
+    batches = setup.training_batches(source, num_micro, range(10**9), {})
+    value = rate_of(batches, LOADING_SECONDS, 1 + 2 * workers)
+    return Loading(value, max(1, min(workers, environment.cores())), workers == 0)
+
+
+def step_rate(setup: Setup[Any], objective: Any, batch: Batch, share: int, num_micro: int) -> Rate:
+    """Images a second of `train_step` with a rank's share of a step in so many micro-batches, all of them `batch`. The
+    time of more than two follows from that of one and of two.
+    """
+    module, state = new_state(objective, setup.config, setup.device, no_decay_tokens=setup.verb != "pretrain")
+    objective.train()
+
+    def timed(count: int) -> float:
+        synchronize(setup.device)
+        began = time.perf_counter()
+        train_step(module, state, itertools.repeat(batch), 0.0, count, setup.config.train)
+        synchronize(setup.device)
+        return time.perf_counter() - began
+
+    counts = (1,) if num_micro == 1 else (1, 2)
+    one, *two = repeated([lambda count=count: timed(count) for count in counts])
+    seconds = one + (num_micro - 1) * max(two[0] - one, 0.0) if two else one
+    return Rate(share / seconds, f"measured here, {batch.size} images at once", False)
+
+
+def repeated(actions: list[Callable[[], float]]) -> list[float]:
+    """The median seconds of each action; they take turns, after one round that warms up."""
+    for action in actions:
+        action()
+    found: list[list[float]] = [[] for _ in actions]
+    deadline = time.perf_counter() + SECONDS
+    while len(found[0]) < FEWEST or (len(found[0]) < MOST and time.perf_counter() < deadline):
+        for action, values in zip(actions, found, strict=True):
+            values.append(action())
+    return [median(values) for values in found]
+
+
+def memory_used(device: torch.device) -> float:
+    """Bytes at most of a GPU, or of this process, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
