@@ -27,7 +27,7 @@ from mae_dist.forecast import Forecast, Place
 from mae_dist.model_sizes import sides
 from mae_dist.printed import counted, rate
 from mae_dist.run import events, jsonl, layout
-from mae_dist.schema import SCHEMAS, TrainingConfig
+from mae_dist.schema import SCHEMAS, ProbeConfig, TrainingConfig
 
 TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
 NO_FOLDER = "runs/preflight"
@@ -52,9 +52,13 @@ def main(argv: list[str]) -> int:
     given = any(word.startswith("out=") for word in settings)
     given = given or (file is not None and "out" in (small_files.read_yaml(Path(file)) or {}))
     config = configuration.load(verb, file, settings if given else [*settings, f"out={NO_FOLDER}"])
+    if isinstance(config, ProbeConfig) and config.heads.active:
+        if not (config.heads.lars or config.heads.sgd or config.heads.adamw):
+            raise ValueError("preflight probe: heads.ridge and heads.knn train in no steps; add heads.lars or others")
     where = cluster_file.overrides_of(options)
     if where and options.cluster is None:
-        raise ValueError(f"{where[0]}: overrides a field of a cluster file; give --cluster FILE, too")
+        name = where[0].partition("=")[0].replace("_", "-")
+        raise ValueError(f"--{name}: overrides a field of a cluster file; give --cluster FILE, too")
     cluster = cluster_file.load(options.cluster, where) if options.cluster else None
     if cluster is not None:
         preflight.check_ranks(config, cluster)
@@ -212,8 +216,8 @@ def data_line(found: Forecast) -> str:
     train, warmup = found.config.train, found.config.optim.warmup_epochs
     epoch = found.num_samples / train.global_batch
     text = f"{counted(found.num_samples, 'image')}, an epoch is {epoch:,.4g} steps; {counted(found.steps, 'step')}"
-    text += f" are {found.steps / epoch:.4g} epochs" + (
-        f", the first {warmup * epoch:,.4g} steps warm-up" if warmup else ""
+    text += f" are {found.steps / epoch:,.6g} epochs" + (
+        f", the first {warmup * epoch:,.0f} steps warm-up" if warmup else ""
     )
     return text + (f"; {found.done:,} are done" if found.done else "")
 

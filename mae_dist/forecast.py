@@ -237,7 +237,7 @@ class Forecast:
         minutes = self.config.checkpoint.minutes or self.place.lose_at_most
         limits = [60 * minutes] if minutes else []
         if self.step_seconds:
-            limits.append(self.config.checkpoint.every * self.step_seconds)
+            limits.append(min(self.config.checkpoint.every, self.steps) * self.step_seconds)
         return min(limits, default=None)
 
     @property

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 
 from mae_dist import config as configuration
-from mae_dist import cost, devices, environment, launcher, parallel
+from mae_dist import cost, devices, environment, launcher
 from mae_dist.batch import Batch
 from mae_dist.cli import VERBS
-from mae_dist.data.loader import TarSource
+from mae_dist.data.loader import CHUNK, TarSource
 from mae_dist.forecast import Loading, Rate
+from mae_dist.model_sizes import size_of
+from mae_dist.schema import RANDOM, ModelConfig
 from mae_dist.stages.setup import Setup, build_setup
 from mae_dist.train import new_state, train_step
 from mae_dist.verify.benchmarks import synchronize
@@ -33,10 +35,10 @@ STEP_SECONDS = 5.0
 """Expected time of a step above which fewer images at once are timed."""
 SECONDS, FEWEST, MOST = 10.0, 3, 20
 """Seconds for which steps are repeated, at least and at most how often."""
-LOADING_SECONDS = 4.0
-"""For which loading is timed."""
-USUAL = 0.5
-"""Share of a device's peak at which the time of a step is expected."""
+LOADING_SECONDS, TURNS = 4.0, 10
+"""For which loading is timed; chunks of each worker, all of which may end at the same time, that are timed at least."""
+EXPECTED = {"cpu": 5e10, "cuda": 5e13}
+"""Floating point operations a second of a core, or of a GPU, from which the time of a step is expected."""
 
 
 class Device(NamedTuple):
@@ -81,44 +83,49 @@ def measure(verb: str, config: Any, ranks: int, ranks_here: int, stepping: bool)
     machine = dataclasses.replace(config.machine, processes=1, strategy="ddp", shards=None)
     train = dataclasses.replace(config.train, global_batch=share, resolutions=())
     config = dataclasses.replace(config, machine=machine, train=train)
+    if not stepping:  # a small model of the same patches, which is built in no time
+        model = ModelConfig(f"vit_ti{size_of(config.model.name)['patch']}", config.model.image_size)
+        config = dataclasses.replace(config, model=model, init_from=RANDOM)
     setup = build_setup(verb, config, needs_labels=verb != "pretrain")
-    objective = importlib.import_module(VERBS[verb].module).build(setup)
-    source = setup.source(setup.train_split, training=True)
-    most = None
-    if stepping and setup.device.type == "cuda":
+    source, num_test = setup.source(setup.train_split, training=True), len(setup.test_split or ())
+    kept = 0 if isinstance(source, TarSource) else source.images.nbytes
+    if not stepping:
+        loading = load(setup, source, setup.num_micro)
+        return Trial(len(setup.train_split), num_test, None, loading, kept, None, None)
+    objective, most = importlib.import_module(VERBS[verb].module).build(setup), None
+    if setup.device.type == "cuda":
         automatic = dataclasses.replace(config, machine=dataclasses.replace(machine, micro_batch="auto"))
         most = dataclasses.replace(setup, config=automatic).with_micro_batch(objective).micro_batch
-    setup = setup.with_micro_batch(objective) if stepping else setup
-    images = timed_images(setup, share)
-    num_micro = -(-share // images)
-    loading, step, memory = load(setup, source, num_micro), None, None
-    if stepping:
-        batch = next(setup.training_batches(source, num_micro, range(1), {}))
-        step, memory = step_rate(setup, objective, batch, share, num_micro), memory_used(setup.device)
-    kept = 0 if isinstance(source, TarSource) else source.images.nbytes
-    num_test = 0 if setup.test_split is None else len(setup.test_split)
-    return Trial(len(setup.train_split), num_test, step, loading, kept, memory, most)
+    setup = setup.with_micro_batch(objective)
+    num_micro = -(-share // timed_images(setup, share))
+    loading = load(setup, source, num_micro)
+    batch = next(setup.training_batches(source, num_micro, range(1), {}))
+    step = step_rate(setup, objective, batch, share, num_micro)
+    return Trial(len(setup.train_split), num_test, step, loading, kept, memory_used(setup.device), most)
 
 
 def timed_images(setup: Setup[Any], share: int) -> int:
     """Images at once in the steps that are timed: those of the run, or fewer where a step would take too long."""
     config, group = setup.config, configuration.group(setup.config)
     images = min(share, setup.micro_batch)
-    counted, dtype = cost.of_run(config), parallel.DTYPES.get(config.train.precision, torch.float32)
-    rate = USUAL * devices.peak_flops(setup.device, dtype)
+    rate = EXPECTED[setup.device.type] * (environment.cores() if setup.device.type == "cpu" else 1)
+    counted = cost.of_run(config)
     while counted and images > group and images * counted.training_flops / rate > STEP_SECONDS:
         images = group * -(-images // group // 2)
     return images
 
 
 def load(setup: Setup[Any], source: Any, num_micro: int) -> Loading | None:
-    """The rate of the run's own loader on its first steps; None where the tars would have to be fetched first."""
+    """The rate of the run's own loader on its first steps, with no more workers than there are cores; None where the
+    tars would have to be fetched first.
+    """
     if any(file is not None for file in source.index.remotes):
         return None
-    workers = setup.config.machine.workers if isinstance(source, TarSource) else 0
+    workers = source.workers = min(source.workers, environment.cores()) if isinstance(source, TarSource) else 0
     batches = setup.training_batches(source, num_micro, range(10**9), {})
-    value = rate_of(batches, LOADING_SECONDS, 1 + 2 * workers)
-    return Loading(value, max(1, min(workers, environment.cores())), workers == 0)
+    at_once = workers * min(CHUNK, -(-setup.config.train.global_batch // num_micro))
+    value = rate_of(batches, LOADING_SECONDS, 1 + 2 * workers, least=TURNS * at_once)
+    return Loading(value, max(1, workers), workers == 0)
 
 
 def step_rate(setup: Setup[Any], objective: Any, batch: Batch, share: int, num_micro: int) -> Rate:

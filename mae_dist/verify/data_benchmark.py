@@ -173,15 +173,15 @@ def loader_rate(source: Any, view: View, ids: np.ndarray, batch: int) -> float:
     return rate_of(source.batches(iter(plan), view))
 
 
-def rate_of(batches: Iterator[Batch], seconds: float = math.inf, started: int = 1) -> float:
-    """Images per second of wall time of batches, from the one of number `started` on, for so many seconds and a batch
-    more. The start, in which workers read ahead, is left out.
+def rate_of(batches: Iterator[Batch], seconds: float = math.inf, started: int = 1, least: int = 0) -> float:
+    """Images per second of wall time of batches, from the one of number `started` on: for so many seconds and at least
+    so many images, or five times as long. The start, in which workers read ahead, is left out.
     """
     first = list(itertools.islice(batches, started))
-    began, count = time.perf_counter(), 0
+    began, took, count = time.perf_counter(), 0.0, 0
     for batch in batches:
-        count += batch.size
-        if time.perf_counter() - began > seconds:
+        count, took = count + batch.size, time.perf_counter() - began
+        if took > seconds and (count >= least or took > 5 * seconds):
             break
     if first and first[0].images.is_cuda:
         torch.cuda.synchronize()
