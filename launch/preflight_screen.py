@@ -120,11 +120,14 @@ def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
     """The forecast of a run by closed forms, the table of measured steps and data sheets. Imports no torch."""
     splits = preflight.splits_used(verb, config)
     made = [layout.step_of(path) for path in layout.checkpoints(Path(config.out))]
-    return Forecast(
+    found = Forecast(
         verb, config, place, len(splits[0]), num_test=len(splits[1]) if len(splits) > 1 else 0,
-        step=forecast.expected_rate(config, place.device, jsonl.read(forecast.TABLE)) if place.is_gpu else None,
         done=max(made, default=0), free=shutil.disk_usage(preflight.nearest_existing(Path(config.out))).free,
     )  # fmt: skip
+    if not place.is_gpu:
+        return found
+    step = forecast.expected_rate(config, place.device, found.micro, jsonl.read(forecast.TABLE))
+    return dataclasses.replace(found, step=step)
 
 
 def place_of(cluster: Cluster) -> Place:
@@ -295,10 +298,12 @@ def limit(found: Forecast) -> str:
         return "It fits; what limits its speed is not known here."
     waits = 1 - found.speed / step
     if loader is None or found.loading is None or waits < WAIT:
-        ways = [] if machine.compile else ["machine.compile=true"]
+        most = found.best[0] if found.place.is_gpu and found.best else 0
+        ways = [f"machine.micro_batch={most}"] if most > found.micro else []
+        ways += [] if machine.compile else ["machine.compile=true"]
         ways += ["train.precision=bf16"] if found.config.train.precision == "fp32" and found.place.is_gpu else []
         ways += ["machine.activation_checkpointing=0"] if machine.activation_checkpointing and found.most(0) else []
-        return f"It fits, and computing limits it: {', '.join([*ways, 'more ranks'])} may make it faster."
+        return f"It fits, and computing limits it: {' or '.join([*ways, 'more ranks'])} may make it faster."
     lost = f"It fits, but loading takes {waits:.0%} of its speed"
     busy, cores = machine.workers * found.place.ranks_per_node, found.place.cores
     needed = math.ceil(machine.workers * 1.1 * step / loader)

@@ -22,8 +22,14 @@ from mae_dist.schema import MaeConfig, PretrainConfig, RunConfig, SupervisedConf
 
 TABLE = Path(__file__).with_name("configs") / "steps.jsonl"
 """Speeds of steps by device and settings, as `mae-dist bench step --record` writes them."""
-SHARES = {2: 0.35, 4: 0.5}
+SHARES = {2: 0.25, 4: 0.5}
 """Bytes of a number -> the share of the data sheet's peak that is assumed where no step was measured."""
+PRODUCTS = 0.78
+"""Share of a data sheet's peak that matrix products reach, of which the rows of TABLE are shares: an H100's in bf16."""
+LAUNCH_SECONDS = 2.5e-3
+"""Time that the host needs to launch the kernels of a block, forward and backward, without a CUDA graph: beside an H100
+45 ms for the 20 blocks of a ViT-B with its decoder, 105 ms for the 40 of a ViT-H.
+"""
 SCALING = 0.95
 """Share of the speed of separate ranks that is assumed of ranks that train together."""
 RESERVE = 0.1
@@ -267,49 +273,51 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 4 * (total + trained * (moments + bool(config.train.ema)))
 
 
-def expected_rate(config: TrainingConfig, device: str, rows: Iterable[Mapping[str, Any]]) -> Rate | None:
-    """Images a second of a step on a device that is not at hand: from the nearest of the `rows` of TABLE of such a
-    device, else from its data sheet; None for a device or a model that is not known.
+def expected_rate(config: TrainingConfig, device: str, micro: int, rows: Iterable[Mapping[str, Any]]) -> Rate | None:
+    """Images a second of a step with so many images at once on a GPU that is not at hand: from the nearest of the
+    `rows` of TABLE of such a GPU, else from its data sheet; None for a GPU or a model that is not known.
     """
     image, gpu, size = cost.of_run(config), gpus.find(device), bytes_of(config)
     if image is None or gpu is None:
         return None
-    wanted = row_key(config)
+    wanted, peak = row_key(config), gpu.peak(size)
     alike = [row for row in rows if fits_row(row, device, config)]
-    if not alike:
-        share, peak = SHARES[size], gpu.peak(size)
-        how = f"not measured: {share:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu.part}'s data sheet is assumed"
-        return Rate(share * peak / image.training_flops, how, True)
-    nearest = min(alike, key=lambda row: (row_key_distance(row, wanted, image), -row["images"]))
-    value = nearest["share"] * nearest["peak"] / image.training_flops
-    same = all(nearest[name] == given for name, given in wanted.items())
-    what = f"{nearest['model']}, {nearest['images']} images at once"
-    how = f"measured on {nearest['device']} ({what})" if same else f"not measured: as {what} on {nearest['device']}"
-    return Rate(value, how, not same)
+    if alike:
+        nearest = min(alike, key=lambda row: (row_distance(row, wanted, image), -row["images"]))
+        extrapolated = any(nearest[name] != given for name, given in wanted.items())
+        value = nearest["share"] * PRODUCTS * peak / image.training_flops
+        what = f"{nearest['model']}, {nearest['images']} images at once, on {nearest['device']}"
+        how = f"not measured: as {what}" if extrapolated else f"measured: {what}"
+    else:
+        value, extrapolated = SHARES[size] * peak / image.training_flops, True
+        how = f"not measured: {SHARES[size]:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu.part}'s data sheet is assumed"
+    launching = 0.0 if config.machine.cuda_graphs else sum(depths(config)) * LAUNCH_SECONDS
+    if micro / value < launching:
+        what = f"{micro} images at once are too few: a GPU like that waits for its host"
+        return Rate(micro / launching, f"not measured: {what}", True)
+    return Rate(value, how, extrapolated)
 
 
 def row_key(config: TrainingConfig) -> dict[str, Any]:
     """What a row of TABLE says of the model."""
-    model = {"model": config.model.name, "image_size": [*sides(config.model.image_size)]}
     mae = getattr(config, "mae", None)
-    return model | {"decoder": decoder_text(mae) if mae else "none"}
-
-
-def decoder_text(mae: MaeConfig) -> str:
-    """A decoder in a row of TABLE."""
-    return f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}"
+    decoder = f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}" if mae else ""
+    return {"model": config.model.name, "image_size": [*sides(config.model.image_size)], "decoder": decoder}
 
 
 def fits_row(row: Mapping[str, Any], device: str, config: TrainingConfig) -> bool:
     """Whether a row of TABLE is of such a device, in this precision, compiled or not as the run is."""
-    how = (row["precision"], row["variant"])
-    wanted = (config.train.precision, "compiled" if config.machine.compile else "eager")
-    return "peak" in row and how == wanted and gpus.are_alike(row["device"], device)
+    machine = config.machine
+    variant = "compiled" if machine.compile else "eager"
+    if machine.compile and machine.short_attention and machine.cuda_graphs:
+        variant = "compiled, short attention, CUDA graph"
+    same = (row["precision"], row["variant"]) == (config.train.precision, variant)
+    return same and gpus.are_alike(row["device"], device)
 
 
-def row_key_distance(row: Mapping[str, Any], wanted: Mapping[str, Any], image: cost.Cost) -> float:
+def row_distance(row: Mapping[str, Any], wanted: Mapping[str, Any], image: cost.Cost) -> float:
     """How far the model of a row is from that which is wanted: 0 for the same, else how their operations differ."""
     if all(row[name] == value for name, value in wanted.items()):
         return 0.0
     other = cost.pretraining(row["model"], MaeConfig(), (row["image_size"][0], row["image_size"][1])) or cost.Cost(1)
-    return 1 + abs(math.log(other.training_flops / image.training_flops))
+    return abs(math.log(other.training_flops / image.training_flops)) + (row["model"] != wanted["model"])
