@@ -27,7 +27,7 @@ from mae_dist.forecast import Forecast, Place
 from mae_dist.model_sizes import sides
 from mae_dist.printed import counted, rate
 from mae_dist.run import events, jsonl, layout
-from mae_dist.schema import SCHEMAS, ProbeConfig, TrainingConfig
+from mae_dist.schema import SCHEMAS, HeadsConfig, ProbeConfig, TrainingConfig
 
 TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
 NO_FOLDER = "runs/preflight"
@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
     given = any(word.startswith("out=") for word in settings)
     given = given or (file is not None and "out" in (small_files.read_yaml(Path(file)) or {}))
     config = configuration.load(verb, file, settings if given else [*settings, f"out={NO_FOLDER}"])
-    if isinstance(config, ProbeConfig) and config.heads.active:
-        if not (config.heads.lars or config.heads.sgd or config.heads.adamw):
-            raise ValueError("preflight probe: heads.ridge and heads.knn train in no steps; add heads.lars or others")
+    heads = config.heads if isinstance(config, ProbeConfig) else HeadsConfig()
+    if heads.active and not (heads.lars or heads.sgd or heads.adamw):
+        raise ValueError("preflight probe: heads.ridge and heads.knn train in no steps; add heads.lars or others")
     where = cluster_file.overrides_of(options)
     if where and options.cluster is None:
         name = where[0].partition("=")[0].replace("_", "-")

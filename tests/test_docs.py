@@ -40,7 +40,8 @@ SMALL = ["train.steps=2", "train.global_batch=8", "optim.warmup_epochs=0", "trai
 """What every run of these tests adds to its command."""
 NOT_RUN = {
     "submit": "needs a cluster, but for --dry-run", "--version": "is no verb",
-    "certify": "takes minutes", "chaos": "takes minutes", "bench": "takes minutes", "models": "counts all models", "preflight": "times steps",
+    "certify": "takes minutes", "chaos": "takes minutes", "bench": "takes minutes", "models": "counts all models",
+    "preflight": "times steps",
     "import": "needs a downloaded file", "logs": "needs a SLURM job",
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def test_full_disk_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     chosen = config.load("pretrain", None, [*SMALL, f"data.path={data}", f"out={tmp_path / 'run'}"])
     preflight.check_disk(chosen)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
-    with pytest.raises(ValueError, match=r"1\.0 GB of disk are free, but 3 checkpoints of 0\.34 GB need"):
+    with pytest.raises(ValueError, match=r"1\.0 GB of disk are free, but 3 checkpoints of 0\.31 GB need"):
         preflight.check_disk(chosen)
 
 

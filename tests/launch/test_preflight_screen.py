@@ -119,7 +119,7 @@ def forecast_of(
     [
         (forecast_of(step=1000, loader=100), "takes 60% of its speed: pack the images once with `mae-dist"),
         (forecast_of(step=500, loader=100), "loading takes 20% of its speed: set machine.workers=6."),
-        (forecast_of("machine.workers=0", step=500, loader=100, serial=True), "83% of its speed: set machine.workers=4"),
+        (forecast_of("machine.workers=0", step=500, loader=100, serial=True), "83% of its speed: set machine.workers"),
         (forecast_of(step=500, loader=500, serial=True), "view.crop=pad is faster"),
         (forecast_of("machine.micro_batch=64", step=400, loader=900), "computing limits it: machine.micro_batch=1024"),
         (forecast_of("machine.compile=true", step=9, loader=900, is_gpu=False), "computing limits it: more ranks may"),
