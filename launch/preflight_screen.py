@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     verb, file, settings = read_words(options.words)
     given = any(word.startswith("out=") for word in settings)
     given = given or (file is not None and "out" in (small_files.read_yaml(Path(file)) or {}))
-    config = configuration.load(verb, file, settings if given else [*settings, f"out={NO_FOLDER}"])
+    config: Any = configuration.load(verb, file, settings if given else [*settings, f"out={NO_FOLDER}"])
     heads = config.heads if isinstance(config, ProbeConfig) else HeadsConfig()
     if heads.active and not (heads.lars or heads.sgd or heads.adamw):
         raise ValueError("preflight probe: heads.ridge and heads.knn train in no steps; add heads.lars or others")

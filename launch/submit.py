@@ -38,7 +38,7 @@ from mae_dist import printed
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
 from mae_dist.forecast import Forecast
 from mae_dist.run import identity, jobs, layout, slurm_cli
-from mae_dist.schema import SCHEMAS, C
+from mae_dist.schema import SCHEMAS, C, PretrainConfig, SupervisedConfig
 
 DESCRIPTION = """\
 Queue a run, a sweep of runs (--sweep), or a pipeline of stages, as SLURM jobs that save and are requeued at
@@ -188,7 +188,7 @@ def submit(stages: list[Stage], base: Path, options: argparse.Namespace) -> None
 def expected(stage: Stage, cluster: Cluster, remaining: list[Stage]) -> list[Forecast]:
     """What the first run of a stage is expected to take; none where that is not known before other stages are done."""
     run, waits = stage.remaining[0], {other.name for other in remaining} & {*stage.needs}
-    if run.config is None or waits or stage.verb not in preflight_screen.TRAINING:
+    if waits or not isinstance(run.config, PretrainConfig | SupervisedConfig):
         return []
     place = preflight_screen.place_of(cluster)
     return [preflight_screen.without_trial(stage.verb, with_save_interval(run.config, cluster), place)]
