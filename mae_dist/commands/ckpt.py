@@ -60,9 +60,10 @@ def show_list(run: RunDir, paths: list[Path], _: argparse.Namespace) -> int:
             str(manifest["num_tensors"]),
         )  # fmt: skip
     Console().print(table)
-    by = run.settings()[2].checkpoint.keep_best
-    if by and (best := layout.best(run.path, by)):
-        print(f"best {by}: {best.value:.4g}, step {best.step:,} ({run.path}@{best.step})")
+    with suppress(ValueError):  # of a damaged config.yaml, without which checkpoints can be listed
+        by = run.settings()[2].checkpoint.keep_best
+        if by and (best := layout.best(run.path, by)):
+            print(f"best {by}: {best.value:.4g}, step {best.step:,} ({run.path}@{best.step})")
     for path in sorted((run.path / "checkpoints").glob(".saving-*")):
         print(
             f"step {int(path.name.removeprefix('.saving-')):,} is being written, or its run was killed while writing it"

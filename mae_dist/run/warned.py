@@ -30,8 +30,9 @@ class Warned(NamedTuple):
 
 def warn(run: Path, step: int, found: Iterable[Warned]) -> None:
     """Log and record, on rank 0, the warnings that the run in the folder `run` has not had before."""
-    known = {event["about"] for event in events.of(run, "warn")}
+    known: set[str] | None = None
     for warned in found:
+        known = {event["about"] for event in events.of(run, "warn")} if known is None else known
         if warned.about not in known:
             known.add(warned.about)
             log.warning("%s", warned.sentence)
