@@ -49,7 +49,11 @@ NORM_PIX = (
     "Pictures un-normalise with the true patch statistics."
 )
 SEEDS = "A group of seeds is one curve, their mean."
-ROWS = {"reconstruction": "rows: original, masked, reconstructed"}
+BAND = "Dashed boxes: where the mean loss of these epochs should be (track.band)."
+ROWS = {
+    "reconstruction": "rows: original, masked, reconstructed",
+    "loss_by_position": "mean test loss of each patch of the image, black the least, white the most",
+}
 KNOWN = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "bad"}
 """Numbers of metrics.jsonl that have their own plot, or are counted elsewhere."""
 
@@ -159,7 +163,7 @@ def curves(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, Markup, str]]
         chosen = [group for group in groups if group.runs[0].verb == verb]
         runs = [run for group in chosen for run in group.runs]
 
-        def drawn(title: str, key: str, unit: str = "", chosen: list[Group] = chosen, **shape: bool) -> str:
+        def drawn(title: str, key: str, unit: str = "", chosen: list[Group] = chosen, **shape: Any) -> str:
             of = records.data_wait if key == "data_wait" else partial(records.points, key=key)
             series = []
             for group in chosen:
@@ -168,7 +172,7 @@ def curves(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, Markup, str]]
                 series.append(Series(group.name, group.style, points, marks))
             return svg.plot(title, series, unit, **shape)
 
-        loss = drawn("Loss", "loss", LOSS_UNITS.get(verb, ""), wide=True)
+        loss = drawn("Loss", "loss", LOSS_UNITS.get(verb, ""), wide=True, boxes=(boxes := expected(runs)))
         small = "".join(drawn(_title(key), key, "%" if "top" in key else "") for key in further(runs))
         small += (
             drawn("Learning rate", "lr", zero=True)
@@ -180,9 +184,23 @@ def curves(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, Markup, str]]
         notes += [NORM_PIX] * any(isinstance(run.config, PretrainConfig) and run.config.mae.norm_pix for run in runs)
         notes += [f"The loss is the mean over {heads} heads." for heads in {run.num_heads for run in runs} - {0}]
         notes += [SEEDS] * any(len(group.runs) > 1 for group in chosen)
+        notes += [BAND] * bool(boxes)
         notes += ["Dotted vertical lines: the run was resumed there."] * any(run.resumed for run in runs)
         if loss + small:
             yield verb, Markup(loss), Markup(small), " ".join(notes)
+
+
+def expected(runs: Sequence[Run]) -> list[svg.Box]:
+    """Where the loss should be: the band of the first run that has one (track.band), by step."""
+    run = next((run for run in runs if run.config.track.band and run.last("epoch")), None)
+    if run is None:
+        return []
+    steps, begin, found = (run.last("step") or 0) / (run.last("epoch") or 1), 0.0, []
+    for end, low, high in run.config.track.band:
+        text = f"track.band: {low:g} to {high:g} in epochs {begin:g} to {end:g}"
+        found.append(svg.Box(begin * steps, end * steps, low, high, text))
+        begin = end
+    return found
 
 
 def further(runs: Sequence[Run]) -> list[str]:

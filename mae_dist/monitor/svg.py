@@ -37,6 +37,16 @@ class Series:
     marks: Sequence[float] = ()
 
 
+class Box(NamedTuple):
+    """Where curves should be between two x: from `low` to `high`, for a reason that is shown as a tooltip."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    text: str
+
+
 class Bin(NamedTuple):
     """Neighbouring points drawn as one: their mean x, mean y, lowest and highest y."""
 
@@ -97,12 +107,15 @@ def colour(style: int) -> str:
     return f"c{style % NUM_COLOURS}"
 
 
-def plot(title: str, series: Sequence[Series], unit: str = "", *, zero: bool = False, wide: bool = False) -> str:
+def plot(
+    title: str, series: Sequence[Series], unit: str = "", *, zero: bool = False, wide: bool = False,
+    boxes: Sequence[Box] = (),
+) -> str:  # fmt: skip
     """One figure with axes, curves, tooltips and a legend with the last values; empty where no series has points.
 
     x is the optimizer step, and its axis begins at 0. A long curve is drawn as the means of its bins, with a light band
     from the lowest to the highest value, cut off at the axes, unless these are of several runs at one x. `zero`: the y
-    axis begins at 0. `wide`: the shape for a whole row instead of a part of one.
+    axis begins at 0. `wide`: the shape for a whole row instead of a part of one. `boxes`: where curves should be.
     """
     limit = MAX_POINTS if wide else MAX_POINTS_SMALL
     curves = [(one, downsample(one.points, limit)) for one in series if one.points]
@@ -110,11 +123,12 @@ def plot(title: str, series: Sequence[Series], unit: str = "", *, zero: bool = F
         return ""
     width, height = (900, 340) if wide else (460, 220)
     ys = [y for _, bins in curves for b in bins for y in ((b.low, b.y, b.high) if len(bins) < limit else (b.y,))]
-    ys += [0.0] * zero
-    y_ticks = ticks(min(ys), max(ys))
     last = max(1.0, *(bins[-1].x for _, bins in curves))
+    boxes = [box for box in boxes if box.left < last]
+    ys += [0.0] * zero + [y for box in boxes for y in (box.low, box.high)]
+    y_ticks = ticks(min(ys), max(ys))
     frame = _Frame(last, y_ticks[0], y_ticks[-1], width - LEFT - RIGHT, height - TOP - BOTTOM)
-    bands = "".join(_band(one, bins, frame) for one, bins in curves)
+    bands = "".join(_box(box, frame) for box in boxes) + "".join(_band(one, bins, frame) for one, bins in curves)
     inner = f'<svg width="{frame.width}" height="{frame.height}">{bands}</svg>'  # an inner svg clips, and needs no id
     inner += "".join(_line(one, bins, frame) for one, bins in curves)
     inner += _tooltips(curves, frame, unit) + "".join(_marks(one, frame) for one, _ in curves)
@@ -180,6 +194,12 @@ def _band(one: Series, bins: Sequence[Bin], frame: _Frame) -> str:
         return ""
     outline = [(b.x, b.high) for b in bins] + [(b.x, b.low) for b in reversed(bins)]
     return f'<polygon class="band {colour(one.style)}" points="{_points(outline, frame)}"/>'
+
+
+def _box(box: Box, frame: _Frame) -> str:
+    left, right, top, bottom = frame.x(box.left), frame.x(box.right), frame.y(box.high), frame.y(box.low)
+    shape = f'x="{left}" y="{top}" width="{round(right - left, 1)}" height="{round(bottom - top, 1)}"'
+    return f'<rect class="box" {shape}><title>{escape(box.text)}</title></rect>'
 
 
 def _line(one: Series, bins: Sequence[Bin], frame: _Frame) -> str:

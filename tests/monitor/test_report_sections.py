@@ -299,3 +299,14 @@ def test_report_as_markdown_and_json_has_the_numbers(tmp_path: Path, capsys: pyt
     assert not (Path(runs[0]) / "report.html").exists()
     with pytest.raises(ValueError, match="not allowed with"):
         report.main(["--md", "--json", *runs])
+
+
+def test_report_draws_the_band_of_the_recipe(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "pretrain", "track.band=[[1,0.2,0.4],[3,0.1,0.2],[9,0.0,0.1]]")  # of 4 epochs
+    figure = dict(figures(html := render(run)))["Loss"]
+    boxes = [box.findtext("title") for box in figure.iterfind(".//rect[@class='box']")]
+    assert boxes == [f"track.band: {part}" for part in ("0.2 to 0.4 in epochs 0 to 1", "0.1 to 0.2 in epochs 1 to 3",
+                                                        "0 to 0.1 in epochs 3 to 9")]  # fmt: skip
+    assert "Dashed boxes" in html
+    (first, *_) = figure.iterfind(".//rect[@class='box']")
+    assert float(first.attrib["width"]) == pytest.approx((900 - 80) / 4, abs=0.2)
