@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -27,6 +28,12 @@ SETTINGS = [
 """A tiny run of any verb on `tiny_data`: one rank, every step logged, no restart."""
 MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "optim.base_lr=1e-2", "train.clip_grad=1"]
 """What a tiny pretraining adds to SETTINGS."""
+
+IMPORTED = [
+    "mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe", "mae_dist.launcher",
+    "numpy.random", "omegaconf", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "torch._dynamo",
+]  # fmt: skip
+"""What a rank imports until its first step; DDP and FSDP import torch._dynamo."""
 
 
 def command(*argv: object) -> list[str]:
@@ -86,7 +93,7 @@ def start_rank(
     it prints is appended to the file `log`. It first calls `before`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
+    context.set_forkserver_preload(IMPORTED)
     process = context.Process(target=_rank, args=(argv, environment, log, before))
     process.start()
     return process
@@ -96,6 +103,7 @@ def _rank(argv: list[str], environment: dict[str, str], log: Path, before: Calla
     with log.open("ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    gc.freeze()  # a collection need not visit, and so copy, what came with the fork
     os.environ.update(environment)
     if before is not None:
         before()
