@@ -7,6 +7,7 @@ second and a login node can check a run. No other file imports OmegaConf.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import math
@@ -133,7 +134,7 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     """
     from omegaconf import OmegaConf, errors
 
-    config, layers = OmegaConf.structured(schema), []
+    config, layers = copy.deepcopy(_defaults(schema)), []
     kinds = {name: item.kind for name, item in settings(schema()).items()}
     for origin, layer, written in _layers(kinds, file, overrides):
         plain = OmegaConf.to_container(layer, resolve=False) if OmegaConf.is_config(layer) else layer
@@ -154,6 +155,14 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     return result
 
 
+@cache
+def _defaults(schema: type[Any]) -> Any:
+    """The defaults of a schema for OmegaConf, to copy: making them takes seven times as long."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
+
+
 def _with_start(config: Any, schema: type[Any], layers: Sequence[Any]) -> Any:
     """The layers of settings above those of the run that `init_from` names, and these above the schema's defaults."""
     from omegaconf import OmegaConf, errors
@@ -162,7 +171,7 @@ def _with_start(config: Any, schema: type[Any], layers: Sequence[Any]) -> Any:
     known = starts.settings(start, config.out, masked="mae" in config)
     setting_texts.refuse_odd(known, f"init_from={start}: ")
     try:
-        config = OmegaConf.unsafe_merge(OmegaConf.structured(schema), known, *layers) if known else config
+        config = OmegaConf.merge(_defaults(schema), known, *layers) if known else config
     except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(f"init_from={start}: its config.yaml is damaged ({_one_line(error)})") from error
     if start != RANDOM and OmegaConf.is_missing(config.model, "name"):
@@ -213,7 +222,7 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
         raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
     setting_texts.refuse_odd(plain, f"{origin}: ")
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), plain))
+        result = OmegaConf.to_object(OmegaConf.merge(_defaults(SCHEMAS[verb]), plain))
     except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
     assert isinstance(result, RunConfig)

@@ -32,14 +32,14 @@ def load_file(verb: str, name: str, folder: str | None = None) -> Any:
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_config_file_loads_and_its_header_has_command_hardware_and_expectation(file: Path) -> None:
     verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
-    loaded = config.load(verb, file, ["data.path=d", "out=o"] + ([] if verb == "pretrain" else ["init_from=r"]))
     header = "\n".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
     commands = [shlex.split(line) for line in header.replace("\\\n", " ").splitlines() if line.startswith("   ")]
     runs = [words[words.index(verb) :] for words in commands if verb in words]
     assert len(runs) == 1
     given, overrides = config.split_words(verb, runs[0][1:])
     assert given == str(file.relative_to(ROOT))
-    assert config.load(verb, file, overrides).model == loaded.model
+    loaded = config.load(verb, file, overrides)
+    assert not any(word.startswith("model.") for word in overrides), "the file says which model"
     assert {words[0] for words in commands} <= {"mae-dist", "torchrun"}
     assert "Hardware:" in header
     assert "Expected" in header

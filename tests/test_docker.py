@@ -125,9 +125,9 @@ def test_entrypoint_scripts_are_executable() -> None:
 
 
 def test_entrypoint_runs_mae_dist_unless_a_program_is_named(tmp_path: Path) -> None:
-    command = tmp_path / "mae-dist"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mae_dist "$@"\n')
-    command.chmod(0o755)
+    for name, line in {"mae-dist": f'exec {sys.executable} -m mae_dist "$@"', "torchrun": 'echo torchrun "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def answer(*words: str) -> str:
@@ -135,6 +135,6 @@ def test_entrypoint_runs_mae_dist_unless_a_program_is_named(tmp_path: Path) -> N
         return subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert answer("--version") == f"{__version__}\n"
-    assert answer("export", "--help").startswith("usage: mae-dist export")
+    assert answer("runs", "--help").startswith("usage: mae-dist runs")
     assert answer("python", "-c", "print('a b', 2)") == "a b 2\n"
-    assert "--nproc-per-node" in answer("torchrun", "--help")
+    assert answer("torchrun", "-m", "mae_dist") == "torchrun -m mae_dist\n"

@@ -35,7 +35,7 @@ MADE_BY_USERS = {"launch/clusters/mine.yaml"}
 FULL = {"pretrain": "pretrain/cifar100_vit_ti4", "probe": "probe/cifar100_vit_ti4", "knn": "knn/cifar100_vit_ti4",
         "finetune": "finetune/cifar100_vit_ti4"}  # fmt: skip
 """What CONFIG.yaml stands for."""
-SMALL = ["train.steps=2", "train.global_batch=8", "optim.warmup_epochs=0", "train.precision=fp32", "track.every=1",
+SMALL = ["train.steps=1", "train.global_batch=4", "optim.warmup_epochs=0", "train.precision=fp32", "track.every=1",
          "machine.processes=1", "machine.workers=0"]  # fmt: skip
 """What every run of these tests adds to its command."""
 NOT_RUN = {

@@ -26,7 +26,7 @@ from mae_dist.stages.setup import build_setup
 
 BATCH = 16
 SETTINGS = [
-    "pretrain", "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", f"train.global_batch={BATCH}",
+    "pretrain", "model.name=vit_demo4", "model.image_size=16", "view.test_crop=1", f"train.global_batch={BATCH}",
     "train.precision=fp32", "track.every=1", "track.ids=true", "machine.processes=1", "mae.decoder_dim=32",
     "mae.decoder_depth=1", "mae.decoder_heads=4", "optim.base_lr=1e-2", "checkpoint.every=3", "train.steps=20",
 ]  # fmt: skip
@@ -83,11 +83,11 @@ def test_one_bad_step_is_skipped_counted_and_changes_nothing(
 ) -> None:
     bad_id = ids_of(tiny_data, 7)[3]
     poison(monkeypatch, lambda batch: (batch.ids == bad_id) & (batch.epochs == 0))
-    out = run()
+    out = run("train.steps=9")
     records = [record for record in lines(out / "metrics.jsonl") if "lr" in record]
     assert [record["step"] for record in records if record.get("skipped")] == [7]
     assert "loss" not in records[6]
-    assert len(records) == 20
+    assert len(records) == 9
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     assert not events.of(out, "rewind")
 
@@ -120,7 +120,8 @@ def test_a_sample_that_is_to_blame_is_left_out(
 def test_a_passing_fault_is_undone(
     tiny_data: Path, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healthy = run()
+    words = ["train.steps=11", "checkpoint.rewind_after=2"]
+    healthy = run(*words)
     healthy.rename(tmp_path / "healthy")
     seen: set[int] = set()
     burst = {step: ids_of(tiny_data, step)[0] for step in (8, 9)}
@@ -131,7 +132,7 @@ def test_a_passing_fault_is_undone(
         return torch.isin(batch.ids, torch.tensor(strikes, dtype=torch.int64))
 
     poison(monkeypatch, once)
-    out = run("checkpoint.rewind_after=2")
+    out = run(*words)
     (rewind,) = events.of(out, "rewind")
     assert (rewind["nonfinite"], rewind["to"], rewind["left_out"]) == ([8, 9], 6, [])
     for name in ("ids.jsonl", "metrics.jsonl"):
@@ -156,7 +157,7 @@ def test_what_fails_twice_without_a_culprit_is_left_out_whole(
         return output
 
     monkeypatch.setattr(MAE, "forward", forward)
-    out = run("checkpoint.rewind_after=1")
+    out = run("checkpoint.rewind_after=1", "train.steps=10")
     first, second = events.of(out, "rewind")
     assert first["left_out"] == []
     assert second["left_out"] == sorted(ids_of(tiny_data, 8))

@@ -16,7 +16,9 @@ from mae_dist import config
 from mae_dist.run import identity, jobs
 
 
-def test_help_and_dry_run_need_no_torch_and_no_slurm(data: Path, tmp_path: Path) -> None:
+def test_help_and_dry_run_need_no_torch_and_no_slurm(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`import torch` raises here, and no command of SLURM is on the PATH."""
     (tmp_path / "no" / "torch").mkdir(parents=True)
     (tmp_path / "no" / "torch" / "__init__.py").write_text("raise ImportError('torch is not for login nodes')")
@@ -36,13 +38,20 @@ def test_help_and_dry_run_need_no_torch_and_no_slurm(data: Path, tmp_path: Path)
     for line in ("--nodes=2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@20", "--requeue", "--mem=4000M"):
         assert f"#SBATCH {line}\n" in text
     assert "srun --unbuffered" in text
-    text = stdout(*words, "--nodes", "1-2", "--dry-run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+
+    def printed(*words: str) -> str:
+        assert submit.main(["pretrain", "--cluster", CLUSTER_FILE, *SMALL, f"data.path={data}", "out=run", *words]) == 0
+        return capsys.readouterr().out
+
+    text = printed("--nodes", "1-2", "--dry-run")
     assert "#SBATCH --nodes=1-2\n" in text  # and nothing that would fix the number of ranks of a requeue
     assert "#SBATCH --mincpus=2\n" in text
     assert "#SBATCH --ntasks" not in text
     assert "--ntasks-per-node=2" in text
-    assert not (tmp_path / "run").exists()
-    swept = stdout(*words, "--sweep", "seed=0,1,2", "--at-once", "2", "--dry-run")
+    swept = printed("--sweep", "seed=0,1,2", "--at-once", "2", "--dry-run")
     assert "#SBATCH --array=0-2%2\n" in swept
     assert swept.count("#!/bin/bash") == 2
 

@@ -88,7 +88,7 @@ def test_probe_heads_together_equal_each_alone() -> None:
     assert len({head.name for head in many.heads}) == len(many.heads)
     many.eval()
     together = many(batch_of(9)).prediction
-    for number in (0, 7, 13, 22, 30, 41, 55, 71, 72, 75):
+    for number in (0, 13, 30, 55, 72, 75):
         head = many.heads[number]
         kind = ("cls",) if head.features == ATTENTIVE else (head.features,)
         one: dict[str, Any] = {
@@ -280,7 +280,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
         0,
         training=False,
     )
-    backbone = models.build("vit_demo4")
+    backbone = models.build("vit_demo4", depth=1)
     objective = ProbeHeads(backbone, 10, schema.HeadsConfig(ridge=True, features=("both",)), chunk=50, seed=0)
 
     def filled(name: str, world: int) -> Features:
@@ -319,7 +319,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
 # the verb
 
 SETTINGS = [
-    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=32", "train.precision=fp32",
+    "model.name=vit_demo4", "model.image_size=16", "view.test_crop=1", "train.global_batch=32", "train.precision=fp32",
     "track.every=1", "machine.restarts=0", "init_from=random", "heads.lars=[1,10]", "heads.sgd=[0.1]",
     "heads.adamw=[1e-2]", "heads.features=[cls,mean]",
 ]  # fmt: skip

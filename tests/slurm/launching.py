@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from launch import submit as program
 from mae_dist.errors import STOPPED
 from mae_dist.monitor.status import run_status
 from mae_dist.run import events, jobs, slurm_cli
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
 STEPS = 60
 SETTINGS = [
-    "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
+    "model.name=vit_demo4", "model.image_size=16", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", f"train.steps={STEPS}",
     "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
 ]  # fmt: skip
@@ -62,12 +63,11 @@ class Slurm(Protocol):
 
 
 def submit(*words: str | Path, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python launch/submit.py WORDS` in the folder `cwd`; it must exit with `status`."""
-    command = [sys.executable, ROOT / "launch" / "submit.py", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=cwd)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    """Run `launch/submit.py WORDS` in this process, in the folder `cwd`; it must exit with `status`."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, chdir(cwd or Path.cwd()):
+        found = program.main([str(word) for word in words])
+    assert found == status, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess(words, found, out.getvalue(), err.getvalue())
 
 
 @dataclass(frozen=True)

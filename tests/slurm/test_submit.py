@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from launch import submit as program
+from mae_dist.__main__ import main
 from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 
@@ -19,10 +20,10 @@ from .launching import NODES, SETTINGS, Launch, Slurm, submit
 
 def mae_dist(*words: str | Path) -> str:
     """Output of `mae-dist WORDS`."""
-    command = [sys.executable, "-m", "mae_dist", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("COLUMNS", "200")
+        assert main([str(word) for word in words]) == 0
+    return printed.getvalue()
 
 
 def test_failed_job_names_its_reason_and_is_not_requeued(launch: Launch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images of five 16-bit channels and 96 x 160 pixels go through everything: packing to import."""
+"""Images of five 16-bit channels and 24 x 40 pixels go through everything: packing to import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = [
     "machine.restarts=0", "machine.workers=0",
 ]  # fmt: skip
 MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "mae.mask_ratio=0.9"]
-WIDE = ["model.image_size=[96,160]"]
+WIDE = ["model.image_size=[24,40]"]
 
 
 def run(*words: object) -> None:
@@ -34,13 +34,13 @@ def run(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four training and two test images of 5 channels, of two sizes, in two classes."""
+    """Four training and two test images of 5 channels, of sizes of their own, in two classes."""
     root, generator = tmp_path_factory.mktemp("wide"), np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):
         for number in range(count):
             folder = root / "images" / split / "ab"[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
-            values = generator.integers(0, 60_000, (100 + number, 170, 5), dtype=np.uint16)
+            values = generator.integers(0, 60_000, (26 + number, 44, 5), dtype=np.uint16)
             np.save(folder / f"{number}.npy", values.transpose(2, 0, 1) if number == 1 else values)
     run("data", "pack", "folder", "--source", root / "images", "--out", root / "data", "--channels", 5, "--workers", 1)
     return root / "data"
@@ -64,7 +64,7 @@ def test_five_channel_rectangles_are_packed_shown_and_pretrained(packed: Path, p
     picture = Image.open(next((pretrained / "pictures").glob("*.png")))
     assert picture.getcolors(2**20) is not None
     assert weights(pretrained)["model.decoder_pred.weight"].shape == (4 * 4 * 5, 32)
-    assert weights(pretrained)["model.backbone.pos_embed"].shape == (1, 1 + 24 * 40, 128)
+    assert weights(pretrained)["model.backbone.pos_embed"].shape == (1, 1 + 6 * 10, 128)
     assert np.isfinite(json.loads((pretrained / "result.json").read_text())["loss"])
     run("report", pretrained)
 
@@ -86,11 +86,11 @@ def test_five_channel_rectangles_are_exported_and_imported(
     if target.startswith("timm"):
         model = eval(printed.partition("use it:")[2].strip(), {"timm": timm})
         assert model.patch_embed.proj.weight.shape == (128, 5, 4, 4)
-        assert model(torch.zeros(1, 5, 96, 160)).shape == (1, 128)
+        assert model(torch.zeros(1, 5, 24, 40)).shape == (1, 128)
     assert ("left out: the decoder" in printed) == (target != "safetensors")
     run("import", out, "--out", again)
     _, _, config = RunDir(again).settings()
-    assert (config.model.image_size, config.data.channels) == ((96, 160), 5)
+    assert (config.model.image_size, config.data.channels) == ((24, 40), 5)
     assert config.data.mean == pytest.approx(RunDir(pretrained).settings()[2].data.mean)
     before, after = (weights(path)["model.backbone.pos_embed"] for path in (pretrained, again))
     assert torch.equal(before, after)
@@ -123,18 +123,18 @@ def test_settings_of_other_channels_or_sizes_are_refused(
 def test_init_from_a_run_of_other_channels_and_size_adapts_embedding_and_positions(
     packed: Path, pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["model.image_size=[80,160]", "data.channels=1", "data.mean=[0.5]", "data.std=[0.2]"]
+    words = ["model.image_size=[20,40]", "data.channels=1", "data.mean=[0.5]", "data.std=[0.2]"]
     grey = tmp_path / "grey"
     for number in range(4):
         folder = grey / "images" / ("train" if number < 2 else "val") / "a"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((90, 170), 40 * number, np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(np.full((22, 44), 40 * number, np.uint8)).save(folder / f"{number}.png")
     run("data", "pack", "folder", "--source", grey / "images", "--out", grey / "data", "--channels", 1, "--workers", 1)
     with caplog.at_level(logging.INFO):
         start = [f"init_from={pretrained}", f"data.path={grey / 'data'}", f"out={tmp_path / 'probe'}"]
         run("probe", *TINY, *words, *start)
     assert "patch embedding of 5 channels summed for 1" in caplog.text
-    assert "24 x 40 patches computed for 20 x 40" in caplog.text
+    assert "6 x 10 patches computed for 5 x 10" in caplog.text
     stored, found = weights(pretrained), weights(tmp_path / "probe")
     name = "model.backbone.patch_embed.proj.weight"
     assert torch.equal(found[name], stored[name].sum(1, keepdim=True))

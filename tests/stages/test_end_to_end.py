@@ -32,9 +32,9 @@ from mae_dist.verify import compare
 
 @pytest.fixture(scope="session")
 def pretrained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pretraining run of 6 steps."""
+    """A finished pretraining run of 2 steps."""
     out = tmp_path_factory.mktemp("runs") / "pretrained"
-    words = ["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    words = ["pretrain", f"data.path={tiny_data}", f"out={out}", *SETTINGS, *MAE, "train.steps=2", "checkpoint.every=1"]
     assert main(words) == 0
     return out
 
@@ -56,7 +56,7 @@ def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp
         f"data.path={tiny_data}",
         f"init_from={pretrained}",
         *SETTINGS,
-        "train.steps=6",
+        "train.steps=3",
         "optim.base_lr=30",
     ]
     assert main([*shared, f"out={tmp_path / 'one'}", "machine.micro_batch=3"]) == 0
@@ -72,7 +72,7 @@ EVERYTHING = [
     "view.crop=pad", "view.randaugment=rand-m9-mstd0.5-inc1", "view.random_erasing=0.5", "mix.mixup=0.8",
     "mix.cutmix=1", "train.label_smoothing=0.1", "model.drop_path=0.2", "train.ema=0.9", "train.clip_grad=1",
     "optim.base_lr=1e-2", "data.aug_repeats=3", "track.ids=true",
-    "train.global_batch=22", "train.steps=6", "machine.workers=1",
+    "train.global_batch=22", "train.steps=3", "machine.workers=1",
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_fine_tuning_with_every_augmentation_is_the_same_on_any_world(tiny_data:
     assert main([*shared, f"out={tmp_path / 'parts'}", "machine.micro_batch=5", "machine.workers=0"]) == 0
     hsdp, log = ["machine.strategy=hsdp", "machine.shards=2"], tmp_path / "log"
     finish_ranks(start_ranks(4, *shared, f"out={tmp_path / 'four'}", *hsdp, log=log), log)
-    planned = compare.planned_samples(compare.planned_order(RunDir(tmp_path / "one").settings()[2]), 22, range(1, 7))
+    planned = compare.planned_samples(compare.planned_order(RunDir(tmp_path / "one").settings()[2]), 22, range(1, 4))
     assert max(Counter(id_ for samples in planned.values() for _, id_ in samples).values()) >= 3
     for other in ("one", "parts", "four"):
         assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -126,7 +126,7 @@ def num_values(folder: Path) -> int:
 
 def test_the_stages_follow_each_other(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = [f"data.path={tiny_data}", *SETTINGS]
-    training = ["train.steps=2"]
+    training = ["train.steps=1"]
     alone = ["machine.strategy=hsdp", "machine.shards=1"]
     half = [*training, "train.precision=bf16"]
     for verb, settings in {"knn": alone, "probe": half, "finetune": [*training, "model.drop_path=0.1"]}.items():
@@ -192,8 +192,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
         f"out={pretrained}",
         *SETTINGS,
         *MAE,
-        "train.steps=6",
-        "checkpoint.every=3",
+        "train.steps=2",
+        "checkpoint.every=1",
     ]
     assert main(words) == 0
     assert "pretrain is finished" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_other_settings_are_refused_with_the_fields_named(
         "train.seed=3",
     ]
     line = refused(capsys, *words)
-    assert "train.steps: 6 -> 7" in line
+    assert "train.steps: 2 -> 7" in line
     assert "train.seed: 0 -> 3" in line
     assert (pretrained / "config.yaml").read_bytes() == before
 
@@ -301,13 +301,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     run = tmp_path / "damaged"
     shutil.copytree(pretrained, run)
     (run / "result.json").unlink()
-    (file,) = (run / "checkpoints" / "step-000000006").glob("*.safetensors")
+    (file,) = (run / "checkpoints" / "step-000000002").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=6", "checkpoint.every=3"]
+    words = ["pretrain", f"data.path={tiny_data}", f"out={run}", *SETTINGS, *MAE, "train.steps=2", "checkpoint.every=1"]
     assert main(words) == 0
-    assert "step-000000006 is damaged" in caplog.text
+    assert "step-000000002 is damaged" in caplog.text
     assert losses(run) == losses(pretrained)
     first, second = weights(run), weights(pretrained)
     assert all(torch.equal(first[name], second[name]) for name in second)

@@ -39,7 +39,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 
 def words(parts: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     return ["pretrain", f"data.path=[{parts[0]}, {parts[1]}]", f"out={out}", *SETTINGS, *MAE, f"train.steps={STEPS}",
-            "track.ids=true", "data.weights=[2, 1]", "checkpoint.every=2", *more]  # fmt: skip
+            "model.image_size=16", "track.ids=true", "data.weights=[2, 1]", "checkpoint.every=2", *more]  # fmt: skip
 
 
 def test_start_names_the_data_set_without_statistics_and_the_splits_that_a_test_loss_needs(

@@ -14,17 +14,17 @@ from mae_dist import config
 from mae_dist.__main__ import main
 from mae_dist.run import identity, layout
 
-BACKBONE = [*SETTINGS, "model.pool=avg"]
+SMALL = [*SETTINGS, "model.image_size=16"]
 
 
 def pretrain(data: Path, out: Path, *words: str) -> None:
-    settings = [*SETTINGS, *MAE, "checkpoint.every=1", *words]
+    settings = [*SMALL, *MAE, "checkpoint.every=1", *words]
     assert main(["pretrain", f"data.path={data}", f"out={out}", *settings]) == 0
 
 
 def finetune(data: Path, start: Path, out: Path, *words: str) -> list[str]:
     return [
-        "finetune", f"data.path={data}", f"init_from={start}", f"out={out}", *BACKBONE, "train.steps=2",
+        "finetune", f"data.path={data}", f"init_from={start}", f"out={out}", *SMALL, "model.pool=avg", "train.steps=2",
         "checkpoint.every=1", *words,
     ]  # fmt: skip
 

@@ -11,17 +11,14 @@ from mae_dist.__main__ import main
 
 
 def test_muon_is_elastic_over_ddp_and_fsdp_and_resumes_after_sigkill(tiny_data: Path, tmp_path: Path) -> None:
-    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=5"]
+    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=3"]
     log, out = tmp_path / "log", tmp_path / "killed"
-    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=2", log=log)
-    kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000002").is_dir(), log)
-    ranks = start_ranks(2, *shared, f"out={tmp_path / 'ddp'}", log=log)
+    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=1", log=log)
+    kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000001").is_dir(), log)
+    ranks = start_ranks(2, *shared, f"out={out}", log=log)  # ddp
     assert main([*shared, f"out={tmp_path / 'whole'}"]) == 0
     finish_ranks(ranks, log)
-    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=hsdp", "machine.shards=2", log=log)
-    finish_ranks(ranks, log)
     whole = losses(tmp_path / "whole")
-    assert losses(tmp_path / "ddp") == pytest.approx(whole, rel=1e-5)
     assert losses(out) == pytest.approx(whole, rel=1e-5)
     assert whole[-1] < whole[0]
     names = weights(out).keys()

@@ -22,7 +22,7 @@ FEW = [word for word in SETTINGS if not word.startswith("model.")]
 def source(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished pretraining of few steps, with averaged weights."""
     out = tmp_path_factory.mktemp("source") / "run"
-    assert main(["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=6", f"out={out}"]) == 0
+    assert main(["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=2", f"out={out}"]) == 0
     return out
 
 
@@ -49,11 +49,11 @@ def test_resume_after_sigkill_of_a_run_from_initial_weights_on_other_ranks_gives
     """A finished run is extended by a new one, as the refusal of more steps says; that one resumes as any other."""
     longer = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=8"]
     assert f"begin a new run with its weights: init_from={source}" in refused(capsys, *longer, f"out={source}")
-    shared = ["pretrain", f"data.path={tiny_data}", *FEW, "train.steps=5", "train.ema=0.9", f"init_from={source}"]
+    shared = ["pretrain", f"data.path={tiny_data}", *FEW, "train.steps=3", "train.ema=0.9", f"init_from={source}"]
     assert main([*shared, f"out={tmp_path / 'whole'}"]) == 0
     out, log = tmp_path / "killed", tmp_path / "log"
-    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=2", log=log)
-    kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000002").is_dir(), log)
+    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=1", log=log)
+    kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000001").is_dir(), log)
     assert main([*shared, f"out={out}"]) == 0
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert losses(out)[0] < losses(source)[0]

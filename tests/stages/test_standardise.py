@@ -16,7 +16,8 @@ from mae_dist.stages import finetune
 from mae_dist.stages.setup import build_setup
 
 STILL = [
-    "init_from=random", *SETTINGS, "train.steps=1", "optim.base_lr=1e-12", "optim.min_lr=0", "model.standardise=true",
+    "init_from=random", *SETTINGS, "model.image_size=16", "train.steps=1", "optim.base_lr=1e-12", "optim.min_lr=0",
+    "model.standardise=true",
 ]  # fmt: skip
 """A fine-tuning whose weights stay as they began."""
 

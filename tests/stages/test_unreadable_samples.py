@@ -13,12 +13,13 @@ from mae_dist.__main__ import main
 from mae_dist.data.order import Order
 
 BROKEN = {17, 101}
-STEPS = 14
+STEPS = 8
 
 
 def words(data: Path, out: Path) -> list[str]:
     return ["pretrain", f"data.path={data}", f"out={out}", "data.max_bad=0.01", "view.crop=resized", *SETTINGS, *MAE,
-            f"train.steps={STEPS}", "machine.workers=0", "data.test_split=train", "data.accept=[overlap]"]  # fmt: skip
+            "model.image_size=16", f"train.steps={STEPS}", "machine.workers=0", "data.test_split=train",
+            "data.accept=[overlap]"]  # fmt: skip
 
 
 def test_run_over_one_percent_of_broken_samples_counts_each_on_any_ranks_and_after_sigkill(
@@ -59,7 +60,7 @@ def test_knn_and_probe_leave_unreadable_test_images_out_of_all_counts(tars: Tars
             "data.max_bad=1",
             f"out={out}",
         ]
-        assert main([verb, *settings, *more, *SETTINGS]) == 0
+        assert main([verb, *settings, *more, *SETTINGS, "model.image_size=16"]) == 0
         result = json.loads((out / "result.json").read_text())
         assert (result["num_test_images"], result["num_unreadable"]) == (8, 4)
         assert verb != "knn" or result["top1"] == 100

@@ -70,7 +70,10 @@ def test_timm_loads_export_strictly_and_computes_the_same(
     assert (logits - own.head(expected)).abs().max() < 1e-11 * logits.abs().max()
 
 
-@pytest.mark.parametrize("name", models.BACKBONES)
+EACH_SIZE_AND_PATCH = [name for name in models.BACKBONES if "_ti" in name or name.endswith(("16", "demo4", "vit_h14"))]
+
+
+@pytest.mark.parametrize("name", EACH_SIZE_AND_PATCH)
 def test_timm_has_names_and_shapes_of_every_backbone(name: str) -> None:
     with torch.device("meta"):
         objective = Finetune(models.build(name), 7, drop_path=0.0, label_smoothing=0.0, seed=0)

@@ -66,7 +66,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
     ("where", "key", "values", "option"),
     [
         ("pretrained_cfg", "mean", NOT_THREE, ["--mean", *MEAN]),
-        ("pretrained_cfg", "std", [*NOT_THREE, [0, 0, 0], [0.2, -0.2, 0.2]], ["--std", *STD]),
+        ("pretrained_cfg", "std", [*NOT_THREE[:2], [0, 0, 0], [0.2, -0.2, 0.2]], ["--std", *STD]),
         ("beside", "pretrained_cfg", [0.5, "x", "{", "[1]", "null", [1], True], []),
         ("args", "mean", NOT_THREE[:2], ["--mean", *MEAN]),
         ("args", "decoder_num_heads", NOT_COUNT, ["--decoder-heads", 4]),
@@ -79,8 +79,8 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         (CONFIG, "layer_norm_eps", [None, "x", [1], -1, True], []),
         (CONFIG, "norm_pix_loss", [0, "x", [1]], ["--norm-pix"]),
         (CONFIG, "mask_ratio", NOT_SHARE, []),
-        (PROCESSOR, "image_mean", NOT_THREE, ["--mean", *MEAN]),
-        (PROCESSOR, "image_std", [*NOT_THREE, [0.2, 0.2, 0.0]], ["--std", *STD]),
+        (PROCESSOR, "image_mean", NOT_THREE[:4], ["--mean", *MEAN]),
+        (PROCESSOR, "image_std", [*NOT_THREE[:2], [0.2, 0.2, 0.0]], ["--std", *STD]),
         ("own", "data.mean", [(123.0, 117.0, 104.0)], ["--mean", *MEAN]),
         ("own", "data.std", [(0.2, 0.2, 0.0), (58.0, 57.0, 57.0)], ["--std", *STD]),
         ("own", "model.image_size", [31], []),
@@ -100,9 +100,12 @@ def test_import_refuses_invalid_metadata_by_name_unless_overridden(
         cli("import", path, "--out", tmp_path / "out", *option)
 
 
+MODELS = {"mae": mae(), "vit": classifier(), "mixer": classifier("mixer_demo4")}
+
+
 def write_checkpoint(path: Path, where: str, key: str, value: Any) -> None:
     """Write a checkpoint to `path` whose metadata has `value` for `key`. ``where``: the file or object that has it."""
-    objective = mae()
+    objective = MODELS["mae"]
     if where in (CONFIG, PROCESSOR, "own"):
         shutil.rmtree(path, ignore_errors=True)
         codec, model = FORMATS["safetensors" if where == "own" else "hf"], as_model(objective)
@@ -116,10 +119,10 @@ def write_checkpoint(path: Path, where: str, key: str, value: Any) -> None:
     elif where == "args":
         torch.save({"model": official(objective), "args": argparse.Namespace(**{key: value})}, path)
     elif where == "metadata":
-        save_file(official(classifier()), path, {key: value})
+        save_file(official(MODELS["vit"]), path, {key: value})
     else:
         beside = {key: value} if where == "beside" else {where: {key: value}}
-        torch.save({"state_dict": official(classifier())} | beside, path)
+        torch.save({"state_dict": official(MODELS["vit"])} | beside, path)
 
 
 def refusal(path: Path) -> str:
@@ -140,7 +143,7 @@ KEY_TENSORS = ("patch_embed.proj.weight", "stem.proj.weight", "pos_embed", "bloc
                "head.bias", "decoder_embed.weight", "cls_token", "mask_token")  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", [mae(), classifier(), classifier("mixer_demo4")], ids=["mae", "vit", "mixer"])
+@pytest.mark.parametrize("objective", MODELS.values(), ids=MODELS)
 def test_import_refuses_tensors_of_wrong_shape_kind_or_name(tmp_path: Path, objective: Objective) -> None:
     path, good = tmp_path / "odd.pth", official(objective)
 

@@ -196,6 +196,8 @@ def test_export_of_probe_heads_takes_backbone_and_lists_heads(tmp_path: Path, cl
         backbone = {name: t for name, t in heads.state_dict().items() if name.startswith("backbone.")}
         origin = save_run(heads, "vit_demo4", folder / "origin")
         for target, suffix in {"timm": ".pth", "hf": "", "safetensors": ""}.items():
+            if number and target != "safetensors":  # how heads are left out does not depend on the format
+                continue
             output = cli("export", origin, "--to", target, "--out", folder / f"{target}{suffix}")
             assert "features 0" in output
             assert ("left out: the 6 probe heads (lars, sgd)" in output) == (number == 0)
