@@ -92,9 +92,14 @@ def start_rank(
     """Start `mae-dist ARGV` with more environment variables, forked from a process that has imported the package; what
     it prints is appended to the file `log`. It first calls `before`.
     """
+    return start_forked(_rank, argv, environment, log, before)
+
+
+def start_forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start `target(*arguments)` in a process that is forked from one that has imported what a rank needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_rank, args=(argv, environment, log, before))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
 

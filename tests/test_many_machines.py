@@ -6,7 +6,6 @@ networks.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import shutil
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import MAE, SETTINGS, finish_ranks, losses, start_rank, start_ranks
+from running import MAE, SETTINGS, finish_ranks, losses, start_forked, start_rank, start_ranks
 
 from mae_dist import dist, interfaces, rendezvous
 from mae_dist.run import checkpoint, events
@@ -144,11 +143,7 @@ def test_many_ranks_agree_in_rounds_and_rank_0_alone_reads_a_checkpoint(tmp_path
     state = {"a": torch.arange(6.0).view(3, 2), "b": torch.tensor(7, dtype=torch.bfloat16)}
     checkpoint.save(path, 1, checkpoint.share(state))
     world = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MAE_DIST_MEETING_FILE": str(tmp_path / "ranks")}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe"])
-    ranks = [context.Process(target=exchange, args=(world | {"RANK": str(rank)}, path)) for rank in range(3)]
-    for process in ranks:
-        process.start()
+    ranks = [start_forked(exchange, world | {"RANK": str(rank)}, path) for rank in range(3)]
     for process in ranks:
         process.join(60)
         process.kill()

@@ -25,8 +25,11 @@ def test_recipe_of_a_data_set_pretrains_on_it(
     assert len(losses(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("num_images", [10, 3_000, 49_999, 120_000, 1_281_167])
-@pytest.mark.parametrize(("side", "pixels"), [(28, 32), (64, 64), (120, 112), (375, 224)])
+@pytest.mark.parametrize(
+    ("num_images", "side", "pixels"),
+    [(10, 28, 32), (10, 375, 224), (3_000, 64, 64), (49_999, 28, 32), (49_999, 120, 112), (120_000, 64, 64),
+     (120_000, 375, 224), (1_281_167, 28, 32), (1_281_167, 120, 112), (1_281_167, 375, 224)],
+)  # fmt: skip
 def test_recipe_is_a_config_for_any_size_of_data(num_images: int, side: int, pixels: int, tmp_path: Path) -> None:
     for verb, lines in (("pretrain", recipe.pretraining), ("finetune", recipe.finetuning)):
         text = recipe.as_yaml(lines(num_images, side))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import SETTINGS
+from running import SETTINGS, start_forked
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from mae_dist import config, schema
@@ -236,8 +235,7 @@ def test_wandb_offline_is_one_complete_run_over_stops_and_kills(
         if stopped:
             record_steps(tmp_path, steps)
             return
-        killed = multiprocessing.get_context("forkserver").Process(target=record_steps, args=(tmp_path, steps, True))
-        killed.start()
+        killed = start_forked(record_steps, tmp_path, steps, True)
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
 

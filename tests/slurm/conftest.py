@@ -119,13 +119,13 @@ def launch(slurm: Slurm, data: Path, cluster_file: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def time_limited(launch: Launch) -> Launched:
-    """A run that reaches its time limit twice, on nodes of its own, beside the other tests.
+    """A run that reaches its time limit, on nodes of its own, beside the other tests.
 
-    A start makes 22 of the 60 steps and then waits for SLURM's signal, which comes 60 to 90 s after it began.
+    A start makes 32 of the 60 steps and then waits for SLURM's signal, which comes 60 to 90 s after it began.
     """
     return launch(
         "time-limit", "track.wandb=offline", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
-        nodes=NODES[2:], slow=0.1, hold=22,
+        nodes=NODES[2:], slow=0.1, hold=32,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A run that reaches its time limit again and again. The last file, as the run goes on beside all other tests."""
+"""A run that reaches its time limit and goes on. The last file, as the run goes on beside all other tests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from mae_dist.run import events
 from .launching import Launched, assert_equal_runs
 
 
-def test_requeue_at_the_time_limit_twice_is_bit_identical(time_limited: Launched, reference: Launched) -> None:
+def test_requeue_at_the_time_limit_is_bit_identical(time_limited: Launched, reference: Launched) -> None:
     time_limited.finish(500)
     requeues = [event for event in time_limited.task_events()[0] if event["event"] == "requeue"]
-    assert len(requeues) >= 2
+    assert requeues
     assert {event["reason"] for event in events.of(time_limited.run, "requeue")} <= {"saved", "time_limit"}
     resumed = [start["step"] for start in time_limited.starts()]
-    assert len(set(resumed)) >= 3  # each start made progress
+    assert len(set(resumed)) >= 2  # each start made progress
     assert_equal_runs(time_limited, reference)
     offline = [path.name for path in (time_limited.run / "wandb").glob("offline-run-*")]
-    assert len(offline) >= 3
+    assert len(offline) >= 2
     assert len({name.rpartition("-")[2] for name in offline}) == 1
