@@ -31,7 +31,7 @@ MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "opti
 
 IMPORTED = [
     "mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe", "mae_dist.launcher",
-    "numpy.random", "omegaconf", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "torch._dynamo",
+    "numpy.random", "omegaconf", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "timm.data.auto_augment", "torch._dynamo",
 ]  # fmt: skip
 """What a rank imports until its first step; DDP and FSDP import torch._dynamo."""
 

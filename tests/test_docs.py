@@ -227,7 +227,7 @@ def smaller(call: list[str]) -> list[str] | None:
         return None
     if words[0] in (*SCHEMAS, "rotate"):
         return words + [word for word in SMALL if not (words[0] == "knn" and word.startswith("optim."))]
-    return ["2" if word == "100" else word for word in words]
+    return ["1" if word == "100" else word for word in words]
 
 
 def test_extensions_work_as_written(tmp_path: Path) -> None:
