@@ -15,10 +15,8 @@ import importlib
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +79,9 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
     When a rank crashes, hangs or is killed, the others stop and all are started again, `restarts` times at most. The
     status is that of the first rank that failed, 128 + n for one that signal n ended.
     """
+    import shutil
+    import tempfile  # neither is needed for help
+
     os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads({}, processes)))
     if is_forked() and "torch" in sys.modules and COUNTED not in os.environ:
         os.environ[COUNTED] = str(processes)  # begin again: torch took other threads, and may have called the driver
