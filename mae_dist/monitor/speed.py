@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from mae_dist import small_files
+from mae_dist.errors import MachineFault
+from mae_dist.monitor import records
 from mae_dist.monitor.records import Run, finite
-from mae_dist.run import interval
+from mae_dist.run import interval, layout
 from mae_dist.run.interval import PARTS
 
 WORTH_SAYING = 0.1
@@ -17,13 +20,16 @@ FIELDS = ("seconds", "memory", "waited", *PARTS)
 
 class Speed(NamedTuple):
     """What the intervals of a run have in common: mean shares of the ranks' time, the most memory of a rank in GB, mean
-    MFU where it is known, and sentences about what limited it, the longest time first.
+    MFU where it is known, sentences about what limited it, the longest time first, and images a second: the median, and
+    what a preflight expected where one was made.
     """
 
     shares: dict[str, float]
     memory: float
     mfu: float | None
     limits: list[str]
+    rate: float | None
+    expected: float | None
 
 
 def of(run: Run) -> Speed | None:
@@ -44,8 +50,18 @@ def of(run: Run) -> Speed | None:
     mfus = [line for line in known if finite(line.get("mfu"))]
     return Speed(
         {part: _mean(known, part) for part in PARTS}, max(line["memory"] for line in known),
-        _mean(mfus, "mfu") if mfus else None, limits,
+        _mean(mfus, "mfu") if mfus else None, limits, records.numbers(run)["images_per_second"], expected_rate(run),
     )  # fmt: skip
+
+
+def expected_rate(run: Run) -> float | None:
+    """Images a second that a preflight of the run expected; None where there was none, or its file is damaged."""
+    file = run.path / layout.PREFLIGHT
+    try:
+        found = small_files.read_json(file).get("images_per_second") if file.is_file() else None
+    except (ValueError, MachineFault):
+        return None
+    return found if finite(found) and found > 0 else None
 
 
 def _is_sound(line: dict[str, Any]) -> bool:

@@ -219,8 +219,16 @@ def test_report_speed_says_what_limited_the_run_for_how_long(tmp_path: Path) -> 
     with (run / "metrics.jsonl").open("a") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in (slow, fast | INTERVAL, damaged))
     (read,) = records.read_runs([run])
+    for damaged_text, found in (
+        ("[", None),
+        ('{"images_per_second": "<b>"}', None),
+        ('{"images_per_second": 987}', 987),
+    ):
+        (run / "preflight.json").write_text(damaged_text)
+        assert speed.expected_rate(read) == found
     measured = speed.of(read)
     assert measured is not None
+    assert measured.expected == 987
     assert measured.shares["data"] == pytest.approx(0.18)
     assert measured.mfu == pytest.approx(0.5)
     assert measured.limits == [
@@ -230,6 +238,7 @@ def test_report_speed_says_what_limited_the_run_for_how_long(tmp_path: Path) -> 
     ]
     text = text_of(render(run))
     assert "70% of the time limited by computing" in text
+    assert "987" in text
     assert "device H100" in text
     assert "torch 2.14" in text
 
