@@ -149,7 +149,7 @@ def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: 
 
 def checked_line(line: str) -> str:
     """A line of `setup` that ends the job, with a message that names the line, where it fails."""
-    name = shlex.quote(f"mae-dist: the line of setup `{line}` failed with status")
+    name = shlex.quote(f"mae-dist: the line of setup `{line[:200]}` failed with status")
     return f'eval {shlex.quote(line)} || {{ status=$?; echo {name} "$status"; exit {USER_ERROR}; }}'
 
 

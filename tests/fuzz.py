@@ -4,8 +4,8 @@ Mutation number n of seed s is always the same: of one command one file that it 
 status is 0, or 1 or 2 with a message. Wrong are an exception that leaves the program (trace), a process that is ended
 by a signal (crash), one that computes for more than LIMIT s or waits ten times as long (hang), one that needs GROWTH
 bytes more than usual (memory), a fault of the machine where only a file is damaged (fault), and a message with control
-characters or of more than LONGEST bytes (message). Silent are damages after which the same is printed as without, up to
-numbers.
+characters or of more than LONGEST bytes (message; but a script of --dry-run is shown whole). Silent are damages after
+which the same is printed as without, up to numbers.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def ending(ended: Ended, usual: Ended, argv: tuple[str, ...]) -> str:
         return "trace"
     if ended.memory > usual.memory + GROWTH:
         return "memory"
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", ended.output.replace("\r", "")) or len(ended.output) > LONGEST + len(
-        usual.output
-    ):
+    is_script = argv[0] == "submit" and ended.status == 0
+    is_long = len(ended.output) > LONGEST + len(usual.output) and not is_script
+    if is_long or re.search(r"[\x00-\x08\x0b-\x1f\x7f]", ended.output.replace("\r", "")):
         return "message"
     if ended.status == 1 and argv[:2] not in (("data", "check"), ("logs", "run")):
         return "fault"

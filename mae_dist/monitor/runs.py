@@ -165,8 +165,11 @@ def _settings(path: Path) -> dict[str, Any]:
         found = layout.read_config(path)
     except ValueError:
         return {"verb": UNREADABLE}
-    sound = all(isinstance(found.get(name), dict) for name in ("train", "track"))
-    return found if sound else {"verb": UNREADABLE}
+    train, track = found.get("train"), found.get("track")
+    if not (isinstance(train, dict) and isinstance(track, dict)):
+        return {"verb": UNREADABLE}
+    numbers = found.get("total_steps") or 0, train.get("global_batch", 0), track.get("every", 0)
+    return found if all(type(number) in (int, float) for number in numbers) else {"verb": UNREADABLE}
 
 
 def _result(path: Path) -> dict[str, Any]:

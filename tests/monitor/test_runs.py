@@ -43,6 +43,9 @@ def test_runs_table(tmp_path: Path, slurm: Callable[..., None], capsys: pytest.C
     submit(runs / "waiting", "8")
     create_run(runs / "hurt")
     (runs / "hurt" / "config.yaml").write_text("verb: [")
+    create_run(runs / "list", "track.every=1234", steps=1)
+    file = runs / "list" / "config.yaml"
+    file.write_text(file.read_text().replace("every: 1234", "every: [1234]"))
     (runs / "old").mkdir()
     (runs / "old" / "config.yaml").write_text("verb: pretrain\n")  # of the layout before there was a `format`
     rows = table(capsys, runs)
@@ -52,7 +55,7 @@ def test_runs_table(tmp_path: Path, slurm: Callable[..., None], capsys: pytest.C
     assert (rows["slow"][1], rows["gone"][1]) == ("running", "stopped")
     assert rows["done"] == ["pretrain", "finished", "7/7", "2.0000", "320", "test_loss", "0.25"]
     assert " ".join(rows["waiting"]) == "unknown: SLURM does not know the job, or does not answer 8"
-    assert (rows["hurt"][0], rows["old"][0]) == ("unreadable", "unreadable")
+    assert [rows[name][0] for name in ("hurt", "list", "old")] == ["unreadable"] * 3
     assert "job" not in table(capsys, runs / "here")["run"]  # nor any other column that would be empty
 
 
