@@ -18,17 +18,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from mae_dist import (
-    heads_settings,
-    hints,
-    image_settings,
-    recipes,
-    resolutions,
-    setting_texts,
-    small_files,
-    starts,
-    track_settings,
-)
+from mae_dist import heads_settings, hints, image_settings, recipes, resolutions, setting_texts, small_files, starts
+from mae_dist import track_settings as tracking
 from mae_dist.schema import (
     FREE_DATA,
     RANDOM,
@@ -244,7 +235,7 @@ def check(config: RunConfig) -> None:
                          "knn or finetune")  # fmt: skip
     image_settings.check(config)
     resolutions.check(config)
-    track_settings.check(config)
+    tracking.check(config)
     if isinstance(config, ProbeConfig) and config.optim.name == "muon":
         raise ValueError("optim.name=muon: is for the matrices of blocks, which a probe does not train; leave it out")
     if isinstance(config, PretrainConfig):
