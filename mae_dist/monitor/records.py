@@ -5,7 +5,6 @@ What others may have written there is checked: a number that is none, or an even
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mae_dist.schema import RANDOM, ProbeConfig, RunConfig
 MOST_STEPS = 50_000
 """Steps of a metrics.jsonl that are shown, at least, where it has as many."""
 HEADS = "heads.json"
+LARGEST = 1e100
 Point = tuple[float, float]
 
 
@@ -149,7 +149,8 @@ def _is_head(row: Any) -> bool:
     numbers = ("base_lr", "weight_decay")
     return (
         isinstance(row, Mapping) and all(isinstance(row.get(name), str) for name in ("name", "method", "features"))
-        and finite(row.get("held_out_top1")) and isinstance(row.get("diverged"), bool) and type(row.get("block")) is int
+        and finite(row.get("held_out_top1")) and 0 <= row["held_out_top1"] <= 100
+        and isinstance(row.get("diverged"), bool) and type(row.get("block")) is int
         and all(row.get(name) is None or finite(row[name]) for name in numbers)
     )  # fmt: skip
 
@@ -165,8 +166,8 @@ def _num_classes(path: Path) -> int:
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, of which sums are finite, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def points(run: Run, key: str) -> list[Point]:

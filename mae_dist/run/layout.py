@@ -68,6 +68,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: was written by an older version of mae_dist; use that version, or make the run again"
         )
+    if type(plain.get("total_steps", 0)) is not int:
+        raise ValueError(f"{file}: not the config.yaml of a run (total_steps={plain['total_steps']!r} is no number)")
     return plain
 
 

@@ -203,6 +203,13 @@ def test_report_of_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> N
     assert not (tmp_path / "out.html").exists()
 
 
+def test_report_names_a_damaged_number_of_steps(tmp_path: Path) -> None:
+    file = make_run(tmp_path / "run") / "config.yaml"
+    file.write_text(re.sub(r"total_steps: \d+", "total_steps: [1]", file.read_text()))
+    with pytest.raises(ValueError, match=r"config\.yaml.*total_steps=\[1\] is no number"):
+        render(tmp_path / "run")
+
+
 def test_report_names_a_damaged_result_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "result.json").write_text('{"top1": 3')
@@ -257,6 +264,7 @@ def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch
     [
         ("metrics.jsonl", {"kind": "step", "step": 10**400}),
         ("metrics.jsonl", {"kind": "step", "step": 41, "loss": 10**400}),
+        ("metrics.jsonl", {"kind": "evaluation", "step": 40, "test_loss": 1e308, "test_top1": -1e308}),
         ("metrics.jsonl", {"kind": "evaluation", "step": 40, "test_top1": -(10**400)}),
         ("events.jsonl", {"event": "start", "time": NOW, "step": 3}),
         (
