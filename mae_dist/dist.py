@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from torch import Tensor
 from mae_dist import devices, environment, rendezvous
 from mae_dist.errors import FAILED, MachineFault, RankLost, from_os_error
 from mae_dist.watchdog import waiting_for
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -137,6 +140,13 @@ def is_main() -> bool:
 def is_first_of_machine() -> bool:
     """Whether this is the rank that asks for all of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, of which ranks hold shards or copies. Where there is none, its module, which
+    imports all of sympy, is not imported.
+    """
+    return hasattr(tensor, "placements")
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ FINAL = (DONE, USER_ERROR, STOPPED, INTERRUPTED)
 """Exit statuses after which the ranks are not started again."""
 COMMANDS = ("/mae-dist", "/mae_dist/__main__.py", "/launch/agent.py")
 """Ends of sys.argv[0] where this process is the command itself, not a program that calls it."""
+DRIVERS = ("/dev/nvidia", "/dev/kfd")
+"""Files that drivers of GPUs keep open in a process, which can then no longer be forked."""
 COUNTED = "MAE_DIST_PROCESSES"
 """Environment variable: the number of this machine's GPUs, as counted by the process that this one was."""
 SIGNALS = (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)
@@ -68,9 +70,12 @@ def limit_threads(ranks: int) -> None:
 
 
 def is_forked() -> bool:
-    """Whether the ranks are forks of this process."""
+    """Whether the ranks are forks of this process, and not new ones."""
     own = str(Path(sys.argv[0]).absolute()).endswith(COMMANDS)
-    return own and sys.platform == "linux" and threading.active_count() == 1
+    if not own or sys.platform != "linux" or threading.active_count() > 1:
+        return False
+    opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    return not any(path.startswith(DRIVERS) for path in opened)
 
 
 def spawn(argv: list[str], processes: int, restarts: int) -> int:
@@ -105,6 +110,7 @@ def run(argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str
     if is_forked():
         with watchdog.watching(IMPORTS):
             cli.import_module(cli.VERBS[argv[0]].module)
+            cli.import_module("torch._dynamo")  # as DDP and FSDP2 do
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:

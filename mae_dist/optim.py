@@ -89,13 +89,33 @@ def build(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optim
         by_rule.setdefault(group.get("rule", optim.name), []).append(group)
     makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "lars": partial(LARS, momentum=optim.momentum), "muon": partial(Muon, momentum=optim.momentum),
-        "adamw": partial(torch.optim.AdamW, lr=0.0, betas=optim.betas, fused=True),
+        "adamw": partial(AdamW, lr=0.0, betas=optim.betas, fused=True),
     }  # fmt: skip
     parts = [makers[rule](own) for rule, own in by_rule.items()]
     return parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
 
 
-class CombinedOptimizer(torch.optim.Optimizer):
+def without_compiler(method: Callable[..., Any]) -> Any:
+    """A method of torch's optimizers without its wrapper, which imports torch's compiler (2 s of a core), to have it
+    leave the method alone. Nothing here compiles an optimizer.
+    """
+    return getattr(method, "__wrapped__", method)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """torch's base class of optimizers, which imports no compiler."""
+
+    add_param_group = without_compiler(torch.optim.Optimizer.add_param_group)
+    zero_grad = without_compiler(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """torch's AdamW, which imports no compiler."""
+
+    step = torch.no_grad()(without_compiler(torch.optim.AdamW.step))
+
+
+class CombinedOptimizer(Optimizer):
     """Several optimizers that step as one: each has its own groups; the state and `found_inf` are shared."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
@@ -208,7 +228,7 @@ class EMA:
         return self.values
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
     As in the official code (util/lars.py) the update of a matrix, gradient plus weight decay, is scaled by
@@ -250,7 +270,7 @@ class LARS(torch.optim.Optimizer):
                 parameter.copy_(moved)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Nesterov momentum whose update of a matrix is orthogonalised (Jordan et al. 2024), and scaled to the size that
     AdamW's updates have (Liu et al. 2025, section 2.2), so that both go with the same learning rate and weight decay.
 

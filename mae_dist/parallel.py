@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -154,15 +152,17 @@ def with_timeout(where: DeviceMesh) -> DeviceMesh:
 
 def shard(objective: nn.Module, where: DeviceMesh, train: TrainConfig) -> None:
     """Apply FSDP2 (Zhao et al. 2023): one group for the matrices of each block, one for all the rest."""
+    from torch.distributed import fsdp  # imports all of sympy, which other strategies do not need
+
     # of outputs that are views: nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     reduce = torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32
-    rest = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
-    matrices = MixedPrecisionPolicy(DTYPES.get(train.precision), reduce, cast_forward_inputs=False)
+    rest = fsdp.MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    matrices = fsdp.MixedPrecisionPolicy(DTYPES.get(train.precision), reduce, cast_forward_inputs=False)
     for block in blocks_of(objective):
-        fully_shard(matrices_of(block), mesh=where, mp_policy=matrices)  # pyright: ignore
-    fully_shard(objective, mesh=where, mp_policy=rest, reshard_after_forward=True)  # also after an evaluation
-    register_fsdp_forward_method(objective, "pooled")
+        fsdp.fully_shard(matrices_of(block), mesh=where, mp_policy=matrices)  # pyright: ignore
+    fsdp.fully_shard(objective, mesh=where, mp_policy=rest, reshard_after_forward=True)  # also after an evaluation
+    fsdp.register_fsdp_forward_method(objective, "pooled")
 
 
 @torch.no_grad()
@@ -173,13 +173,15 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor on every rank, gathered where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if dist.is_sharded(tensor) else tensor
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """`value`, which every rank has in full, sharded as `like` is."""
-    if not isinstance(like, DTensor):
+    if not dist.is_sharded(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -207,8 +209,8 @@ def sync_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
     """Context of a backward pass that averages gradients over ranks `when` true, which is on the last micro-batch of a
     step.
     """
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(when)
+    if set_sync := getattr(module, "set_requires_gradient_sync", None):  # of FSDP2
+        set_sync(when)
     if isinstance(module, DistributedDataParallel) and not when:
         return module.no_sync()
     return nullcontext()

@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 import running
 import torch
-from running import MAE, SETTINGS, is_running, losses, ranks_of, start_launcher, wait_until
+from running import (
+    MAE,
+    SETTINGS,
+    is_running,
+    losses,
+    ranks_of,
+    start_launcher,
+    wait_until,
+)  # fmt: skip
 
 from mae_dist import environment, launcher, rendezvous
 from mae_dist.run import events
@@ -110,6 +118,10 @@ def test_program_that_calls_main_is_not_forked_and_the_command_is(monkeypatch: p
     for own in ("/venv/bin/mae-dist", "/site-packages/mae_dist/__main__.py", "/checkout/launch/agent.py"):
         monkeypatch.setattr(sys, "argv", [own, "pretrain"])
         assert launcher.is_forked()
+    monkeypatch.setattr(launcher, "DRIVERS", ("/dev/null",))  # as if it were one of a GPU, which has been called
+    with Path("/dev/null").open():
+        assert not launcher.is_forked()
+    monkeypatch.setattr(launcher, "DRIVERS", ())
     monkeypatch.setattr(threading, "active_count", lambda: 2)
     assert not launcher.is_forked()
 
@@ -182,3 +194,15 @@ def test_forked_ranks_save_and_end_when_their_launcher_is_killed(tiny_data: Path
         time.sleep(0.01)
     (saved,) = (run / "checkpoints").iterdir()
     assert saved.name == f"step-{len(losses(run)):09d}"
+
+
+def test_run_of_one_process_imports_no_compiler_and_no_algebra(tiny_data: Path, tmp_path: Path) -> None:
+    """Two seconds of a core, at every start."""
+    words = ["pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, *MAE, "train.steps=1"]
+    large = {"sympy", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "triton", "wandb"}
+    code = (
+        f"import sys\nfrom mae_dist.__main__ import main\nassert not main({words})\nprint({large} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=running.environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr

@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 
+import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mae_dist import dist
 from mae_dist.errors import MachineFault
@@ -32,7 +32,7 @@ class AsyncSaver:
     def __init__(self, run: RunDir, settings: CheckpointConfig, pinned: bool):
         self.run, self.settings, self.stall, self.began = run, settings, 0.0, time.perf_counter()
         self.group = dist.background_group()
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self.pinned, self.copies = pinned, dict[str, Tensor]()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -42,7 +42,6 @@ class AsyncSaver:
     def __exit__(self, *_: object) -> None:
         if self.thread:
             self.thread.join(LAST_WAIT)
-        self.stager.close()
 
     @property
     def busy(self) -> bool:
@@ -65,12 +64,16 @@ class AsyncSaver:
         self.began = began = time.perf_counter()
         self.wait(last=False)
         parts = checkpoint.share(state)
-        staged = self.stager.stage({name: part.values for name, part in parts.items()})
-        assert isinstance(staged, dict)
-        parts = {name: part._replace(values=staged[name]) for name, part in parts.items()}
+        parts = {name: part._replace(values=self._copy(name, part.values)) for name, part in parts.items()}
         self.thread = threading.Thread(target=self._write, args=(step, parts), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
+
+    def _copy(self, name: str, values: Tensor) -> Tensor:
+        """A copy on the CPU, in the memory of the copy of the save before, since pinned memory takes long to get."""
+        if name not in self.copies:
+            self.copies[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.pinned)
+        return self.copies[name].copy_(values)
 
     def wait(self, last: bool = True) -> None:
         """Wait for the save in flight. Raises its error if it is the `last` of the run, else warns."""

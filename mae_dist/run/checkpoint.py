@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mae_dist import dist
 from mae_dist.atomic import remove, sync, sync_folder
@@ -58,7 +56,7 @@ def share(state: dict[str, Tensor]) -> dict[str, Part]:
         sizes[chosen] += tensor.numel() * tensor.element_size()
         if chosen != own_copy:
             continue
-        if not isinstance(tensor, DTensor):
+        if not dist.is_sharded(tensor):
             parts[name] = Part(tensor.detach(), (0,) * tensor.ndim)
         elif (local := tensor.to_local()).numel():  # a rank beyond the last row has nothing
             parts[name] = Part(local.detach(), tuple(tensor.__create_chunk_list__()[0].offsets))
@@ -67,7 +65,7 @@ def share(state: dict[str, Tensor]) -> dict[str, Part]:
 
 def copies(tensor: Tensor) -> tuple[int, int]:
     """(How many copies of a tensor the ranks have together; of which of them this rank has all, or a shard)."""
-    if not isinstance(tensor, DTensor):
+    if not dist.is_sharded(tensor):
         return dist.world(), dist.rank()
     here, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh
     assert here is not None
@@ -179,7 +177,7 @@ def verify(path: Path) -> str | None:
 
 def read_named(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these names, which the checkpoint has, by name; read by this process by itself."""
-    entries: Any = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    entries = _reader(path).read_metadata().state_dict_metadata
     state = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
     read(path, state)
     return state
@@ -187,7 +185,7 @@ def read_named(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def names_in(path: Path) -> dict[str, torch.Size]:
     """Shapes of the tensors in a checkpoint, by name."""
-    metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
+    metadata = _reader(path).read_metadata()
     return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
 
 
@@ -210,7 +208,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{path}: has no tensor {name}; it was written for another model or by another version")
         if there[name] != list(tensor.shape):
             raise ValueError(f"{path}: {name} is {tuple(there[name])}, the model's is {tuple(tensor.shape)}")
-    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+    if any(map(dist.is_sharded, state.values())):
         read(path, state)
         return
     dist.run_on_rank0(lambda: read(path, state))
@@ -220,9 +218,18 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
 
 def read(path: Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state` in place from a checkpoint that has all of them; this process by itself."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+        dcp.load(state, storage_reader=_reader(path), no_dist=True)
+
+
+def _reader(path: Path) -> Any:
+    """torch's reader of a checkpoint, imported here, since a run that reads none does not need it, nor DTensors."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return HuggingFaceStorageReader(str(path))
 
 
 def measure(path: Path) -> dict[str, Any]:

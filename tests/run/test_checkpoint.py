@@ -447,7 +447,6 @@ def test_async_save_calls_nothing_of_cuda_in_its_thread(tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = opened(tmp_path)
     with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(), pinned=False) as saving:
-        monkeypatch.setattr(saving.stager, "stage", dict)  # which runs in the thread of the loop, on its own device
         saving.save(1, simple(1.0))
         saving.wait()
     assert run.restore(simple(0.0)) == 1
