@@ -53,7 +53,7 @@ def announce(setup: Setup[PretrainConfig]) -> None:
     count = sum(map(len, divide(setup))) + len(tested or ())
     share = count * image.forward / ((step.forward + step.backward) * config.train.global_batch * interval)
     log.info(
-        "track.online: features of %d images at each evaluation, about %.2g %% of the computing", count, 100 * share
+        "track.online: features of %d images at each evaluation, about %.3g %% of the computing", count, 100 * share
     )
 
 

@@ -151,6 +151,7 @@ def test_rankme_is_the_entropy_of_singular_values() -> None:
         (["track.online=[knn]", "data.split=test", "data.test_split=no"], "has no split 'no' to evaluate on"),
         (["track.online=[ridge]", "track.online_images=2"], "of 2 training images 0 would be held out"),
         (["track.online=[probe]"], "track.online=[probe]: must be one of knn, ridge, rankme"),
+        (["track.band=[1,2,3]"], "track.band=[1,2,3]: must be a list of lists: track.band=[[...], ...]"),
         (["track.band=[[1,2]]"], "track.band: [1, 2] must be [epoch, low, high]"),
         (["track.band=[[2,0,1],[1,0,1]]"], "track.band: [1, 0, 1] must be"),
         (["track.band=[[1,.nan,1]]"], "track.band: [1, nan, 1] must be"),
