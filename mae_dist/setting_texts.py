@@ -71,7 +71,8 @@ def _check_kind(kind: Any, value: Any, given: str, name: str) -> None:
         raise ValueError(f"{given}: needs a value; leave {name} out for its default")
     if lists and value is not None and len({*kinds} - {NoneType}) == 1 and not isinstance(value, list):
         raise ValueError(f"{given}: must be a list, in brackets: {name}=[...]")
-    if lists and get_origin(get_args(lists[0])[0]) is tuple and not all(isinstance(row, list) for row in value or ()):
+    rows = value if isinstance(value, list) else []
+    if lists and get_origin(get_args(lists[0])[0]) is tuple and not all(isinstance(row, list) for row in rows):
         raise ValueError(f"{given}: must be a list of lists: {name}=[[...], ...]")
     if lists and get_args(lists[0])[0] in (int, float) and isinstance(value, list) and not all(map(_is_number, value)):
         raise ValueError(f"{given}: must be a list of numbers")
