@@ -14,7 +14,7 @@ from mae_dist import launcher
 def main(arguments: list[str]) -> int:
     """Run the ranks of this node; give the exit status."""
     nodes, node, ranks = map(int, arguments[:3])
-    return launcher.run(arguments[3:], range(node * ranks, (node + 1) * ranks), nodes * ranks, {})
+    return launcher.run(arguments[3:], range(node * ranks, (node + 1) * ranks), nodes * ranks, {}, [])
 
 
 if __name__ == "__main__":

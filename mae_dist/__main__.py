@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 
 from mae_dist import (
@@ -138,6 +139,8 @@ def dispatch(verb: str, argv: list[str]) -> int:
     os.environ.update(environment.of_user() | environment.of_ranks(os.environ))
     if "RANK" not in os.environ and (sentence := environment.nodes_left_out(os.environ)):
         logging.warning("%s", sentence)
+    if "RANK" in os.environ and environment.MEETING_FILE in os.environ:
+        watchdog.end_with_parent(signal.SIGTERM)  # our launcher, after which nobody would start lost ranks again
     with watchdog.watching(settings.machine.timeout + (COLLECTIVES_FIRST if "RANK" in os.environ else 0)):
         launched, given = "RANK" in os.environ, settings.machine.processes
         processes = 1 if launched else launcher.processes_here(given)

@@ -69,10 +69,15 @@ def limit_threads(ranks: int) -> None:
         torch.set_num_threads(environment.threads(os.environ, ranks))
 
 
+def is_command() -> bool:
+    """Whether this process is the command itself, on a system whose processes may be forked, without other threads."""
+    own = str(Path(sys.argv[0]).absolute()).endswith(COMMANDS)
+    return own and sys.platform == "linux" and threading.active_count() == 1
+
+
 def is_forked() -> bool:
     """Whether the ranks are forks of this process, and not new ones."""
-    own = str(Path(sys.argv[0]).absolute()).endswith(COMMANDS)
-    if not own or sys.platform != "linux" or threading.active_count() > 1:
+    if not is_command():
         return False
     opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     return not any(path.startswith(DRIVERS) for path in opened)
@@ -88,30 +93,31 @@ def spawn(argv: list[str], processes: int, restarts: int) -> int:
     import tempfile  # neither is needed for help
 
     os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads({}, processes)))
-    if is_forked() and "torch" in sys.modules and COUNTED not in os.environ:
+    if is_command() and "torch" in sys.modules and COUNTED not in os.environ:
         os.environ[COUNTED] = str(processes)  # begin again: torch took other threads, and may have called the driver
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    received: list[signal.Signals] = []
     while True:
-        folder = tempfile.mkdtemp(prefix="mae_dist-")  # no context: a fork would leave it, too
+        own, folder = os.getpid(), tempfile.mkdtemp(prefix="mae_dist-")
         meeting = {"MASTER_ADDR": interfaces.LOCALHOST, "MASTER_PORT": "0", environment.MEETING_FILE: f"{folder}/ranks"}
-        status = run(argv, range(processes), processes, meeting)
-        shutil.rmtree(folder, ignore_errors=True)
-        if status in FINAL or not restarts:
+        try:
+            status = run(argv, range(processes), processes, meeting, received)
+        finally:
+            if os.getpid() == own:  # a fork leaves this, too
+                shutil.rmtree(folder, ignore_errors=True)
+        if status in FINAL or received or not restarts:
             return status
         restarts -= 1
         log.error("starting the ranks again (%d restarts left)", restarts)
 
 
-def run(argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str]) -> int:
+def run(
+    argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str], received: list[signal.Signals]
+) -> int:  # fmt: skip
     """Run `mae-dist ARGV` once on these `ranks` of a `world`, which meet as the variables `meeting` say, and return
-    their exit status.
+    their exit status. Signals of this process are put into `received`.
     """
-    if is_forked():
-        with watchdog.watching(IMPORTS):
-            cli.import_module(cli.VERBS[argv[0]].module)
-            cli.import_module("torch._dynamo")  # as DDP and FSDP2 do
-    received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
@@ -120,14 +126,18 @@ def run(argv: Sequence[str], ranks: range, world: int, meeting: Mapping[str, str
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, note)
+    if is_forked():
+        with watchdog.watching(IMPORTS):
+            cli.import_module(cli.VERBS[argv[0]].module)
+            cli.import_module("torch._dynamo")  # as DDP and FSDP2 do
     pids = {}
-    for local, rank in enumerate(ranks):
+    for local, rank in enumerate(ranks if not received else ()):  # nothing has begun that a signal could stop
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": len(ranks)}
         pids[rank] = start(argv, {**meeting, **{name: str(value) for name, value in place.items()}}, before)
     failures = wait(pids, received)
     for number, handler in before.items():
         signal.signal(number, handler)
-    return exit_status(failures, received)
+    return exit_status(failures, received) if pids else SIGNAL_BASE + received[0]
 
 
 def start(argv: Sequence[str], variables: Mapping[str, str], handlers: Mapping[signal.Signals, Handler]) -> int:
@@ -175,19 +185,21 @@ def wait(pids: Mapping[int, int], received: Sequence[signal.Signals]) -> list[tu
         due, passed = [*received[passed:]], len(received)
         if failures and deadline == math.inf:
             due, deadline = [*due, signal.SIGTERM], time.monotonic() + PATIENCE
-        for number in [*due, *[signal.SIGKILL] * (time.monotonic() > deadline)]:
-            for pid in running.values():
-                send(pid, number)
+        for pid in running.values():
+            for number in due:  # to the rank alone: what it has started ends with it, or is needed until it has saved
+                os.kill(pid, number if number in signals.SIGNALS else signal.SIGTERM)
+            if time.monotonic() > deadline:
+                kill(pid)
         time.sleep(POLL if running else 0)
     return [*failures, *((rank, -signal.SIGKILL) for rank in running)]
 
 
-def send(pid: int, number: int) -> None:
-    """Send a signal to a rank and the processes that it has started."""
+def kill(pid: int) -> None:
+    """Kill a rank and the processes that it has started."""
     try:
-        os.killpg(pid, number)
+        os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # no group of its own yet, or it has ended
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGKILL)
 
 
 def exit_status(failures: Sequence[tuple[int, int]], received: Sequence[signal.Signals]) -> int:
@@ -196,8 +208,7 @@ def exit_status(failures: Sequence[tuple[int, int]], received: Sequence[signal.S
         return DONE
     if received:
         log.error("stopped by %s; the same command resumes", received[0].name)
-        return STOPPED
-    rank, status = failures[0]
+    rank, status = next((failure for failure in failures if failure[1] != STOPPED), failures[0])
     if status < 0:
         what = signal.Signals(-status).name + (OUT_OF_MEMORY if -status == signal.SIGKILL else "")
         log.error("rank %d was ended by %s; the same command resumes from the last checkpoint", rank, what)

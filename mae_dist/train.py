@@ -302,7 +302,7 @@ def evaluate(
         return False
     step, value = dist.run_on_rank0(lambda: layout.best(run.path, by, also=state.step)) or (0, 0.0)
     if step == state.step and dist.is_main():
-        log.info("step %d: %s %.4g is the best so far; its checkpoint is kept (%s@%d)", step, by, value, run.path, step)
+        log.info("step %d: %s %.4g is the best so far; %s@%d is kept once it is saved", step, by, value, run.path, step)
     return step == state.step
 
 

@@ -72,7 +72,7 @@ def test_variables_of_a_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     code = f"open(f'{{rank}}', 'w').write(' '.join(os.environ[n] for n in '{names}'.split())); "
     assert spawn(monkeypatch, code + "sys.exit(os.getsid(0) != os.getpid())") == 0
     assert [Path(str(rank)).read_text() for rank in range(2)] == ["0 2 0 2 127.0.0.1 0", "1 2 1 2 127.0.0.1 0"]
-    assert launcher.run(["pretrain"], range(6, 8), 8, {"MASTER_ADDR": "node1", "MASTER_PORT": "7"}) == 0
+    assert launcher.run(["pretrain"], range(6, 8), 8, {"MASTER_ADDR": "node1", "MASTER_PORT": "7"}, []) == 0
     assert [Path(str(rank)).read_text() for rank in (6, 7)] == ["6 8 0 2 node1 7", "7 8 1 2 node1 7"]
 
 
@@ -99,6 +99,34 @@ def test_signal_to_the_launcher_reaches_all_ranks_and_it_asks_to_be_started_agai
     assert {path.name for path in tmp_path.glob("got-*")} == {"got-0", "got-1"}
     assert f"stopped by {number.name}; the same command resumes" in caplog.text
     assert signal.getsignal(number) == before
+
+
+def test_signals_reach_the_rank_alone_once_and_a_closed_terminal_asks_it_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its loader workers, which a second signal would end, are needed until it has saved. A rank that has not saved is
+    not reported as one that has, and is not started again after a signal.
+    """
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
+
+    def hang_up() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    code = (
+        "import subprocess\nworker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "def stop(number, _):\n    time.sleep(0.3)\n"
+        "    open(f'got-{rank}', 'a').write(f'{number} {worker.poll()}')\n    worker.kill()\n    sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, stop)\nif rank == 0:\n    open('ready', 'w')\ntime.sleep(60)\n"
+    )
+    assert spawn(monkeypatch, code, restarts=3) == 7
+    thread.join()
+    signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "got-0").read_text() == f"{int(signal.SIGTERM)} None"
 
 
 def test_rank_that_a_signal_finds_finished_leaves_a_finished_run(

@@ -54,7 +54,7 @@ class Attention(nn.Module):
         """Attention of the last `num_out` tokens (None: of every token) to all tokens."""
         if num_out is None:
             qkv = self.qkv(x)
-            if self.short and short_attention.takes(qkv):
+            if self.short and short_attention.takes(qkv, self.num_heads):
                 return self.proj(short_attention.short_attention(qkv, self.num_heads))
             parts = split_heads(qkv, 3, self.num_heads)
         else:

@@ -9,8 +9,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-LONGEST = 128
-"""Most tokens for which it is used."""
+LONGEST = WIDEST = 128
+"""Most tokens, and most channels of a head, for which it is used: more do not fit into a program."""
 
 
 def fits(device: torch.device) -> bool:
@@ -20,9 +20,9 @@ def fits(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def takes(qkv: Tensor) -> bool:
+def takes(qkv: Tensor, num_heads: int) -> bool:
     """Whether it is used for these queries, keys and values (b, n, 3 h c), on a device that `fits`."""
-    return qkv.element_size() == 2 and qkv.shape[1] <= LONGEST
+    return qkv.element_size() == 2 and qkv.shape[1] <= LONGEST and qkv.shape[2] <= 3 * num_heads * WIDEST
 
 
 @torch.library.custom_op("mae_dist::short_attention", mutates_args=(), schema="(Tensor qkv, int num_heads) -> Tensor")

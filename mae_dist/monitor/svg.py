@@ -79,7 +79,7 @@ def downsample(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers in equal steps (1, 2, 2.5, 5 times a power of ten), from `low` or below to `high` or above."""
-    if low == high:
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # the same, but for rounding
         pad = abs(low) / 2 or 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / count

@@ -145,16 +145,17 @@ class RunDir:
         group: Any = None, keep_best: str | None = None,
     ) -> None:  # fmt: skip
         """Save the checkpoint of `step`, all ranks together (of `group`, if given), each its own `parts`; then remove
-        all but the newest `keep`, those whose step is a multiple of `keep_every`, and the best by `keep_best` (see
-        `layout.best`).
+        all but this one, the newest `keep`, those whose step is a multiple of `keep_every`, and the best by `keep_best`
+        (see `layout.best`). Newer ones than this are damaged: a run goes on from the newest that is not.
 
         Raises MachineFault on every rank where it cannot be written; the earlier checkpoints are then still there.
         """
 
         def prune() -> None:
             best = layout.best(self.path, keep_best) if keep_best else None
+            wanted = {step, *([] if best is None else [best.step])}
             for old in self.checkpoints()[:-keep]:
-                if (keep_every is None or step_of(old) % keep_every) and (best is None or step_of(old) != best.step):
+                if step_of(old) not in wanted and (keep_every is None or step_of(old) % keep_every):
                     atomic.remove(old)
 
         checkpoint.save(self.path / "checkpoints" / f"step-{step:09d}", step, parts, group)

@@ -138,6 +138,8 @@ def test_checkpoint_keep_leaves_the_newest(tmp_path: Path) -> None:
     assert [path.name for path in run.checkpoints()] == ["step-000000004", "step-000000030"]
     run.save(31, checkpoint.share(simple(31.0)), keep=1)
     assert [path.name for path in run.checkpoints()] == ["step-000000031"]
+    run.save(7, checkpoint.share(simple(7.0)), keep=1)  # after a fallback from a damaged one
+    assert [path.name for path in run.checkpoints()] == ["step-000000007", "step-000000031"]
 
 
 def test_checkpoint_keep_every_is_never_removed(tmp_path: Path) -> None:
