@@ -73,12 +73,14 @@ def main(argv: list[str]) -> int:
 
 def read_words(words: list[str]) -> tuple[str, str | None, list[str]]:
     """(Verb, CONFIG.yaml, settings) of the words. The verb that is not given is that of the file's folder, else
-    pretrain; a lone path beside model.name= is that of data. Raises ValueError.
+    pretrain; a lone path beside model.name= is that of data, unless it is a recipe or data.path= is given, too. Raises
+    ValueError.
     """
     paths: list[Any] = [word for word in words if "=" not in word]
     settings = [word for word in words if "=" in word]
     named = paths.pop(0) if paths and paths[0] in SCHEMAS else None
-    if len(paths) == 1 and any(word.startswith("model.name=") for word in settings):
+    names = {word.partition("=")[0] for word in settings}
+    if len(paths) == 1 and "model.name" in names and "data.path" not in names and not is_config(paths[0]):
         paths = [None, *paths]  # settings that need no file
     file, *data = paths or [None]
     if len(data) > 1:
@@ -88,6 +90,11 @@ def read_words(words: list[str]) -> tuple[str, str | None, list[str]]:
         raise ValueError(f"preflight {verb}: trains nothing; give one of {', '.join(TRAINING)}")
     found = str(recipes.find(verb, file)) if file else None
     return verb, found, [*(f"data.path={path}" for path in data), *settings]
+
+
+def is_config(path: str) -> bool:
+    """Whether a path is that of a config or the name of a recipe, and not of data."""
+    return Path(path).suffix in (".yaml", ".yml") or any(name.endswith(f"/{path}") for name in recipes.known())
 
 
 def with_trial(verb: str, config: TrainingConfig, cluster: Cluster | None) -> Forecast:

@@ -286,12 +286,16 @@ def group(config: RunConfig) -> int:
 
 
 def check_world(config: RunConfig, world: int) -> None:
-    """Refuse more ranks than there are images, or pairs of them, in a step (ValueError)."""
+    """Refuse more ranks than there are images, or pairs of them, in a step, or than a setting allows (ValueError)."""
     batch, most = config.train.global_batch, config.train.global_batch // group(config)
     if world > most:
         raise ValueError(
             f"train.global_batch={batch}: {world} processes are more than the {'images' if most == batch else 'pairs'} "
             f"of one step; start at most {most} processes or raise train.global_batch"
+        )
+    if config.machine.cuda_graphs and world > 1:
+        raise ValueError(
+            f"machine.cuda_graphs=true: one rank with a GPU can do so, but these are {world}; leave it out"
         )
     shards = config.machine.shards
     if shards is not None and config.machine.strategy != "hsdp":

@@ -30,6 +30,8 @@ LAUNCH_SECONDS = 2.5e-3
 """Time that the host needs to launch the kernels of a block, forward and backward, without a CUDA graph: beside an H100
 45 ms for the 20 blocks of a ViT-B with its decoder, 105 ms for the 40 of a ViT-H.
 """
+GRAPH_SECONDS = 0.2e-3
+"""Assumed time of a block's kernels of the smallest size in a CUDA graph: some 75, each 2 to 3 microseconds."""
 SCALING = 0.95
 """Share of the speed of separate ranks that is assumed of ranks that train together."""
 RESERVE = 0.1
@@ -291,7 +293,7 @@ def expected_rate(config: TrainingConfig, device: str, micro: int, rows: Iterabl
     else:
         value, extrapolated = SHARES[size] * peak / image.training_flops, True
         how = f"not measured: {SHARES[size]:.0%} of the {peak / 1e12:g} TFLOP/s of {gpu.part}'s data sheet is assumed"
-    launching = 0.0 if config.machine.cuda_graphs else sum(depths(config)) * LAUNCH_SECONDS
+    launching = sum(depths(config)) * (GRAPH_SECONDS if config.machine.cuda_graphs else LAUNCH_SECONDS)
     if micro / value < launching:
         what = f"{micro} images at once are too few: a GPU like that waits for its host"
         return Rate(micro / launching, f"not measured: {what}", True)

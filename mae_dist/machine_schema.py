@@ -36,12 +36,12 @@ class MachineConfig:
     )
     compile: bool = setting(False, "compile each block with torch.compile")
     cuda_graphs: bool = setting(
-        False, "launch a micro-batch's kernels together, as a CUDA graph: several times as fast where the GPU would "
-        "wait for the host, as with a small model; one rank with a GPU",
+        False, "launch a micro-batch's kernels together, as a CUDA graph, where the GPU would wait for the host, as "
+        "with a small model or few images at once; one rank with a GPU",
     )  # fmt: skip
     short_attention: bool = setting(
-        False, "compute attention of at most 128 tokens in 16 bits by kernels made for it: 3 times as fast where an "
-        "encoder sees 50; an NVIDIA GPU, Ampere or newer",
+        False, "compute attention of at most 128 tokens in 16 bits by kernels made for it; an NVIDIA GPU, Ampere or "
+        "newer",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "take only algorithms whose sums have a fixed order, so that a run that is resumed on the same GPUs has "

@@ -237,10 +237,7 @@ def forward_backward(
 
 
 def graphed(module: nn.Module, state: TrainState, train: TrainConfig) -> GraphedPasses:
-    """`forward_backward` as CUDA graphs. Raises ValueError where this rank is not the only one, or has no GPU."""
-    if state.loss_scale.scale.device.type != "cuda" or dist.world() > 1:
-        where = f"these are {dist.world()}" if dist.world() > 1 else "this rank computes on the CPU"
-        raise ValueError(f"machine.cuda_graphs=true: one rank with a GPU can do so, but {where}; leave it out")
+    """`forward_backward` as CUDA graphs."""
     passes = partial(forward_backward, module, state.loss_scale, train, Tensor.backward)
     return GraphedPasses(passes, state.objective, state.trained)
 

@@ -35,7 +35,8 @@ def after_pretraining(config: RunConfig, out: str, words: Sequence[str]) -> list
     for verb, why in (("probe", "how good its features are"), ("finetune", "what they become with labels")):
         recipe = [stem] if f"{verb}/{stem}" in recipes.known() else []
         data = f"data.path={hints.shown(config.data.path)}"
-        command = ["mae-dist", verb, *recipe, data, f"init_from={out}", f"out={out}-{verb}"]
+        model = [word for word in words if word.startswith("model.") and recipe]  # not what the recipe has
+        command = ["mae-dist", verb, *recipe, data, *model, f"init_from={out}", f"out={out}-{verb}"]
         found.append(Next(f"{why}, where there are labels", shlex.join(command)))
     return found
 

@@ -212,6 +212,8 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
+    if config.machine.cuda_graphs and device.type != "cuda":
+        raise ValueError("machine.cuda_graphs=true: one rank with a GPU can do so, but this computes on the CPU")
     if config.machine.compile:
         environment.prepare_compiler(device.type)
     run, labelled = RunDir(config.out), needs_labels or track_settings.needs_labels(config)

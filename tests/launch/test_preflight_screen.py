@@ -178,3 +178,14 @@ def test_preflight_refuses_mistakes_in_one_line(
     words: list[str], part: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert part in refused(capsys, "preflight", *(word.replace("DATA", str(data)) for word in words))
+
+
+def test_preflight_takes_a_recipe_beside_a_model_and_data_and_refuses_what_the_run_would() -> None:
+    recipe = "configs/pretrain/cifar100_vit_ti4.yaml"
+    for words in ([recipe, "data.path=d"], ["d"], [recipe, "d"], ["cifar100_vit_ti4"]):
+        _, file, settings = preflight_screen.read_words([*words, "model.name=vit_demo4"])
+        assert (file is not None) == (words != ["d"])
+        assert ("data.path=d" in settings) == (words != ["cifar100_vit_ti4"])
+    settings = config.load("pretrain", recipe, ["data.path=d", "out=o", "machine.cuda_graphs=true"])
+    with pytest.raises(ValueError, match="machine.cuda_graphs=true: one rank with a GPU"):
+        config.check_world(settings, 2)
