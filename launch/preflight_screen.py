@@ -27,6 +27,7 @@ from mae_dist.forecast import Forecast, Place
 from mae_dist.model_sizes import sides
 from mae_dist.printed import counted, rate
 from mae_dist.run import events, jsonl, layout
+from mae_dist.run.warned import FEW_STEPS
 from mae_dist.schema import SCHEMAS, HeadsConfig, ProbeConfig, TrainingConfig
 
 TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
@@ -37,8 +38,6 @@ WIDTH = 118
 """Characters of a line."""
 WAIT = 0.1
 """Share of the time from which on loading, and of a job from which on starting and stopping, is worth a change."""
-FEW_STEPS = 3
-"""Steps an epoch below which the batch is too large for the data."""
 
 
 def main(argv: list[str]) -> int:

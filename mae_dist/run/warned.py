@@ -17,6 +17,8 @@ from mae_dist.schema import PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
+FEW_STEPS = 3
+"""Steps an epoch below which the batch is too large for the data."""
 USUAL_RATIO = 0.75
 """The mask ratio of He et al. 2022."""
 

@@ -12,11 +12,9 @@ from mae_dist import config as configuration
 from mae_dist import environment, evaluate, optim
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.split_checks import label_counts
-from mae_dist.run.warned import Warned
+from mae_dist.run.warned import FEW_STEPS, Warned
 from mae_dist.schema import ProbeConfig, RunConfig
 
-FEW_STEPS = 3
-"""Steps an epoch below which a start warns: the batch is too large for the data."""
 USUAL_LR = {
     ("pretrain", "adamw"): (3e-5, 5e-3, 1.5e-4), ("pretrain", "muon"): (3e-5, 5e-3, 1.5e-4),
     ("finetune", "adamw"): (6e-5, 5e-3, 5e-4), ("finetune", "muon"): (6e-5, 5e-3, 5e-4),
