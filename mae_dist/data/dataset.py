@@ -57,8 +57,9 @@ class Shard:
         """The name of its index beside dataset.json."""
         if self.index:
             return self.index
-        stem = self.file_name.rpartition(".")[0]  # os.path.splitext is slower, and there may be 10^5
-        return f"{stem if stem.strip('.') else self.file_name}.idx"
+        name = self.file_name
+        stem = name[: max(0, name.rfind("."))]  # os.path.splitext is slower, and there may be 10^5
+        return f"{stem if stem.strip('.') else name}.idx"
 
     @property
     def file_name(self) -> str:

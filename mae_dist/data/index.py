@@ -263,7 +263,7 @@ def open_split(
     parts = places.of_split(path, split, files)
     found = [place for part in parts for place in part]
     if not checked:
-        places.refuse_outside(path, found, allow_outside)
+        places.refuse_outside(path, found, allow_outside, files)
         _check_files(path, found, files)
     shards = [place.shard or shard_of(Path(place.tar), Path(place.idx)) for place in found]
     left_out = _left_out([place.idx for place in found], shards)
@@ -296,7 +296,7 @@ def _check_files(path: str, found: Sequence[places.Place], files: places.Files) 
 
 def _left_out(indexes: Sequence[str], shards: list[Shard]) -> dict[int, set[str]]:
     """Shard -> images of samples that quarantine.txt beside its index names. Raises ValueError for unknown ones."""
-    folders = dict.fromkeys(os.path.dirname(index) for index in indexes)
+    folders = dict.fromkeys([index[: index.rfind("/") + 1] for index in indexes])
     lines = [
         (os.path.join(folder, line.idx), line.image) for folder in folders for line in quarantine.read(Path(folder))
     ]

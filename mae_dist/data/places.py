@@ -44,23 +44,32 @@ class Paths(Sequence[Path]):
 
 
 class Files:
-    """Which files there are, from one listing of each folder instead of a question a file."""
+    """Which files there are, and which are links, from one listing of each folder instead of a question a file."""
 
     def __init__(self):
-        self._listed = functools.cache(_files_in)
+        self._files = set[str]()
+        self._links: dict[str, set[str]] = {}
 
     def __contains__(self, path: str) -> bool:
-        folder, slash, name = path.rpartition("/")
-        listed = self._listed(folder or slash or ".")
-        return os.path.isfile(path) if listed is None else name in listed
+        if path in self._files:
+            return True
+        self.links(folder := path[: path.rfind("/") + 1])
+        return path in self._files if folder in self._links else os.path.isfile(path)
 
-
-def _files_in(folder: str) -> set[str] | None:
-    """The names of the files in a folder; None where it cannot be listed."""
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-    except OSError:
-        return None
+    def links(self, folder: str) -> set[str]:
+        """The links in a folder, whose path ends with "/" or is empty; none where it cannot be listed."""
+        if folder not in self._links:
+            links = set[str]()
+            try:
+                for entry in os.scandir(folder or "."):
+                    if entry.is_file():
+                        self._files.add(folder + entry.name)
+                    if entry.is_symlink():
+                        links.add(folder + entry.name)
+            except OSError:
+                return set()
+            self._links[folder] = links
+        return self._links[folder]
 
 
 def splits(path: str) -> list[str]:
@@ -91,9 +100,9 @@ def of_split(path: str, split: str, files: Files | None = None) -> list[list[Pla
     return [[*_of_split(names, split, files, listed_in)] for names in parts]
 
 
-def refuse_outside(path: str, places: Iterable[Place], allowed: bool) -> None:
+def refuse_outside(path: str, places: Iterable[Place], allowed: bool, files: Files | None = None) -> None:
     """Raise ValueError where files of `path` lie `outside`, or warn where that is allowed."""
-    if away := outside(places):
+    if away := outside(places, files or Files()):
         found = f"outside the folder of their data set, by {FILE} or a link: {counted(len(away), 'file')}"
         if not allowed:
             raise ValueError(
@@ -103,21 +112,21 @@ def refuse_outside(path: str, places: Iterable[Place], allowed: bool) -> None:
         log.warning("%s (first %s)", found, away[0])
 
 
-def outside(places: Iterable[Place]) -> list[str]:
+def outside(places: Iterable[Place], files: Files) -> list[str]:
     """The tars and indexes that are not in the folder of their index or below it, by an absolute path, `..` or a link,
     although `data index` did not write the dataset.json there: it was brought by somebody, who may want to read more.
     """
-    inode, links, is_inside = functools.cache(_inode), functools.cache(_links_in), functools.cache(_is_inside)
+    inode, is_inside = functools.cache(_inode), functools.cache(_is_inside)
     found = []
     for tar, index, shard, dataset, _ in places:
         home = index[: index.rfind("/") + 1]
         if dataset.folder is not None and dataset.folder == inode(home):
             continue
-        if tar.rfind("/") + 1 == len(home) and tar.startswith(home) and not links(home):
+        if tar.rfind("/") + 1 == len(home) and tar.startswith(home) and not files.links(home):
             continue  # beside its index: the usual case, of which there may be 10^5
         for file in [index] if shard is not None and paths.is_url(shard.tar) else [tar, index]:
             folder = file[: file.rfind("/") + 1]
-            if not is_inside(file if file[len(folder) :] in links(folder) else folder, home):
+            if not is_inside(file if file in files.links(folder) else folder, home):
                 found.append(file)
     return found
 
@@ -129,14 +138,6 @@ def _is_inside(path: str, home: str) -> bool:
 
 def _inode(folder: str) -> int | None:
     return os.stat(folder or ".").st_ino if os.path.isdir(folder or ".") else None
-
-
-def _links_in(folder: str) -> set[str]:
-    """The names of the links in a folder; none where it cannot be listed."""
-    try:
-        return {entry.name for entry in os.scandir(folder or ".") if entry.is_symlink()}
-    except OSError:
-        return set()
 
 
 def mixed_splits(path: str, found: Iterable[Place]) -> list[str]:
