@@ -149,7 +149,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     read; RankLost when a rank does not answer.
     """
     total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
-    schedule = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
+    lr = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
     module, state, graphs = prepare(task, run, config, device)
     run.record_launch(first := state.step, device)
     announce(task, run, config, state, total, *(speed := flops_and_peak(config, device)))
@@ -159,11 +159,11 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
         Tracker(run.path, config, task.verb, state.step, total, task.num_samples, *speed) as tracking,
         AsyncSaver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
+        state.optimizer.register_step_pre_hook(lambda *_: saver.wait_for_copies())
         refusal = over_budget(run, tracking, state.step, config, task.num_samples)
         batches = parallel.warm_up_ddp(module, task.batches(range(state.step, total)), config.train.precision, device)
         while state.step < total and not refusal:
-            lr = schedule(state.step / total)
-            metrics = train_step(module, state, batches, lr, task.num_micro, config.train, graphs)
+            metrics = train_step(module, state, batches, lr(state.step / total), task.num_micro, config.train, graphs)
             step = state.step
             tracking.step(step, metrics.lr, metrics.seconds | saver.take_stall(), saver.busy, metrics.tensors())
             wanted = agree(stop, saver, last=step == total)

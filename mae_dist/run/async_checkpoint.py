@@ -1,4 +1,5 @@
-"""Checkpoints in the background: copied at a step boundary, written by a thread beside training, one at a time.
+"""Checkpoints in the background: copied at a step boundary, written by a thread beside training, one at a time. On a
+CPU the thread copies what only an update changes, while the next gradients are computed.
 
 A save that fails (a full disk, say) is logged, and training continues with the earlier checkpoints; only the last save
 must succeed. Ranks write together, over a group of their own. Knows no model and no loop.
@@ -33,6 +34,8 @@ class AsyncSaver:
         self.run, self.settings, self.stall, self.began = run, settings, 0.0, time.perf_counter()
         self.group = dist.background_group()
         self.pinned, self.copies = pinned, dict[str, Tensor]()
+        self.copied = threading.Event()
+        self.copied.set()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -60,20 +63,35 @@ class AsyncSaver:
         return {"stall": stall} if stall else {}
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Copy `state` and start to write it as the checkpoint of `step`; it may change as soon as this returns."""
+        """Copy `state` and start to write it as the checkpoint of `step`. It may change as soon as this returns, its
+        moments and averages after `wait_for_copies`.
+        """
         self.began = began = time.perf_counter()
         self.wait(last=False)
+        late = () if self.pinned else (checkpoint.OPTIMIZER, checkpoint.EMA)
         parts = checkpoint.share(state)
-        parts = {name: part._replace(values=self._copy(name, part.values)) for name, part in parts.items()}
-        self.thread = threading.Thread(target=self._write, args=(step, parts), daemon=True)
+        for name, part in parts.items():
+            if not name.startswith(late):
+                parts[name] = self._copy(name, part)
+        self.copied.clear()
+        self.thread = threading.Thread(target=self._write, args=(step, parts, late), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
 
-    def _copy(self, name: str, values: Tensor) -> Tensor:
+    def wait_for_copies(self) -> None:
+        """Wait until all of the state is copied, so that an update may change it."""
+        began = time.perf_counter()
+        if not self.copied.is_set():
+            with waiting_for(lambda: f"the copy of the state for a checkpoint of {self.run.path}"):
+                self.copied.wait()
+            self.stall += time.perf_counter() - began
+
+    def _copy(self, name: str, part: checkpoint.Part) -> checkpoint.Part:
         """A copy on the CPU, in the memory of the copy of the save before, since pinned memory takes long to get."""
+        values = part.values
         if name not in self.copies:
             self.copies[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.pinned)
-        return self.copies[name].copy_(values)
+        return part._replace(values=self.copies[name].copy_(values))
 
     def wait(self, last: bool = True) -> None:
         """Wait for the save in flight. Raises its error if it is the `last` of the run, else warns."""
@@ -88,8 +106,12 @@ class AsyncSaver:
         elif error is not None:
             raise error
 
-    def _write(self, step: int, parts: dict[str, checkpoint.Part]) -> None:
+    def _write(self, step: int, parts: dict[str, checkpoint.Part], late: tuple[str, ...]) -> None:
         try:
+            try:
+                parts |= {name: self._copy(name, part) for name, part in parts.items() if name.startswith(late)}
+            finally:
+                self.copied.set()
             keep = self.settings
             self.run.save(step, parts, keep.keep, keep.keep_every, self.group, keep.keep_best)
         except BaseException as error:  # raised by `wait`, in the thread of the loop

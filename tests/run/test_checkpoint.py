@@ -11,8 +11,6 @@ import re
 import resource
 import shutil
 import stat
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,10 @@ from opened import opened
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mae_dist import atomic, dist, evaluate, optim, schema, train
+from mae_dist import atomic, dist, optim, schema, train
 from mae_dist.__main__ import main
-from mae_dist.data.pack import pack
-from mae_dist.data.sources import from_synthetic
 from mae_dist.errors import MachineFault
-from mae_dist.run import async_checkpoint, checkpoint, directory, jsonl, layout
+from mae_dist.run import checkpoint, jsonl, layout
 from mae_dist.run.directory import RunDir
 from mae_dist.run.layout import step_of
 
@@ -261,67 +257,6 @@ def test_checkpoint_that_cannot_be_removed_no_longer_counts_and_is_removed_by_th
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000000002", ".snapshot"}
 
 
-def test_async_save_is_of_the_step_at_which_it_began(tmp_path: Path) -> None:
-    run, state = opened(tmp_path), simple(1.0) | {"model.large": torch.ones(1_000_000)}
-    with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(keep=5), pinned=False) as saving:
-        for step in (1, 2, 3):
-            saving.save(step, state)
-            for tensor in state.values():
-                tensor += 1
-        saving.wait()
-        assert not saving.busy
-    for step in (1, 2, 3):
-        found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        checkpoint.load(tmp_path / "checkpoints" / f"step-{step:09d}", found)
-        assert all((tensor == step).all() for tensor in found.values())
-
-
-def test_async_save_that_fails_is_logged_and_ends_the_run_only_if_last(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = saved(tmp_path, 1)
-    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
-    (tmp_path / "checkpoints").write_text("in the way")
-    with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(), pinned=False) as saving:
-        saving.save(2, simple(2.0))
-        saving.wait(last=False)
-        assert "checkpoint of step 2 could not be written" in caplog.text
-        assert "Training continues" in caplog.text
-        saving.save(3, simple(3.0))
-        with pytest.raises(MachineFault, match="checkpoint of step 3 could not be written"):
-            saving.wait()
-
-
-def test_async_save_has_ended_before_an_evaluation_forks_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seen: a worker that hung in fork() because the thread of a save was just ending, and the rank waited for it."""
-    pack(from_synthetic(16, 4), tmp_path / "set", shard_size=8)
-    quick, mean_loss, seen = RunDir.save, evaluate.mean_loss, []
-
-    def slow(self: RunDir, *arguments: Any) -> None:
-        time.sleep(0.3)
-        quick(self, *arguments)
-
-    def measured(*arguments: Any) -> tuple[float, int]:
-        seen.append([thread for thread in threading.enumerate() if "_write" in thread.name])
-        return mean_loss(*arguments)
-
-    monkeypatch.setattr(RunDir, "save", slow)
-    monkeypatch.setattr(evaluate, "mean_loss", measured)
-    words = [*TINY, "train.steps=3", "track.evaluate_every=0.25", "checkpoint.every=1", "machine.processes=1"]
-    assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
-    assert seen == [[], [], []]
-
-
-@pytest.mark.parametrize(("minutes", "saved"), [("1e-9", [1, 2, 3, 4]), ("60", [4])])
-def test_checkpoint_minutes_bounds_the_lost_work(tmp_path: Path, minutes: str, saved: list[int]) -> None:
-    pack(from_synthetic(16, 4), tmp_path / "set", shard_size=8)
-    words = [*TINY, "train.steps=4", f"checkpoint.minutes={minutes}", "checkpoint.keep=9", "machine.processes=1"]
-    assert main(["pretrain", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'run'}", *words]) == 0
-    assert [directory.step_of(path) for path in RunDir(tmp_path / "run").checkpoints()] == saved
-
-
 def test_ckpt_lists_inspects_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = saved(tmp_path, 4, 7)
     assert main(["ckpt", "list", str(tmp_path)]) == 0
@@ -439,17 +374,3 @@ def test_checkpoint_share_of_ranks_has_every_tensor_once_and_as_many_bytes(monke
     assert sorted(name for parts in shares for name in parts) == sorted(state)
     sizes = [sum(part.values.numel() for part in parts.values()) for parts in shares]
     assert sizes == pytest.approx([4040] * 3, rel=0.01)
-
-
-def test_async_save_calls_nothing_of_cuda_in_its_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current device is one a thread, and begins at 0: each rank would have a second context, on GPU 0."""
-    called: list[str] = []
-    for name in ("current_stream", "current_device", "synchronize", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run = opened(tmp_path)
-    with async_checkpoint.AsyncSaver(run, schema.CheckpointConfig(), pinned=False) as saving:
-        saving.save(1, simple(1.0))
-        saving.wait()
-    assert run.restore(simple(0.0)) == 1
-    assert not called
