@@ -120,13 +120,15 @@ def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compile_blocks(objective: nn.Module, is_sharded: bool) -> None:
-    """Compile each block, or where it is sharded the parts of it that FSDP gathers: the hooks that do so would break
-    the graph of a block in pieces.
+    """Compile the draws of an objective, and each block, or where it is sharded the parts of it that FSDP gathers: the
+    hooks that do so would break the graph of a block in pieces.
     """
     # blocks share their code: encoder, decoder and its last block, each in training and evaluation, for full and
     # partial batches, are more variants than the 8 after which torch stops compiling
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # would split a block where a bucket of gradients ends
+    if isinstance(objective, Objective):
+        objective.compile_draws()
     for block in blocks_of(objective):
         for part in matrices_of(block) if is_sharded else [block]:
             part.compile()

@@ -41,6 +41,9 @@ class Objective(nn.Module):
         """
         return self.backbone(images)
 
+    def compile_draws(self) -> None:
+        """Compile what is drawn for each sample; the blocks are compiled by `parallel.compile_blocks`."""
+
     def groups(self, optim: OptimConfig) -> list[dict[str, Any]] | None:  # noqa: ARG002
         """Parameter groups with lr_scale, weight_decay and the update rule of each (see `optim.build`).
 

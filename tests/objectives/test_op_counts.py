@@ -15,6 +15,7 @@ import pytest
 import torch
 from shared_types import Tars
 from torch import Tensor, nn
+from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_dist import models, optim, parallel, rng, schema
@@ -105,6 +106,21 @@ def test_op_count_of_mask_draw(kind: str, most: int) -> None:
     ids = torch.arange(4)
     assert total(lambda: rng.bits(0, rng.Purpose.MASK, ids, ids, 64)) <= 106
     assert total(lambda: masks.draw(kind, 0, ids, ids, (8, 8), 16)) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), [("random", 2), ("block", 12), ("grid", 6)])
+def test_compiled_draw_of_masks_has_the_same_bits_and_few_kernels(kind: Any, most: int) -> None:
+    """Beside its sorts, of which a random mask has one and the others have two."""
+    objective = mae(1, masking=kind)
+    batches = [batch_of(num)._replace(ids=torch.arange(num) * 7919 + 2**33) for num in (8, 3)]
+    expected = [objective.mask(batch) for batch in batches]
+    objective.compile_draws()
+    metrics.reset()
+    for batch, masks_of_batch in zip(batches, expected, strict=True):
+        before, found = metrics.generated_kernel_count, objective.mask(batch)
+        assert all(torch.equal(*pair) for pair in zip(found, masks_of_batch, strict=True))
+        assert 0 < metrics.generated_kernel_count - before <= most
 
 
 def test_op_count_of_random_erasing_is_one_per_erased_image() -> None:
