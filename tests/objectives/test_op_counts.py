@@ -15,7 +15,7 @@ import pytest
 import torch
 from shared_types import Tars
 from torch import Tensor, nn
-from torch._inductor import metrics
+from torch._inductor import config, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_dist import models, optim, parallel, rng, schema
@@ -110,6 +110,7 @@ def test_op_count_of_mask_draw(kind: str, most: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("random", 2), ("block", 12), ("grid", 6)])
+@config.patch(force_disable_caches=True)  # what is found there counts no kernels
 def test_compiled_draw_of_masks_has_the_same_bits_and_few_kernels(kind: Any, most: int) -> None:
     """Beside its sorts, of which a random mask has one and the others have two."""
     objective = mae(1, masking=kind)
