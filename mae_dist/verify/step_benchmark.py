@@ -13,6 +13,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,8 @@ MATRIX, CPU_MATRIX = 8192, 1024
 """Side of the square matrices whose product is taken as the device's peak."""
 OWN = ("eager", "compiled", "compiled, short attention, CUDA graph")
 """Variants of our own step."""
+MOST_WORK = {"cpu": 5e11, "cuda": 3e13}
+"""FLOPs of a step at most, where the command does not give train.global_batch: a recipe's is that of many ranks."""
 IN_A_ROW = 10
 """Steps that follow each other without a wait on a GPU, whose mean is a measurement."""
 TARGETS = {"vit_b16": 0.95, "vit_ti4": 0.88}
@@ -61,6 +64,11 @@ def step(runner: Runner) -> Result:
     device, settings, options = dist.setup(), runner.settings, runner.options
     if device.type == "cpu":
         torch.set_num_threads(1)
+    batch, counted = settings.train.global_batch, cost.of_run(settings)
+    most = max(1, int(MOST_WORK[device.type] // counted.training_flops)) if counted else batch
+    if batch > most and not any(word.startswith("train.global_batch=") for word in runner.overrides):
+        print(f"a step of {most} images instead of the recipe's {batch:,}; train.global_batch=N takes N", flush=True)
+        settings = replace(settings, train=replace(settings.train, global_batch=most))
     raw: dict[str, Any] = {}
     found = []
     for row in measure(settings, device, options["rounds"], not options["eager"], raw):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,17 @@ def test_bench_step_measures_parts_and_others_and_compares_with_its_table(
     assert main([*words, "mae.decoder=cross", "--record"]) == 0, "another model: a row beside the first, without others"
     assert "timm" not in capsys.readouterr().out
     assert [row["decoder"][:5] for row in jsonl.read(tmp_path / "steps.jsonl")] == ["full ", "cross"]
+
+
+def test_bench_step_of_a_recipe_takes_fewer_images_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step_benchmark, "MOST_WORK", {"cpu": 3e9})  # the batch is 256, an image 0.7 GFLOPs
+    words = ["bench", "step", "configs/pretrain/cifar100_vit_ti4.yaml", "train.precision=fp32", "mae.decoder=cross"]
+    assert main([*words, "--eager", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"a step of (\d) images instead of the recipe's 256; train.global_batch=N takes N", said)
+    assert found and f"vit_ti4, {found[1]} images of 32 px" in " ".join(said.split())
 
 
 def test_bench_step_compares_with_maes_of_equally_many_parameters() -> None:
