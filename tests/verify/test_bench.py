@@ -210,7 +210,8 @@ def test_bench_step_of_a_recipe_takes_fewer_images_and_says_so(
     assert main([*words, "--eager", "--rounds", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     found = re.search(r"a step of (\d) images instead of the recipe's 256; train.global_batch=N takes N", said)
-    assert found and f"vit_ti4, {found[1]} images of 32 px" in " ".join(said.split())
+    assert found
+    assert f"vit_ti4, {found[1]} images of 32 px" in " ".join(said.split())
 
 
 def test_bench_step_compares_with_maes_of_equally_many_parameters() -> None:
