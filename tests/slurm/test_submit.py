@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -71,15 +72,14 @@ def test_requeue_by_the_script_of_torchrun_in_a_container(launch: Launch, tmp_pa
 
 
 @pytest.mark.slow
-def test_sweep_is_a_job_array_with_a_results_table(
-    slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path
-) -> None:
+def test_sweep_is_job_arrays_with_a_results_table(slurm: Slurm, cluster_file: Path, data: Path, tmp_path: Path) -> None:
+    """Two arrays in turn, as one has at most MaxArraySize=3 jobs there."""
     out = tmp_path / "sweep"
     done = submit(
         "pretrain", "--cluster", cluster_file, "--tasks-per-node", "1", *SETTINGS, f"data.path={data}", f"out={out}",
         "train.steps=10", "--sweep", "optim.base_lr=1e-3,1e-2", "seed=0,1", "--at-once", "2",
     )  # fmt: skip
-    assert "4 runs, 2 at once" in done.stdout
+    assert re.search(r"jobs \d+, \d+: pretrain, 4 runs, 2 at once", done.stdout)
     slurm.wait((out / "results.md").exists, "the table", 300)
     table = (out / "results.md").read_text()
     names = {f"base_lr-{lr}_seed-{seed}" for lr in ("1e-3", "1e-2") for seed in (0, 1)}
