@@ -91,9 +91,9 @@ def names(part: str) -> list[str]:
     return [name for piece in _pieces(part) for name in _names(piece)]
 
 
-def tars_in(folder: str) -> list[str]:
-    """The tars of a folder and its subfolders, sorted. ValueError when there are none, or those of several splits, a
-    compressed one, a folder that may not be read, or more than MOST_FOLDERS.
+def tars_in(folder: str, one_split: bool = True) -> list[str]:
+    """The tars of a folder and its subfolders, sorted. ValueError when there are none, or those of several splits where
+    ``one_split`` is asked for, a compressed one, a folder that may not be read, or more than MOST_FOLDERS.
     """
     found = sorted(_tars_below(folder))
     if packed := next((tar for tar in found if not tar.lower().endswith(".tar")), None):
@@ -101,7 +101,7 @@ def tars_in(folder: str) -> list[str]:
     if not found:
         raise ValueError(f"{folder}: no tars there; of a folder of images `mae-dist data pack folder` makes some")
     splits = splits_in([os.path.relpath(tar, folder) for tar in found])
-    if len(splits) > 1:
+    if one_split and len(splits) > 1:
         raise ValueError(
             f"{folder}: holds tars of several splits ({', '.join(splits)}); name those of one, for example "
             f"'{folder}/**/*{splits[0]}*.tar'"

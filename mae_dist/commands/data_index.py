@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,24 +16,23 @@ from typing import Any
 import numpy as np
 
 from mae_dist import paths
-from mae_dist.commands import data_remote
+from mae_dist.commands import data_remote, index_checks
 from mae_dist.commands.data_output import progress, report
-from mae_dist.data import folder_words, grouping, index, indexing, label_list, labels
+from mae_dist.data import index, indexing, label_list, labels
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
-from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, NO_LABELS, Indexed
+from mae_dist.data.indexing import AUTO, FOLDER, LIST, Indexed
 from mae_dist.data.label_list import Image, LabelList
 from mae_dist.data.labels import Label
 from mae_dist.data.pack import ProgressCallback, safe_name
 from mae_dist.data.remote import shown
-from mae_dist.data.tar_reader import Notes
 from mae_dist.errors import from_os_error
 
 log = logging.getLogger(__name__)
 
 UNREAD = "some tars have an .idx beside them, so they were not read: classes and checksums may be unknown (--whole)"
-TRAIN, SHOWN = "train", 5
-"""The split where --split is not given, and names that a message lists."""
+TRAIN = "train"
+"""The split where neither --split nor the names of tars say it."""
 
 
 def add_parser(actions: Any) -> None:
@@ -43,7 +41,9 @@ def add_parser(actions: Any) -> None:
     parser.add_argument(
         "tars", nargs="+", metavar="TARS", help="folders, patterns or brace ranges, for example 'data/{000..146}.tar'"
     )
-    parser.add_argument("--split", help="name of their split in dataset.json (default train, if it loses no tars)")
+    parser.add_argument(
+        "--split", help="name of their split in dataset.json (default: those in the names of the tars, else train)"
+    )
     parser.add_argument("--out", type=Path, help="folder for indexes and dataset.json (default: that of the tars)")
     parser.add_argument(
         "--labels", default=AUTO, metavar="SOURCE",
@@ -74,7 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is None and len(folders) > 1:
         raise ValueError(f"the tars are in {len(folders)} folders; pass --out DIR for their indexes")
     folder = Path(os.path.abspath(arguments.out or folders.pop()))
-    report(_write(folder, lambda before, tick: _merge(before, arguments, tars, folder, tick)), folder)
+
+    def merge(dataset: index.Dataset, tick: ProgressCallback) -> index.Dataset:
+        for split, some in _by_split([*map(str, tars)], arguments.split).items():
+            dataset = _merge(dataset, split, arguments, [*map(Path, some)], folder, tick)
+        return dataset
+
+    report(_write(folder, merge), folder)
 
 
 def _write(folder: Path, merge: Callable[[index.Dataset, ProgressCallback], index.Dataset]) -> index.Dataset:
@@ -120,7 +126,8 @@ def _merge_remote(
 ) -> index.Dataset:
     """Index tars at `urls`; return `before` with their splits, and the facts of a dataset.json that lists them all."""
     cache, dataset = Cache.of(None), before
-    splits = data_remote.tars_of(urls, arguments.split or TRAIN)
+    by_split = [data_remote.tars_of(some, split) for split, some in _by_split(urls, arguments.split).items()]
+    splits = {split: tars for known in by_split for split, tars in known.items()}
     for split, tars in splits.items():
         _tell_of_split(before, split, [tar.url for tar in tars], arguments.out, arguments)
         taken = {s.index_name for name, known in dataset.splits.items() if name != split for s in known}
@@ -142,16 +149,36 @@ def _tars(texts: list[str]) -> list[Path]:
     """The tars that the arguments name, sorted. ValueError where one is named twice, or there is none."""
     names = [name for text in texts for name in paths.names(paths.with_variables(text))]
     tars = sorted(
-        Path(os.path.abspath(tar)) for name in names for tar in (paths.tars_in(name) if os.path.isdir(name) else [name])
+        Path(os.path.abspath(tar))
+        for name in names
+        for tar in (paths.tars_in(name, one_split=False) if os.path.isdir(name) else [name])
     )
     seen: dict[tuple[int, int], Path] = {}
     for tar in tars:
         status = tar.stat()
         if (twin := seen.setdefault((status.st_dev, status.st_ino), tar)) is not tar:
             raise ValueError(f"{' '.join(texts)}: {twin} is in it twice" + (f", also as {tar}" if tar != twin else ""))
-    if len(splits := paths.splits_in([tar.name for tar in tars])) > 1:
-        log.warning("the names of these tars speak of several splits (%s), which become one", ", ".join(splits))
     return tars
+
+
+def _by_split(tars: list[str], split: str | None) -> dict[str, list[str]]:
+    """The tars of each split: of `split`, else of those that the names of all tars speak of, else of train. Raises
+    ValueError where only some speak of several.
+    """
+    common = os.path.commonpath([os.path.dirname(tar) for tar in tars])
+    spoken = [(paths.splits_of(os.path.relpath(tar, common)) or [""])[-1] for tar in tars]
+    if split is not None or len({*spoken} - {""}) < 2:
+        return {split or TRAIN: tars}
+    if "" in spoken:
+        raise ValueError(
+            f"tars of several splits by name ({', '.join(sorted({*spoken} - {''}))}), and some of none "
+            f"({shown(tars[spoken.index('')])} first); index the tars of each split with --split NAME"
+        )
+    found = {name: [t for t, own in zip(tars, spoken, strict=True) if own == name] for name in paths.SPLITS.values()}
+    log.info(
+        "splits by the names of tars: %s", ", ".join(f"{len(some)} {name}" for name, some in found.items() if some)
+    )
+    return {name: some for name, some in found.items() if some}
 
 
 def _tell_of_split(
@@ -191,15 +218,16 @@ def _index_names(tars: list[Path], taken: set[str]) -> list[str]:
 
 
 def _merge(
-    before: index.Dataset, arguments: argparse.Namespace, tars: list[Path], folder: Path, tick: ProgressCallback
-) -> index.Dataset:
-    """Index `tars` into `folder`; return `before` with these tars as its split."""
-    split, source = arguments.split or TRAIN, arguments.labels
+    before: index.Dataset, split: str, arguments: argparse.Namespace, tars: list[Path], folder: Path,
+    tick: ProgressCallback,
+) -> index.Dataset:  # fmt: skip
+    """Index `tars` into `folder`; return `before` with these tars as its `split`."""
+    source = arguments.labels
     source = paths.with_variables(source) if "/" in source else source
     _tell_of_split(before, split, [_listed_as(tar, folder) for tar in tars], folder, arguments)
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
-    listed = label_list.read(Path(source)) if os.path.isfile(source) else None
+    listed = _list(Path(source), before if others else None) if os.path.isfile(source) else None
     if listed is None and "/" in source:
         raise ValueError(f"--labels {source}: no such file")
     by_folder = source.partition(":")[0] == FOLDER
@@ -207,23 +235,23 @@ def _merge(
     for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
         found.append(indexing.build(tar, folder / name, LIST if listed else FOLDER if by_folder else source))
         tick("index", number + 1, len(tars))
-    _report_notes(found)
+    index_checks.report_notes(found)
     if listed is not None:
         found = _with_labels(found, _of_list(listed, tars, found))
     elif by_folder:
         found = _with_labels(found, labels.of_folders([item.labels for item in found], level, known or ()))
         if level is None and arguments.classes is None and known is None:
-            _refuse_doubtful_folders(found)
+            index_checks.refuse_doubtful_folders(found)
     else:
-        _warn_of_doubtful_folders(found, split)
-    _refuse_mixed_labels(found, before, others, arguments.classes)
+        index_checks.report_doubtful_folders(found, split)
+    index_checks.refuse_mixed_labels(found, before, others, arguments.classes)
     values, classes = _numbers(found, known, arguments.classes)
-    _report_labels(found, values, split, classes, source)
+    index_checks.report_labels(found, values, split, classes, source)
     shards = [
         _shard(item.shard, tar, folder, name, value, item.plain)
         for item, tar, name, value in zip(found, tars, names, values, strict=True)
     ]
-    _report_twins(shards, split, others)
+    index_checks.report_twins(shards, split, others)
     num_classes = max(1 + max(int(value.max()) for value in values), len(classes or ()))
     data = index.ShardIndex(tars, [folder / name for name in names], shards, index.Dataset(""))
     dataset = _with_split(before, split, shards, num_classes, _common_size(data, tick), classes)
@@ -234,6 +262,13 @@ def _with_labels(found: Sequence[Indexed], values: Sequence[list[Label]]) -> lis
     return [replace(item, labels=value) for item, value in zip(found, values, strict=True)]
 
 
+def _list(file: Path, others: index.Dataset | None) -> LabelList:
+    """The labels of a file, with those from 1 moved to 0, unless the classes of other splits are more."""
+    listed = label_list.read(file)
+    known = others.num_classes or 0 if others is not None else 0
+    return listed if known > len({*listed.labels} - {""}) else label_list.from_zero([listed])[0]
+
+
 def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed]) -> list[list[Label]]:
     """The labels that a list gives to the images of the tars."""
     images = [Image(f"{tar}/{name}", str(name)) for tar, item in zip(tars, found, strict=True) for name in item.labels]
@@ -241,38 +276,6 @@ def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed]) -> l
     listed.check(images, rows, "these tars")
     values = iter([labels.NONE if row is None else listed.number_or_name(row) for row in rows])
     return [[*itertools.islice(values, len(item.labels))] for item in found]
-
-
-def _refuse_doubtful_folders(found: Sequence[Indexed]) -> None:
-    """Raise ValueError where folders may be splits, or parts of samples, and not classes."""
-    names = {label for item in found for label in item.labels if isinstance(label, str)}
-    if doubt := folder_words.doubt(names):
-        raise ValueError(
-            f"--labels {FOLDER}: {doubt}; write --labels {FOLDER}:N if the folder at level N is the class (1 the "
-            f"first in the tar, -1 the last), or name the tars of one split, or other labels"
-        )
-
-
-def _warn_of_doubtful_folders(found: Sequence[Indexed], split: str) -> None:
-    """Log that folders in the tars may be splits, or parts of samples."""
-    names = {name for tar in labels.of_folders([[*filter(None, item.folders)] for item in found]) for name in tar}
-    if len(names) > 1 and (doubt := folder_words.doubt({str(name) for name in names})):
-        log.warning("folders in the tars: %s; all their images become split %s", doubt, split)
-
-
-def _refuse_mixed_labels(
-    found: Sequence[Indexed], before: index.Dataset, others: dict[str, list[index.Shard]], classes: Path | None
-) -> None:
-    """Raise ValueError where these labels are names and those of another split numbers; warn of the reverse."""
-    labelled = {name: shards for name, shards in others.items() if any(shard.num_labelled for shard in shards)}
-    names = [label for item in found for label in item.labels if isinstance(label, str)]
-    if names and labelled and before.classes is None and classes is None:
-        raise ValueError(
-            f"{found[0].shard.tar}: its labels are names ({names[0][:40]!r}), and those of split "
-            f"{next(iter(labelled))} are numbers; list the names in the order of the numbers with --classes FILE"
-        )
-    if before.classes and not names and any(s.labels for known in labelled.values() for s in known):
-        log.warning("labels that are numbers are taken as places in the list of classes of %s", index.FILE)
 
 
 def _with_split(
@@ -333,61 +336,6 @@ def _shard(shard: index.Shard, tar: Path, folder: Path, name: str, values: np.nd
         labels="" if plain else labels.write(folder / name, values),
         num_labelled=int((values >= 0).sum()),
     )
-
-
-def _report_notes(found: Sequence[Indexed]) -> None:
-    """Log what is odd about the tars, each kind once."""
-    notes = Notes()
-    for item in found:
-        notes.update_from(item.notes)
-    for what, (count, example) in notes.items():
-        log.warning("%s: %d (%s)", what, count, example)
-
-
-def _report_labels(
-    found: Sequence[Indexed], values: list[np.ndarray], split: str, classes: list[str] | None, source: str
-) -> None:
-    """Log which labels there are, classes that do not occur, and, where there are none, how to get some.
-
-    Raises ValueError where labels were asked for and there are none.
-    """
-    present = np.unique(np.concatenate(values))
-    present = present[present >= 0]
-    if len(present) == 0:
-        others, fields = Counter[str](), dict.fromkeys(name for item in found for name in item.fields)
-        for item in found:
-            others += item.others
-        folders = sorted({folder for item in found for folder in item.folders if folder})
-        ways = [f"--labels {JSON}{name}" for name in list(fields)[:SHOWN]]
-        if len(folders) > 1:
-            ways.append(f"--labels {FOLDER} ({len(folders)} folders in the tars: {', '.join(folders[:3])}, ...)")
-        no_labels = {"json", *grouping.IMAGES} - {"npy"}
-        kinds = (kind for kind, _ in others.most_common(SHOWN) if kind.rpartition(".")[2] not in no_labels)
-        ways += [f"--labels {kind}" for kind in kinds]
-        hint = f"; perhaps {' or '.join(ways)}" if ways else ""
-        if source not in (AUTO, NO_LABELS):
-            raise ValueError(f"--labels {source}: gives no sample a label{hint}")
-        if source == AUTO:
-            log.warning("no labels: no KEY.cls holds a class number%s; pretraining needs none", hint)
-        return
-    last = int(present[-1])
-    if classes is not None:
-        listed = ", ".join(f"{number} {name}" for number, name in list(enumerate(classes))[:SHOWN])
-        log.info("classes: %d names (%s%s)", len(classes), listed, ", ..." if len(classes) > SHOWN else "")
-    if split == "train" and len(present) <= last:
-        log.warning(
-            "only %s of the %s classes 0 to %s occur in split %s; a head gets all %s of them, so number them without "
-            "gaps (--labels FILE) if that is not meant", f"{len(present):,}", f"{last + 1:,}", f"{last:,}", split,
-            f"{last + 1:,}",
-        )  # fmt: skip
-
-
-def _report_twins(shards: list[index.Shard], split: str, others: dict[str, list[index.Shard]]) -> None:
-    """Log the tars whose bytes are in another tar, too."""
-    seen = {shard.sha256: f"{shard.tar} of split {name}" for name, known in others.items() for shard in known}
-    for shard in shards:
-        if (twin := seen.setdefault(shard.sha256, f"{shard.tar} of split {split}")) != f"{shard.tar} of split {split}":
-            log.warning("%s: has the same bytes as %s", shard.tar, twin)
 
 
 def _common_size(data: index.ShardIndex, tick: ProgressCallback) -> tuple[int, int] | None:

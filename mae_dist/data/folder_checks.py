@@ -9,13 +9,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from mae_dist.data.folder_files import File, Found
-from mae_dist.data.folder_words import listed, parts_of_others
+from mae_dist.data.folder_words import SPLITS, listed, parts_of_others
 from mae_dist.data.labels import NAME, class_in_name, of_text
 
 log = logging.getLogger(__name__)
 
-LISTS = {".csv", ".json", ".jsonl", ".tsv", ".txt"}
-"""Kinds of files that may hold labels, as `Found.others` names them."""
 Named = dict[str, list[tuple[File, str | None]]]
 """The images of each split, each with the name of its class (None: no label)."""
 
@@ -97,10 +95,11 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_l
     if unused := [f.path for f in found.files if f.path not in used]:
         log.warning("%s: %d images, of no split, are left out: %s", source, len(unused), listed(unused))
     classes = set().union(*map(classes_of, named.values()))
-    if not classes and (lists := sorted(LISTS & found.others.keys())):
-        log.warning("%s: no labels; perhaps a %s file has them: --labels FILE", source, " or ".join(lists))
+    if not classes and (lists := sorted(found.lists, key=lambda path: (path.count("/"), path))):
+        more = ", or --splits SPLIT=FILE,... where each split has one" if len(lists) > 1 else ""
+        log.warning("%s: no labels; perhaps %s has them: --labels FILE%s", source, " or ".join(lists[:3]), more)
     begins = Counter(class_in_name(path) for path in used)
-    if not classes and 1 < len(begins.keys() - {None}) <= 0.5 * (begins.total() - begins[None]):
+    if not classes and 1 < len(begins.keys() - {None, *SPLITS}) <= 0.5 * (begins.total() - begins[None]):
         some = listed(sorted(filter(None, begins)))
         log.warning("%s: no labels; if names of images begin with classes (%s): --labels %s", source, some, NAME)
     for split, files in named.items():
@@ -120,4 +119,4 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_l
         what = "images may be parts of others, as masks are, and are taken as images"
         log.warning("%s: %d %s: %s", source, len(parts), what, listed(parts))
     if len(classes) == 1:
-        log.warning("%s: all labelled images have one class, %s", source, *classes)
+        log.warning("%s: all labelled images have one class, %s (--labels FILE gives others)", source, *classes)

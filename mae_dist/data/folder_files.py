@@ -24,6 +24,10 @@ NOT_READ = (
     "psd", "svg", "tga",
 )  # fmt: skip
 """Kinds of images that are left out, each counted as an image that could not be packed."""
+UNPACK = "unpack archives; write the images in arrays, tables and databases to files, as SOURCE/SPLIT/CLASS/1.png"
+"""What to do with files that hold images, and are none."""
+LISTS = ("csv", "json", "jsonl", "tsv", "txt")
+"""Kinds of files that may hold labels or splits."""
 OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found")
 """Names (in lower case) of files and folders that operating systems leave behind; hidden ones begin with a dot."""
 
@@ -50,13 +54,15 @@ class File(NamedTuple):
 
 @dataclass
 class Found:
-    """What lies below a folder: the images, sorted by path; all folders; how many other files there are of each kind;
-    how many files and folders are hidden or of an operating system; and links that lead back.
+    """What lies below a folder: the images, sorted by path; all folders; how many other files there are of each kind,
+    and which of them may be lists; how many files and folders are hidden or of an operating system; and links that
+    lead back.
     """
 
     files: list[File] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
+    lists: list[str] = field(default_factory=list)
     num_hidden: int = 0
     loops: list[str] = field(default_factory=list)
 
@@ -101,6 +107,8 @@ def find(root: Path, tick: Callable[[int], None] = lambda _: None) -> Found:
                 todo.append((path, (*above, here)))
             elif isinstance(kept, File):
                 found.files.append(kept)
+            elif kind_of(path) in LISTS:
+                found.lists.append(path)
         if len(found.folders) % OFTEN == 0:
             log.info("%s: %s folders so far, with %s images", root, f"{len(found.folders):,}", f"{len(found.files):,}")
         tick(len(found.files))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mae_dist.data import label_list, split_list
 from mae_dist.data.folder_checks import Named, check_classes, check_links, classes_of, join, warn
-from mae_dist.data.folder_files import File, Found
+from mae_dist.data.folder_files import UNPACK, File, Found
 from mae_dist.data.folder_words import SPLITS, doubt, is_images, listed, split_like, split_pairs
 from mae_dist.data.label_list import TINY_IMAGENET, Image, LabelList, Row
 from mae_dist.data.labels import NAME, class_in, class_in_name, level_of
@@ -42,19 +42,22 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
     """The splits and labels of what lies below `source`.
 
     `answer` is the option --splits: 'none', a file of rows IMAGE,SPLIT, or 'train=FOLDER,test=FOLDER', where FOLDER
-    may also be a file that lists images. `labels` is the option --labels: a file that `label_list` reads, which
-    decides in splits whose images it names, 'folder:N' (see `labels.level_of`), or 'name' (see
-    `labels.class_in_name`). Raises ValueError where something is not clear.
+    may also be a file that lists images, with labels or without. `labels` is the option --labels: a file that
+    `label_list` reads, which decides in splits whose images it names, 'folder:N' (see `labels.level_of`), or 'name'
+    (see `labels.class_in_name`). Raises ValueError where something is not clear.
     """
     if not found.files:
         others = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(4))
-        more = "; tars are for `mae-dist data index`" if ".tar" in found.others else ""
-        raise ValueError(f"--source {source}: no images below it" + (f", only {others}{more}" if others else ""))
+        more = "tars are for `mae-dist data index`" if ".tar" in found.others else UNPACK
+        raise ValueError(f"--source {source}: no images below it" + (f", only {others}; {more}" if others else ""))
     rule = re.fullmatch(rf"({NAME})|folder(:.*)?", str(labels))
     level = None if rule is None else NAME if rule[1] else level_of(rule[0])
-    option = None if labels is None or rule else label_list.read(Path(labels))
+    option = None if labels is None or rule else label_list.from_zero([label_list.read(Path(labels))])[0]
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
-    named, by_list = _named(source, _files_of_splits(source, found.files, folders), folders, option, level)
+    splits, lists = _files_of_splits(source, found.files, folders)
+    if level is None and answer != "none":
+        folders = _below_common(folders, splits)
+    named, by_list = _named(source, splits, folders, option, level, lists if labels is None else {})
     check_classes(source, named, by_list)
     _unlabel_lone_folders(named, by_list)
     if answer is None and level in (None, NAME):
@@ -67,7 +70,7 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
 
 def _named(
     source: Path, splits: dict[str, list[File]], folders: dict[str, str], option: LabelList | None,
-    level: int | str | None,
+    level: int | str | None, lists: dict[str, LabelList],
 ) -> tuple[Named, set[str]]:  # fmt: skip
     """The images of each split with the names of their classes, and the splits that have these from a list."""
     named: Named = {}
@@ -75,14 +78,15 @@ def _named(
     for split, files in splits.items():
         folder = folders[split]
         images = [Image(f.path, f.path[len(folder) + bool(folder) :]) for f in files]
-        table, rows = _rows(source / folder, images, option)
+        table, rows = _rows(source / folder, images, option or lists.get(split))
         if table is None:
             named[split] = _by_folder(split, folder, files, level)
             continue
-        log.info("split %s: labels of %d images are from %s", split, sum(map(bool, rows)), table.source)
+        labelled = sum(row is not None and row.label != "" for row in rows)
+        log.info("split %s: labels of %d images are from %s", split, labelled, table.source)
         by_list[split] = [*zip(images, rows, strict=True)]
         named[split] = [(f, (row.label or None) if row else None) for f, row in zip(files, rows, strict=True)]
-        if option is None:
+        if option is None and split not in lists:
             table.check(images, rows, f"split {split}")
     if option is not None:
         if not by_list:
@@ -109,10 +113,10 @@ def _certain_splits(source: Path, found: Found) -> dict[str, str]:
     tops = sorted(tree.keys() - {""})
     named = sorted(f for f in found.folders if os.path.dirname(f) == base and os.path.basename(f).lower() in SPLITS)
     if not named:
-        lists = [folder / split_list.TRAIN_TEST for folder in (source, source.parent)]
-        if given := next(filter(Path.is_file, lists), None):
+        if lists := split_list.offered(source, found.lists, [file.path for file in found.files]):
             raise ValueError(
-                f"--source {source}: {given.name} says which images are for training: --splits {given} (or none)"
+                f"--source {source}: has lists of the images of each split; add --splits {shlex.quote(lists)}, or "
+                f"--splits none for one split of all images"
             )
         if base:
             raise ValueError(
@@ -179,11 +183,13 @@ def _question(source: Path, doubt: str, base: str, tops: list[str]) -> ValueErro
     """What to ask, with an example in which each folder has the split that its name speaks of."""
     pairs = split_pairs(tops)
     guesses = {split: join(base, top) for top in reversed(tops) if (split := split_like(top) or pairs.get(top))}
+    like = Counter(filter(None, (split_like(top) or pairs.get(top) for top in tops)))
+    once = " (first bring the folders of a split together; links will do)" if max(like.values(), default=1) > 1 else ""
     guesses = guesses or {split: join(base, top) for split, top in zip(("train", "test"), tops, strict=False)}
     splits = {"train": base or "."} | guesses
     return ValueError(
         f"--source {source}: {doubt}; add --splits none if its folders are classes, or --splits SPLIT=FOLDER,... if "
-        f"they are splits, for example {_option(splits)}"
+        f"they are splits{once}, for example {_option(splits)}"
     )
 
 
@@ -233,49 +239,45 @@ def _answered_splits(source: Path, answer: str) -> dict[str, str]:
     return folders
 
 
-def _files_of_splits(source: Path, files: list[File], folders: dict[str, str]) -> dict[str, list[File]]:
-    """The images of each split. Those of splits that are listed in files are in the folder that they have in common,
-    which becomes that of these splits in `folders`.
+def _files_of_splits(
+    source: Path, files: list[File], folders: dict[str, str]
+) -> tuple[dict[str, list[File]], dict[str, LabelList]]:
+    """The images of each split, and the lists in which some have labels, too. The folder of splits that are listed in
+    files, which is put into `folders`, is that which they have in common, or that of each where these are apart.
     """
-    names = {
-        split: split_list.images_of(Path(file)) for split, file in folders.items() if split and os.path.isabs(file)
-    }
+    lists = {split: split_list.of_split(Path(file)) for split, file in folders.items() if split and os.path.isabs(file)}
+    names = {split: some.files or [] for split, some in lists.items()}
     if (file := folders.pop("", None)) is not None:
         names = split_list.by_split(Path(file))
         folders |= dict.fromkeys(names, file)
-    splits = {split: _files_in_list(Path(folders[split]), some, files) for split, some in names.items()}
+    splits = {split: split_list.files_of(Path(folders[split]), some, files) for split, some in names.items()}
     first: dict[str, str] = {}
     for split, some in splits.items():
         if twice := next((f.path for f in some if first.setdefault(f.path, split) != split), None):
             raise ValueError(f"--splits: {twice} is in the lists of {first[twice]} and {split}")
-    if first:
-        folders |= dict.fromkeys(splits, os.path.commonpath([os.path.dirname(path) for path in first]))
+    folders |= split_list.folders_of({split: [os.path.dirname(f.path) for f in some] for split, some in splits.items()})
     for split in folders.keys() - splits.keys():
         splits[split] = _files_of(files, folders[split], folders.values())
         if not splits[split]:
             raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folders[split] or '.'}")
-    return {split: splits[split] for split in folders}
+    labelled = [split for split, some in lists.items() if any(some.labels)]
+    moved = label_list.from_zero([lists[split] for split in labelled])
+    return {split: splits[split] for split in folders}, dict(zip(labelled, moved, strict=True))
 
 
-def _files_in_list(file: Path, whole: list[str], files: list[File]) -> list[File]:
-    """The images that these names of a list are of: a whole row, or else its first word."""
-    images, found, names = [Image(f.path, f.path) for f in files], dict[str, File](), list[str]()
-    for names in (whole, [name.split()[0] for name in whole]):
-        rows = LabelList(file, names, [""] * len(names)).rows_of(images)
-        for image, row in zip(files, rows, strict=True):
-            if row is not None and (twin := found.setdefault(row.file, image)) is not image:
-                raise ValueError(
-                    f"--splits {file}: {row.file} may be {twin.path} or {image.path}; write paths, "
-                    f"or name the folder of the images as --source"
-                )
-        if found:
-            break
-    if missing := [name for name in names if os.path.normpath(name) not in found]:
-        what = f"--splits {file}: {len(missing)} of its {len(names)} rows name no image ({missing[0]!r} first)"
-        if not found:
-            raise ValueError(what)
-        log.warning("%s", what)
-    return [*found.values()]
+def _below_common(folders: dict[str, str], splits: dict[str, list[File]]) -> dict[str, str]:
+    """The folders of the splits, one deeper where that is the same for all images, and has class folders, as Images in
+    train/Images/cat.
+    """
+    above = {split: [_above(file, folders[split]) for file in files] for split, files in splits.items()}
+    within = {split: some for split, some in above.items() if any(some)}
+    tops, classes = ({tuple(names[n : n + 1]) for some in within.values() for names in some} for n in (0, 1))
+    mixed = any({len(names) > 1 for names in some} == {True, False} for some in within.values())
+    if mixed or len(tops) != 1 or len(classes - {()}) < 2:
+        return folders
+    common = tops.pop()[0]
+    log.info("folder %s has all images of %s, and is no class; --labels folder:1 makes it one", common, listed(within))
+    return {split: join(folder, common) if split in within else folder for split, folder in folders.items()}
 
 
 def _files_of(files: list[File], folder: str, claimed: Iterable[str]) -> list[File]:

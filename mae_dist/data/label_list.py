@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,16 @@ from mae_dist.data.labels import ABSENT, NAMES, Label, of_text
 
 log = logging.getLogger(__name__)
 
-KEYS = ("file", "filename", "file_name", "path", "image", "img", "image_id", "key", "__key__", "name", "id")
-"""Words that head the column of files, the best first."""
+KEYS = (
+    "file", "filename", "filepath", "path", "image", "imagepath", "imagename", "img", "imageid", "key", "name", "id",
+)  # fmt: skip
+"""Words that head the column of files, the best first, in lower case and without blanks and signs."""
 BOXES = re.compile(r"(n\d{8})(?: -?\d+){4}.*")
 """A synset with boxes behind it, as in LOC_val_solution.csv of ImageNet's localisation task."""
-IDS = "images.txt"
-"""The file with a row ID IMAGE for each image, beside lists whose rows name these ids, as in CUB-200 and NABirds."""
+IDS, CLASSES = "images.txt", "classes.txt"
+"""The files with a row ID IMAGE for each image, and ID CLASS for each class, beside lists whose rows name these ids, as
+in CUB-200 and NABirds.
+"""
 TINY_IMAGENET = "val_annotations.txt"
 """The file with the labels of tiny-imagenet's validation images, whose first two of six columns are read."""
 
@@ -68,13 +72,18 @@ class LabelList(NamedTuple):
             lines = {path: f"line {n}" for n, path in enumerate(sorted(image.path for image in images), 1)}
             known = dict(zip(lines.values(), self.labels, strict=True)) if len(lines) == len(self.labels) else {}
             return [Row(lines[path], known[lines[path]]) if known else None for path, _ in images]
-        known = {}
-        for file, label in zip(map(os.path.normpath, self.files), self.labels, strict=True):
-            if known.setdefault(file, label) != label:
-                raise ValueError(f"--labels {self.source}: {file} has two labels, {known[file]} and {label}")
-        rows = [*map(_finder(known), images)]
+        rows = [*map(_finder(self.by_file()), images)]
         taken = {row.file for row in rows if row is not None and not row.elsewhere}
         return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
+
+    def by_file(self) -> dict[str, str]:
+        """The label of each file. Raises ValueError where one has two."""
+        known: dict[str, str] = {}
+        for file, label in zip(map(os.path.normpath, self.files or ()), self.labels, strict=self.files is not None):
+            if known.setdefault(file, label) != label:
+                two = f"{file} has two labels, {known[file]} and {label}"
+                raise ValueError(f"--labels {self.source}: {two}; write one a file, or pack without labels")
+        return known
 
     def number_or_name(self, row: Row) -> Label:
         """The label of a row as a class number or name. Raises ValueError where it is neither."""
@@ -164,8 +173,10 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
     except OSError as error:
         raise ValueError(f"--labels {file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason})") from error
+        raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason}); write rows IMAGE,LABEL") from error
     try:
+        if "\0" in text:
+            raise ValueError("is no text; write rows IMAGE,LABEL")
         rows = _json_rows(text) if text.lstrip()[:1] in ("{", "[") else table(text)
         if not rows:
             raise ValueError("is empty; expected rows like cat/1.jpg,cat")
@@ -176,8 +187,24 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
             raise ValueError(f"has files where labels should be ({pairs[-1][1]}); write file,label")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--labels {file}: {error}") from error
-    names = with_images(file, [name.replace("\\", "/") for name, _ in pairs])
-    return LabelList(file, names, [_plain(label) for _, label in pairs])
+    given, labels = [name.replace("\\", "/") for name, _ in pairs], [_plain(label) for _, label in pairs]
+    names = with_images(file, given)
+    return LabelList(file, names, labels if names is given or words is not NAMES else _with_classes(file, labels))
+
+
+def from_zero(lists: Sequence[LabelList]) -> list[LabelList]:
+    """The lists, with labels from 0 where together they are the numbers from 1 to some K and none is missing. A first
+    row may be a header.
+    """
+    rows = [label for some in lists for number, label in enumerate(some.labels) if number or label.isdigit()]
+    count = len({*rows} - {""})
+    moved = {str(number): str(number - 1) for number in range(1, count + 1)}
+    if count < 2 or {*rows} - {""} != moved.keys():
+        return [*lists]
+    for some in lists:
+        some.by_file()  # refused with the numbers that are written there
+    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, count, count - 1)
+    return [some._replace(labels=[moved.get(label, label) for label in some.labels]) for some in lists]
 
 
 def with_images(file: Path, names: list[str]) -> list[str]:
@@ -187,8 +214,7 @@ def with_images(file: Path, names: list[str]) -> list[str]:
     beside = file.with_name(IDS)
     if not names or file == beside or any(map(folder_files.is_image, names)) or not beside.is_file():
         return names
-    lines = beside.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    images = dict(line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
+    images = _by_id(beside)
     if names[0] not in images or not folder_files.is_image(images[names[0]].strip()):
         return names
     if missing := next((name for name in names if name not in images), None):
@@ -197,11 +223,41 @@ def with_images(file: Path, names: list[str]) -> list[str]:
     return [images[name].strip() for name in names]
 
 
+def _with_classes(file: Path, labels: list[str]) -> list[str]:
+    """Labels, or the names of these where all are ids that a file CLASSES beside the list has, each with a name of its
+    own.
+    """
+    beside = file.with_name(CLASSES)
+    names = _by_id(beside) if beside.is_file() else {}
+    if not {*labels} <= names.keys() or len({names[label] for label in {*labels}}) < len({*labels}):
+        return labels
+    log.info("%s: names of classes by their ids in %s", file, beside)
+    return [names[label].strip() for label in labels]
+
+
+def _by_id(file: Path) -> dict[str, str]:
+    """What is behind the first word of each line, by this word."""
+    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    return dict(line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
+
+
 def table(text: str) -> list[list[str]]:
-    """The cells of each line that is not empty, separated by tabs, commas, semicolons, or the last space."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    mark = next((mark for mark in "\t,;" if lines and mark in lines[0]), None)
-    return list(csv.reader(lines, delimiter=mark)) if mark else [line.rsplit(maxsplit=1) for line in lines]
+    """The cells of each line that is not empty, separated by tabs, commas, semicolons, or a space: the last, or, where
+    the first words are files of their own and the last ones are no numbers, the first. A comment (#) at the top is left
+    out.
+    """
+    lines = [*dropwhile(_is_comment, (line for line in text.splitlines() if line.strip()))]
+    if mark := next((mark for mark in "\t,;" if lines and mark in lines[0]), None):
+        return list(csv.reader(lines, delimiter=mark))
+    words = [line.split() for line in lines]
+    has_names_with_spaces = any(row[-1].isdigit() or any(map(folder_files.is_image, row[1:])) for row in words)
+    if has_names_with_spaces or len({row[0] for row in words}) < len(words):
+        return [line.rsplit(maxsplit=1) for line in lines]
+    return [line.split(maxsplit=1) for line in lines]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not folder_files.is_image(line.split()[0])
 
 
 def _json_rows(text: str) -> list[list[str]]:
@@ -254,31 +310,36 @@ def _plain(label: str) -> str:
     return "" if label.lower() in ABSENT else boxes[1] if boxes else label
 
 
+def _word(text: str) -> str:
+    """The word at the head of a column in lower case, without blanks and signs."""
+    return re.sub("[^a-z0-9]", "", text.lower())
+
+
 def columns(file: Path, table: list[list[str]], words: Sequence[str] = NAMES) -> list[tuple[str, str]]:
     """The columns of files and of labels, headed by one of these ``words``: those that the header names best, else the
     two that there are.
     """
-    head = [cell.strip().lower() for cell in table[0]]
-    keys, classes = ([name for name in known if name in head] for known in (KEYS, words))
+    head = [*map(_word, table[0])]
+    keys, classes = ([head.index(name) for name in map(_word, known) if name in head] for known in (KEYS, words))
     body = table[1:] if keys or classes else table
     if not (keys and classes) and len(head) != 2:
         raise ValueError(
             f"expected two columns, file and {words[0]}, or a header that names them (one of {', '.join(KEYS)}; one "
             f"of {', '.join(words)}), found {len(head)} columns"
         )
-    label = head.index(classes[0]) if classes else 1 - head.index(keys[0]) if keys else 1
-    key = head.index(keys[0]) if keys else 1 - label
+    label = classes[0] if classes else 1 - keys[0] if keys else 1
+    key = keys[0] if keys else 1 - label
     if unread := [*keys[1:], *classes[1:]]:
         log.warning(
             "%s: reads files from column %s and labels from column %s, not %s; take out columns to choose others",
-            file, head[key], head[label], ", ".join(unread),
+            file, table[0][key], table[0][label], ", ".join(table[0][number] for number in unread),
         )  # fmt: skip
     for number in {*range(len(head))} - {key, label} if words is NAMES else ():
         cells = {row[number].strip().lower() for row in body if len(row) > number} - {""}
         if "split" in head[number] or (cells and cells <= paths.SPLITS.keys()):
             log.warning(
                 "%s: column %s is not read: splits are folders or lists (--splits) or tars (--split) of their own",
-                file, head[number] or number + 1,
+                file, table[0][number] or number + 1,
             )  # fmt: skip
     if short := next((row for row in body if len(row) <= max(key, label)), None):
         raise ValueError(f"a line without a label: {' '.join(short)[:40]!r}")

@@ -35,6 +35,9 @@ MOST_BYTES = 2**24
 """Bytes of a member that holds a label."""
 NAMES = ("label", "class", "cls", "target", "category", "class_id", "class_name", "label_id", "y")
 """Names of columns and fields of labels, the best first."""
+NUMBER = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
+NUMBERS = re.compile(rf"{NUMBER}([\s,;|]+{NUMBER})*[\s,;|]*|[-+.]+")
+"""Text that is no name of a class, but numbers or a mark: -2, 0.5, 1 2, -. The name 707-320 is one."""
 ABSENT = ("", "-1", "nan", "none", "null", "<na>", "na", "n/a", "#n/a")
 """Labels, in lower case, that say that there is none."""
 
@@ -54,7 +57,7 @@ def of_text(content: bytes) -> Label:
         if len(text) > 20 or int(text) >= MOST_CLASSES:
             raise ValueError(f"holds {short}, more than the number of any class (below {MOST_CLASSES:,})")
         return int(text)
-    if re.fullmatch(r"[-+.\d][-+.,\deE\s]*", text) or len(text) > 200 or not text.isprintable() or _is_json(text):
+    if len(text) > 200 or NUMBERS.fullmatch(text) or not text.isprintable() or _is_json(text):
         raise ValueError(f"holds {short}, expected a class number like 7, or a name")
     return text
 

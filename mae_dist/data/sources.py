@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, synthetic
+from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, split_checks, synthetic
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.errors import from_os_error
 from mae_dist.printed import counted
@@ -91,7 +91,8 @@ def from_folder(
     that shards are not sorted by class. Raises ValueError where there are no images, or a layout is not clear.
     """
     if not folder.is_dir():
-        raise ValueError(f"--source {folder}: {'is a file, no' if folder.exists() else 'no such'} folder")
+        what = f"is a file, no folder; {folder_files.UNPACK}" if folder.exists() else "no such folder"
+        raise ValueError(f"--source {folder}: {what}")
     _check_share(test_share)
     found = folder_files.find(folder, lambda count: tick("find images", count, 0))
     layout = folder_layout.read(folder, found, splits, labels)
@@ -232,8 +233,8 @@ def _opened(path: str, split: str | None) -> dict[str, index.ShardIndex]:
     splits = places.splits(path)
     if not splits:
         data = index.open_split(path, "")
-        if data.parts.mixed:
-            log.warning("%s: the names of these tars speak of several splits, which become one", path)
+        if split is None:
+            split_checks.refuse_mixed(data, f"--source {path}")
         return {split or _listed_split(data): data}
     if split is not None:
         raise ValueError(f"--split {split}: {path}/{index.FILE} names the splits; leave --split out")

@@ -81,6 +81,7 @@ def test_folder_layouts_that_are_certain_are_read(tmp_path: Path, paths: str, ex
         ("train/images/1.jpg val/images/1.jpg train/labels/1.txt", "--splits train=train/images,val=val/images"),
         ("JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png Annotations/1.xml", "train=JPEGImages"),
         ("images+1/1.jpg masks+1/1.png", "--splits 'train=images 1'"),
+        ("train.X1/a/1.jpg train.X2/b/1.jpg val.X/a/1.jpg", "are splits .first bring the folders of a split together"),
         ("training/1.jpg testing/1.jpg", "testing, training may be splits or classes"),
         ("cat/train/x/1.jpg cat/test/1.jpg cat/gt/1.jpg dog/train/1.jpg dog/test/1.jpg",
          r"splits .test, train. are in the folders cat, dog; put them above, as train/cat, or add --splits none"),
@@ -178,12 +179,17 @@ def test_folder_lists_name_images_by_the_ids_of_cub(tmp_path: Path, caplog: pyte
     caplog.set_level("INFO")
     assert read(tmp_path, answer) == read(tmp_path / "images", answer) == expected
     assert caplog.text.count("images by their ids in") == 2
-    numbers = {split: {name[2]: count for name, count in of.items()} for split, of in expected.items()}
+    numbers = {split: {f"{int(name[2]) - 1}": n for name, n in of.items()} for split, of in expected.items()}
     assert read(tmp_path, answer, labels="image_class_labels.txt") == numbers
-    assert read(tmp_path, "none", labels="image_class_labels.txt") == {"train": {"1": 3, "2": 3}}
+    assert read(tmp_path, "none", labels="image_class_labels.txt") == {"train": {"0": 3, "1": 3}}
+    assert "image_class_labels.txt: labels 1 to 2 become classes 0 to 1" in caplog.text
+    files(tmp_path, "classes.txt", content="1 001.Auk\n2 002.Owl\n7 003.None\n")
+    assert read(tmp_path, answer, labels="image_class_labels.txt") == expected
     assert read(tmp_path, f"train={tmp_path}/image_class_labels.txt") == {"train": {"001.Auk": 3, "002.Owl": 3}}
+    files(tmp_path, "classes.txt", content="1 Auk\n2 Auk\n")
+    assert read(tmp_path, answer, labels="image_class_labels.txt") == numbers
     for folder in (tmp_path, tmp_path / "images"):
-        with pytest.raises(ValueError, match="train_test_split.txt says which images are for training: --splits"):
+        with pytest.raises(ValueError, match=f"has lists of the images of each split; add --splits {answer}, or"):
             read(folder)
     files(tmp_path, "train_test_split.txt", content="1 1\n9 0\n")
     with pytest.raises(ValueError, match="train_test_split.txt: .*images.txt has no image with the id '9'"):
@@ -211,7 +217,8 @@ def test_folder_labels_of_coco_are_joined_by_id(tmp_path: Path) -> None:
     assert read(tmp_path, labels="l.json") == {"train": {"fox": 1, "elk": 1}}
     (tmp_path / "l.json").write_text(json.dumps(plain | {"annotations": plain["annotations"][:1]}))
     assert read(tmp_path, labels="l.json") == {"train": {None: 1, "elk": 1}}
-    assert read(tmp_path, f"train={tmp_path}/l.json") == {"train": {"a": 1, "b": 1}}
+    assert read(tmp_path, f"train={tmp_path}/l.json") == {"train": {None: 1, "elk": 1}}
+    assert read(tmp_path, f"train={tmp_path}/l.json", "folder:1") == {"train": {"a": 1, "b": 1}}
     plain["annotations"] += [{"image_id": 8, "category_id": 4}]
     (tmp_path / "l.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match=r"b/2.jpg has two labels, elk and fox"):
@@ -371,9 +378,14 @@ def test_folder_labels_that_are_no_classes_are_refused(tmp_path: Path, rows: str
 
 def test_folder_without_labels_says_where_they_may_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read(files(tmp_path, "1.jpg", "metadata.csv")) == {"train": {None: 1}}
-    assert "no labels; perhaps a .csv file has them: --labels FILE" in caplog.text
+    assert "no labels; perhaps metadata.csv has them: --labels FILE\n" in caplog.text
+    files(tmp_path / "hf", "train/1.png", "train/metadata.csv", "test/1.png", "test/metadata.csv")
+    read(tmp_path / "hf")
+    assert "perhaps test/metadata.csv or train/metadata.csv has them: --labels FILE, or --splits" in caplog.text
     with pytest.raises(ValueError, match=r"no images below it, only 1 .tar; tars are for `mae-dist data index`"):
         read(files(tmp_path / "more", "1.tar"))
+    with pytest.raises(ValueError, match=r"only 1 .h5; unpack archives; write the images in arrays, .* to files, as"):
+        read(files(tmp_path / "array", "train_x.h5"))
 
 
 def test_folder_labels_option_name_takes_the_class_from_file_names_and_is_hinted_at(
@@ -390,7 +402,7 @@ def test_folder_labels_option_name_takes_the_class_from_file_names_and_is_hinted
     with pytest.raises(ValueError, match="images, trimaps may be parts of samples.*--splits train=images"):
         read(pets, labels="name")
     files(pets, "list.txt", content="#Image CLASS-ID SPECIES\nAbyssinian_1 1 1\npit_bull_2 2 2\n")
-    with pytest.raises(ValueError, match=r"rows name no image of .*\('#Image CLASS-ID' first\); write IMAGE,LABEL"):
+    with pytest.raises(ValueError, match=r"rows name no image of .*\('Abyssinian_1 1' first\); write IMAGE,LABEL"):
         read(pets, "train=images", "list.txt")
 
 

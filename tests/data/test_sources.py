@@ -350,7 +350,11 @@ def test_pack_tars_of_a_glob_without_dataset_json(tmp_path: Path, caplog: pytest
 def test_pack_tars_of_a_glob_has_the_split_of_dataset_json(tmp_path: Path) -> None:
     pack(from_synthetic(4, 4), tmp_path / "in", shard_size=2)
     assert list(from_tars(str(tmp_path / "in" / "test-*.tar")).counts) == ["test"]
-    assert list(from_tars(str(tmp_path / "in" / "*.tar")).counts) == ["train"]
+    assert from_tars(str(tmp_path / "in" / "*.tar"), "all").counts == {"all": 8}
+    with pytest.raises(
+        ValueError, match="--source .*tars in it are of several splits .*test, train.*name those of one"
+    ):
+        from_tars(str(tmp_path / "in" / "*.tar"))
 
 
 def test_pack_tars_refuses_what_is_not_indexed_or_has_splits(tmp_path: Path) -> None:
