@@ -226,3 +226,41 @@ def test_index_does_not_lose_a_split_that_another_command_has_written_meanwhile(
         main(["index", str(tmp_path / "val.tar"), "--split", "val"])
     main(["index", str(tmp_path / "val.tar"), "--split", "val"])
     assert index.Dataset.load(tmp_path).splits.keys() == {"train", "val"}
+
+
+@pytest.mark.parametrize("names", ["{}-0.tar", "{}/0.tar", "x-{}-0.tar"])
+def test_index_makes_a_split_of_each_that_the_names_of_tars_speak_of(tmp_path: Path, names: str) -> None:
+    counts = {"train": [1, 0], "val": [0, 1], "test": [0, 0, 1]}
+    for split, kinds in counts.items():
+        tar = tmp_path / names.format({"val": "validation"}.get(split, split))
+        tar.parent.mkdir(exist_ok=True)
+        members = [((f"{i}.png", PNG), (f"{i}.cls", b"cd"[kind : kind + 1])) for i, kind in enumerate(kinds)]
+        write_tar(tar, [member for pair in members for member in pair])
+    main(["index", str(tmp_path)])
+    dataset = index.Dataset.load(tmp_path)
+    assert {name: sum(s.num_samples for s in shards) for name, shards in dataset.splits.items()} == {
+        split: len(kinds) for split, kinds in counts.items()
+    }
+    assert [index.open_split(str(tmp_path), "test").label(i) for i in range(3)] == [0, 0, 1]
+    write_tar(tmp_path / "more.tar", [("0.png", PNG)])
+    with pytest.raises(
+        ValueError, match=r"by name .*train, val.*, and some of none .*more.tar first.; index the tars of"
+    ):
+        main(["index", str(tmp_path)])
+    main(["index", str(tmp_path), "--split", "train", "--labels", "none"])
+    assert sum(shard.num_samples for shard in index.Dataset.load(tmp_path).splits["train"]) == 8
+
+
+def test_index_moves_labels_of_a_list_from_one_to_zero_unless_other_splits_have_more_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [(f"{kind}/{i}.png", PNG) for i, kind in enumerate("abb")]
+    (tmp_path / "l.txt").write_text("a/0.png 1\nb/1.png 2\nb/2.png 2\n")
+    assert indexed(tmp_path, members, "--labels", str(tmp_path / "l.txt"))[1] == [0, 1, 1]
+    assert "l.txt: labels 1 to 2 become classes 0 to 1" in caplog.text
+    write_tar(tmp_path / "v.tar", members)
+    main(["index", str(tmp_path / "v.tar"), "--split", "val", "--labels", str(tmp_path / "l.txt")])
+    assert index.open_split(str(tmp_path), "val").label(2) == 1
+    indexed(tmp_path, [m for i in range(3) for m in ((f"{i}.png", PNG), (f"{i}.cls", b"%d" % i))])
+    main(["index", str(tmp_path / "v.tar"), "--split", "val", "--labels", str(tmp_path / "l.txt")])
+    assert index.open_split(str(tmp_path), "val").label(2) == 2
