@@ -18,12 +18,11 @@ from mae_dist.run import checkpoint, layout
 from mae_dist.run.directory import RunDir
 from mae_dist.schema import RANDOM, RunConfig
 from mae_dist.weights import Model, Overrides, Reading
+from mae_dist.weights.checks import listed
 from mae_dist.weights.identify import NORMS
 
 log = logging.getLogger(__name__)
 
-MAX_LISTED = 3
-"""Names of tensors that an error message lists."""
 CHUNK = 256
 """Images whose features a probe computes at once."""
 
@@ -90,8 +89,7 @@ def build(model: Model, origin: str) -> Objective:
     unknown = [name for name in state if name not in expected and not name.startswith(NORMS)]
     for names, what in (([n for n in expected if n not in state], "lacks"), (unknown, "has unknown tensors")):
         if names:
-            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-            faults.append(f"{what} {', '.join(names[:MAX_LISTED])}{more}")
+            faults.append(f"{what} {listed(names)}")
     if faults:
         raise ValueError(f"{origin}: as {config.model.name} it {' and '.join(faults)}")
     for name, tensor in expected.items():

@@ -23,7 +23,7 @@ from typing import Any
 
 from mae_dist.starts import INDEX, WEIGHT_FILES
 from mae_dist.weights import fb, files, hf, native, npz, onnx, state_dicts, timm
-from mae_dist.weights.checks import brief, class_names
+from mae_dist.weights.checks import brief, class_names, listed
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
 
 FORMATS: dict[str, ModuleType] = {"timm": timm, "hf": hf, "fb": fb, "npz": npz, "safetensors": native, "onnx": onnx}
@@ -93,6 +93,8 @@ def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    if path.suffix == ".distcp":
+        raise ValueError(f"{path}: is a part of a checkpoint; {advice(path.parent)}")
     if path.is_file():
         name = path.name.removesuffix(INDEX)
         if name != path.name:
@@ -105,4 +107,15 @@ def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
             return parts, files.read_json(path / "config.json")
     if (path / "config.yaml").is_file():
         raise ValueError(f"{path}: is already a run of mae-dist; init_from={path} starts from it")
-    raise ValueError(f"{path}: a folder without {' or '.join(WEIGHT_FILES)}; give a checkpoint file")
+    raise ValueError(f"{path}: a folder without {' or '.join(WEIGHT_FILES)}; {advice(path)}")
+
+
+def advice(folder: Path) -> str:
+    """What to give instead of a folder that holds no weights by a usual name."""
+    inside = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    if parts := [file.parent for file in inside if file.name == ".metadata"]:
+        convert = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        return f"one file of its parts is made by `{convert} {parts[-1]} FILE.pth`, which trusts them"
+    suffixes = (*files.SUFFIXES, ".tar")
+    found = [str(file.relative_to(folder)) for file in inside if file.suffix in suffixes and file.is_file()]
+    return f"give one of its files: {listed(found)}" if found else "give a checkpoint file"

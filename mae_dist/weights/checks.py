@@ -9,6 +9,8 @@ from typing import Any
 Channels = tuple[float, ...]
 MAX_NUMBER = 1e30
 """Limit of accepted numbers, so that float32 can compute with them."""
+LISTED = 3
+"""Names that a message lists."""
 
 
 def is_number(value: Any, above: float = -MAX_NUMBER, below: float = MAX_NUMBER) -> bool:
@@ -70,3 +72,9 @@ def checked(name: str, value: Any, field: str, hint: str = "") -> Any:
 def brief(value: Any) -> str:
     """Format any value as one short line."""
     return shorten(repr(value), 60, placeholder=" ...")
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED + 1 else ""
+    return ", ".join(names[: LISTED if more else None]) + more

@@ -8,10 +8,13 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
+import tarfile
+import warnings
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,7 +27,7 @@ from torch import Tensor
 from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.tensor_bytes import bytes_of
-from mae_dist.weights.checks import brief
+from mae_dist.weights.checks import brief, listed
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,23 @@ SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
 """The functions by which pickle makes NumPy's scalars and arrays of bytes."""
 INERT: tuple[Any, ...] = (
     argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, datetime.datetime, datetime.timedelta, Counter,
-    defaultdict, np.dtype, np.ndarray, SCALAR, ARRAY, (SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype, np.ndarray, SCALAR, ARRAY, (SCALAR, "numpy.core.multiarray.scalar"),
     (ARRAY, "numpy.core.multiarray._reconstruct"),
     *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"),
 )  # fmt: skip
 """Types that lie beside weights and execute nothing when they are read."""
+SETTINGS = re.compile(
+    r"(omegaconf|lightning|lightning_fabric|pytorch_lightning|yacs|ml_collections|easydict|mmengine|deepspeed)\..*"
+    r"|typing\.Any|collections\.defaultdict|builtins\.(dict|list|tuple|str|int|float|bool)"
+)
+"""Names of types that keep a trainer's settings. `Skipped` stands for each: none is imported."""
+OTHERS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first", b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first", b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"version ": "a pointer of Git LFS; `git lfs pull` fetches the file", b"<": "a web page; download the file itself",
+    b"\x89HDF": "an HDF5 file; save its weights with torch.save or as .safetensors",
+}  # fmt: skip
+"""How files begin that people take for checkpoints -> what they are, and what to do."""
 
 DIGEST = "sha256"
 """Key in the metadata of a .safetensors file that we write: `digest` of its tensors."""
@@ -46,19 +61,35 @@ SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
 """Suffixes of checkpoints that are a single file."""
 
 
+class Skipped:
+    """Stands for the types of a trainer's settings: makes a dictionary, which takes items and executes nothing."""
+
+    def __new__(cls, *_: object) -> OrderedDict:  # the kind of dictionary that torch.load fills
+        return OrderedDict()
+
+
 def detect(path: Path) -> str:
     """Return "safetensors", "npz" or "pth" by the content of a file. ValueError for anything else."""
     with path.open("rb") as stream:
         head = stream.read(9)
     if head[8:] == b"{":
         return "safetensors"
+    names = []
     with refuse_damaged(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                return "npz" if all(name.endswith(".npy") for name in archive.namelist()) else "pth"
-    if head[:1] == b"\x80":  # PyTorch before 1.6: bare pickle
+                names = [Path(name).name for name in archive.namelist()]
+    if "constants.pkl" in names:
+        raise ValueError(f"{path}: is a TorchScript archive, which holds code; save its state_dict() alone")
+    if "data.pkl" in names or head[:1] == b"\x80":  # PyTorch before 1.6: bare pickle
         return "pth"
-    raise ValueError(f"{path}: is no checkpoint: neither safetensors nor .npz nor a file that torch.save wrote")
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    if names or tarfile.is_tarfile(path):
+        raise ValueError(f"{path}: is an archive of other files; unpack it, and give the checkpoint that it holds")
+    other = next((what for start, what in OTHERS.items() if head.startswith(start)), None)
+    kinds = "neither safetensors nor .npz nor a file that torch.save wrote"
+    raise ValueError(f"{path}: is {other}" if other else f"{path}: is no checkpoint: {kinds}")
 
 
 def check_zip(path: Path) -> None:
@@ -80,17 +111,18 @@ def read_pth(path: Path) -> Any:
     with refuse_damaged(path):
         if zipfile.is_zipfile(path):
             check_zip(path)
+    names: list[str] = []
+    with torch.serialization.safe_globals([*INERT]), suppress(Exception):  # a bare pickle has no list of them
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    stand_ins = [(Skipped, name) for name in names if SETTINGS.fullmatch(name)]
     try:
-        with torch.serialization.safe_globals([*INERT]):
+        with torch.serialization.safe_globals([*INERT, *stand_ins]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:  # raised by weights_only alone
-        try:
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception:  # a bare pickle
-            unsafe = []
+        unsafe = listed(sorted(name for name in names if not SETTINGS.fullmatch(name))) or "other than tensors"
         raise ValueError(
-            f"{path}: reading it would execute code ({', '.join(unsafe) or 'other than tensors'}), which mae-dist "
-            "never does; use a file with tensors only, for example .safetensors"
+            f"{path}: reading it would execute code ({unsafe}), which mae-dist never does; load it "
+            "with torch where you trust it, and save its state dict alone"
         ) from None
     except Exception as error:  # damaged bytes raise anything
         raise ValueError(f"{path}: damaged: {first_line(error)}") from None

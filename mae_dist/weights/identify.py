@@ -15,7 +15,7 @@ from mae_dist import models, schema
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.model_sizes import sides
 from mae_dist.models.vit import class_and_grid
-from mae_dist.weights.checks import Channels, brief, checked
+from mae_dist.weights.checks import Channels, brief, checked, listed
 
 Statistics = tuple[Channels, Channels]
 IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
@@ -29,6 +29,8 @@ NDIM = {
 UNSUPPORTED = {
     "reg_token": "registers", "register_tokens": "registers", "ls1.gamma": "LayerScale", "gamma_1": "LayerScale",
     "relative_position_bias_table": "relative positions", "dist_token": "a distillation token",
+    "q_norm.weight": "norms of queries and keys", "q_bias": "attention without a bias of its keys",
+    "norm_pre.weight": "a norm before the blocks",
 }  # fmt: skip
 """Tensor -> the part of other ViTs that it belongs to, which ViTs here do not have."""
 IGNORED = ("head", "pre_logits", "pooler")
@@ -204,9 +206,7 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
     Raises ValueError, one sentence that begins with the file's name, if no model here has these tensors.
     """
     origin, notes = decoded.origin, Notes(assumed=list(decoded.assumed))
-    state = {name: tensor.float() for name, tensor in decoded.state.items()}
-    if kinds := sorted({str(t.dtype).removeprefix("torch.") for t in decoded.state.values()} - {"float32"}):
-        notes.assumed.append(f"weights converted to float32 (the file has {', '.join(kinds)})")
+    state = floats(decoded, notes)
     has_decoder = any(name.startswith("decoder_") for name in state)
     if not has_decoder:
         overrides.refuse_decoder(origin)
@@ -248,11 +248,21 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
     return Reading(decoded.format, Model("pretrain", with_crop(config, crop), state), notes)
 
 
+def floats(decoded: Decoded, notes: Notes) -> dict[str, Tensor]:
+    """The tensors of a file as float32; adds to `notes`. ValueError for matrices of bytes, whose scales are unknown."""
+    for name, tensor in decoded.state.items():
+        if tensor.dtype.itemsize == 1 and tensor.ndim > 1:
+            kind = f"{name.removeprefix('backbone.')} is of {tensor.dtype}"
+            raise ValueError(f"{decoded.origin}: {kind}, so its weights are quantised; use a file of plain floats")
+    if kinds := sorted({str(t.dtype).removeprefix("torch.") for t in decoded.state.values()} - {"float32"}):
+        notes.assumed.append(f"weights converted to float32 (the file has {', '.join(kinds)})")
+    return {name: tensor.float() for name, tensor in decoded.state.items()}
+
+
 def with_crop(config: Any, crop: float | None) -> Any:
     """The settings with this share of an image as the test crop, where it is known."""
-    return (
-        config if crop is None else dataclasses.replace(config, view=dataclasses.replace(config.view, test_crop=crop))
-    )
+    view = config.view if crop is None else dataclasses.replace(config.view, test_crop=crop)
+    return dataclasses.replace(config, view=view)
 
 
 def embedding_of(state: dict[str, Tensor], origin: str) -> tuple[str, Tensor]:
@@ -260,7 +270,9 @@ def embedding_of(state: dict[str, Tensor], origin: str) -> tuple[str, Tensor]:
     for module, kind in (("patch_embed", "vit"), ("stem", "mixer")):
         if (weight := state.get(f"backbone.{module}.proj.weight")) is not None:
             return kind, weight
-    raise ValueError(f"{origin}: holds neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)")
+    names = listed([name.removeprefix("backbone.") for name in state])
+    wanted = "neither a ViT (patch_embed.proj.weight) nor a Mixer (stem.proj.weight)"
+    raise ValueError(f"{origin}: holds {wanted}, but {names}; rename its tensors as timm does")
 
 
 def architecture(

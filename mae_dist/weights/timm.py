@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mae_dist import small_files
 from mae_dist.weights import card, files
 from mae_dist.weights.checks import brief
 from mae_dist.weights.identify import HALF, Decoded, Model
+from mae_dist.weights.names import join_attention
 
 SIZES = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 """Size in a name of mae_dist -> size in a name of timm."""
@@ -31,9 +33,12 @@ SUFFIXES = (".pth", ".safetensors", "")
 
 
 def decode_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a state dict of timm or of the official MAE code to mae_dist's names."""
+    """Convert a state dict of timm or of the official MAE code to mae_dist's names; `q`, `k` and `v` (or `q_proj`, ...)
+    become one matrix.
+    """
     outside = ("decoder_", "mask_token", "head.")
-    return {n if n.startswith(outside) else f"backbone.{n}": t for n, t in tensors.items()}
+    own = {n if n.startswith(outside) else f"backbone.{n}": t for n, t in tensors.items()}
+    return join_attention({re.sub(r"\.attn\.([qkv])_proj\.", r".attn.\1.", name): t for name, t in own.items()})
 
 
 def training_arguments(extras: dict[str, Any], names: dict[str, str]) -> dict[str, tuple[str, Any]]:

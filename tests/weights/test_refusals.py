@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
+import gzip
 import json
 import math
 import os
 import random
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +237,7 @@ def test_import_refuses_vit_without_class_token(tmp_path: Path) -> None:
         ({"no_embed_class": True, "init_values": 1e-4}, "with LayerScale (ls1.gamma), which"),
         ({"reg_tokens": 4}, "with registers (reg_token), which"),
         ({"no_embed_class": True, "reg_tokens": 4, "init_values": 1e-4}, "with registers (reg_token) and LayerScale ("),
+        ({"qk_norm": True, "pre_norm": True}, "with norms of queries and keys (q_norm.weight) and a norm before the"),
     ],
 )
 def test_import_refuses_unsupported_parts_of_vits(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
@@ -256,6 +261,42 @@ def test_import_names_what_beit_deit_and_swin_have_that_no_model_here_has(
     state = {n: t for n, t in official(classifier()).items() if not without or not n.startswith(without)}
     torch.save({"state_dict": state | dict.fromkeys(changes, torch.ones(128))}, tmp_path / "other.pth")
     assert reason in refusal(tmp_path / "other.pth")
+
+
+def test_import_says_what_to_do_with_what_is_no_state_dict(tmp_path: Path) -> None:
+    state, folder = official(MODELS["vit"]), tmp_path / "parts/step-3"
+    folder.mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp"):
+        (folder / name).touch()
+    (tmp_path / "files/last").mkdir(parents=True)
+    for name in ("last/mp_rank_00_model_states.pt", "notes.txt"):
+        (tmp_path / "files" / name).touch()
+    with zipfile.ZipFile(tmp_path / "code.pt", "w") as archive:
+        archive.writestr("x/constants.pkl", b"")
+        archive.writestr("x/data.pkl", b"")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "code.pt")
+    (tmp_path / "x.pth.gz").write_bytes(gzip.compress(b"some"))
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
+    contents = {
+        "bytes.pth": {n: t.to(torch.int8) for n, t in state.items()},
+        "zero.pth": {"module": {n: t[:0] for n, t in state.items()}},
+        "shadow.pth": {"ema": {"shadow_params": [*state.values()]}},
+        "other.pth": {"state_dict": {"conv_proj.weight": torch.ones(2)}},
+        "partial.ckpt": {"state_dict": state, "net": functools.partial(torch.optim.SGD, lr=1)},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+    for name, advice in {
+        "parts": f"dcp_to_torch {folder} FILE.pth`", "parts/step-3/__0_0.distcp": f"dcp_to_torch {folder} FILE.pth`",
+        "files": "give one of its files: last/mp_rank_00_model_states.pt", "code.pt": "save its state_dict() alone",
+        "x.tar.gz": "unpack it", "x.pth.gz": "compressed by gzip; unpack it", "lfs.pth": "`git lfs pull`",
+        "bytes.pth": "is of torch.int8, so its weights are quantised; use a file of plain floats",
+        "zero.pth": "zero_to_fp32.py", "shadow.pth": "the tensors of ema.shadow_params have no names",
+        "other.pth": "but conv_proj.weight; rename its tensors as timm does",
+        "partial.ckpt": "execute code (functools.partial, torch.optim.sgd.SGD), which mae-dist never does; load",
+    }.items():  # fmt: skip
+        assert advice in refusal(tmp_path / name), name
 
 
 class Hostile:

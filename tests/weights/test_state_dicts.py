@@ -2,18 +2,21 @@
 
 import json
 import pathlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from running import refused, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist import models
 from mae_dist.__main__ import main
+from mae_dist.weights.names import split_attention
 
 STATE = models.build("vit_demo4", image_size=32).state_dict()
 
@@ -42,6 +45,18 @@ def under(prefix: str) -> dict[str, Tensor]:
         ),
         ({"model": STATE, "ema": torch.ones(9), "epoch": torch.tensor(3)}, ["key model", "names of a model's: ema, "]),
         ({"model": STATE, "epoch": np.int64(3), "best": np.float32(0.5), "to": pathlib.PosixPath("/x")}, []),
+        (
+            {
+                "state_dict": under("model."),
+                "hyper_parameters": OmegaConf.create({"a": {"b": [1, "x"]}}),
+                "callbacks": defaultdict(list, {"best": [1]}),
+            },
+            ["without their prefix model."],
+        ),
+        (under("module.") | {"n_averaged": torch.tensor(5)}, ["tensors beside module.*: n_averaged"]),
+        ({"target": STATE, "loss": {"center": torch.ones(9)}}, ["key target", "other state dicts of the file: loss"]),
+        (split_attention(STATE), []),
+        ({name.replace(".q.", ".q_proj."): tensor for name, tensor in split_attention(STATE).items()}, []),
     ],
 )
 def test_import_finds_the_state_dict_and_reports_its_key_and_prefix(
@@ -61,7 +76,7 @@ def test_import_of_several_models_lists_them_and_takes_the_one_of_key(
 ) -> None:
     ones = {name: torch.ones_like(tensor) for name, tensor in under("backbone.").items()}
     cases = {
-        "keys": {"student": under("backbone."), "teacher": ones},
+        "keys": {"student": under("backbone."), "teacher": ones, "dino_loss": {"center": torch.ones(3)}},
         "prefixes": {f"student.{name}": tensor for name, tensor in STATE.items()}
         | {name.replace("backbone", "teacher"): tensor for name, tensor in ones.items()},
     }
@@ -69,8 +84,7 @@ def test_import_of_several_models_lists_them_and_takes_the_one_of_key(
         file, out = tmp_path / f"{name}.pth", tmp_path / name
         torch.save(content, file)
         line = refused(capsys, "import", file, "--out", out)
-        assert "student, teacher" in line
-        assert "--key" in line
+        assert "student, teacher; choose one with `mae-dist import --key" in line
         assert main(["import", str(file), "--key", "teacher", "--out", str(out)]) == 0
         assert weights(out)["model.backbone.patch_embed.proj.weight"].eq(1).all()
         assert "student, teacher" in refused(capsys, "import", file, "--key", "nobody", "--out", tmp_path / "x")
