@@ -21,7 +21,7 @@ from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index, indexing, label_list, labels
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
-from mae_dist.data.indexing import AUTO, FOLDER, LIST, Indexed
+from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, Indexed
 from mae_dist.data.label_list import Image, LabelList
 from mae_dist.data.labels import Label
 from mae_dist.data.pack import ProgressCallback, safe_name
@@ -228,6 +228,8 @@ def _merge(
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
     listed = _list(Path(source), before if others else None) if os.path.isfile(source) else None
+    if source.lower().lstrip(".") == JSON.rstrip(":"):
+        raise ValueError(f"--labels {source}: name the field, {JSON}FIELD, or {JSON}A.B of an object A")
     if listed is None and "/" in source:
         raise ValueError(f"--labels {source}: no such file")
     by_folder = source.partition(":")[0] == FOLDER
