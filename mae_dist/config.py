@@ -209,14 +209,16 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     """The config that `dump` wrote, parsed (ValueError naming `origin`)."""
     from omegaconf import OmegaConf, errors
 
-    if verb not in SCHEMAS:
-        raise ValueError(f"{origin}: verb {verb!r} is none of {', '.join(SCHEMAS)}")
+    if not isinstance(verb, str) or verb not in SCHEMAS:
+        raise ValueError(f"{origin}: verb {str(verb)[:40]!r} is none of {', '.join(SCHEMAS)}")
     setting_texts.refuse_odd(plain, f"{origin}: ")
     try:
         result = OmegaConf.to_object(OmegaConf.merge(_defaults(SCHEMAS[verb]), plain))
     except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
     assert isinstance(result, RunConfig)
+    check_ranges(result, origin=f"{origin}: ")
+    tracking.check_band(result, f"{origin}: ")
     return result
 
 
@@ -262,13 +264,13 @@ def check_steps(config: RunConfig, values: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}={value}: mixup and CutMix take pairs of images, so it must be even")
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Refuse numbers outside the ranges that the fields of a dataclass of settings have in the schema (ValueError)."""
+def check_ranges(config: Any, prefix: str = "", origin: str = "") -> None:
+    """Refuse numbers outside the ranges of a dataclass of settings (ValueError, which begins with ``origin``)."""
     for name, item in settings(config, prefix).items():
         numbers = [part for part in hints.parts(item.value) if isinstance(part, int | float)]
         if any(number not in item.range for number in numbers):
             allowed = item.range if all(number in Range() for number in numbers) else Range()
-            raise ValueError(f"{hints.given(name, item.value)}: must be {allowed}")
+            raise ValueError(f"{origin}{hints.given(name, item.value)}: must be {allowed}")
 
 
 def check_mae(mae: MaeConfig) -> None:

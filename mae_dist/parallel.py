@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from mae_dist import dist
 from mae_dist.batch import Batch
 from mae_dist.machine_schema import CPU_MICRO_BATCH
-from mae_dist.models import short_attention
 from mae_dist.models.layers import Attention, Block
 from mae_dist.objectives import Objective
 from mae_dist.schema import MachineConfig, TrainConfig
@@ -54,7 +53,7 @@ def parallelize(objective: Objective, machine: MachineConfig, train: TrainConfig
     An objective on the meta device gets the same initial bits that it would have had with storage.
     """
     if machine.short_attention:
-        use_short_attention(objective, device)
+        use_short_attention(objective)
     checkpoint_activations(objective, machine.activation_checkpointing)
     if machine.compile:
         compile_blocks(objective, sharded(machine))
@@ -91,13 +90,8 @@ def matrices_of(block: Block) -> list[nn.Module]:
     return [part for part in block.children() if not isinstance(part, nn.LayerNorm)]
 
 
-def use_short_attention(objective: nn.Module, device: torch.device) -> None:
-    """Compute attention of few tokens by kernels made for them. Raises ValueError where the device has none."""
-    if not short_attention.fits(device):
-        raise ValueError(
-            "machine.short_attention=true: its kernels need Triton and an NVIDIA GPU, Ampere or newer, which "
-            f"{device} is not; leave it out"
-        )
+def use_short_attention(objective: nn.Module) -> None:
+    """Compute attention of few tokens by kernels made for them, on a device that has them."""
     for module in objective.modules():
         if isinstance(module, Attention):
             module.short = True

@@ -5,13 +5,15 @@ An alias of YAML, which lets a line stand for a billion, is refused. Imports no 
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import from_os_error
 
-MOST_YAML, MOST_JSON = 2**22, 2**28
-"""Bytes of a file."""
+MOST_YAML, MOST_JSON, MOST_LIST = 2**22, 2**28, 2**30
+"""Bytes of a file; of one that lists images or labels."""
 MOST_LEVELS = 30
 """Lists and mappings of YAML within each other."""
 
@@ -31,16 +33,20 @@ def loader() -> Any:
 
 
 def read_text(file: Path, most: int) -> str:
-    """A text in UTF-8 of at most so many bytes. Raises ValueError for any other, and MachineFault."""
+    """A text in UTF-8 of at most so many bytes, without a byte order mark. Raises ValueError for any other, for a pipe,
+    which would wait for who writes into it, and MachineFault.
+    """
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ValueError(f"{file}: is no regular file")
             content = stream.read(most + 1)
     except OSError as error:
         raise from_os_error(error, f"{file}: cannot be read ({error.strerror or error})") from error
     if len(content) > most:
         raise ValueError(f"{file}: has more than {most:,} bytes, which is no file of this kind")
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start})") from None
 

@@ -28,6 +28,7 @@ def check(config: RunConfig) -> None:
     """Refuse a best checkpoint by a number that is not measured, or not on the way, and a band that is none
     (ValueError).
     """
+    check_band(config)
     best, known = config.checkpoint.keep_best, measured(config)
     if best is not None and best not in known:
         word = next((word for word, name in ONLINE.items() if name == best), "")
@@ -37,11 +38,15 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"checkpoint.keep_best={best}: is measured at the end only; give track.evaluate_every, in epochs"
         )
+
+
+def check_band(config: RunConfig, origin: str = "") -> None:
+    """Refuse a track.band that is none (ValueError, which begins with ``origin``)."""
     end = 0.0
     for row in config.track.band:
         numbers = len(row) == 3 and all(type(n) in (int, float) and math.isfinite(n) for n in row)
         if not numbers or row[0] <= end or row[1] > row[2]:
             raise ValueError(
-                f"track.band: {[*row]} must be [epoch, low, high], epochs above 0 and rising, low at most high"
+                f"{origin}track.band: {[*row]} must be [epoch, low, high], epochs above 0 and rising, low at most high"
             )
         end = row[0]

@@ -78,6 +78,7 @@ def test_cuda_graphs_are_refused_on_a_cpu(
     assert "machine.cuda_graphs=true: one rank with a GPU" in refused(capsys, *words, "machine.cuda_graphs=true")
     line = refused(capsys, *words, "machine.short_attention=true")
     assert "machine.short_attention=true: its kernels need" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,13 @@ def test_hostile_json_is_refused_with_the_file(tmp_path: Path, text: str) -> Non
     with pytest.raises(ValueError, match="x.json: ") as caught:
         small_files.read_json(tmp_path / "x.json")
     assert len(str(caught.value)) < 500
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    for path in (tmp_path / "x.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"^{path}: is no regular file$"):
+            small_files.read_json(path)
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read"):
+            small_files.read_json(path)

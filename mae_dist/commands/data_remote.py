@@ -132,7 +132,7 @@ def _copy_labels(tar: Tar, shard: Shard, idx: Path) -> None:
         raise ValueError(f"{shown(url)}: no such file, but {FILE} speaks of it")
     with replacing(labels.file_of(idx)) as work:
         work.write_bytes(content)
-    labels.read(idx, shard.labels)
+    labels.read(idx, shard.labels, shard.num_samples)
 
 
 def _read(shard: Shard, idx: Path, cache: Cache) -> Found:

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -67,11 +68,16 @@ class Cache:
 
     @cached_property
     def made(self) -> Path:
-        """The folder, which only this user may read. Raises ValueError where it cannot be made."""
+        """The folder, which only this user may read. Raises ValueError where it cannot be made, or where everybody may
+        write into it, so that what lies there may be anybody's.
+        """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mode = self.folder.stat().st_mode
         except OSError as error:
             raise Refused(f"data.cache={self.folder}: cannot be written ({error.strerror}); give another") from error
+        if mode & stat.S_IWOTH:
+            raise Refused(f"data.cache={self.folder}: everybody may write there; give a folder of your own")
         return self.folder
 
     def open(self, remote: Remote) -> int:

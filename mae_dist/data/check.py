@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
+from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.data.cache import Cache
 from mae_dist.data.dataset import Dataset
@@ -30,8 +30,9 @@ from mae_dist.data.remote import Refused
 from mae_dist.data.shard_files import ChangedError, ShardFiles
 from mae_dist.data.tally import Tally
 from mae_dist.data.tar_reader import Notes
+from mae_dist.errors import MachineFault
 
-FORMAT = "mae_dist check 2"
+FORMAT = "mae_dist check 3"
 """Changes when other things are checked, or when they are kept in another way."""
 FOLDER = ".check"
 
@@ -62,9 +63,13 @@ class Report:
 
     @staticmethod
     def load(file: Path, key: str) -> Report | None:
-        """The report of a file; None where there is none with this key."""
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            plain: dict[str, Any] = json.loads(file.read_text())
+        """The report of a file; None where there is none with this key, where it is damaged, or another user's, who may
+        have written anything.
+        """
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, MachineFault):
+            if file.stat().st_uid != os.getuid():
+                return None
+            plain = small_files.read_json(file)
             report = Report(tally=Tally.from_json(plain.pop("tally")), **plain)
             return report if report.key == key else None
         return None

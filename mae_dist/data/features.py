@@ -131,11 +131,14 @@ class Features:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
     def _complete(self, number: int) -> bool:
-        try:
-            shapes = [self._load(f"{number:05d}{end}").shape for end in (".npy", ".labels.npy")]
-        except (OSError, ValueError):
+        if not all((self.folder / f"{number:05d}{end}").is_file() for end in (".npy", ".labels.npy")):
             return False
-        return shapes == [(len(self._ids(number)), *self.shape), (len(self._ids(number)), 2)]
+        try:
+            kinds = [(array.dtype, array.shape) for array in self.arrays(number)]
+        except Exception:  # a parser of Python's reads the header of a damaged file, and may raise anything
+            return False
+        count = len(self._ids(number))
+        return kinds == [(np.float32, (count, *self.shape)), (np.int64, (count, 2))]
 
     def _write(self, name: str, array: np.ndarray) -> None:
         with replacing(self.folder / name) as work, work.open("wb") as stream:

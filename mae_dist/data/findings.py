@@ -94,11 +94,6 @@ def findings(
             for image, reason in report.unreadable.items():
                 if image not in quarantined:
                     yield Finding(UNREADABLE, split, reason, str(tar), image)
-        for tar in tars:
-            for image, label in _labels(tar):
-                if num_classes is not None and label >= num_classes:
-                    what = f"label {label}, but there are {num_classes} classes"
-                    yield Finding(UNREADABLE, split, what, str(tar.tar), image)
         found = facts(tars)
         for tar in tars if found.classes and unlabelled else ():
             missing = (image for image, label in _labels(tar) if label < 0)

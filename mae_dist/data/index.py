@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_dist.checksum import sha256
 from mae_dist.data import idx, labels, places, quarantine
 from mae_dist.data.cache import Cache
 from mae_dist.data.classes import Merging
@@ -34,8 +33,6 @@ from mae_dist.errors import from_os_error
 from mae_dist.paths import is_url
 
 log = logging.getLogger(__name__)
-MOST_COMPARED = 2**30
-"""Bytes of tars whose checksums are compared when a split is opened."""
 
 MOST_BYTES = 2**32
 """Bytes of an image file."""
@@ -211,7 +208,9 @@ class ShardIndex:
         return f"{self.image_name(sample)} in {self.tars[self.locate(sample)[0]].name}"
 
     def read(self, sample: int) -> Sample:
-        """Read one sample. Raises ValueError if its label is not a number, and what `ShardFiles.read` raises."""
+        """Read one sample. Raises ValueError if its label is not a number, or not what dataset.json says of it, and
+        what `ShardFiles.read` raises.
+        """
         shard, row = self.locate(sample)
         table = self._table(shard)
         offset, size = (int(v) for v in table.spans[row, :2])
@@ -241,12 +240,13 @@ class ShardIndex:
         return _number_of_name(self.tars[shard]) if isinstance(label, str) else label
 
     def _label(self, shard: int, row: int) -> int:
-        number, numbers = self._stored_label(shard, row), self.parts.labels[shard]
-        if number < 0 or numbers is None:
-            return number
-        if number >= len(numbers):
-            raise ValueError(f"label {number}, but its data set has only {len(numbers)} classes")
-        return int(numbers[number])
+        number, numbers, facts = self._stored_label(shard, row), self.parts.labels[shard], self.shards[shard]
+        if number < 0 and facts.num_labelled >= facts.num_samples and (facts.sha256 or facts.remote):  # in dataset.json
+            raise ValueError(f"has no label, but {FILE} says that all of its tar have one")
+        most = self.dataset.num_classes if numbers is None else len(numbers)
+        if most is not None and number >= most:
+            raise ValueError(f"label {number}, but there are {most} classes")
+        return number if number < 0 or numbers is None else int(numbers[number])
 
 
 def open_split(
@@ -282,11 +282,8 @@ def open_split(
 
 
 def _check_files(path: str, found: Sequence[places.Place], files: places.Files) -> None:
-    """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar.
-
-    Another tar of the same size is logged: the newest of those that are newer than their dataset.json are compared.
-    """
-    seen, newer, written = {}, list[tuple[int, str, Shard]](), functools.cache(_written)
+    """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar."""
+    seen = {}
     for tar, index, shard, *_ in found:
         status = None if shard is not None and is_url(shard.tar) else _status(tar)
         if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
@@ -298,21 +295,6 @@ def _check_files(path: str, found: Sequence[places.Place], files: places.Files) 
                 f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
-        if status and shard and shard.sha256 and status.st_mtime_ns > written(os.path.dirname(index)):
-            newer.append((status.st_mtime_ns, tar, shard))
-    left = MOST_COMPARED
-    for _, tar, shard in sorted(newer, reverse=True):
-        if (left := left - shard.num_bytes) < 0:
-            break
-        if persistently(functools.partial(sha256, Path(tar)), tar) != shard.sha256:
-            log.warning(
-                "%s: is not the file that was indexed, though as large (`mae-dist data check`); %s", tar, idx.AGAIN
-            )
-
-
-def _written(folder: str) -> int:
-    """When the dataset.json of a folder was written."""
-    return os.stat(os.path.join(folder, FILE)).st_mtime_ns
 
 
 def _left_out(indexes: Sequence[str], shards: list[Shard]) -> dict[int, set[str]]:
@@ -379,4 +361,5 @@ def _read_table(index: Path, shard: Shard | None = None) -> _Table:
     if shard is not None and len(names) != shard.num_samples:
         raise ChangedError(f"{index}: has {len(names)} samples, not {shard.num_samples}; {idx.AGAIN}")
     table = np.array(spans, dtype=np.int64).reshape(-1, 4)
-    return _Table(names, extensions, table, labels.read(index, shard.labels) if shard and shard.labels else None)
+    known = labels.read(index, shard.labels, shard.num_samples) if shard and shard.labels else None
+    return _Table(names, extensions, table, known)

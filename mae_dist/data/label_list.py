@@ -17,7 +17,7 @@ from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae_dist import paths
+from mae_dist import paths, small_files
 from mae_dist.data import folder_files
 from mae_dist.data.labels import ABSENT, NAMES, Label, of_text
 
@@ -72,14 +72,18 @@ class LabelList(NamedTuple):
             lines = {path: f"line {n}" for n, path in enumerate(sorted(image.path for image in images), 1)}
             known = dict(zip(lines.values(), self.labels, strict=True)) if len(lines) == len(self.labels) else {}
             return [Row(lines[path], known[lines[path]]) if known else None for path, _ in images]
-        known = {}
-        for file, label in zip(map(os.path.normpath, self.files), self.labels, strict=True):
+        rows = [*map(_finder(self.by_file()), images)]
+        taken = {row.file for row in rows if row is not None and not row.elsewhere}
+        return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
+
+    def by_file(self) -> dict[str, str]:
+        """The label of each file. Raises ValueError where one has two."""
+        known: dict[str, str] = {}
+        for file, label in zip(map(os.path.normpath, self.files or ()), self.labels, strict=self.files is not None):
             if known.setdefault(file, label) != label:
                 two = f"{file} has two labels, {known[file]} and {label}"
                 raise ValueError(f"--labels {self.source}: {two}; write one a file, or pack without labels")
-        rows = [*map(_finder(known), images)]
-        taken = {row.file for row in rows if row is not None and not row.elsewhere}
-        return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
+        return known
 
     def number_or_name(self, row: Row) -> Label:
         """The label of a row as a class number or name. Raises ValueError where it is neither."""
@@ -165,11 +169,9 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
     ValueError for what is none.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"--labels {file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--labels {file}: is not a text in UTF-8 ({error.reason}); write rows IMAGE,LABEL") from error
+        text = small_files.read_text(file, small_files.MOST_LIST)
+    except ValueError as error:
+        raise ValueError(f"--labels {error}; write rows IMAGE,LABEL") from error
     try:
         if "\0" in text:
             raise ValueError("is no text; write rows IMAGE,LABEL")
@@ -181,23 +183,26 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
         pairs = columns(file, [row[:2] for row in rows] if file.name == TINY_IMAGENET else rows, words)
         if pairs and folder_files.is_image(pairs[-1][1]):
             raise ValueError(f"has files where labels should be ({pairs[-1][1]}); write file,label")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"--labels {file}: {error}") from error
     given, labels = [name.replace("\\", "/") for name, _ in pairs], [_plain(label) for _, label in pairs]
     names = with_images(file, given)
     return LabelList(file, names, labels if names is given or words is not NAMES else _with_classes(file, labels))
 
 
-def first_number(lists: Sequence[LabelList]) -> int:
-    """1 where the labels of lists are together the numbers from 1 to some K and none is missing, else 0. A first row
-    may be a header.
+def from_zero(lists: Sequence[LabelList]) -> list[LabelList]:
+    """The lists, with labels from 0 where together they are the numbers from 1 to some K and none is missing. A first
+    row may be a header.
     """
     rows = [label for some in lists for number, label in enumerate(some.labels) if number or label.isdigit()]
-    found = {*rows} - {""}
-    if len(found) < 2 or found != {*map(str, range(1, len(found) + 1))}:
-        return 0
-    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, len(found), len(found) - 1)
-    return 1
+    count = len({*rows} - {""})
+    moved = {str(number): str(number - 1) for number in range(1, count + 1)}
+    if count < 2 or {*rows} - {""} != moved.keys():
+        return [*lists]
+    for some in lists:
+        some.by_file()  # refused with the numbers that are written there
+    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, count, count - 1)
+    return [some._replace(labels=[moved.get(label, label) for label in some.labels]) for some in lists]
 
 
 def with_images(file: Path, names: list[str]) -> list[str]:

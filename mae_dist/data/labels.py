@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from mae_dist import small_files
 from mae_dist.atomic import replacing
 from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.idx import AGAIN
 from mae_dist.data.shard_files import ChangedError
-from mae_dist.errors import from_os_error
 
 Label = int | str
 NONE = -1
@@ -82,14 +82,13 @@ def of_json(content: bytes, field: str) -> Label:
 
 
 def fields_of(content: bytes) -> tuple[str, ...]:
-    """The fields of a JSON object, and a.b of those in an object a, that hold a whole number or a text."""
+    """The fields of a JSON object that hold a whole number or a text."""
     try:
         plain = json.loads(content)
     except (ValueError, RecursionError):
         return ()
-    fields = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
-    inner = {f"{a}.{b}": value for a, b_to in fields.items() if isinstance(b_to, dict) for b, value in b_to.items()}
-    return tuple(key for key, value in (fields | inner).items() if type(value) in (int, str))
+    kinds = {str(key): type(value) for key, value in plain.items()} if isinstance(plain, dict) else {}
+    return tuple(key for key, kind in kinds.items() if kind in (int, str))
 
 
 def level_of(source: str) -> int | None:
@@ -134,10 +133,7 @@ def of_folders(
 
 def of_npy(content: bytes) -> Label:
     """The label in an array: one whole number, or a one-hot vector."""
-    try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
-        raise ValueError(f"holds no array ({str(error)[:60]})") from error
+    array = _array(content)
     if array.size == 1:
         return _of_value(array.item())
     if array.ndim == 1 and np.count_nonzero(array) == 1 and array.max() == 1:
@@ -148,21 +144,18 @@ def of_npy(content: bytes) -> Label:
 def names_of_file(path: Path) -> dict[str, int]:
     """Class name -> number, from a list of a name a line, or a JSON list or object (name to number, or the reverse).
 
-    Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`. Numbers that
-    count the lines, before or behind the names, are no part of them.
+    Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise from_os_error(error, f"--classes {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {path}: is not a text in UTF-8 ({error.reason})") from error
+        text = small_files.read_text(path, small_files.MOST_LIST)
+    except ValueError as error:
+        raise ValueError(f"--classes {error}") from error
     if text.lstrip()[:1] in ("{", "["):
         plain = _json_of(path, text)
         plain = dict(enumerate(plain)) if isinstance(plain, list) else plain
         pairs = [(key, value) if isinstance(value, int) else (value, key) for key, value in plain.items()]
     else:
-        pairs = [(name, number) for number, name in enumerate(_without_numbers(text.splitlines()))]
+        pairs = [(line.strip(), number) for number, line in enumerate(text.splitlines()) if line.strip()]
     try:
         names = {str(name[0] if isinstance(name, list) else name): int(number) for name, number in pairs}
         if sorted(names.values()) != list(range(len(names))):
@@ -170,17 +163,6 @@ def names_of_file(path: Path) -> dict[str, int]:
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"--classes {path}: no list of class names ({str(error)[:80]})") from error
     return names
-
-
-def _without_numbers(lines: Sequence[str]) -> list[str]:
-    """The names in lines, without numbers that count them, from 0 or 1, in their first or last words."""
-    lines = [line.strip() for line in lines if line.strip()]
-    counted = [[*map(str, range(first, first + len(lines)))] for first in (0, 1)]
-    for form in (r"(?P<number>\d+)[\s,:]+(?P<name>.*)", r"(?P<name>.*?)[\s,:]+(?P<number>\d+)"):
-        rows = [*filter(None, (re.fullmatch(form, line) for line in lines))]
-        if [row["number"] for row in rows] in counted and len({row["name"] for row in rows}) == len(lines):
-            return [row["name"] for row in rows]
-    return lines
 
 
 def numbered(
@@ -231,13 +213,28 @@ def write(index: Path, labels: np.ndarray) -> str:
     return _hash(stream.getvalue())
 
 
-def read(index: Path, expected: str) -> np.ndarray:
-    """The labels beside an index, int64 (n,). Raises ChangedError when they have another hash."""
+def read(index: Path, expected: str, number: int) -> np.ndarray:
+    """The labels beside an index of a `number` of samples, int64 (n,). Raises ChangedError when they have another hash,
+    or are none.
+    """
     path = file_of(index)
     content = path.read_bytes() if path.is_file() else b""
     if _hash(content) != expected:
         raise ChangedError(f"{path}: not the labels that dataset.json speaks of; {AGAIN}")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    array = _array(content)
+    if array.shape != (number,) or array.dtype != np.int64:
+        raise ChangedError(f"{path}: is of {array.dtype} {array.shape}, not a label a sample ({number}); {AGAIN}")
+    return array
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array in a .npy file. Raises ValueError where there is none: a parser of Python's reads the header, and may
+    raise anything.
+    """
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:
+        raise ValueError(f"holds no array ({str(error)[:60]})") from error
 
 
 def _hash(content: bytes) -> str:

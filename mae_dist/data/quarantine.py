@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from mae_dist import small_files
 from mae_dist.atomic import replacing
 
 FILE = "quarantine.txt"
@@ -31,13 +32,9 @@ class Line(NamedTuple):
 def read(folder: Path) -> list[Line]:
     """The lines of a folder's file; none where there is no file. Raises ValueError naming a line that is damaged."""
     file = folder / FILE
-    try:
-        lines = file.read_text().splitlines()
-    except FileNotFoundError:
+    if not file.exists():
         return []
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is no text ({error})") from error
-    found = []
+    lines, found = small_files.read_text(file, small_files.MOST_LIST).splitlines(), []
     for number, line in enumerate(lines, 1):
         words = line.split("\t")
         if line.strip() and not line.startswith("#"):

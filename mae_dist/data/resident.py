@@ -34,11 +34,12 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mae_dist import environment
+from mae_dist import environment, small_files
 from mae_dist.atomic import leftovers, open_own, replacing, sync, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
 from mae_dist.data.crop import Met, Reader, Rows, log_unreadable
+from mae_dist.data.dataset import MOST_CLASSES
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.pixels import RGB, Decoding
 from mae_dist.data.views import View
@@ -116,8 +117,7 @@ def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -
     Where the file cannot be written, or another process does not finish it within WAIT_FOR_LOCK s, they are decoded
     into memory, with a warning. Raises what `Reader.fill` raises.
     """
-    path, key = path_of(index, how), key_of(index, how)
-    pixels = _open(index, path, key, quiet, how)
+    pixels = _open(index, path_of(index, how), quiet, how)
     if num_bad := int(pixels.bad.sum()):
         first = index.sample_name(int(pixels.bad.byte().argmax()))
         log.warning(
@@ -129,9 +129,9 @@ def open_resident(index: ShardIndex, quiet: bool = False, how: Decoding = RGB) -
     return pixels
 
 
-def _open(index: ShardIndex, path: Path, key: str, quiet: bool, how: Decoding) -> Pixels:
+def _open(index: ShardIndex, path: Path, quiet: bool, how: Decoding) -> Pixels:
     with suppress(Unusable):
-        return load(path, key)
+        return load(path, index, how)
     lock_path = path.with_name(f".{path.name}.lock")
     try:
         lock = open_own(lock_path)
@@ -140,17 +140,17 @@ def _open(index: ShardIndex, path: Path, key: str, quiet: bool, how: Decoding) -
         return decode(index, quiet, how)
     with lock:
         try:
-            return _load_or_make(index, path, key, lock, quiet, how)
+            return _load_or_make(index, path, lock, quiet, how)
         finally:
             with suppress(OSError):
                 lock_path.unlink()
 
 
-def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[bytes], quiet: bool, how: Decoding) -> Pixels:
+def _load_or_make(index: ShardIndex, path: Path, lock: IO[bytes], quiet: bool, how: Decoding) -> Pixels:
     """Load the file that another process has made, or make it."""
     alone = _wait_for(lock, path)
     try:
-        return load(path, key)
+        return load(path, index, how)
     except Unusable as unusable:
         reason = unusable
     if not alone:
@@ -162,8 +162,8 @@ def _load_or_make(index: ShardIndex, path: Path, key: str, lock: IO[bytes], quie
             leftover.unlink(missing_ok=True)
     pixels = decode(index, quiet, how)
     try:
-        write(path, key, pixels)
-        return load(path, key)
+        write(path, key_of(index, how), pixels)
+        return load(path, index, how)
     except (OSError, Unusable) as error:  # a file system that maps no files, say
         _warn(index, path, error)
         return pixels
@@ -211,19 +211,30 @@ def key_of(index: ShardIndex, how: Decoding = RGB) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def load(path: Path, key: str) -> Pixels:
-    """Map the file of a split. Raises Unusable when it is missing, damaged, or has another key."""
+def load(path: Path, index: ShardIndex, how: Decoding = RGB) -> Pixels:
+    """Map the file of a split. Raises Unusable when it is missing, damaged, of another split, or of tars that have
+    changed since.
+    """
+    if not path.is_file():
+        raise Unusable("there is no such file yet")
     try:
         with safe_open(path, "pt") as file:
             known = file.metadata() or {}
-            if known.get("key") == key:
-                labels, bad, images = (file.get_tensor(name) for name in TENSORS)
-                return Pixels(labels, bad, images, json.loads(known["changes"]))
-    except FileNotFoundError:
-        raise Unusable("there is no such file yet") from None
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            if known.get("key") != key_of(index, how):
+                raise Unusable("its tars or their index have changed")
+            pixels = Pixels(*map(file.get_tensor, TENSORS), small_files.parse_json(known["changes"], path))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Unusable(f"damaged ({error})") from error
-    raise Unusable("its tars or their index have changed")
+    shape = (len(index), how.channels, *(index.dataset.image_size or ()))
+    kinds = [(tensor.dtype, tuple(tensor.shape)) for tensor in pixels.tensors.values()]
+    if kinds != [(torch.int64, shape[:1]), (torch.bool, shape[:1]), (torch.uint8, shape)]:
+        raise Unusable("damaged (not the labels and images of this split)")
+    (low, high), least = pixels.labels.aminmax(), 0 if index.num_labelled == len(index) else -1
+    if low < least or high >= (index.dataset.num_classes or MOST_CLASSES):
+        raise Unusable(f"damaged (labels from {low} to {high})")
+    if not all(type(count) is int for count in pixels.changes.values()):
+        raise Unusable("damaged (numbers of changes)")
+    return pixels
 
 
 def write(path: Path, key: str, pixels: Pixels) -> None:

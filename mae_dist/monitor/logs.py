@@ -58,7 +58,9 @@ class Task:
     @property
     def name(self) -> str:
         """Number and, where it is known, host."""
-        return f"task {self.number}" + next((f" on {event['host']}" for event in self.events if "host" in event), "")
+        return f"task {self.number}" + next(
+            (f" on {escaped(event['host'])}" for event in self.events if "host" in event), ""
+        )
 
     @property
     def end(self) -> Event | None:
@@ -126,7 +128,7 @@ def is_newest(file: Path, submissions: list[Submission]) -> bool:
 def show_file(run: Path, num_lines: int) -> None:
     """Print the status of a run and the last lines of its log file (0: all)."""
     file = run / log_file.FILE
-    lines = [*map(escaped, file.read_text(errors="replace").splitlines())][-num_lines:]
+    lines = [*map(escaped, jobs.last_lines(file)[-num_lines:])]
     print(f"{run}: {run_status(run, {})}\n\nlast lines of {file}:" + "".join(f"\n  {line}" for line in lines))
 
 

@@ -102,8 +102,8 @@ def read(path: Path) -> Predictions:
 def _table(file: Path, columns: int) -> Iterator[list[str]]:
     """The rows of a table below its head. Raises ValueError where it is none."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"has more than {MOST_BYTES:,} bytes")
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"no file, or one of more than {MOST_BYTES:,} bytes")
         with file.open(encoding="utf-8", errors="replace", newline="") as stream:
             rows = csv.reader(stream)
             next(rows, None)

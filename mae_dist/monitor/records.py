@@ -110,13 +110,13 @@ def _read_run(path: Path, name: str, style: int) -> Run:
     file = path / layout.CONFIG
     if not file.is_file():
         raise ValueError(f"run {path}: holds no config.yaml, so it is no run of mae-dist; give the out= of a run")
-    verb, data_fingerprint, config = layout.settings(path)
+    text, (verb, data_fingerprint, config) = small_files.read_text(file, small_files.MOST_YAML), layout.settings(path)
     metrics, *damaged, every = jsonl.read_thinned(path / layout.METRICS, MOST_STEPS)
-    recorded, also_damaged = jsonl.read_counting(path / events.FILE)
+    recorded, also_damaged = jsonl.read_counting(path / events.FILE, events.MOST)
     recorded = events.sound(recorded, events.FIELDS)
     run = Run(
         path=path, name=name, style=style, verb=verb, data_fingerprint=data_fingerprint, config=config,
-        config_text=file.read_text("utf-8"), total_steps=layout.read_config(path)["total_steps"], result=_result(path),
+        config_text=text, total_steps=layout.read_config(path)["total_steps"], result=_result(path),
         num_unreadable=sum(damaged, also_damaged), every=every, heads=_heads(path), num_classes=_num_classes(path),
         metrics=[line for line in metrics if finite(line.get("step"))],
         starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded, path),

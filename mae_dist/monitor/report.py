@@ -8,6 +8,7 @@ Reads files only: starts nothing and changes nothing in a run's folder but the r
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,11 +40,13 @@ from mae_dist.monitor.svg import Series, number
 from mae_dist.run import jsonl, layout
 from mae_dist.schema import PretrainConfig
 
+log = logging.getLogger(__name__)
+
 MAX_EARLIER_PICTURES = 6
 MAX_INCIDENTS = 50
 MAX_FURTHER_PLOTS = 24
-MOST_PICTURE = 2**25
-"""Bytes of a picture."""
+MOST_PICTURE, MOST_PICTURES = 2**25, 2**28
+"""Bytes of a picture, and of all that are shown of a run."""
 LOSS_UNITS = {"probe": "cross-entropy, nats", "finetune": "cross-entropy, nats"}
 NORM_PIX = (
     "With mae.norm_pix=true the loss is in units of per-patch variance: 1.0 is predicting the patch mean. "
@@ -238,10 +241,15 @@ def galleries(runs: Sequence[Run]) -> Iterator[tuple[Run, str, str, list[tuple[i
             kind, _, step = file.stem.rpartition("-")
             if step.isdecimal() and is_png(file):
                 kinds.setdefault(kind, []).append((int(step), file))
+        room = MOST_PICTURES
         for kind, files in sorted(kinds.items()):
             *earlier, latest = sorted(files)
             places = dict.fromkeys(i * len(earlier) // MAX_EARLIER_PICTURES for i in range(MAX_EARLIER_PICTURES))
             chosen = [earlier[place] for place in places] if earlier else []
+            room -= sum(file.stat().st_size for _, file in (*chosen, latest))
+            if room < 0:
+                log.warning("%s: pictures from %s on are left out, as all have over %d MB", run.path, kind, 2**8)
+                break
             encoded = [(step, base64.b64encode(file.read_bytes()).decode()) for step, file in (*chosen, latest)]
             yield run, kind, ROWS.get(kind, ""), encoded
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ WATCH_SECONDS = 5.0
 """How often --watch refreshes the table."""
 PIPE_WIDTH = 1000
 """Columns of a table that is not printed to a terminal."""
-LINE_BYTES = 250
-"""Length of a line of metrics.jsonl, or more."""
 UNREADABLE = "unreadable"
 """Shown as the verb of a run whose config.yaml is damaged or of an older layout."""
 MARKUP = re.compile(r"[\\`*\[\]|!]")
@@ -141,10 +140,10 @@ def read_rows(paths: list[Path]) -> list[Row]:
 def _read_row(path: Path, states: dict[str, str]) -> Row:
     settings = _settings(path)
     total = settings.get("total_steps")
-    records = jsonl.tail(path / layout.METRICS, num_bytes=LINE_BYTES * layout.RECENT)
-    steps = [record for record in records if record.get("kind") == jsonl.STEP]
-    losses = [record["loss"] for record in steps[-layout.RECENT :] if "loss" in record]
-    last = steps[-1] if steps else {}
+    steps = (record for record in jsonl.backwards(path / layout.METRICS) if record.get("kind") == jsonl.STEP)
+    recent = [*islice(steps, layout.RECENT)]
+    losses = [record["loss"] for record in recent if "loss" in record]
+    last = recent[0] if recent else {}
     step, speed = last.get("step"), last.get("images_per_second")
     batch, log_every = settings.get("train", {}).get("global_batch", 0), settings.get("track", {}).get("every", 0)
     status = run_status(path, states, max(QUIET, 3 * log_every * batch / speed) if speed else QUIET)

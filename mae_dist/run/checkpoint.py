@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Container, Iterable
@@ -177,7 +178,7 @@ def verify(path: Path) -> str | None:
 
 def read_named(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these names, which the checkpoint has, by name; read by this process by itself."""
-    entries = _reader(path).read_metadata().state_dict_metadata
+    entries = _entries(path)
     state = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
     read(path, state)
     return state
@@ -185,8 +186,25 @@ def read_named(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def names_in(path: Path) -> dict[str, torch.Size]:
     """Shapes of the tensors in a checkpoint, by name."""
-    metadata = _reader(path).read_metadata()
-    return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
+    return {name: entry.size for name, entry in _entries(path).items()}
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """What torch's reader says of the tensors in a checkpoint, by name. Raises ValueError where its files, though they
+    may be those of its manifest, are none of a checkpoint, or of smaller tensors.
+    """
+    try:
+        entries = _reader(path).read_metadata().state_dict_metadata
+        sizes = [math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values()]
+        if any(side < 0 for entry in entries.values() for side in entry.size):
+            raise ValueError("a tensor has a negative size")
+        if sum(sizes) > sum(file.stat().st_size for file in path.iterdir()):
+            raise ValueError("its tensors are larger than its files")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read ({brief(error)}); choose another checkpoint") from error
+    return entries
 
 
 def trained(there: Container[str], name: str) -> str:
@@ -222,7 +240,18 @@ def read(path: Path, state: dict[str, Tensor]) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it takes a rank that reads by itself for the only one
-        dcp.load(state, storage_reader=_reader(path), no_dist=True)
+        try:
+            dcp.load(state, storage_reader=_reader(path), no_dist=True)
+        except dcp.CheckpointException as failure:  # which is no Exception
+            error = next(iter(failure.failures.values()), (failure,))[0]
+            if isinstance(error, OSError):
+                raise error from failure
+            raise ValueError(f"{path}: cannot be read ({brief(error)}); choose another checkpoint") from failure
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error of another library, in 200 characters at most."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _reader(path: Path) -> Any:

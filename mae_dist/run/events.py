@@ -17,6 +17,7 @@ The order of the lines is the order of the events. Imports no torch.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -38,9 +39,16 @@ FIELDS = {
 """The fields that an event of a kind always has."""
 TYPES: dict[str, Any] = {
     "step": int, "ranks": int, "start": int, "to": int, "reached": int, "away": int | float, "nonfinite": list,
-    "left_out": list, "job": str, "logs": str,
+    "left_out": list, "job": str, "logs": str, "rank": int, "status": int, "reason": str, "message": str,
+    "by": str, "host": str, "about": str,
 }  # fmt: skip
-"""The types of fields that are computed with."""
+"""The types of fields that are computed with, or shown."""
+JOB = re.compile(r"[0-9]+(_[0-9]+)?")
+"""A job's number, or an element of an array: a part of the names of files, and an argument of SLURM's commands."""
+
+
+MOST = 2**24
+"""Bytes of a file of events that are read, its last ones: a run writes far less."""
 
 
 def now() -> str:
@@ -55,7 +63,7 @@ def append(run: Path, event: Kind, **fields: Any) -> None:
 
 def read(run: Path) -> list[Event]:
     """All events of the run in the folder `run`, oldest first; [] where there are none. Damaged ones are left out."""
-    return sound(jsonl.read(run / FILE), FIELDS)
+    return sound(jsonl.read(run / FILE, MOST), FIELDS)
 
 
 def sound(recorded: Iterable[Event], fields: Mapping[str, tuple[str, ...]]) -> list[Event]:
@@ -70,7 +78,8 @@ def _is_sound(event: Event, fields: Mapping[str, tuple[str, ...]]) -> bool:
     with suppress(ValueError, OverflowError):
         datetime.fromisoformat(at).timestamp()
         typed = all(isinstance(event[name], expected) for name, expected in TYPES.items() if name in event)
-        return typed and event.keys() >= {*fields.get(kind, ())}
+        named = "job" not in event or (typed and JOB.fullmatch(event["job"]) is not None)
+        return typed and named and event.keys() >= {*fields.get(kind, ())}
     return False
 
 

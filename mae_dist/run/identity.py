@@ -27,7 +27,7 @@ def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: st
         return
     if not (path / layout.CONFIG).is_file():
         raise ValueError(f"out={path}: exists and is no run of mae-dist; choose another folder")
-    if not (layout.checkpoints(path) or jsonl.tail(path / layout.METRICS) or layout.result(path)):
+    if not (layout.checkpoints(path) or next(jsonl.backwards(path / layout.METRICS), None) or layout.result(path)):
         return
     old_verb, old_data, old = layout.settings(path)
     if old_verb != verb:

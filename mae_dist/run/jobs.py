@@ -26,8 +26,8 @@ from mae_dist.run import jsonl
 FOLDER = "jobs"
 PIPELINE = "pipeline"
 """The folder beside the stages' with their stamp files, and the logs of stages that make no run."""
-MOST_LOG = 2**26
-"""Bytes of a task's output that are read."""
+MOST_LOG, MOST_LINES = 2**26, 500_000
+"""Bytes and lines of a log that are read, its last ones."""
 FIELDS = {"stop_requested": ("by",), "end": ("status",), "requeue": ("by", "message")}
 """The fields that an event of a task always has beside `start`."""
 Reason = Literal["saved", "stopped", "time_limit", "rank_lost"]
@@ -73,7 +73,7 @@ def record(logs: Path, job: str, task: int, event: str, start: int, **values: An
 def events(logs: Path, job: str) -> dict[int, list[dict[str, Any]]]:
     """Events of each task of a job, oldest first."""
     files = {file: file.stem.removeprefix(f"{job}_") for file in logs.glob(f"{job}_*.jsonl")}
-    read = {int(task): jsonl.read(file) for file, task in files.items() if task.isdecimal()}
+    read = {int(task): jsonl.read(file, run_events.MOST) for file, task in files.items() if task.isdecimal()}
     return {task: [e for e in run_events.sound(found, FIELDS) if type(e.get("start")) is int]
             for task, found in read.items()}  # fmt: skip
 
@@ -84,10 +84,13 @@ def log_file(logs: Path, job: str, task: int) -> Path:
 
 
 def log_lines(logs: Path, job: str, task: int) -> list[str]:
-    """The lines of the output of a task; of one of more than MOST_LOG bytes the last; [] where there is none."""
+    """The `last_lines` of the output of a task; [] where there is none."""
     file = log_file(logs, job, task)
-    if not file.is_file():
-        return []
+    return last_lines(file) if file.is_file() else []
+
+
+def last_lines(file: Path) -> list[str]:
+    """The lines of a log; of one of more than MOST_LOG bytes or MOST_LINES lines the last."""
     with file.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - MOST_LOG))
-        return stream.read(MOST_LOG).decode(errors="replace").splitlines()
+        return stream.read(MOST_LOG).decode(errors="replace").splitlines()[-MOST_LINES:]

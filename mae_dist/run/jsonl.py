@@ -7,7 +7,9 @@ resume at step 10^6 takes no longer than one at step 10.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import mmap
 import os
 import time
@@ -22,12 +24,12 @@ Record = dict[str, Any]
 
 STEP, EVALUATION, INTERVAL = "step", "evaluation", "interval"
 """Values of the field `kind` in a metrics.jsonl."""
-NUMBERS = ("epoch", "lr", "loss", "images_per_second", "bad")
+NUMBERS = ("epoch", "lr", "loss", "loss_scale", "images_per_second", "bad")
 """Fields of a metrics.jsonl that are computed with."""
 WAIT_FOR_LOCK = 5.0
 """Seconds that `append` waits for another process; a network file system may keep a dead one's lock for longer."""
-TAIL = 2**16
-"""Bytes of the end of a file that `tail` reads."""
+BLOCK = 2**16
+"""Bytes that `backwards` reads at once."""
 LONGEST_LINE, LARGEST = 2**24, 2**63
 """Bytes of a line, and the absolute value of a whole number, which a float must be able to hold."""
 
@@ -44,7 +46,7 @@ def parse(line: bytes) -> Record | None:
 
 
 def _is_sound(record: Record) -> bool:
-    """Whether a record of metrics has a step and numbers, or an event its time and kind."""
+    """Whether a record of metrics has a step and numbers, or an event its kind."""
     step = type(record.get("step", 0)) is int
     if any(type(value) is int and abs(value) > LARGEST for value in record.values()):
         return False
@@ -54,24 +56,25 @@ def _is_sound(record: Record) -> bool:
     return step and ("event" not in record or isinstance(record["event"], str))
 
 
-def read(path: Path) -> list[Record]:
-    """All records of a file, oldest first; [] where there is no such file."""
-    return read_counting(path)[0]
+def read(path: Path, most: int | None = None) -> list[Record]:
+    """The records of a file, or of its last `most` bytes, oldest first; [] where there is no such file."""
+    return read_counting(path, most)[0]
 
 
-def read_counting(path: Path) -> tuple[list[Record], int]:
-    """All records of a file, and how many lines are damaged. A last line without newline, still being written say, does
-    not count as damaged.
+def read_counting(path: Path, most: int | None = None) -> tuple[list[Record], int]:
+    """The records of a file, or of its last `most` bytes, and how many lines are damaged. A last line without newline,
+    still being written say, does not count as damaged.
     """
-    found = [*_records(path)]
+    found = [*_records(path, most)]
     return [record for record in found if record is not None], found.count(None)
 
 
-def _records(path: Path) -> Iterator[Record | None]:
+def _records(path: Path, most: int | None = None) -> Iterator[Record | None]:
     """The records of a file, None for each damaged line; a line beyond LONGEST_LINE is several."""
     if not path.is_file():
         return
     with path.open("rb") as stream:
+        stream.seek(0 if most is None else max(0, stream.seek(0, os.SEEK_END) - most))
         while line := stream.readline(LONGEST_LINE):
             if (record := parse(line)) is not None or (line[-1:] == b"\n" and line.strip()):
                 yield record
@@ -122,14 +125,19 @@ def read_thinned(path: Path, most: int) -> tuple[list[Record], int, int]:
     return [record for kept in kinds.values() for record in kept.records()], damaged, kinds[STEP].every
 
 
-def tail(path: Path, num_bytes: int = TAIL) -> list[Record]:
-    """The records that lie wholly in the last `num_bytes` of a file, oldest first; [] where there is no such file."""
+def backwards(path: Path) -> Iterator[Record]:
+    """The records in the last LONGEST_LINE bytes of a file, the newest first; none where there is no such file."""
     if not path.is_file():
-        return []
+        return
     with path.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - num_bytes))
-        found = [parse(line) for line in stream]
-    return [record for record in found if record is not None]
+        end, begun = stream.seek(0, os.SEEK_END), b""
+        least = max(0, end - LONGEST_LINE)
+        while end > least:
+            start = max(least, end - BLOCK)
+            stream.seek(start)
+            lines = io.BytesIO(stream.read(end - start) + begun).readlines()
+            begun, end = (lines.pop(0) if start else b""), start
+            yield from filter(None, map(parse, reversed(lines)))
 
 
 def steps(path: Path) -> list[Record]:
@@ -139,17 +147,17 @@ def steps(path: Path) -> list[Record]:
 
 def last_step(path: Path) -> int:
     """The last training step in a metrics.jsonl, read from its end; 0 where there is none."""
-    return next((record["step"] for record in reversed(tail(path)) if record.get("kind") == STEP), 0)
+    return next((record["step"] for record in backwards(path) if record.get("kind") == STEP), 0)
 
 
 def records_with(path: Path, key: str) -> list[Record]:
-    """The records that have the field `key`, oldest first; other lines are not parsed."""
+    """The records of a metrics.jsonl that have the field `key`, oldest first; other lines are not parsed."""
     found, word, place = [], f'"{key}": '.encode(), 0
     with _mapped(path) as content:
         while (place := content.find(word, place)) >= 0:
             start, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place) + 1 or len(content)
             record = parse(content[start:end])
-            if record is not None and key in record:
+            if record is not None and key in record and "kind" in record:
                 found.append(record)
             place = end
     return found
@@ -184,17 +192,16 @@ def cut_after(path: Path, step: int) -> None:
     end as far as needed. What stays is written before the rest goes, so a kill in between loses no record.
     """
     open_own(path).close()
-    evaluations: list[bytes] = []
+    evaluations: dict[bytes, None] = {}
     with _mapped(path) as content:
         end = size = len(content)
         while end:
             start = content.rfind(b"\n", 0, end - 1) + 1
             line, record = content[start:end], parse(content[start:end])
-            if record is not None and record["step"] <= step:
+            if record is not None and record.get("step", math.inf) <= step:
                 if record.get("kind") != EVALUATION:  # a step: whatever lies before it is older
                     break
-                if line not in evaluations:  # an earlier cut may have been killed between its two writes
-                    evaluations.append(line)
+                evaluations[line] = None  # once: an earlier cut may have been killed between its two writes
             end = start
     with open_own(path) as stream:
         stream.seek(end)

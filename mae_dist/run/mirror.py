@@ -23,6 +23,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mae_dist import config as configuration
+from mae_dist import small_files
+from mae_dist.errors import MachineFault
 from mae_dist.run import events, jsonl, layout
 from mae_dist.schema import RunConfig, TrackConfig
 
@@ -53,13 +55,14 @@ def run_id(run: Path) -> str:
 
 def grouped(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl in groups: train/, system/, and test/ for those of evaluations; step and epoch bare."""
-    evaluation, interval, found = record["kind"] == jsonl.EVALUATION, record["kind"] == jsonl.INTERVAL, {}
+    kind, found = record.get("kind"), {}
     for name, value in record.items():
         if name in ("step", "epoch"):
             found[name] = value
         elif name != "kind" and not isinstance(value, list):
-            group = "test" if evaluation else "system" if name in SYSTEM or interval else "train"
-            found[f"{group}/{name.removeprefix('test_') if evaluation else name}"] = value
+            group = "system" if name in SYSTEM or kind == jsonl.INTERVAL else "train"
+            evaluated = f"test/{name.removeprefix('test_')}"
+            found[evaluated if kind == jsonl.EVALUATION else f"{group}/{name}"] = value
     return found
 
 
@@ -81,6 +84,18 @@ def offline_reason(server: str) -> str | None:
     return None
 
 
+def _counted(file: Path) -> tuple[int, int, list[str]]:
+    """Lines that earlier starts have mirrored, the next step there, and their folders; none where the file is damaged,
+    or not there yet.
+    """
+    with suppress(ValueError, MachineFault):
+        found = small_files.read_json(file)
+        lines, following, folders = (found.get(name) for name in ("lines", "next", "folders"))
+        if type(lines) is int and type(following) is int and isinstance(folders, list):
+            return max(lines, 0), max(following, 0), folders
+    return 0, 0, []
+
+
 class Mirror:
     """Sends records of a run to wandb; does nothing where track.wandb is off, or after wandb has failed."""
 
@@ -91,10 +106,7 @@ class Mirror:
         if mode == "online" and (reason := offline_reason(os.environ.get("WANDB_BASE_URL", SERVER))):
             log.warning("wandb: %s; this start is mirrored offline, `wandb sync` sends it", reason)
             mode = "offline"
-        counted = {"lines": 0, "next": 0, "folders": []}
-        with suppress(OSError, ValueError, TypeError):  # no earlier start, or a file that is damaged
-            counted |= json.loads(self.counted.read_text())
-        self.lines, self.next, self.folders = counted["lines"], counted["next"], counted["folders"]
+        self.lines, self.next, self.folders = _counted(self.counted)
         self.calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True).start()

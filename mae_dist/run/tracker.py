@@ -239,7 +239,7 @@ class Tracker:
 
 def last_speed(run: Path) -> float:
     """Images a second of the last flush of a run; 0 where there is none."""
-    speeds = (record.get("images_per_second", 0.0) for record in reversed(jsonl.tail(run / layout.METRICS)))
+    speeds = (record.get("images_per_second", 0.0) for record in jsonl.backwards(run / layout.METRICS))
     return next(filter(None, speeds), 0.0)
 
 
@@ -251,8 +251,7 @@ def is_fault(record: dict[str, Any]) -> bool:
 def summary(path: Path) -> dict[str, float]:
     """Final numbers of a metrics.jsonl: mean training loss of the last steps, bad samples, and the last evaluation."""
     records = jsonl.read(path)
-    steps = [r for r in records if r["kind"] == jsonl.STEP]
-    evaluations = [r for r in records if r["kind"] == jsonl.EVALUATION]
+    steps, evaluations = ([r for r in records if r.get("kind") == kind] for kind in (jsonl.STEP, jsonl.EVALUATION))
     recent = [r["loss"] for r in steps if "loss" in r][-layout.RECENT :]
     found = {"loss": sum(recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
     if skipped := sum(r.get("skipped", False) for r in steps):

@@ -23,13 +23,14 @@ from mae_dist.data.cache import Cache
 from mae_dist.data.changes import Changes
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.order import Order, mixed, num_micro, plan
+from mae_dist.models import short_attention
 from mae_dist.models.backbone import Backbone
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
 from mae_dist.run import identity, jsonl, layout, log_file, warned
 from mae_dist.run.directory import RunDir
 from mae_dist.run.warned import Warned
-from mae_dist.schema import C
+from mae_dist.schema import C, MachineConfig
 from mae_dist.stages import initial_weights, warn
 from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
@@ -212,10 +213,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     devices.set_deterministic(config.machine.deterministic)
     device = dist.setup(config.machine.timeout)
     configuration.check_world(config, dist.world())
-    if config.machine.cuda_graphs and device.type != "cuda":
-        raise ValueError("machine.cuda_graphs=true: one rank with a GPU can do so, but this computes on the CPU")
-    if config.machine.compile:
-        environment.prepare_compiler(device.type)
+    check_device(config.machine, device)
     run, labelled = RunDir(config.out), needs_labels or track_settings.needs_labels(config)
     before = run.settings()[2] if (run.path / "config.yaml").is_file() else None  # a run keeps what it began with
     began = identity.started_from(run.path)
@@ -252,6 +250,19 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     for split in filter(None, (train_split, test_split)):
         dist.run_together(partial(check_first_images, split, decoding.decoding(config)))
     return setup
+
+
+def check_device(machine: MachineConfig, device: torch.device) -> None:
+    """Refuse settings that a device cannot follow (ValueError)."""
+    if machine.cuda_graphs and device.type != "cuda":
+        raise ValueError("machine.cuda_graphs=true: one rank with a GPU can do so, but this computes on the CPU")
+    if machine.short_attention and not short_attention.fits(device):
+        raise ValueError(
+            "machine.short_attention=true: its kernels need Triton and an NVIDIA GPU, Ampere or newer, which "
+            f"{device} is not; leave it out"
+        )
+    if machine.compile:
+        environment.prepare_compiler(device.type)
 
 
 def check_cache(index: ShardIndex, window: int) -> None:

@@ -14,9 +14,6 @@ from mae_dist.data.pack import pack
 from mae_dist.data.sources import from_synthetic
 from mae_dist.run import jsonl
 
-TAIL = 4096
-"""Bytes at the end of a metrics.jsonl that hold its last step."""
-
 
 def start(argv: Sequence[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
     """Start `mae-dist ARGV` with more environment variables; append its output to the file `log`."""
@@ -33,8 +30,7 @@ def last_line(path: Path) -> str:
 
 def reached(run: Path) -> int:
     """The last step in a run's metrics.jsonl; 0 before the first."""
-    records = jsonl.tail(run / "metrics.jsonl", TAIL)
-    return records[-1]["step"] if records else 0
+    return jsonl.last_step(run / "metrics.jsonl")
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> bool:

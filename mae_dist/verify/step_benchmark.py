@@ -176,7 +176,7 @@ def graphed(name: str, ours: MAE, settings: Any, device: torch.device) -> Varian
     """Our step with all that machine.* has for a GPU."""
     module = copy.deepcopy(ours)
     if short_attention.fits(device):
-        parallel.use_short_attention(module, device)
+        parallel.use_short_attention(module)
     parallel.compile_blocks(module, is_sharded=False)
     plain = Variant(name, module, lambda batch: module(batch).loss.mean())
     graphs = GraphedPasses(partial(passes, plain, settings, device), module, list(module.parameters()))

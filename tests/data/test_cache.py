@@ -255,3 +255,11 @@ def test_cache_sizes() -> None:
     for text in ("", "many", "-1GB", "1.5", "1 GB/s", "nan"):
         with pytest.raises(ValueError, match="is no size; write for example 500MB"):
             num_bytes(text)
+
+
+def test_cache_folder_of_everybody_is_refused(web: Web, tmp_path: Path) -> None:
+    """Another user could put a file of the right name and size there, whose sha256 is not computed again."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o1777)
+    with pytest.raises(Refused, match=r"data\.cache=.*everybody may write there"):
+        Cache(tmp_path / "cache", 10**6).open(file(web, 0))

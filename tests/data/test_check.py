@@ -129,9 +129,40 @@ def test_findings_of_labels() -> None:
     assert [(f.split, f.image, f.what) for f in findings(splits, None, 64, unlabelled=True)] == [
         ("train", "1.png", "has no label"), ("test", "", "2 of 2 images have no label"),
     ]  # fmt: skip
-    assert said({"train": [report([0, 1])], "test": [report([0, 1, 2])]}, 2) == [
-        ("unreadable", "label 2, but there are 2 classes"), ("labels", "1 classes that train lacks, 2 first"),
-    ]  # fmt: skip
+    assert said({"train": [report([0, 1])], "test": [report([0, 1, 2])]}) == [
+        ("labels", "1 classes that train lacks, 2 first")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "image", "what"),
+    [
+        ({"num_classes": 2}, "s0002.png", "label 2, but there are 2 classes"),
+        ({}, "s0001.png", "has no label, but dataset.json says that all of its tar have one"),
+    ],
+)
+def test_check_names_labels_that_dataset_json_speaks_of_otherwise(
+    tars: Tars, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], image: str, what: str
+) -> None:
+    """Runs count these samples as unreadable, too: a loss of such a label would end them in an error of torch."""
+    data = tars([3])
+    folder, file = data.tars[0].parent, data.tars[0].parent / "dataset.json"
+    if not fields:
+        content = bytearray(data.tars[0].read_bytes())
+        content[int(data._table(0).spans[1, 2])] = ord(" ")
+        data.tars[0].write_bytes(content)
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert ("unreadable", "x-0.tar", image, what) in found(capsys, folder)
+    with pytest.raises(ValueError, match=what):
+        index.open_split(str(folder), "train").read(int(image[4]))
+
+
+def test_check_believes_no_report_of_another_user(tars: Tars, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tars([1]).tars[0].with_suffix(".json")
+    Report("k", ["seen"]).save(file)
+    assert Report.load(file, "k") == Report("k", ["seen"])
+    monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    assert Report.load(file, "k") is None
 
 
 @pytest.mark.parametrize(("kind", "sorted_by_class"), [("sorted", True), ("shuffled", False), ("long tail", False)])

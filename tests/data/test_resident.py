@@ -120,6 +120,32 @@ def test_resident_file_that_is_damaged_is_made_anew(tars: Tars, info: pytest.Log
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, {"images": torch.zeros(3, 3, 32, 32)},
+        {"labels": torch.tensor([0, 1, 10**9])}, {"labels": torch.tensor([0, 1, -1])}, {"bad": torch.zeros(1) > 0},
+        {"changes": {"cut": "all"}},
+    ],
+)  # fmt: skip
+def test_resident_file_by_another_hand_is_made_anew(
+    tars: Tars, info: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    """It is whole, and has the right key: whoever may write beside the tars has made it."""
+    data = tars([3])
+    path, before = path_of(data), open_resident(data).images.clone()
+    resident.write(path, resident.key_of(data), resident.decode(data)._replace(**change))
+    info.clear()
+    assert torch.equal(open_resident(data).images, before)
+    assert "train.resident: damaged (" in info.text
+
+
+def test_resident_pipe_at_the_place_of_the_file_is_not_waited_for(tars: Tars) -> None:
+    data = tars([3])
+    os.mkfifo(path_of(data))
+    assert open_resident(data).labels.tolist() == [0, 1, 2]
+
+
 def test_resident_bad_samples_are_the_same_on_later_starts(tars: Tars, info: pytest.LogCaptureFixture) -> None:
     data = tars([4, 4], extension="jpg", broken={3, 5, 6})
     first = open_resident(data)

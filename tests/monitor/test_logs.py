@@ -206,5 +206,7 @@ def test_logs_read_the_end_of_a_long_output(tmp_path: Path, monkeypatch: pytest.
     jobs.log_file(tmp_path, "7", 0).write_text("first line\nlast line\n")
     assert jobs.log_lines(tmp_path, "7", 0) == ["", "last line"]
     assert jobs.log_lines(tmp_path, "7", 1) == []
+    monkeypatch.setattr(jobs, "MOST_LINES", 1)
+    assert jobs.log_lines(tmp_path, "7", 0) == ["last line"]
     (tmp_path / "7_\N{SUPERSCRIPT TWO}.jsonl").touch()
     assert jobs.events(tmp_path, "7") == {}

@@ -23,6 +23,7 @@ from mae_dist.monitor import compare, records, report
 from mae_dist.run import events, jobs
 
 NOW = "2026-01-01T00:00:00+0000"
+SUBMITTED = {"event": "submit", "time": NOW, "logs": "/", "nodes": "1", "tasks_per_node": 1}
 
 
 def cells(html: str, name: str) -> list[str]:
@@ -203,10 +204,18 @@ def test_report_of_no_run_is_one_sentence(tmp_path: Path, text: str | None) -> N
     assert not (tmp_path / "out.html").exists()
 
 
-def test_report_names_a_damaged_number_of_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("total_steps", "[1]", r"total_steps=\[1\] is no number"), ("verb", "[probe]", "verb .* is none of pretrain"),
+        ("global_batch", "0", "train.global_batch=0: must be at least 1"),
+        ("band", "[[1, .nan, 2]]", "track.band: .* must be"), ("band", "[[1, 2]]", "track.band: .* must be"),
+    ],
+)  # fmt: skip
+def test_report_names_a_damaged_setting(tmp_path: Path, field: str, value: str, sentence: str) -> None:
     file = make_run(tmp_path / "run") / "config.yaml"
-    file.write_text(re.sub(r"total_steps: \d+", "total_steps: [1]", file.read_text()))
-    with pytest.raises(ValueError, match=r"config\.yaml.*total_steps=\[1\] is no number"):
+    file.write_text(re.sub(rf"\b{field}: .+", f"{field}: {value}", file.read_text(), count=1))
+    with pytest.raises(ValueError, match=rf"config\.yaml.*{sentence}"):
         render(tmp_path / "run")
 
 
@@ -235,7 +244,9 @@ def test_report_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_report_embeds_pictures_of_the_run_alone(tmp_path: Path) -> None:
+def test_report_embeds_pictures_of_the_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run")
     (run / "pictures").mkdir()
     (tmp_path / "secret").write_bytes(b"\x89PNG\r\n\x1a\nsecret")
@@ -247,6 +258,11 @@ def test_report_embeds_pictures_of_the_run_alone(tmp_path: Path) -> None:
     assert "at step 99" not in html
     assert 'alt="other' not in html
     assert 'alt="large' not in html
+    monkeypatch.setattr(report, "MOST_PICTURES", 8 * 4)
+    for number in range(9):
+        (run / "pictures" / f"kind{number}-000000001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert render(run).count('alt="kind') == 4
+    assert "pictures from kind4 on are left out" in caplog.text
 
 
 def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,17 +292,35 @@ def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch
             {"event": "stop", "time": "0001-01-01T00:00:00", "reason": "", "step": 1, "message": ""},
         ),
         ("events.jsonl", {"time": NOW}),
+        *(
+            (
+                "events.jsonl",
+                {"event": "submit", "time": NOW, "job": job, "logs": "/", "nodes": "1", "tasks_per_node": 1},
+            )
+            for job in ("/etc", "**/", "[/red]x", "--help", "")
+        ),
+        ("events.jsonl", {"event": "fail", "time": NOW, "reason": ["a"], "rank": "x", "message": {}}),
+        ("events.jsonl", {"event": "warn", "time": NOW, "step": 1, "about": [1], "message": "x"}),
+        ("jobs/7_0.jsonl", {"event": "end", "time": NOW, "start": 0, "status": "x"}),
+        ("jobs/7_0.jsonl", {"event": "stop_requested", "time": NOW, "start": 0, "by": [1]}),
+        ("jobs/7_0.jsonl", {"event": "start", "time": NOW, "start": 0, "host": "\x1b[2J"}),
     ],
 )
 def test_runs_are_shown_without_records_that_nobody_has_written(
     tmp_path: Path, name: str, line: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")
+    if name.startswith("jobs/"):
+        jobs.record_submission(run, jobs.Submission("7", str(run / "jobs"), "1", 1))
+        (run / "jobs").mkdir()
     with (run / name).open("a") as stream:
         stream.write(json.dumps(line) + "\n")
     assert "40" in cells(render(run), "run")
     assert main(["runs", str(tmp_path)]) == 0
     assert "40/" in capsys.readouterr().out
+    if name.startswith("jobs/"):
+        assert main(["logs", str(run)]) == 0
+        assert "\x1b" not in capsys.readouterr().out
     (run / "result.json").write_text(json.dumps({"top1": 10**400}))
     with pytest.raises(ValueError, match=r"result.json: .*has a number that no machine holds"):
         render(run)

@@ -333,6 +333,30 @@ def test_manifest_of_another_step_or_without_numbers_counts_as_damage(tmp_path: 
     )
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"DCP_SHARDING_INFO": "{}"}, {"DCP_SHARDING_INFO": "["},
+        {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [10**12, 0]} for name in simple(0.0)})},
+        {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [-9, 0]} for name in simple(0.0)})},
+        {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [1, 0]} for name in simple(0.0)})},
+    ],
+)  # fmt: skip
+def test_checkpoint_by_another_hand_is_refused_though_its_checksums_fit(
+    tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    run = saved(tmp_path, 1)
+    (path,) = run.checkpoints()
+    (file,) = tensor_files(path)
+    facts = checkpoint.write_safetensors(file, simple(1.0), metadata)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"files": {file.name: facts}}))
+    assert checkpoint.verify(path) is None
+    with pytest.raises(ValueError, match=f"^{path}: ") as caught:
+        run.restore(simple(0.0))
+    assert len(str(caught.value)) < 500
+
+
 def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
     run = saved(tmp_path, 1, 2)
     for path in run.checkpoints():

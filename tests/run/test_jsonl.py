@@ -47,7 +47,7 @@ def test_append_then_read(tmp_path: Path) -> None:
 def test_read_and_append_after_a_torn_last_line(tmp_path: Path, end: bytes) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(written(file, step(1), step(2)) + end)
-    assert jsonl.read(file) == jsonl.tail(file) == [step(1), step(2)]
+    assert jsonl.read(file) == [*jsonl.backwards(file)][::-1] == [step(1), step(2)]
     jsonl.append(file, step(3))
     whole = [step(1), step(2)] + ([{"step": 8}] if end == b'{"step": 8}' else []) + [step(3)]
     assert jsonl.read(file) == whole
@@ -57,28 +57,32 @@ def test_read_and_append_after_a_torn_last_line(tmp_path: Path, end: bytes) -> N
 def test_read_skips_a_torn_middle_line_and_counts_it(tmp_path: Path, middle: bytes) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(written(file, step(1)) + middle + json.dumps(step(2)).encode() + b'\n\n{"step')
-    assert jsonl.read(file) == jsonl.tail(file) == jsonl.records_with(file, "step") == [step(1), step(2)]
+    assert jsonl.read(file) == [*jsonl.backwards(file)][::-1] == jsonl.records_with(file, "step") == [step(1), step(2)]
     assert jsonl.read_counting(file) == ([step(1), step(2)], 1)
 
 
 def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.touch()
-    assert jsonl.read(file) == jsonl.tail(file) == jsonl.steps(file) == jsonl.records_with(file, "step") == []
+    assert jsonl.read(file) == [*jsonl.backwards(file)] == jsonl.steps(file) == jsonl.records_with(file, "step") == []
     jsonl.cut_after(file, 0)
     assert file.read_bytes() == b""
     jsonl.append(file, step(1))
     assert jsonl.read(file) == [step(1)]
 
 
-def test_tail_of_a_large_file_is_its_last_whole_lines(tmp_path: Path) -> None:
+def test_records_backwards_across_blocks_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of any length, also longer than a block, each once; of a long file, those that its end holds."""
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b"".join(json.dumps(step(number, text="x" * 90)).encode() + b"\n" for number in range(10_000)))
-    found = jsonl.tail(file)
-    assert found[-1]["step"] == 9_999
-    assert [record["step"] for record in found] == list(range(10_000 - len(found), 10_000))
-    assert jsonl.TAIL - 200 < sum(len(json.dumps(record)) + 1 for record in found) <= jsonl.TAIL
-    assert jsonl.tail(file, num_bytes=20) == []
+    lines = [step(number, text="x" * (number * 37 % 500)) for number in range(300)]
+    lines += [evaluation(299, map=[0.5] * 40_000)]
+    size = len(written(file, *lines))
+    for block in (1000, 4096, 2**20):
+        monkeypatch.setattr(jsonl, "BLOCK", block)
+        assert [*jsonl.backwards(file)] == lines[::-1]
+        assert jsonl.last_step(file) == 299
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", size - 10)
+    assert [*jsonl.backwards(file)] == lines[:0:-1]
 
 
 def test_records_with_parses_only_lines_that_have_the_field(tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_cut_at_the_end_of_a_long_file_parses_only_its_end(tmp_path: Path, monke
     monkeypatch.setattr(jsonl, "parse", lambda line, parse=jsonl.parse: parsed.append(line) or parse(line))
     jsonl.cut_after(file, 1_000_000)
     assert len(parsed) == 2
-    assert jsonl.tail(file)[-1] == step(1_000_000)
+    assert jsonl.last_step(file) == 1_000_000
 
 
 @pytest.mark.parametrize("content", ["", "text \N{BULLET}\n", b"\xff\0bytes"])
@@ -228,6 +232,7 @@ def test_records_of_a_file_system_that_maps_no_files_are_read(tmp_path: Path, mo
     [
         "[" * 100_000, '{"kind": "step"}', '{"kind": "step", "step": "7"}', '{"kind": "step", "step": 1, "loss": []}',
         '{"step": null}', '{"event": 5}', '{"kind": "step", "step": ' + "9" * 5000 + "}",
+        '{"kind": "step", "step": 1, "loss_scale": "x"}',
     ],
 )  # fmt: skip
 def test_line_that_no_run_writes_counts_as_damaged(tmp_path: Path, line: str) -> None:
@@ -264,3 +269,12 @@ def test_line_without_an_end_takes_little_memory(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 1000)
     (tmp_path / "x.jsonl").write_bytes(bytes(10_500) + b'\n{"step": 1}\n')
     assert jsonl.read_counting(tmp_path / "x.jsonl") == ([{"step": 1}], 1)
+
+
+def test_record_without_kind_or_step_is_no_step_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(step(1, bad=2)) + '\n{"step": 1, "bad": 3}\n{"bad": 4}\n{}\n')
+    assert jsonl.records_with(file, "bad") == [step(1, bad=2)]
+    assert jsonl.last_step(file) == 1
+    jsonl.cut_after(file, 1)
+    assert jsonl.read(file) == [step(1, bad=2), {"step": 1, "bad": 3}]

@@ -144,7 +144,7 @@ def test_certify_leaves_out_what_the_machine_cannot_run_with_the_reason() -> Non
 
 def test_last_step_is_read_while_metrics_are_written(tmp_path: Path) -> None:
     assert processes.reached(tmp_path) == 0
-    lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 500)]
+    lines = [json.dumps({"kind": "step", "step": step, "loss": 0.5}) for step in range(1, 500)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 500, "lo')
     assert processes.reached(tmp_path) == 499
 
