@@ -4,7 +4,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 SLURM = tests/slurm
-RUNS = tests/stages tests/verify tests/launch tests/weights
+RUNS = tests/stages tests/verify tests/launch tests/commands tests/run \
+	$(addprefix tests/test_,environment.py launcher.py many_machines.py watchdog.py) # all that start ranks, and balance
 
 unexport PYTHONDONTWRITEBYTECODE  # or each process that a test starts would compile all of torch again
 

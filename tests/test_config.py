@@ -38,11 +38,17 @@ def test_config_file_loads_and_its_header_has_command_hardware_and_expectation(f
     assert len(runs) == 1
     given, overrides = config.split_words(verb, runs[0][1:])
     assert given == str(file.relative_to(ROOT))
-    loaded = config.load(verb, file, overrides)
+    config.load(verb, file, overrides)
     assert not any(word.startswith("model.") for word in overrides), "the file says which model"
     assert {words[0] for words in commands} <= {"mae-dist", "torchrun"}
     assert "Hardware:" in header
     assert "Expected" in header
+
+
+@pytest.mark.parametrize("file", {file.parent.name: file for file in FILES}.values(), ids=lambda p: p.parent.name)
+def test_config_that_was_written_is_read_back(file: Path) -> None:
+    verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
+    loaded = load_file(verb, file.stem, file.parent.name)
     assert config.from_dict(verb, yaml.safe_load(config.dump(loaded)), "dump") == loaded
 
 

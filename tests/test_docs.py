@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ FULL = {"pretrain": "pretrain/cifar100_vit_ti4", "probe": "probe/cifar100_vit_ti
 SMALL = ["train.steps=1", "train.global_batch=4", "optim.warmup_epochs=0", "train.precision=fp32", "track.every=1",
          "machine.processes=1", "machine.workers=0"]  # fmt: skip
 """What every run of these tests adds to its command."""
+FEW = ["--train", "24", "--test", "8"]
+"""How many images these tests pack."""
 NOT_RUN = {
     "submit": "needs a cluster, but for --dry-run", "--version": "is no verb",
     "certify": "takes minutes", "chaos": "takes minutes", "bench": "takes minutes", "models": "counts all models",
@@ -46,38 +50,41 @@ NOT_RUN = {
 }  # fmt: skip
 
 
-def commands(page: Path, folder: Path) -> list[list[str]]:
+@cache
+def commands(page: Path) -> list[list[str]]:
     """The words of every command in a page's ```sh blocks and in its sentences, as bash gives them. A sentence may also
     name a verb alone, `mae-dist report`, which is no command.
 
-    Bash itself does quotes, variables, loops and comments. The programs in `folder` only record how they were called.
+    Bash itself does quotes, variables, loops and comments. The programs are ones that only record how they were called.
     """
-    record, text = folder / "called", re.sub(r"```(python|yaml)\n.*?```", "", page.read_text(), flags=re.S)
-    for program in PROGRAMS:
-        stub = folder / program
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text(f"#!/bin/sh\n{{ printf '%s\\037' {program} \"$@\"; printf '\\036'; }} >>'{record}'\n")
-        stub.chmod(0o755)
-    record.write_text("")
+    text = re.sub(r"```(python|yaml)\n.*?```", "", page.read_text(), flags=re.S)
     inline = [word.replace("\\|", "|") for word in re.findall(r"`((?:mae-dist|python|make) [^`\n]+)`", text)]
     scripts = re.findall(r"```sh\n(.*?)```", text, re.S) + [
         word for word in inline if "VERB" not in word and re.search(r"[=/A-Z]| -|make|certify|chaos", word)
     ]
-    for script in scripts:
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=folder, env={"PATH": f"{folder}:/usr/bin:/bin"}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert "command not found" not in done.stderr, f"{page.name}: {done.stderr}"
-    calls = [call.split("\037")[:-1] for call in record.read_text().split("\036")[:-1]]
+    with TemporaryDirectory() as folder:
+        record = Path(folder) / "called"
+        for program in PROGRAMS:
+            stub = Path(folder) / program
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            stub.write_text(f"#!/bin/sh\n{{ printf '%s\\037' {program} \"$@\"; printf '\\036'; }} >>'{record}'\n")
+            stub.chmod(0o755)
+        record.write_text("")
+        for script in scripts:
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=folder, env={"PATH": f"{folder}:/usr/bin:/bin"}, capture_output=True,
+                text=True, check=False,
+            )  # fmt: skip
+            assert "command not found" not in done.stderr, f"{page.name}: {done.stderr}"
+        calls = [call.split("\037")[:-1] for call in record.read_text().split("\036")[:-1]]
     return [[word for word in call if word != "..."] for call in calls]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     stop_after_parsing(monkeypatch)
-    for call in commands(page, tmp_path):
+    for call in commands(page):
         if call[1] in ("rotate", "classes"):  # verbs that extending_verbs.md adds
             continue
         try:
@@ -173,7 +180,7 @@ def check_submit(words: list[str]) -> None:
 
 def test_commands_run_on_small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [README, *(page for page in DOCS if not page.name.startswith("extending"))]
-    calls = [call for page in pages for call in commands(page, tmp_path / "stubs")]
+    calls = [call for page in pages for call in commands(page)]
     folder = tmp_path / "clone"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -220,7 +227,7 @@ def smaller(call: list[str]) -> list[str] | None:
     if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "RUN", "imagenet"} & {*words}:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
-        return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], "--train", "40", "--test", "20"]
+        return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], *FEW]
     if any(word.startswith("/data/") or "://" in word for word in words) or "init_from=runs/timm-b16" in words:
         return None
     if any(word.startswith("init_from=") and word.endswith(".pth") for word in words):
@@ -238,12 +245,12 @@ def test_extensions_work_as_written(tmp_path: Path) -> None:
     for page in (path for path in DOCS if path.name.startswith("extending")):
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
             extend(clone, block)
-        lines += [smaller(call) for call in commands(page, tmp_path / "stubs")]
+        lines += [smaller(call) for call in commands(page)]
     images = np.zeros((4, 32, 32, 3), dtype=np.uint8)
     arrays = {f"{split}_{kind}": value for split in ("train", "test")
               for kind, value in (("images", images), ("labels", np.arange(4) % 2))}  # fmt: skip
     np.savez(clone / "images.npz", **arrays)  # pyright: ignore[reportArgumentType]
-    calls = [["data", "pack", "synthetic", "--out", "data/cifar100", "--train", "40", "--test", "20"]]
+    calls = [["data", "pack", "synthetic", "--out", "data/cifar100", *FEW]]
     calls += [line for line in lines if line]
     assert len(calls) == 5
     calls.append(["classes", "data/npz"])

@@ -21,7 +21,7 @@ from mae_dist.commands.data_output import progress, report
 from mae_dist.data import index, indexing, label_list, labels
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
-from mae_dist.data.indexing import AUTO, FOLDER, LIST, Indexed
+from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, Indexed
 from mae_dist.data.label_list import Image, LabelList
 from mae_dist.data.labels import Label
 from mae_dist.data.pack import ProgressCallback, safe_name
@@ -227,7 +227,9 @@ def _merge(
     _tell_of_split(before, split, [_listed_as(tar, folder) for tar in tars], folder, arguments)
     others = {name: known for name, known in before.splits.items() if name != split}
     names = _index_names(tars, {shard.index_name for known in others.values() for shard in known})
-    listed = _list(Path(source), before if others else None) if os.path.isfile(source) else None
+    listed = label_list.read(Path(source)) if os.path.isfile(source) else None
+    if source.lower().lstrip(".") == JSON.rstrip(":"):
+        raise ValueError(f"--labels {source}: name the field, {JSON}FIELD, or {JSON}A.B of an object A")
     if listed is None and "/" in source:
         raise ValueError(f"--labels {source}: no such file")
     by_folder = source.partition(":")[0] == FOLDER
@@ -237,7 +239,8 @@ def _merge(
         tick("index", number + 1, len(tars))
     index_checks.report_notes(found)
     if listed is not None:
-        found = _with_labels(found, _of_list(listed, tars, found))
+        num_others = (before.num_classes or 0) if others else 0
+        found = _with_labels(found, _of_list(listed, tars, found, num_others))
     elif by_folder:
         found = _with_labels(found, labels.of_folders([item.labels for item in found], level, known or ()))
         if level is None and arguments.classes is None and known is None:
@@ -262,19 +265,16 @@ def _with_labels(found: Sequence[Indexed], values: Sequence[list[Label]]) -> lis
     return [replace(item, labels=value) for item, value in zip(found, values, strict=True)]
 
 
-def _list(file: Path, others: index.Dataset | None) -> LabelList:
-    """The labels of a file, with those from 1 moved to 0, unless the classes of other splits are more."""
-    listed = label_list.read(file)
-    known = others.num_classes or 0 if others is not None else 0
-    return listed if known > len({*listed.labels} - {""}) else label_list.from_zero([listed])[0]
-
-
-def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed]) -> list[list[Label]]:
-    """The labels that a list gives to the images of the tars."""
+def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed], num_others: int) -> list[list[Label]]:
+    """The labels that a list gives to the images of the tars; those from 1 are moved to 0, unless the classes of other
+    splits (``num_others``) are more.
+    """
     images = [Image(f"{tar}/{name}", str(name)) for tar, item in zip(tars, found, strict=True) for name in item.labels]
     rows = listed.rows_of(images)
     listed.check(images, rows, "these tars")
-    values = iter([labels.NONE if row is None else listed.number_or_name(row) for row in rows])
+    first = label_list.first_number([listed]) if num_others <= len({*listed.labels} - {""}) else 0
+    given = [labels.NONE if row is None else listed.number_or_name(row) for row in rows]
+    values = iter([max(label - first, labels.NONE) if isinstance(label, int) else label for label in given])
     return [[*itertools.islice(values, len(item.labels))] for item in found]
 
 

@@ -90,6 +90,9 @@ def report_labels(
     if classes is not None:
         listed = ", ".join(f"{number} {name}" for number, name in list(enumerate(classes))[:SHOWN])
         log.info("classes: %d names (%s%s)", len(classes), listed, ", ..." if len(classes) > SHOWN else "")
+    labelled = sum(int((value >= 0).sum()) for value in values)
+    if split == "train" and 2 * len(present) > labelled > 4:
+        log.warning("%s classes of %s images: these labels may be captions or ids", len(present), labelled)
     if split == "train" and len(present) <= last:
         log.warning(
             "only %s of the %s classes 0 to %s occur in split %s; a head gets all %s of them, so number them without "

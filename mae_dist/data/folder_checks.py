@@ -115,6 +115,9 @@ def warn(source: Path, found: Found, folders: dict[str, str], named: Named, by_l
         full = {join(folders[split], f.path[len(folders[split]) :].lstrip("/").split("/")[0]) for f, _ in files}
         if empty := sorted(inside - full):
             log.warning("%s: folders without images are no classes: %s", source, listed(empty))
+    labelled = sum(name is not None for files in named.values() for _, name in files)
+    if 2 * len(classes) > labelled > 4:
+        log.warning("%s: %d classes of %d images: these labels may be captions or ids", source, len(classes), labelled)
     if parts := parts_of_others({os.path.splitext(path)[0] for path in used}):
         what = "images may be parts of others, as masks are, and are taken as images"
         log.warning("%s: %d %s: %s", source, len(parts), what, listed(parts))

@@ -52,12 +52,13 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
         raise ValueError(f"--source {source}: no images below it" + (f", only {others}; {more}" if others else ""))
     rule = re.fullmatch(rf"({NAME})|folder(:.*)?", str(labels))
     level = None if rule is None else NAME if rule[1] else level_of(rule[0])
-    option = None if labels is None or rule else label_list.from_zero([label_list.read(Path(labels))])[0]
+    option = None if labels is None or rule else label_list.read(Path(labels))
     folders = _certain_splits(source, found) if answer is None else _answered_splits(source, answer)
     splits, lists = _files_of_splits(source, found.files, folders)
     if level is None and answer != "none":
         folders = _below_common(folders, splits)
-    named, by_list = _named(source, splits, folders, option, level, lists if labels is None else {})
+    lists = {} if labels is not None else {split: some for split, some in lists.items() if any(some.labels)}
+    named, by_list = _named(source, splits, folders, option, level, lists)
     check_classes(source, named, by_list)
     _unlabel_lone_folders(named, by_list)
     if answer is None and level in (None, NAME):
@@ -65,7 +66,8 @@ def read(source: Path, found: Found, answer: str | None = None, labels: str | Pa
         _ask_about_parts(source, folders, by_folder, allow_one=level == NAME)
     check_links(source, named, meant=answer is not None)
     warn(source, found, folders, named, by_list)
-    return _numbered(named, by_number=by_list >= {split for split in named if classes_of(named[split])})
+    by_number = by_list >= {split for split in named if classes_of(named[split])}
+    return _numbered(named, label_list.first_number([option] if option else [*lists.values()]) if by_number else None)
 
 
 def _named(
@@ -92,7 +94,7 @@ def _named(
         if not by_list:
             what = f"labels are not as many as the images of a split of {source}"
             if option.files is not None:
-                what = f"rows name no image of {source} ({option.files[0]!r} first); write IMAGE,LABEL"
+                what = f"rows name no image of {source} ({(*option.files, 'none')[0]!r} first); write IMAGE,LABEL"
             raise ValueError(f"--labels {option.source}: its {len(option.labels)} {what}")
         if option.files is None and len(by_list) > 1:
             raise ValueError(f"--labels {option.source}: fits the splits {listed(by_list)}; write rows IMAGE,LABEL")
@@ -242,7 +244,7 @@ def _answered_splits(source: Path, answer: str) -> dict[str, str]:
 def _files_of_splits(
     source: Path, files: list[File], folders: dict[str, str]
 ) -> tuple[dict[str, list[File]], dict[str, LabelList]]:
-    """The images of each split, and the lists in which some have labels, too. The folder of splits that are listed in
+    """The images of each split, and the lists that some are from. The folder of splits that are listed in
     files, which is put into `folders`, is that which they have in common, or that of each where these are apart.
     """
     lists = {split: split_list.of_split(Path(file)) for split, file in folders.items() if split and os.path.isabs(file)}
@@ -260,9 +262,7 @@ def _files_of_splits(
         splits[split] = _files_of(files, folders[split], folders.values())
         if not splits[split]:
             raise ValueError(f"--source {source}: no images of split {split!r} in its folder {folders[split] or '.'}")
-    labelled = [split for split, some in lists.items() if any(some.labels)]
-    moved = label_list.from_zero([lists[split] for split in labelled])
-    return {split: splits[split] for split in folders}, dict(zip(labelled, moved, strict=True))
+    return {split: splits[split] for split in folders}, lists
 
 
 def _below_common(folders: dict[str, str], splits: dict[str, list[File]]) -> dict[str, str]:
@@ -345,17 +345,19 @@ def _unlabel_lone_folders(named: Named, by_list: set[str]) -> None:
             named[split] = [(f, None) for f, _ in files]
 
 
-def _numbered(named: Named, by_number: bool) -> Labelled:
-    """Names of classes as labels: numbers stay what they are where all labels are numbers of a list."""
+def _numbered(named: Named, first: int | None) -> Labelled:
+    """Names of classes as labels: numbers stay what they are where all are from lists, in which the first is `first`
+    (None: they are not).
+    """
     names = set().union(*map(classes_of, named.values()))
     if not names:
         return Labelled({split: [(f, -1) for f, _ in files] for split, files in named.items()}, None, None)
     others = [name for name in names if not re.fullmatch(r"-1|0|[1-9]\d*", name)]
-    if by_number and others and len(others) < len(names):
+    if first is not None and others and len(others) < len(names):
         what = f"{len(names) - len(others)} of {len(names)} labels are numbers, but not {listed(sorted(others))}"
         log.warning("--labels: %s; all count as names", what)
-    if by_number and not others:
-        labels, classes = {name: int(name) for name in names}, None
+    if first is not None and not others:
+        labels, classes = {name: max(int(name) - first, -1) for name in names}, None
         num_classes = max(labels.values()) + 1 or None
         if num_classes is not None and (empty := num_classes - len(names - {"-1"})):
             log.warning("of the %d classes 0 to %d, %d have no image", num_classes, num_classes - 1, empty)

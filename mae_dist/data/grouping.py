@@ -70,10 +70,13 @@ def group(members: list[Member], notes: Notes) -> dict[str, Members]:
     if dotted and not _are_views(list(samples.values())):
         whole = samples
         samples = _grouped(members, split_at_last_dot)
+        lent = set[tuple[int, str]]()
         for (archive, key), sample in samples.items():  # clip.cls is the label of clip.0001.png, too
             shared = whole.get((archive, split_name(key)[0]), {})
             if label_of(sample) is None and LABEL in shared:
                 sample[LABEL] = shared[LABEL]
+                lent.add((archive, split_name(key)[0]))
+        samples = {place: sample for place, sample in samples.items() if place not in lent or sample.keys() != {LABEL}}
         notes.add("names with several dots are cut at the last one", next(iter(merged[0].values())).name)
     elif merged:
         listed = ", ".join(_images(merged[0]))

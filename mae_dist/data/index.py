@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_dist.checksum import sha256
 from mae_dist.data import idx, labels, places, quarantine
 from mae_dist.data.cache import Cache
 from mae_dist.data.classes import Merging
@@ -33,6 +34,8 @@ from mae_dist.errors import from_os_error
 from mae_dist.paths import is_url
 
 log = logging.getLogger(__name__)
+MOST_COMPARED = 2**30
+"""Bytes of tars whose checksums are compared when a split is opened."""
 
 MOST_BYTES = 2**32
 """Bytes of an image file."""
@@ -282,8 +285,11 @@ def open_split(
 
 
 def _check_files(path: str, found: Sequence[places.Place], files: places.Files) -> None:
-    """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar."""
-    seen = {}
+    """Raise ValueError where a tar is missing, changed, not indexed or named twice. One stat a tar.
+
+    Another tar of the same size is logged: the newest of those that are newer than their dataset.json are compared.
+    """
+    seen, newer, written = {}, list[tuple[int, str, Shard]](), functools.cache(_written)
     for tar, index, shard, *_ in found:
         status = None if shard is not None and is_url(shard.tar) else _status(tar)
         if (twin := seen.setdefault((status.st_dev, status.st_ino) if status else tar, tar)) is not tar:
@@ -295,6 +301,21 @@ def _check_files(path: str, found: Sequence[places.Place], files: places.Files) 
                 f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
+        if status and shard and shard.sha256 and status.st_mtime_ns > written(os.path.dirname(index)):
+            newer.append((status.st_mtime_ns, tar, shard))
+    left = MOST_COMPARED
+    for _, tar, shard in sorted(newer, reverse=True):
+        if (left := left - shard.num_bytes) < 0:
+            break
+        if persistently(functools.partial(sha256, Path(tar)), tar) != shard.sha256:
+            log.warning(
+                "%s: is not the file that was indexed, though as large (`mae-dist data check`); %s", tar, idx.AGAIN
+            )
+
+
+def _written(folder: str) -> int:
+    """When the dataset.json of a folder was written."""
+    return os.stat(os.path.join(folder, FILE)).st_mtime_ns
 
 
 def _left_out(indexes: Sequence[str], shards: list[Shard]) -> dict[int, set[str]]:

@@ -51,7 +51,10 @@ def build(tar: Path, index: Path, source: str = AUTO) -> Indexed:
     try:
         samples = grouping.group(found, notes)
         if not samples:
-            raise ValueError(f"holds no samples (files named KEY.{', .'.join(grouping.IMAGES)})")
+            kinds = Counter(posixpath.splitext(member.name)[1] or "without extension" for member in found)
+            only = f", only {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}" if kinds else ""
+            only += "; a tar of tars is for `mae-dist data pack imagenet`" * (".tar" in kinds)
+            raise ValueError(f"holds no samples (files named KEY.{', .'.join(grouping.IMAGES)}){only}")
         with tar.open("rb") as stream:
             read = _label_reader(source, stream)
             chosen = [read(key, sample) for key, sample in samples.items()]
@@ -126,4 +129,4 @@ def _fields(entry: Entry | None, stream: BinaryIO) -> tuple[str, ...]:
     if entry is None or entry.size > labels.MOST_BYTES:
         return ()
     fields = labels.fields_of(_content(stream, entry))
-    return tuple(name for name in fields if name.lower() in labels.NAMES) or fields
+    return tuple(name for name in fields if name.rpartition(".")[2].lower() in labels.NAMES) or fields

@@ -72,18 +72,14 @@ class LabelList(NamedTuple):
             lines = {path: f"line {n}" for n, path in enumerate(sorted(image.path for image in images), 1)}
             known = dict(zip(lines.values(), self.labels, strict=True)) if len(lines) == len(self.labels) else {}
             return [Row(lines[path], known[lines[path]]) if known else None for path, _ in images]
-        rows = [*map(_finder(self.by_file()), images)]
-        taken = {row.file for row in rows if row is not None and not row.elsewhere}
-        return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
-
-    def by_file(self) -> dict[str, str]:
-        """The label of each file. Raises ValueError where one has two."""
-        known: dict[str, str] = {}
-        for file, label in zip(map(os.path.normpath, self.files or ()), self.labels, strict=self.files is not None):
+        known = {}
+        for file, label in zip(map(os.path.normpath, self.files), self.labels, strict=True):
             if known.setdefault(file, label) != label:
                 two = f"{file} has two labels, {known[file]} and {label}"
                 raise ValueError(f"--labels {self.source}: {two}; write one a file, or pack without labels")
-        return known
+        rows = [*map(_finder(known), images)]
+        taken = {row.file for row in rows if row is not None and not row.elsewhere}
+        return [None if row is not None and row.elsewhere and row.file in taken else row for row in rows]
 
     def number_or_name(self, row: Row) -> Label:
         """The label of a row as a class number or name. Raises ValueError where it is neither."""
@@ -190,19 +186,16 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
     return LabelList(file, names, labels if names is given or words is not NAMES else _with_classes(file, labels))
 
 
-def from_zero(lists: Sequence[LabelList]) -> list[LabelList]:
-    """The lists, with labels from 0 where together they are the numbers from 1 to some K and none is missing. A first
-    row may be a header.
+def first_number(lists: Sequence[LabelList]) -> int:
+    """1 where the labels of lists are together the numbers from 1 to some K and none is missing, else 0. A first row
+    may be a header.
     """
     rows = [label for some in lists for number, label in enumerate(some.labels) if number or label.isdigit()]
-    count = len({*rows} - {""})
-    moved = {str(number): str(number - 1) for number in range(1, count + 1)}
-    if count < 2 or {*rows} - {""} != moved.keys():
-        return [*lists]
-    for some in lists:
-        some.by_file()  # refused with the numbers that are written there
-    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, count, count - 1)
-    return [some._replace(labels=[moved.get(label, label) for label in some.labels]) for some in lists]
+    found = {*rows} - {""}
+    if len(found) < 2 or found != {*map(str, range(1, len(found) + 1))}:
+        return 0
+    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, len(found), len(found) - 1)
+    return 1
 
 
 def with_images(file: Path, names: list[str]) -> list[str]:

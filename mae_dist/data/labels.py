@@ -82,13 +82,14 @@ def of_json(content: bytes, field: str) -> Label:
 
 
 def fields_of(content: bytes) -> tuple[str, ...]:
-    """The fields of a JSON object that hold a whole number or a text."""
+    """The fields of a JSON object, and a.b of those in an object a, that hold a whole number or a text."""
     try:
         plain = json.loads(content)
     except (ValueError, RecursionError):
         return ()
-    kinds = {str(key): type(value) for key, value in plain.items()} if isinstance(plain, dict) else {}
-    return tuple(key for key, kind in kinds.items() if kind in (int, str))
+    fields = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    inner = {f"{a}.{b}": value for a, b_to in fields.items() if isinstance(b_to, dict) for b, value in b_to.items()}
+    return tuple(key for key, value in (fields | inner).items() if type(value) in (int, str))
 
 
 def level_of(source: str) -> int | None:
@@ -144,7 +145,8 @@ def of_npy(content: bytes) -> Label:
 def names_of_file(path: Path) -> dict[str, int]:
     """Class name -> number, from a list of a name a line, or a JSON list or object (name to number, or the reverse).
 
-    Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`.
+    Of a line with several words the first is a name too, as in ImageNet's `n01440764 tench, Tinca tinca`. Numbers that
+    count the lines, before or behind the names, are no part of them.
     """
     try:
         text = small_files.read_text(path, small_files.MOST_LIST)
@@ -155,7 +157,7 @@ def names_of_file(path: Path) -> dict[str, int]:
         plain = dict(enumerate(plain)) if isinstance(plain, list) else plain
         pairs = [(key, value) if isinstance(value, int) else (value, key) for key, value in plain.items()]
     else:
-        pairs = [(line.strip(), number) for number, line in enumerate(text.splitlines()) if line.strip()]
+        pairs = [(name, number) for number, name in enumerate(_without_numbers(text.splitlines()))]
     try:
         names = {str(name[0] if isinstance(name, list) else name): int(number) for name, number in pairs}
         if sorted(names.values()) != list(range(len(names))):
@@ -163,6 +165,17 @@ def names_of_file(path: Path) -> dict[str, int]:
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"--classes {path}: no list of class names ({str(error)[:80]})") from error
     return names
+
+
+def _without_numbers(lines: Sequence[str]) -> list[str]:
+    """The names in lines, without numbers that count them, from 0 or 1, in their first or last words."""
+    lines = [line.strip() for line in lines if line.strip()]
+    counted = [[*map(str, range(first, first + len(lines)))] for first in (0, 1)]
+    for form in (r"(?P<number>\d+)[\s,:]+(?P<name>.*)", r"(?P<name>.*?)[\s,:]+(?P<number>\d+)"):
+        rows = [*filter(None, (re.fullmatch(form, line) for line in lines))]
+        if [row["number"] for row in rows] in counted and len({row["name"] for row in rows}) == len(lines):
+            return [row["name"] for row in rows]
+    return lines
 
 
 def numbered(

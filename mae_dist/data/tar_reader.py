@@ -57,7 +57,8 @@ def members(tar: Path, notes: Notes) -> list[Member]:
         with tar.open("rb") as stream:
             return _linked(tar, list(_scan(tar, stream, notes)), notes)
     except (tarfile.TarError, RecursionError) as error:
-        raise ValueError(f"{tar}: not a complete uncompressed tar ({str(error)[:100]})") from error
+        what = f"not a complete uncompressed tar ({str(error)[:100]}); `mae-dist data pack` makes tars of images"
+        raise ValueError(f"{tar}: {what}") from error
     except OSError as error:
         raise from_os_error(error, f"{tar}: cannot be read ({error.strerror or error})") from error
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,11 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 def revision() -> str | None:
     """Commit of the running code, with '+' where it was edited; of a copied code, what its REVISION says; else None."""
-    here = Path(__file__).parents[1]
+    return _revision(Path(__file__).parents[1])
+
+
+@cache  # what runs stays what it is, and a program may start many runs
+def _revision(here: Path) -> str | None:
     snapshot = here.with_name(REVISION)
     if snapshot.is_file():
         return snapshot.read_text().strip()

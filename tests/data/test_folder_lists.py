@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_folder_layout import Splits, files, read
 
-from mae_dist.data import label_list
+from mae_dist.data import folder_files, folder_layout, label_list
 
 FLAT, ROOMS = "images/{1,2,3}.jpg", "office/hall/{1,2}.jpg home/hall/1.jpg home/bath/1.jpg"
 Case = tuple[str, dict[str, str], Splits]
@@ -127,20 +127,30 @@ def test_folder_that_all_images_are_in_is_no_class_where_it_has_class_folders(
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("labels", "first"),
     [
-        ([["1", "2", ""], ["3", "1"]], [["0", "1", ""], ["2", "0"]]),
-        ([["grade", "1", "2"]], [["grade", "0", "1"]]),
-        ([["1", "3"]], None), ([["0", "1"]], None), ([["1", "1"]], None), ([["1", "b", "2"]], None),
-        ([["01", "2"]], None),        ([["1", "2"], ["0"]], None), ([["2", "3"]], None), ([[]], None),
+        ([["1", "2", ""], ["3", "1"]], 1), ([["grade", "1", "2"]], 1), ([["1", "3"]], 0), ([["0", "1"]], 0),
+        ([["1", "1"]], 0), ([["1", "b", "2"]], 0), ([["01", "2"]], 0), ([["1", "2"], ["0"]], 0), ([["2", "3"]], 0),
+        ([[]], 0), ([], 0),
     ],
 )  # fmt: skip
-def test_labels_from_one_without_a_gap_move_to_zero_in_all_lists_together(
-    labels: list[list[str]], expected: list[list[str]] | None, caplog: pytest.LogCaptureFixture
+def test_labels_of_lists_begin_at_one_where_they_are_all_numbers_from_it(
+    labels: list[list[str]], first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     lists = [label_list.LabelList(Path("l"), None, some) for some in labels]
-    assert [some.labels for some in label_list.from_zero(lists)] == (expected or labels)
-    assert ("labels 1 to" in caplog.text) == (expected is not None)
+    assert label_list.first_number(lists) == first
+    assert ("labels 1 to" in caplog.text) == (first == 1)
+
+
+def test_labels_from_one_move_to_zero_unless_they_are_names_of_class_folders(tmp_path: Path) -> None:
+    rows = {"l.csv": "file,label\na.png,1\nb.png,2\n", "head.csv": "file,label\n"}
+    flat = made(tmp_path / "flat", "{a,b}.png", rows)
+    assert read(flat, labels="l.csv") == {"train": {"0": 1, "1": 1}}
+    mixed = made(tmp_path / "mixed", "train/1/{x}.png train/2/{y}.png val/{a,b}.png", rows)
+    assert read(mixed, labels="l.csv") == {"train": {"1": 1, "2": 1}, "val": {"1": 1, "2": 1}}
+    assert folder_layout.read(mixed, folder_files.find(mixed), labels=mixed / "l.csv").classes == ["1", "2"]
+    with pytest.raises(ValueError, match="head.csv: its 0 rows name no image of .*write IMAGE,LABEL"):
+        read(flat, labels="head.csv")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_index import png, write_tar
 
 from mae_dist.commands.data import main
 from mae_dist.data import index, indexing
+from mae_dist.data import labels as labels_of
 
 PNG = png(1)
 
@@ -58,6 +59,7 @@ def pairs(count: int, image: str, label: str) -> list[tuple[str, bytes]]:
         ([("a.png", PNG), ("a.cls", b" -1\n"), ("b.png", PNG), ("b.cls", b"\xef\xbb\xbf7\r\n"), ("c.png", PNG),
           ("c.cls", b""), ("d.png", PNG), ("d.cls", b"3.0")], ["a", "b", "c", "d"], [-1, 7, -1, 3]),
         ([("a.png", PNG), ("a.cls", b"[unk]"), ("b.png", PNG), ("b.cls", b"{x")], ["a", "b"], [0, 1]),
+        ([("a.png", PNG), ("a.cls", b"707-320"), ("b.png", PNG), ("b.cls", b"2020-01-01")], ["a", "b"], [1, 0]),
     ],
 )  # fmt: skip
 def test_index_names_and_labels_of_tars_of_others(
@@ -102,7 +104,7 @@ def test_index_of_joined_tars_keeps_samples_of_one_key_apart(tmp_path: Path) -> 
     [
         (b"9" * 30, "more than the number of any class"),
         (b"10000000", "more than the number of any class"),
-        (b"-2", "expected a class number"),
+        *((text, "expected a class number") for text in (b"-2", b"1,2", b"1 2;", b"1e5", b"-", b"+.5|3")),
         (b"0.5", "expected a class number"),
         (b"\xff\xfe7\x00", "expected a class number"),
         (b"x" * 10**4, "b'xxxxxxxxxxxxxxxxxxxx'..."),
@@ -178,6 +180,7 @@ def test_index_labels_from_other_places(
     [
         (["--labels", "txt"], "--labels txt: gives no sample a label; perhaps --labels json:label"),
         (["--labels", "d/none.csv"], "--labels d/none.csv: no such file"),
+        (["--labels", ".json"], "--labels .json: name the field, json:FIELD, or json:A.B of an object A"),
         (["--labels", "three.csv"], "three.csv: expected two columns"),
         (["--labels", "two.csv"], "three.csv|two.csv: a has two labels, 1 and 2"),
         (["--labels", "other.csv"], "--labels other.csv: gives no sample a label"),
@@ -208,6 +211,12 @@ def test_index_tells_of_labels_elsewhere_and_of_classes_that_do_not_occur(
         tmp_path, [("n1/a.png", PNG), ("n1/a.json", b'{"label": 3, "w": 9}'), ("n2/b.png", PNG), ("n2/b.txt", b"x")]
     )
     assert "--labels json:label or --labels folder (2 folders in the tars: n1, n2, ...) or --labels txt" in caplog.text
+    nested = b'{"id": 4, "meta": {"label": 1, "w": 3}, "tags": [1]}'
+    indexed(tmp_path, [("a.png", PNG), ("a.json", nested)])
+    assert "perhaps --labels json:meta.label;" in caplog.text
+    captions = [m for i in range(6) for m in ((f"{i}.png", PNG), (f"{i}.txt", b"photo %d of a cat" % i))]
+    assert indexed(tmp_path, captions, "--labels", "txt")[1] == [*range(6)]
+    assert "6 classes of 6 images: these labels may be captions or ids" in caplog.text
     indexed(tmp_path, [("a.png", PNG), ("a.cls", b"3"), ("b.png", PNG), ("b.cls", b"10985")])
     assert "only 2 of the 10,986 classes 0 to 10,985 occur" in caplog.text
 
@@ -228,3 +237,32 @@ def test_names_as_labels_without_an_index_of_them_do_not_stop_pretraining(
     data = index.open_split(str(tar), "any")
     assert (data.read(0).image, data.label(0)) == (PNG, -1)
     assert caplog.text.count("its labels are names") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("1 001.Auk\n2 002.Owl bird\n", ["001.Auk", "002.Owl bird"]), ("0: cat\n1: dog\n", ["cat", "dog"]),
+        ("/a/air 0\n/b/bay/open 1\n", ["/a/air", "/b/bay/open"]), ("class 0\nclass 1\n", ["class 0", "class 1"]),
+        ("7 up\n9 up\n", ["7 up", "9 up"]), ("0\n1\n", ["0", "1"]),
+        ("n01 tench, Tinca\nn02 x\n", ["n01 tench, Tinca", "n02 x"]),
+    ],
+)  # fmt: skip
+def test_names_of_a_list_of_classes_are_without_numbers_that_count_them(
+    tmp_path: Path, text: str, names: list[str]
+) -> None:
+    (tmp_path / "c.txt").write_text(text)
+    assert labels_of.names_of_file(tmp_path / "c.txt") == {name: number for number, name in enumerate(names)}
+
+
+def test_index_of_what_is_no_tar_of_images_says_what_is_there(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("n01.tar", b""), ("n02.tar", b""), ("a.cls", b"")])
+    with pytest.raises(
+        ValueError, match="no samples .*only 2 .tar, 1 .cls; a tar of tars is for .mae-dist data pack im"
+    ):
+        main(["index", str(tmp_path / "x.tar")])
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(2000))
+    with pytest.raises(
+        ValueError, match="x.parquet: not a complete uncompressed tar .*; `mae-dist data pack` makes tars"
+    ):
+        main(["index", str(tmp_path / "x.parquet")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import tarfile
 from pathlib import Path
 
@@ -265,3 +266,23 @@ def test_index_moves_labels_of_a_list_from_one_to_zero_unless_other_splits_have_
     indexed(tmp_path, [m for i in range(3) for m in ((f"{i}.png", PNG), (f"{i}.cls", b"%d" % i))])
     main(["index", str(tmp_path / "v.tar"), "--split", "val", "--labels", str(tmp_path / "l.txt")])
     assert index.open_split(str(tmp_path), "val").label(2) == 2
+
+
+def test_tar_replaced_by_one_of_the_same_size_is_named_and_a_copy_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def written(label: bytes, seconds: int) -> None:
+        tar = write_tar(tmp_path / "x.tar", [("a.png", PNG), ("a.cls", label)])
+        os.utime(tar, ns=(0, (tmp_path / index.FILE).stat().st_mtime_ns + seconds * 10**9))
+
+    indexed(tmp_path, [("a.png", PNG), ("a.cls", b"3")])
+    caplog.clear()
+    for label, seconds in ((b"3", 5), (b"4", -5)):
+        written(label, seconds)
+        index.open_split(str(tmp_path), "train")
+    assert not caplog.text
+    written(b"4", 5)
+    index.open_split(str(tmp_path), "train", checked=True)
+    assert not caplog.text
+    index.open_split(str(tmp_path / "x.tar"), "train")
+    assert "x.tar: is not the file that was indexed, though as large (`mae-dist data check`); run" in caplog.text

@@ -300,15 +300,18 @@ class Coarse(TorchDispatchMode):
         return result
 
 
+SMALL: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: MAE(models.build("vit_demo4", depth=1), MaeConfig(masking="block"), seed=0),
+        lambda: MAE(models.build("vit_demo4", depth=1), MaeConfig(masking="block", **SMALL), seed=0),
         lambda: MAE(
-            models.build("vit_demo4", depth=1), MaeConfig(decoder="cross", predict=0.5, norm_pix=False), seed=0
+            models.build("vit_demo4", depth=1), MaeConfig(decoder="cross", predict=0.5, norm_pix=False, **SMALL), seed=0
         ),
-        lambda: MAE(models.build("mixer_demo4", depth=1), MaeConfig(hidden="token", masking="grid"), seed=0),
-        lambda: MAE(models.build("mixer_demo4", depth=1), MaeConfig(), seed=0),
+        lambda: MAE(models.build("mixer_demo4", depth=1), MaeConfig(hidden="token", masking="grid", **SMALL), seed=0),
+        lambda: MAE(models.build("mixer_demo4", depth=1), MaeConfig(**SMALL), seed=0),
         lambda: Finetune(models.build("vit_demo4", depth=1, pool="avg"), 5, drop_path=0.3, label_smoothing=0.1, seed=0),
         lambda: Probe(models.build("vit_demo4", depth=1), 5, chunk=2, seed=0),
     ],

@@ -263,9 +263,9 @@ def test_bootstrap_interval_is_near_the_normal_one(hits: int, total: int) -> Non
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed set of 700 training and 60 test images."""
+    """A packed set of 350 training and 60 test images."""
     folder = tmp_path_factory.mktemp("data") / "set"
-    pack(from_synthetic(700, 60), folder, shard_size=300)
+    pack(from_synthetic(350, 60), folder, shard_size=150)
     return folder
 
 
@@ -284,7 +284,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
     objective = ProbeHeads(backbone, 10, schema.HeadsConfig(ridge=True, features=("both",)), chunk=50, seed=0)
 
     def filled(name: str, world: int) -> Features:
-        features = Features(tmp_path / name, index, (objective.width,), CPU, shard=128)
+        features = Features(tmp_path / name, index, (objective.width,), CPU, shard=64)
         for rank in reversed(range(world)):
             features.fill(images, view, lambda batch: objective.rows(batch.images), rank, world)
         assert features.missing() == []
@@ -294,7 +294,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(files) == 12
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "three" / n).read_bytes() for n in files)
-    ids = np.array([699, 3, 3, 256, 127, 128])
+    ids = np.array([349, 3, 3, 128, 63, 64])
     plan = [(np.arange(6), ids)]
     (stored,), (shown,) = three.batches(plan, view), images.batches(plan, view)
     for name in ("labels", "ids", "epochs", "bad"):
@@ -306,7 +306,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
     whole = (tmp_path / "one/00002.npy").read_bytes()
     for damaged in (b"", whole[:10] + b"(" * 60, whole.replace(b"<f4", b"<i4"), b"cut"):
         (tmp_path / "one/00002.npy").write_bytes(damaged)
-        assert Features(tmp_path / "one", index, (objective.width,), CPU, shard=128).missing() == [2]
+        assert Features(tmp_path / "one", index, (objective.width,), CPU, shard=64).missing() == [2]
     one = filled("one", 2)
     assert (tmp_path / "one/00002.npy").read_bytes() == (tmp_path / "three/00002.npy").read_bytes()
     changed = [n for n in files if (tmp_path / "one" / n).stat().st_mtime_ns != before[n]]
@@ -315,7 +315,7 @@ def test_features_on_disk_are_bit_identical_for_any_number_of_ranks(data: Path, 
         Features(tmp_path / "bad", index, (1,), CPU).fill(
             images, view, lambda batch: batch.images.flatten(1)[:, :1] / 0
         )
-    assert one.num_bytes == 700 * 256 * 4
+    assert one.num_bytes == 350 * 256 * 4
 
 
 # the verb
@@ -359,7 +359,7 @@ def test_probe_heads_best_is_chosen_on_held_out_samples_and_tested_once(
     assert result["chosen"] in {row["name"] for row in found["rows"] if row["held_out_top1"] == best["held_out_top1"]}
     assert {row["base_lr"] for row in found["rows"] if row["diverged"]} == {1e9}
     assert result["diverged"] == 2
-    assert result["num_held_out"] == held_out(0, 0.1, np.arange(700)).sum()
+    assert result["num_held_out"] == held_out(0, 0.1, np.arange(350)).sum()
     assert result["interval"][0] <= result["top1"] <= result["interval"][1]
     table = (out / "heads.md").read_text()
     assert result["chosen"] in table
@@ -408,7 +408,7 @@ def test_probe_heads_are_elastic_and_resume_after_sigkill(data: Path, tmp_path: 
             torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
     for mine, other in zip(read(one)["rows"], read(two)["rows"], strict=True):
         assert mine["name"] == other["name"]
-        assert other["held_out_top1"] == pytest.approx(mine["held_out_top1"], abs=2)
+        assert other["held_out_top1"] == pytest.approx(mine["held_out_top1"], abs=3)
 
 
 def test_probe_heads_mistakes_print_one_line_and_write_nothing(
@@ -421,7 +421,7 @@ def test_probe_heads_mistakes_print_one_line_and_write_nothing(
         (["heads.blocks=[0]"], ["heads.blocks", "at least 1"]),
         (["heads.held_out=1"], ["heads.held_out=1", "less than 1"]),
         (["heads.held_out=0"], ["heads.held_out=0", "greater than 0"]),
-        (["heads.held_out=1e-6"], ["heads.held_out=1e-06", "0 of the 700"]),
+        (["heads.held_out=1e-6"], ["heads.held_out=1e-06", "0 of the 350"]),
         (["heads.lars=[0]"], ["heads.lars", "greater than 0"]),
         (["heads.lars=[many]"], ["heads.lars", "must be a list of numbers"]),
         (["heads.features=[]"], ["heads.features=[]"]),

@@ -99,14 +99,14 @@ stages:
   data:
     run: data pack synthetic --out {{data}} --train 64 --test 32
   pretrain:
-    run: pretrain data.path={{data}} {small} mae.decoder_dim=32 mae.decoder_depth=1 mae.decoder_heads=4 train.steps=20
+    run: pretrain data.path={{data}} {small} mae.decoder_dim=32 mae.decoder_depth=1 mae.decoder_heads=4 train.steps=4
     nodes: 2
     tasks_per_node: 1
   knn:
     run: knn data.path={{data}} init_from={{pretrain}} {small} model.pool=avg
     tasks_per_node: 1
   finetune:
-    run: finetune data.path={{data}} init_from={{pretrain}} {small} model.pool=avg train.steps=5
+    run: finetune data.path={{data}} init_from={{pretrain}} {small} model.pool=avg train.steps=2
     sweep: train.seed=0,1
     tasks_per_node: 1
   report:
@@ -121,9 +121,9 @@ stages:
     assert again.stdout.count("done already") == 5
     assert "job " not in again.stdout
     # other settings of one stage are refused for its existing runs
-    file.write_text(file.read_text().replace("train.steps=5", "train.steps=6"))
+    file.write_text(file.read_text().replace("train.steps=2", "train.steps=3"))
     refused = submit("pipeline", file, "--cluster", cluster_file, status=2)
-    assert "train.steps: 5 -> 6" in refused.stderr
+    assert "train.steps: 2 -> 3" in refused.stderr
 
 
 def test_pipeline_failure_cancels_the_stages_after_it(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_pipeline_failure_cancels_the_stages_after_it(slurm: Slurm, cluster_file
 out: {out}
 stages:
   data: {{run: "data pack synthetic --out {{data}} --train 64 --test 32"}}
-  pretrain: {{run: "pretrain data.path={{data}} data.split=dev {small} train.steps=4"}}
+  pretrain: {{run: "pretrain data.path={{data}} data.split=dev {small} train.steps=4", tasks_per_node: 1}}
   knn: {{run: "knn data.path={{data}} init_from={{pretrain}} {small}"}}
 """)
     submit("pipeline", file, "--cluster", cluster_file)

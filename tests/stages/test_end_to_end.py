@@ -1,10 +1,10 @@
 """The promises of whole runs, with real processes: resume, other world sizes, damaged checkpoints, user errors."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,17 +12,19 @@ import torch
 from running import (
     MAE,
     SETTINGS,
-    environment,
     finish_ranks,
     losses,
     refused,
     start,
+    start_forked,
     start_ranks,
     weights,
 )  # fmt: skip
 from safetensors.torch import load_file
 
+from mae_dist import dist, rendezvous
 from mae_dist.__main__ import main
+from mae_dist.errors import RankLost
 from mae_dist.models.vit import class_and_grid
 from mae_dist.run import checkpoint
 from mae_dist.run.directory import RunDir
@@ -39,15 +41,17 @@ def pretrained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+def meet_nobody() -> None:
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    rendezvous.LEAST_RENDEZVOUS = timedelta(seconds=1)
+    with pytest.raises(RankLost, match="^rank 1 did not meet the others within 1 s of its start"):
+        dist.setup(timeout=0.5)
+
+
 def test_a_rank_that_meets_nobody_says_so() -> None:
-    impatient = (
-        "from datetime import timedelta; from mae_dist import dist, rendezvous; "
-        "rendezvous.LEAST_RENDEZVOUS = timedelta(seconds=1); dist.setup(timeout=0.5)"
-    )
-    alone = environment() | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    done = subprocess.run([sys.executable, "-c", impatient], env=alone, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "RankLost: rank 1 did not meet the others within 1 s of its start" in done.stderr
+    alone = start_forked(meet_nobody)
+    alone.join(60)
+    assert alone.exitcode == 0
 
 
 def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -128,22 +132,20 @@ def test_the_stages_follow_each_other(tiny_data: Path, pretrained: Path, tmp_pat
     shared = [f"data.path={tiny_data}", *SETTINGS]
     training = ["train.steps=1"]
     alone = ["machine.strategy=hsdp", "machine.shards=1"]
-    half = [*training, "train.precision=bf16"]
+    half = [*training, "train.precision=bf16", "model.image_size=16"]  # slow where a CPU has no such numbers
     for verb, settings in {"knn": alone, "probe": half, "finetune": [*training, "model.drop_path=0.1"]}.items():
-        for source in (str(pretrained), "random"):
-            out = tmp_path / f"{verb}-{Path(source).name}"
-            assert main([verb, *shared, *settings, "model.pool=avg", f"init_from={source}", f"out={out}"]) == 0
-            result = json.loads((out / "result.json").read_text())
-            assert result["verb"] == verb
-            assert result["num_test_images"] == 40
-            assert 0 <= result["top1"] <= result["top5"] <= 100
-    moved, fresh = weights(tmp_path / "finetune-pretrained"), weights(pretrained)
+        out = tmp_path / verb
+        assert main([verb, *shared, *settings, "model.pool=avg", f"init_from={pretrained}", f"out={out}"]) == 0
+        result = json.loads((out / "result.json").read_text())
+        assert result["verb"] == verb
+        assert result["num_test_images"] == 40
+        assert 0 <= result["top1"] <= result["top5"] <= 100
+    moved, fresh, probed = (weights(run) for run in (tmp_path / "finetune", pretrained, tmp_path / "probe"))
     backbone = "model.backbone.blocks.0.mlp.fc1.weight"
-    probed = weights(tmp_path / "probe-pretrained")
     assert torch.equal(probed[backbone], fresh[backbone]), "a probe must not move the backbone"
     assert not torch.equal(moved[backbone], fresh[backbone])
     assert sorted((pretrained / "pictures").glob("reconstruction-*.png"))
-    assert main(["report", str(pretrained), str(tmp_path / "probe-random")]) == 0
+    assert main(["report", str(pretrained), str(tmp_path / "probe")]) == 0
 
 
 def test_another_image_size_resizes_learned_positions_and_computes_fixed_ones(
@@ -266,13 +268,6 @@ def test_other_settings_are_refused_with_the_fields_named(
     assert "train.steps: 2 -> 7" in line
     assert "train.seed: 0 -> 3" in line
     assert (pretrained / "config.yaml").read_bytes() == before
-
-
-def test_torchrun_with_too_many_ranks_ends_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
-    done = start("pretrain", f"data.path={tiny_data}", f"out={tmp_path / 'run'}", *SETTINGS, "train.global_batch=2",
-                 "machine.processes=3", check=2)  # fmt: skip
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
