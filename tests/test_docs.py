@@ -40,6 +40,7 @@ FULL = {"pretrain": "pretrain/cifar100_vit_ti4", "probe": "probe/cifar100_vit_ti
 SMALL = ["train.steps=1", "train.global_batch=4", "optim.warmup_epochs=0", "train.precision=fp32", "track.every=1",
          "machine.processes=1", "machine.workers=0"]  # fmt: skip
 """What every run of these tests adds to its command."""
+DECODER = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4"]
 FEW = ["--train", "24", "--test", "8"]
 """How many images these tests pack."""
 NOT_RUN = {
@@ -233,8 +234,13 @@ def smaller(call: list[str]) -> list[str] | None:
     if any(word.startswith("init_from=") and word.endswith(".pth") for word in words):
         return None
     if words[0] in (*SCHEMAS, "rotate"):
-        return words + [word for word in SMALL if not (words[0] == "knn" and word.startswith("optim."))]
-    return ["1" if word == "100" else word for word in words]
+        small = [word for word in SMALL if not (words[0] == "knn" and word.startswith("optim."))]
+        if not any(word.startswith("model.name=") for word in words):
+            small += ["model.name=vit_demo4", *(DECODER if words[0] == "pretrain" else [])]
+            small += ["heads.blocks=[2,4]"] if any(word.startswith("heads.blocks=") for word in words) else []
+        return words + small
+    steps_and_blocks = {"100": "1", "6": "4"}
+    return [steps_and_blocks.get(word, word) for word in words]
 
 
 def test_extensions_work_as_written(tmp_path: Path) -> None:
