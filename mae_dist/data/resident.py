@@ -222,7 +222,8 @@ def load(path: Path, index: ShardIndex, how: Decoding = RGB) -> Pixels:
             known = file.metadata() or {}
             if known.get("key") != key_of(index, how):
                 raise Unusable("its tars or their index have changed")
-            pixels = Pixels(*map(file.get_tensor, TENSORS), small_files.parse_json(known["changes"], path))
+            labels, bad, images = map(file.get_tensor, TENSORS)
+            pixels = Pixels(labels, bad, images, small_files.parse_json(known["changes"], path))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Unusable(f"damaged ({error})") from error
     shape = (len(index), how.channels, *(index.dataset.image_size or ()))
