@@ -31,9 +31,10 @@ MAE = ["mae.decoder_dim=32", "mae.decoder_depth=1", "mae.decoder_heads=4", "opti
 
 IMPORTED = [
     "mae_dist.stages.pretrain", "mae_dist.stages.finetune", "mae_dist.stages.probe", "mae_dist.launcher",
-    "numpy.random", "omegaconf", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "timm.data.auto_augment", "torch._dynamo",
+    "numpy.random", "omegaconf", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "timm.data.auto_augment",
+    "torch._dynamo", "torch.distributed.checkpoint",
 ]  # fmt: skip
-"""What a rank imports until its first step; DDP and FSDP import torch._dynamo."""
+"""What a rank imports until its first step: torch._dynamo for DDP and FSDP, the last to read a checkpoint."""
 
 
 def command(*argv: object) -> list[str]:
