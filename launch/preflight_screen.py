@@ -333,7 +333,7 @@ def warnings(found: Forecast) -> Iterator[str]:
     if config.optim.warmup_epochs >= epochs:
         yield f"optim.warmup_epochs={config.optim.warmup_epochs:g}: the run has {epochs:.3g}, so its lr reaches no peak"
     if config.train.resolutions:
-        yield "train.resolutions: memory and speed are those of the last resolution, the dearest"
+        yield "train.resolutions: memory and speed are those of the last resolution; the time is that of all"
     if place.limit is None:
         return
     useful = place.limit - place.unused

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from mae_dist import heads_settings
+from mae_dist import heads_settings, resolutions
 from mae_dist.model_sizes import block_parameters, grid_of, num_parameters, size_of
 from mae_dist.patch_counts import patch_counts
 from mae_dist.schema import FinetuneConfig, MaeConfig, PretrainConfig, ProbeConfig, RunConfig, TrainingConfig
@@ -183,17 +183,36 @@ def finetuning(
     return Cost(whole.forward + head.forward, trains.backward, trains.kept, trains.recomputable)
 
 
-def of_run(config: TrainingConfig) -> Cost | None:
-    """The cost of an image in a step of a run, without heads of classes, which are below 1 %; None of heads on stored
-    features, which are all of a step.
+def of_run(config: TrainingConfig, size: int | tuple[int, int] | None = None) -> Cost | None:
+    """The cost of an image in a step of a run, at model.image_size or another size, without heads of classes, which are
+    below 1 %; None of heads on stored features, which are all of a step.
     """
     if isinstance(config, ProbeConfig) and heads_settings.stores_features(config):
         return None
-    model, channels = config.model, config.data.channels or 3
+    model, channels, size = config.model, config.data.channels or 3, size or config.model.image_size
     if isinstance(config, PretrainConfig):
-        return pretraining(model.name, config.mae, model.image_size, channels)
+        return pretraining(model.name, config.mae, size, channels)
     trained = config.model.train_blocks if isinstance(config, FinetuneConfig) else 0
-    return finetuning(model.name, model.image_size, channels, trained=trained)
+    return finetuning(model.name, size, channels, trained=trained)
+
+
+def training_flops(config: TrainingConfig, steps: range, total: int) -> float:
+    """Floating point operations of an image in a step: the mean over `steps` (0 for the first) of a run of `total`
+    steps, each at its resolution; 0 where they are not known.
+    """
+    parts = resolutions.spans(config.train, config.model.image_size, steps, total)
+    costs = [(max(1, len(part)), of_run(config, size)) for part, size in parts]
+    summed = sum(number * cost.training_flops for number, cost in costs if cost)
+    return summed / sum(number for number, _ in costs)
+
+
+def seconds_left(config: TrainingConfig, step: int, total: int, rate: float) -> float:
+    """Time of the steps after `step`, from the images a second before it: a step at another resolution takes as much
+    more as it has operations.
+    """
+    before = training_flops(config, range(step - 1, step), total)
+    more = training_flops(config, range(step, total), total) / before if before else 1.0
+    return (total - step) * config.train.global_batch * more / rate
 
 
 def parameters(config: RunConfig, classes: int = 0) -> tuple[int, int]:

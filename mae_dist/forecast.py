@@ -221,6 +221,8 @@ class Forecast:
         left = self.steps - self.done
         images = left * self.config.train.global_batch
         evaluations = max(1, int(images / self.num_samples / epochs)) if epochs else 1
+        if image is not None:  # as many images at model.image_size as take the same time
+            images *= cost.training_flops(self.config, range(self.done, self.steps), self.steps) / image.training_flops
         return (images + evaluations * self.num_test * forward) / self.speed
 
     @property

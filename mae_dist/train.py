@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mae_dist import clock, cost, devices, dist, hints, optim, parallel, rewind, watchdog
+from mae_dist import clock, cost, devices, dist, hints, optim, parallel, resolutions, rewind, watchdog
 from mae_dist import config as configuration
 from mae_dist.batch import Batch
 from mae_dist.clock import Mark, Spans
@@ -152,11 +152,11 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     lr = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
     module, state, graphs = prepare(task, run, config, device)
     run.record_launch(first := state.step, device)
-    announce(task, run, config, state, total, *(speed := flops_and_peak(config, device)))
+    announce(task, run, config, state, total, peak := peak_flops(config, device))
     with (
         dist.name_lost_ranks(lambda: f"step {state.step + 1}"),
         StopFlag() as stop,
-        Tracker(run.path, config, task.verb, state.step, total, task.num_samples, *speed) as tracking,
+        Tracker(run.path, config, task.verb, state.step, total, task.num_samples, peak) as tracking,
         AsyncSaver(run, config.checkpoint, pinned=device.type == "cuda") as saver,
     ):
         state.optimizer.register_step_pre_hook(lambda *_: saver.wait_for_copies())
@@ -315,20 +315,15 @@ def go_back(
     return task.batches(range(state.step, total))
 
 
-def flops_and_peak(config: TrainingConfig, device: torch.device) -> tuple[int, float]:
-    """(Floating point operations of an image in a step, 0 where they are not known or change with the resolution; the
-    most that the devices of all ranks together make in a second).
-    """
-    image, dtype = cost.of_run(config), parallel.DTYPES.get(config.train.precision, torch.float32)
-    peak = sum(dist.gather_objects(devices.peak_flops(device, dtype)))
-    return (0 if image is None or config.train.resolutions else image.training_flops), peak
+def peak_flops(config: TrainingConfig, device: torch.device) -> float:
+    """The most operations that the devices of all ranks together make in a second."""
+    dtype = parallel.DTYPES.get(config.train.precision, torch.float32)
+    return sum(dist.gather_objects(devices.peak_flops(device, dtype)))
 
 
-def announce(
-    task: Task, run: RunDir, config: TrainingConfig, state: TrainState, total: int, flops: int, peak: float
-) -> None:
+def announce(task: Task, run: RunDir, config: TrainingConfig, state: TrainState, total: int, peak: float) -> None:
     """Log once what runs on what: steps, shape of the batch, peak learning rate, model, devices, data, time, folder.
-    ``flops`` of an image in a step; the ``peak`` of all devices a second.
+    ``peak``: operations of all devices a second.
     """
     if not dist.is_main():
         return
@@ -339,17 +334,20 @@ def announce(
     shape += f"{'image' if micro == 1 else 'images'} x {counted(task.num_micro, 'micro-batch')}"
     log.info("%s: %s of %s, lr %.3g, %s", task.verb, counted(total, "step"), shape, lr, train.precision)
     parameters = sum(parameter.numel() for parameter in task.objective.parameters()) / 1e6
-    size = " x ".join(map(str, dict.fromkeys(sides(model.image_size))))
-    work = f", {flops / 1e9:.3g} GFLOPs an image and step" if flops else ""
+    rest = range(state.step, total)
+    flops, parts = cost.training_flops(config, rest, total), resolutions.spans(train, model.image_size, rest, total)
+    size = ", then ".join(" x ".join(map(str, dict.fromkeys(sides(at)))) for _, at in parts)
+    mean = ", the mean of these sizes" if len(parts) > 1 else ""
+    work = f", {flops / 1e9:.3g} GFLOPs an image and step{mean}" if flops else ""
     device = devices.name_of(state.loss_scale.scale.device)
     log.info("%s at %s px: %.4g M parameters%s, on %d x %s", model.name, size, parameters, work, world, device)
     epoch = f"an epoch is {task.num_samples / batch:,.4g} steps"
     log.info("%s from data.path=%s: %s", counted(task.num_samples, "image"), hints.shown(config.data.path), epoch)
-    images = (total - state.step) * batch
     if state.step and (speed := tracker.last_speed(run.path)):
-        log.info("expected time: %s at the last speed", timedelta(seconds=round(images / speed)))
+        seconds = cost.seconds_left(config, state.step, total, speed)
+        log.info("expected time: %s at the last speed", timedelta(seconds=round(seconds)))
     elif flops and peak:
-        least = timedelta(seconds=round(images * flops / peak))
+        least = timedelta(seconds=round(len(rest) * batch * flops / peak))
         log.info("expected time: %s at %.3g TFLOP/s, the most of %s", least, peak / 1e12, counted(world, "device"))
     log.info("%s run in %s", f"resumed at step {state.step:,} of the" if state.step else "new", run.path)
 

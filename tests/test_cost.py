@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_dist import cost, model_sizes, models
+from mae_dist import config, cost, model_sizes, models
 from mae_dist.__main__ import main
 from mae_dist.batch import Batch
 from mae_dist.cost import Cost
@@ -208,6 +208,19 @@ def test_cost_of_partial_finetuning_equals_torchs_counter(name: str, trained: fl
     found = known(cost.finetuning(name, 32, classes=CLASSES, trained=trained))
     tuned = Finetune(backbone, CLASSES, drop_path=0.0, label_smoothing=0.0, seed=0)
     assert found.training_flops == torch_count(tuned)
+
+
+def test_cost_of_steps_and_time_left_count_each_step_at_its_resolution() -> None:
+    words = ["data.path=d", "out=o", "model.name=vit_b16", "train.resolutions=[[0,112],[0.5,224]]"]
+    run = config.load("pretrain", None, [*words, "train.global_batch=10"])
+    low, high = (known(cost.pretraining("vit_b16", run.mae, side)).training_flops for side in (112, 224))
+    assert low < high / 3
+    assert [cost.training_flops(run, steps, 8) for steps in (range(4), range(3, 8))] == [low, (low + 4 * high) / 5]
+    assert cost.seconds_left(run, 2, 8, rate=5.0) == pytest.approx(2 * (2 + 4 * high / low))
+    assert cost.seconds_left(run, 8, 8, rate=5.0) == 0
+    plain = config.load("pretrain", None, words[:3])
+    assert cost.training_flops(plain, range(3), 3) == high
+    assert cost.seconds_left(plain, 2, 4, rate=1024.0) == 2
 
 
 def test_cost_of_a_probe_is_that_of_a_forward_pass() -> None:

@@ -151,6 +151,10 @@ def test_forecast_times_requeues_and_checkpoints() -> None:
     assert resumed.seconds == pytest.approx(415 * 4.096, rel=1e-3)
     assert resumed.between_saves == pytest.approx(8.192)
     assert of_vit_b(place=Place(limit=None)).requeues is None
+    rising = of_vit_b("train.resolutions=[[0,112],[0.5,224]]", place=place, step=Rate(1000 / 7.6, "", False))
+    low, high = (cost.of_run(rising.config, side) or cost.Cost() for side in (112, 224))
+    share = (1 + low.training_flops / high.training_flops) / 2
+    assert rising.seconds == pytest.approx(share * rising.steps * rising.config.train.global_batch / 1000, rel=1e-3)
     tested = of_vit_b("track.evaluate_every=10", num_test=50_000, step=Rate(1000 / 7.6, "", False))
     assert tested.seconds == pytest.approx((1e8 + 10 * 50_000 / 3) / 1000, rel=1e-3)
 

@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mae_dist import clock, dist, printed
+from mae_dist import clock, cost, dist, printed
 from mae_dist.errors import MachineFault
 from mae_dist.run import events, interval, jsonl, layout, warned
 from mae_dist.run.interval import RankTime
 from mae_dist.run.log_file import unprinted
 from mae_dist.run.mirror import Mirror
-from mae_dist.schema import RunConfig
+from mae_dist.schema import RunConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +43,19 @@ WATCHED_SECONDS = 30.0
 class Tracker:
     """Context manager that records a run from `step` on. ``num_bad``: unreadable samples since the data last changed,
     at step ``data_since``; ``skipped``: steps so far whose gradient was not finite, overflows that a loss scale mends
-    left out. ``flops`` of an image in a step and the ``peak`` of all devices together, a second, give the MFU.
+    left out. The ``peak`` of all devices together, in operations a second, gives the MFU; 0: not known.
     """
 
     def __init__(
-        self, path: Path, config: RunConfig, verb: str, step: int, total: int, num_samples: int, flops: float = 0.0,
-        peak: float = 0.0,
-    ):  # fmt: skip
+        self, path: Path, config: TrainingConfig, verb: str, step: int, total: int, num_samples: int, peak: float = 0.0
+    ):
         self.path, self.total, self.num_samples = path / layout.METRICS, total, num_samples
         self.config = config
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], Mapping[str, float | clock.Spans], dict[str, Tensor]]] = []
         self.flushed, self.last_line, self.begun = time.perf_counter(), -math.inf, False
-        self.share_of_peak = flops / peak if peak else 0.0  # of a device that makes one image a second
+        self.peak = peak
         self.hosts: list[str] = dist.gather_objects(socket.gethostname())
         self.watched: list[RankTime] = []
         self.said = "compute", 0
@@ -131,7 +130,10 @@ class Tracker:
         self.num_bad += sum(record.get("bad", 0) for record in records)
         self.skipped += [record["step"] for record in records if is_fault(record)]
         ranks = [RankTime(*row[len(plain) :]) for row in rows]
-        summed = interval.record(records[-1]["step"], ranks, self.hosts, rate * self.share_of_peak)
+        steps = range(records[0]["step"] - 1, records[-1]["step"])
+        flops = cost.training_flops(self.config, steps, self.total)
+        mfu = rate * flops / self.peak if self.peak else 0.0
+        summed = interval.record(records[-1]["step"], ranks, self.hosts, mfu)
         self._write(self.path, records + [summed] * self.begun)
         self._mirror(*records, *[summed] * self.begun)
         if dist.is_main():
@@ -142,7 +144,7 @@ class Tracker:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
         self._show(records[-1], summed)
         if self.begun:  # the first flush of a start waited for the loader to start
-            self._watch(ranks, records[-1]["step"], rate)
+            self._watch(ranks, records[-1]["step"], mfu)
         self.begun = True
 
     def _time(self, waits: list[dict[str, float]], seconds: float) -> RankTime:
@@ -166,12 +168,12 @@ class Tracker:
         """Epochs and ids of a step's samples over all ranks, in the order of the global batch."""
         return {"step": step} | {name: dist.gather(tensors[name]).tolist() for name in ("epochs", "ids")}
 
-    def _watch(self, ranks: list[RankTime], step: int, rate: float) -> None:
+    def _watch(self, ranks: list[RankTime], step: int, mfu: float) -> None:
         """Log what has limited the last WATCHED_SECONDS, where that is another thing, or rank, than the last time."""
         self.watched = interval.added(ranks, self.watched)
         if self.watched[0].seconds < WATCHED_SECONDS:
             return
-        found = interval.record(step, self.watched, self.hosts, rate * self.share_of_peak)
+        found = interval.record(step, self.watched, self.hosts, mfu)
         self.watched, before = [], self.said
         noticeable = found["waited"] >= interval.NOTICEABLE
         self.said = found["limit"], found["rank"] if noticeable else 0
@@ -225,7 +227,7 @@ class Tracker:
         ended = last["step"] == self.total
         if ended or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
-            left = timedelta(seconds=round((self.total - last["step"]) * self.unit / max(rate, 1e-3)))
+            left = timedelta(seconds=round(cost.seconds_left(self.config, last["step"], self.total, max(rate, 1e-3))))
             logger = log if self.progress.disable else unprinted
             logger.info("step %d/%d  %s  %s left", last["step"], self.total, text, left)
 

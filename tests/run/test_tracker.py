@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from running import SETTINGS, start_forked
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-from mae_dist import config, schema
+from mae_dist import config, cost, schema
 from mae_dist.__main__ import main
-from mae_dist.run import events, layout, mirror, tracker
+from mae_dist.run import events, jsonl, layout, mirror, tracker
 
 
 def settings(path: Path, wandb: str | None = "off") -> schema.PretrainConfig:
@@ -272,7 +273,8 @@ def test_wandb_has_what_knn_and_probe_heads_measure(
 
 def test_last_step_has_a_line_though_the_one_before_is_recent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    with tracker.Tracker(tmp_path, settings(tmp_path), "pretrain", 0, 3, 50, flops=10**9, peak=1e12) as tracked:
+    rising = replace(settings(tmp_path), train=schema.TrainConfig(global_batch=10, resolutions=((0, 16), (0.5, 224))))
+    with tracker.Tracker(tmp_path, rising, "pretrain", 0, 3, 50, peak=1e6) as tracked:
         for step in (1, 2, 3):
             record_step(tracked, step)
             tracked.flush()
@@ -280,6 +282,12 @@ def test_last_step_has_a_line_though_the_one_before_is_recent(tmp_path: Path, ca
     assert [words[0] for words in shown] == ["step 1/3", "step 3/3"]
     assert [word for word in shown[1] if word.startswith("MFU ")]
     assert tracker.last_speed(tmp_path) > 0
+    lines = jsonl.read(tmp_path / layout.METRICS)
+    speeds = [line["images_per_second"] for line in lines if line["kind"] == jsonl.STEP][1:]
+    intervals = [line for line in lines if line["kind"] == jsonl.INTERVAL]
+    found = [line["mfu"] * 1e6 / speed for line, speed in zip(intervals, speeds, strict=True)]
+    costs = [cost.pretraining("vit_demo4", rising.mae, side) for side in (16, 224)]
+    assert found == pytest.approx([found.training_flops for found in costs if found], rel=1e-3)
 
 
 def test_wandb_names_are_grouped() -> None:
