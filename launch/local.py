@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,13 +57,16 @@ def print_failure(run: Run, status: int, output: list[str]) -> None:
 
 
 def execute(run: Run) -> tuple[int, list[str]]:
-    """Run `mae-dist ARGV`; give its exit status and output. The output is kept in the run's local.log."""
+    """Run `mae-dist ARGV`; give its exit status and output. The output is kept in the run's local.log. SIGTERM is
+    passed on, so that no run is left behind, and it saves.
+    """
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [*environment.python(), *run.argv], env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     output: list[str] = []
     while True:
         try:
@@ -73,6 +77,7 @@ def execute(run: Run) -> tuple[int, list[str]]:
         except KeyboardInterrupt:  # the child process got it as well, and saves
             continue
     status = process.wait()
+    signal.signal(signal.SIGTERM, before)
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     log_of(run).write_text("\n".join(output) + "\n")
     return status, output

@@ -87,7 +87,7 @@ class Stage:
     @property
     def ranked(self) -> bool:
         """Whether its runs can use several ranks."""
-        return self.verb in SCHEMAS
+        return self.verb in {*SCHEMAS, "embed", "predict"}
 
     @property
     def remaining(self) -> tuple[Run, ...]:
@@ -195,7 +195,8 @@ def with_stamp(run: Run, out: Path, written_out: str, needs: list[Stage]) -> Run
     what: list[Any] = [word.replace(str(out), written_out) for word in run.argv]
     if run.config is not None:
         what = [run.argv[0], configuration.result_settings(run.config) | {"init_from": None}]
-        if Path(run.config.data.path) not in [made.output for need in needs for made in need.runs]:
+        made = [made.output for need in needs for made in need.runs if made.output]
+        if not any(Path(run.config.data.path).is_relative_to(folder) for folder in made):
             try:
                 data = run.config.data
                 what.append(open_split(data.path, data.split, allow_outside=data.allow_outside).fingerprint)

@@ -35,6 +35,7 @@ from launch.pipeline import Run, Stage
 from launch.task_runner import JobSpec
 from mae_dist import config as configuration
 from mae_dist import printed
+from mae_dist.cli import VERBS
 from mae_dist.errors import DONE, INTERRUPTED, USER_ERROR
 from mae_dist.forecast import Forecast
 from mae_dist.run import identity, jobs, layout, slurm_cli
@@ -99,6 +100,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     dry += "so partitions are not checked"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    if argv and (verb := argv[0]) in VERBS.keys() - {*SCHEMAS, "submit"}:
+        parser.exit(
+            USER_ERROR, f"mae-dist: submit {verb}: makes no run; submit a pipeline that has a stage `run: {verb} ...`\n"
+        )
     return parser.parse_intermixed_args(argv)
 
 

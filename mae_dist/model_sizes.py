@@ -35,6 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
         for name in MIXERS
     },
     "vit_demo4": {"patch": 4, "dim": 128, "depth": 4, "num_heads": 4},
+    "vit_demo2": {"patch": 2, "dim": 128, "depth": 4, "num_heads": 4},
     "mixer_demo4": {"patch": 4, "dim": 128, "depth": 4, "token_hidden": 64, "channel_hidden": 512},
 }
 """Model name -> arguments of its constructor."""

@@ -130,10 +130,11 @@ def finetuning(num_images: int, side: int) -> Lines:
 
 
 def batch_for(num_images: int) -> int:
-    """A power of two near a fiftieth of the images, from 64 to 1024, but no more than there are; 4096 for half a
-    million and more.
+    """A power of two near a fiftieth of the images, from 64 to 1024, but no more than there are, and even, as mixing
+    takes pairs; 4096 for half a million and more.
     """
-    return 4096 if num_images >= MANY else min(2 ** min(max((num_images // 50).bit_length() - 1, 6), 10), num_images)
+    pairs = max(1, num_images // 2)
+    return 4096 if num_images >= MANY else min(2 ** min(max((num_images // 50).bit_length() - 1, 6), 10), 2 * pairs)
 
 
 def as_yaml(lines: Lines) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +41,7 @@ SMALL_PIPELINE = f"""\
 """
 
 
-def test_pipeline_stage_needs_the_stages_it_names(tmp_path: Path) -> None:
+def test_pipeline_stage_needs_the_stages_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = stages(tmp_path, SMALL_PIPELINE)
     assert {name: stage.needs for name, stage in found.items()} == {
         "data": (), "pretrain": ("data",), "knn": ("data", "pretrain"), "report": ("pretrain", "knn"),
@@ -45,6 +49,13 @@ def test_pipeline_stage_needs_the_stages_it_names(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert found["report"].runs[0].argv[1:4] == (*(f"{out}/{n}" for n in ("pretrain", "knn/seed-0", "knn/seed-1")),)
     assert found["pretrain"].overrides == ("nodes=2",)
+    written = SMALL_PIPELINE + "  rows: {run: 'embed {pretrain} {data} --out {rows}'}\n"
+    rows = stages(tmp_path, written)["rows"]
+    assert (rows.needs, rows.runs[0].argv[-1]) == (("pretrain", "data"), str(out / "rows"))
+    assert [stage.ranked for stage in (rows, found["report"])] == [True, False]
+    with pytest.raises(SystemExit, match="2"):
+        submit.main(["embed", "run", "data", "--out", "rows"])
+    assert capsys.readouterr().err.endswith("submit a pipeline that has a stage `run: embed ...`\n")
     timed = stages(tmp_path, SMALL_PIPELINE.replace("nodes: 2", "time: '24:00:00'"))["pretrain"]
     assert cluster_file.load(CLUSTER_FILE, list(timed.overrides)).time == "24:00:00"
     settings = found["knn"].runs[1].config
@@ -142,6 +153,24 @@ def test_invalid_pipeline_stage_is_refused(text: str, message: str, tmp_path: Pa
 def test_example_pipelines_are_valid() -> None:
     for file in (ROOT / "launch" / "pipelines").glob("*.yaml"):
         assert pipeline.load(str(file), [])[1]
+
+
+def test_local_pipeline_passes_sigterm_on_to_its_run(tmp_path: Path) -> None:
+    run = pipeline.Run(
+        "data", tmp_path, ("data", "pack", "synthetic", "--out", str(tmp_path / "data"), "--train", "9" * 6)
+    )
+
+    def terminate() -> None:
+        while not [*tmp_path.iterdir()]:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=terminate, daemon=True)
+    thread.start()
+    status, _ = local.execute(run)
+    assert status != 0
+    assert not (tmp_path / "data" / "dataset.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.slow
