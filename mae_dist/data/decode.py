@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ from mae_dist.data.pixels import (
     turned,
     with_channels,
 )
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs what it raises, too, for each image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may recognise in a file. Of all that it knows, others start programs (EPS) or fail in unforeseen ways."""

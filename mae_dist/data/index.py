@@ -36,7 +36,6 @@ from mae_dist.paths import is_url
 log = logging.getLogger(__name__)
 MOST_COMPARED = 2**30
 """Bytes of tars whose checksums are compared when a split is opened."""
-
 MOST_BYTES = 2**32
 """Bytes of an image file."""
 
@@ -280,7 +279,8 @@ def open_split(
     if left_out:
         log.info("%s: %d samples are left out (%s)", path, sum(map(len, left_out.values())), quarantine.FILE)
     if not len(index):
-        raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples")
+        why = f": {quarantine.FILE} leaves out all; remove its lines, or name another split" if left_out else ""
+        raise ValueError(f"data.path={path}: the tars of split {split!r} hold no samples{why}")
     return index
 
 
