@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from mae_dist import config, recipes
 
 ROOT = Path(__file__).parents[1]
+EACH = "import json, sys; from mae_dist.__main__ import main; [sys.exit(1) for w in json.loads(sys.argv[1]) if main(w)]"
+"""One process that runs several verbs, since each would import torch again."""
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 
 
@@ -32,27 +35,38 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_wheel_outside_a_clone_finds_recipes_and_submits(installed: Path, tmp_path: Path) -> None:
-    def output(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "mae_dist", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env=os.environ | {"PYTHONPATH": str(installed)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+def test_wheel_outside_a_clone_packs_pretrains_reports_and_submits(installed: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "mae_dist" / "configs", tmp_path / "expected")
     here, there = (sorted(str(p.relative_to(f)) for p in f.glob("*/*.yaml"))
                    for f in (tmp_path / "expected", installed / "mae_dist" / "configs"))  # fmt: skip
     assert here == there
     assert (installed / "launch" / "torchrun.sh").is_file()
-    output("data", "pack", "synthetic", "--out", "data", "--train", "40", "--test", "20")
-    help_text = output("pretrain", "--help")
-    assert "cifar100_vit_ti4" in help_text
-    assert str(installed / "mae_dist" / "configs") in help_text
     run = ["pretrain", "cifar100_vit_ti4", "data.path=data", "out=run"]
-    script = output("submit", *run, "--cluster", str(installed / "launch" / "clusters" / "example.yaml"), "--dry-run")
-    assert "srun --unbuffered" in script
+    tiny = [
+        "model.name=vit_demo4",
+        "train.epochs=1",
+        "optim.warmup_epochs=0",
+        "train.global_batch=16",
+        "machine.processes=1",
+    ]
+    cluster = str(installed / "launch" / "clusters" / "example.yaml")
+    verbs = [
+        ["data", "pack", "synthetic", "--out", "data", "--train", "16", "--test", "8"], ["recipe", "data"],
+        [*run, *tiny], ["report", "run"], ["submit", *run, "out=other", "--cluster", cluster, "--dry-run"],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(verbs)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "srun --unbuffered" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
+    found = subprocess.run(
+        [sys.executable, "-m", "mae_dist", "pretrain", "--help"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(installed)}, check=True,
+    )  # fmt: skip
+    assert "cifar100_vit_ti4" in found.stdout
+    assert str(installed / "mae_dist" / "configs") in found.stdout
 
 
 def test_recipes_are_found_by_name_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
