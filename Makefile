@@ -30,7 +30,7 @@ test-slow: $(VENV)/installed  ## the tests marked slow, before a release: ten se
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/hadolint docker/*Dockerfile && $(BIN)/shellcheck docker/*.sh launch/*.sh tests/slurm/cluster .ci/run
+	$(BIN)/hadolint docker/*Dockerfile && $(BIN)/shellcheck docker/*.sh launch/*.sh tests/slurm/cluster .ci/run .ci/versions
 
 docs: $(VENV)/installed  ## write the pages of docs/ that follow from the code
 	$(BIN)/python -m docs.generate

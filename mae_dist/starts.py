@@ -15,6 +15,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the file with the tensors in a checkpoint that is a folder."""
 UNKNOWN = "(that of init_from)"
 """Name of the model while it is that of a checkpoint of others which is not imported yet."""
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pth.tar", ".distcp")
+"""Ends of the names of checkpoint files."""
+PARTS = ".metadata"
+"""Name of the list of parts of a checkpoint of torch.distributed.checkpoint."""
 INDEX = ".index.json"
 """End of the name of the file that lists the parts of a sharded checkpoint, as transformers writes it."""
 
@@ -29,9 +33,13 @@ def run_and_step(text: str) -> tuple[Path, int | None]:
 
 def is_of_others(path: Path) -> bool:
     """Whether a file, or a folder with a file of weights, lies there: a checkpoint that is no run of mae_dist."""
-    if (path / "config.yaml").is_file():
-        return False
-    return path.is_file() or any((path / (name + end)).is_file() for name in WEIGHT_FILES for end in ("", INDEX))
+    return path.is_file() or (not (path / "config.yaml").is_file() and bool(weight_files(path)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files in a folder, or in a folder in it, that may hold weights of other software."""
+    ends = (*SUFFIXES, PARTS, INDEX)
+    return sorted(file for file in (*folder.glob("*"), *folder.glob("*/*")) if file.name.endswith(ends))
 
 
 def imported(out: str) -> Path:

@@ -21,6 +21,7 @@ from mae_dist.objectives.classify import GlobalBatchNorm
 from mae_dist.objectives.mae import MAE
 from mae_dist.restore import build, of_run, read
 from mae_dist.run.directory import RunDir
+from mae_dist.starts import SUFFIXES
 from mae_dist.weights import FORMATS, Model, Overrides, files, native, onnx
 
 NUM_IMAGES = 4
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         *some, last = filter(None, codec.SUFFIXES)
         folder = "" if "" not in codec.SUFFIXES else ", and a folder has no suffix"
         raise ValueError(f"--out {path}: a file of {arguments.to} ends in {' or '.join([*some, last])}{folder}")
-    if not codec.SUFFIXES and path.suffix in files.SUFFIXES:
+    if not codec.SUFFIXES and path.suffix in SUFFIXES:
         of_files = " or ".join(name for name in FORMATS if FORMATS[name].SUFFIXES)
         raise ValueError(
             f"--out {path}: {arguments.to} is a folder, whose name does not end in {path.suffix}; try --out "

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mae_dist.starts import INDEX, WEIGHT_FILES
+from mae_dist.starts import INDEX, PARTS, WEIGHT_FILES, weight_files
 from mae_dist.weights import fb, files, hf, native, npz, onnx, state_dicts, timm
 from mae_dist.weights.checks import brief, class_names, listed
 from mae_dist.weights.identify import Decoded, Model, Overrides, Reading, identify
@@ -94,7 +94,7 @@ def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix == ".distcp":
-        raise ValueError(f"{path}: is a part of a checkpoint; {advice(path.parent)}")
+        raise ValueError(f"{path}: is a part of a checkpoint; give the folder that holds it")
     if path.is_file():
         name = path.name.removesuffix(INDEX)
         if name != path.name:
@@ -112,10 +112,9 @@ def locate(path: Path) -> tuple[list[Path], dict[str, Any]]:
 
 def advice(folder: Path) -> str:
     """What to give instead of a folder that holds no weights by a usual name."""
-    inside = sorted([*folder.glob("*"), *folder.glob("*/*")])
-    if parts := [file.parent for file in inside if file.name == ".metadata"]:
+    inside = weight_files(folder)
+    if parts := [file.parent for file in inside if file.name == PARTS]:
         convert = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         return f"one file of its parts is made by `{convert} {parts[-1]} FILE.pth`, which trusts them"
-    suffixes = (*files.SUFFIXES, ".tar")
-    found = [str(file.relative_to(folder)) for file in inside if file.suffix in suffixes and file.is_file()]
+    found = [str(file.relative_to(folder)) for file in inside if file.suffix != ".distcp"]
     return f"give one of its files: {listed(found)}" if found else "give a checkpoint file"

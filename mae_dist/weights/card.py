@@ -8,7 +8,8 @@ import yaml
 
 from mae_dist import __version__
 from mae_dist import config as configuration
-from mae_dist.weights.identify import Model, format_channels
+from mae_dist.weights.checks import format_channels
+from mae_dist.weights.identify import Model
 
 NAME = "README.md"
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
 
+from mae_dist.printed import escaped
+
 Channels = tuple[float, ...]
 MAX_NUMBER = 1e30
 """Limit of accepted numbers, so that float32 can compute with them."""
@@ -75,6 +77,11 @@ def brief(value: Any) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, escaped and cut, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED + 1 else ""
-    return ", ".join(names[: LISTED if more else None]) + more
+    return ", ".join(escaped(name[:80]) for name in names[: LISTED if more else None]) + more
+
+
+def format_channels(values: Channels) -> str:
+    """Format numbers as on a command line."""
+    return " ".join(f"{value:g}" for value in values)

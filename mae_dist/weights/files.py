@@ -57,8 +57,6 @@ DIGEST = "sha256"
 """Key in the metadata of a .safetensors file that we write: `digest` of its tensors."""
 MOST_TENSORS, MOST_GROWTH = 100_000, 20
 """Tensors of a file, and how many times its size an archive may unpack to, beside 1 GiB."""
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz")
-"""Suffixes of checkpoints that are a single file."""
 
 
 class Skipped:

@@ -15,7 +15,7 @@ from mae_dist import models, schema
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.model_sizes import sides
 from mae_dist.models.vit import class_and_grid
-from mae_dist.weights.checks import Channels, brief, checked, listed
+from mae_dist.weights.checks import Channels, brief, checked, format_channels, listed
 
 Statistics = tuple[Channels, Channels]
 IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
@@ -33,6 +33,9 @@ UNSUPPORTED = {
     "norm_pre.weight": "a norm before the blocks",
 }  # fmt: skip
 """Tensor -> the part of other ViTs that it belongs to, which ViTs here do not have."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WEIGHTS = (".weight", ".bias", "_embed", "_token")
+"""How the names of parameters end."""
 IGNORED = ("head", "pre_logits", "pooler")
 """Modules that only read the features and may be left out."""
 
@@ -249,11 +252,13 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
 
 
 def floats(decoded: Decoded, notes: Notes) -> dict[str, Tensor]:
-    """The tensors of a file as float32; adds to `notes`. ValueError for matrices of bytes, whose scales are unknown."""
+    """The tensors of a file as float32; adds to `notes`. ValueError for weights that are whole numbers or missing."""
     for name, tensor in decoded.state.items():
-        if tensor.dtype.itemsize == 1 and tensor.ndim > 1:
-            kind = f"{name.removeprefix('backbone.')} is of {tensor.dtype}"
-            raise ValueError(f"{decoded.origin}: {kind}, so its weights are quantised; use a file of plain floats")
+        what = f"{decoded.origin}: {listed([name.removeprefix('backbone.')])}"
+        if name.endswith(WEIGHTS) and tensor.dtype not in FLOATS:
+            raise ValueError(f"{what} is of {tensor.dtype}, so its weights are quantised; use a file of plain floats")
+        if not tensor.numel():
+            raise ValueError(f"{what} has no values, as in ZeRO-3, whose zero_to_fp32.py makes a whole file")
     if kinds := sorted({str(t.dtype).removeprefix("torch.") for t in decoded.state.values()} - {"float32"}):
         notes.assumed.append(f"weights converted to float32 (the file has {', '.join(kinds)})")
     return {name: tensor.float() for name, tensor in decoded.state.items()}
@@ -392,8 +397,3 @@ def decoder(decoded: Decoded, state: dict[str, Tensor], overrides: Overrides, no
     mae = schema.MaeConfig(norm_pix=norm_pix, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
     mask_ratio, _ = decoded.value("mask_ratio", overrides)
     return mae if mask_ratio is None else dataclasses.replace(mae, mask_ratio=mask_ratio)
-
-
-def format_channels(values: Channels) -> str:
-    """Format numbers as on a command line."""
-    return " ".join(f"{value:g}" for value in values)

@@ -61,10 +61,6 @@ def choose(content: Any, key: str | None, origin: str) -> StateDict:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise ValueError(f"{origin}: {name} is sparse, quantised, complex or empty; use a file of plain floats")
-        if STEM.fullmatch(name) and not tensor.numel():
-            raise ValueError(
-                f"{origin}: {name} has no values, as in ZeRO-3; zero_to_fp32.py beside it makes a whole file"
-            )
     extras = {name: value for name, value in content.items() if name != key} | ({"key": key} if key else {})
     others = [name for name in everything if name != key and not given]
     left_out = [f"other state dicts of the file: {listed(others)} (--key takes one)"] if others else []

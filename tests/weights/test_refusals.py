@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trained import MEAN, STD, Cli, as_model, classifier, mae, official, save_run
 
-from mae_dist import restore, schema
+from mae_dist import restore, schema, starts
 from mae_dist.__main__ import main
 from mae_dist.objectives import Objective
 from mae_dist.objectives.mae import MAE
@@ -280,6 +280,7 @@ def test_import_says_what_to_do_with_what_is_no_state_dict(tmp_path: Path) -> No
     (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
     contents = {
         "bytes.pth": {n: t.to(torch.int8) for n, t in state.items()},
+        "odd.pth": {"a\nb": torch.ones(2)},
         "zero.pth": {"module": {n: t[:0] for n, t in state.items()}},
         "shadow.pth": {"ema": {"shadow_params": [*state.values()]}},
         "other.pth": {"state_dict": {"conv_proj.weight": torch.ones(2)}},
@@ -288,15 +289,17 @@ def test_import_says_what_to_do_with_what_is_no_state_dict(tmp_path: Path) -> No
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
     for name, advice in {
-        "parts": f"dcp_to_torch {folder} FILE.pth`", "parts/step-3/__0_0.distcp": f"dcp_to_torch {folder} FILE.pth`",
+        "parts": f"dcp_to_torch {folder} FILE.pth`", "parts/step-3/__0_0.distcp": "give the folder",
         "files": "give one of its files: last/mp_rank_00_model_states.pt", "code.pt": "save its state_dict() alone",
         "x.tar.gz": "unpack it", "x.pth.gz": "compressed by gzip; unpack it", "lfs.pth": "`git lfs pull`",
+        "odd.pth": r"but a\nb; rename",
         "bytes.pth": "is of torch.int8, so its weights are quantised; use a file of plain floats",
         "zero.pth": "zero_to_fp32.py", "shadow.pth": "the tensors of ema.shadow_params have no names",
         "other.pth": "but conv_proj.weight; rename its tensors as timm does",
         "partial.ckpt": "execute code (functools.partial, torch.optim.sgd.SGD), which mae-dist never does; load",
     }.items():  # fmt: skip
         assert advice in refusal(tmp_path / name), name
+        assert starts.is_of_others(tmp_path / name), "init_from has the same answer"
 
 
 class Hostile:
