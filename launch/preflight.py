@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.cluster import Cluster
 from mae_dist import config as configuration
 from mae_dist import forecast, model_sizes, starts
-from mae_dist.data import split_checks
+from mae_dist.data import places, split_checks
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.run import identity, jobs, layout, slurm_cli
 from mae_dist.schema import RunConfig
@@ -27,8 +27,8 @@ def check(verb: str, config: RunConfig, cluster: Cluster) -> None:
     check_ranks(config, cluster)
     for index in splits_used(verb, config):
         check_readable(index)
-    if verb == "pretrain" and config.data.test_path is not None:
-        open_split(config.data.test_path, config.data.test_split, allow_outside=config.data.allow_outside)
+    if verb == "pretrain":
+        test_split(config)
     check_folder(verb, config)
     check_disk(config)
 
@@ -44,6 +44,15 @@ def splits_used(verb: str, config: RunConfig) -> list[ShardIndex]:
         data.test_path or data.path, data.test_split, merging=data.merge_labels, allow_outside=data.allow_outside
     )
     return [train, split_checks.numbered_like(train, test, data.accept)]
+
+
+def test_split(config: RunConfig) -> ShardIndex | None:
+    """The split on which a pretraining measures its loss; None where there is none."""
+    data = config.data
+    path = data.test_path or data.path
+    if data.test_path is None and places.evaluation_split(path, data.test_split) not in places.splits(path):
+        return None
+    return open_split(path, data.test_split, allow_outside=data.allow_outside)
 
 
 def check_ranks(config: RunConfig, cluster: Cluster) -> None:
@@ -145,7 +154,7 @@ def nearest_existing(path: Path) -> Path:
 
 def check_disk(config: RunConfig) -> None:
     """Whether the disk has room for the checkpoints that are kept, and for one that is being written."""
-    size, number = forecast.checkpoint_bytes(config), config.checkpoint.keep + 1
+    size, number = forecast.checkpoint_bytes(config), forecast.num_checkpoints(config, steps=0)
     need, free = size * number + DISK_MARGIN, shutil.disk_usage(nearest_existing(Path(config.out))).free
     if free < need:
         raise ValueError(

@@ -21,13 +21,12 @@ from launch import cluster as cluster_file
 from launch import preflight
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import environment, errors, forecast, gpus, recipes, small_files
+from mae_dist import errors, forecast, gpus, recipes, small_files
 from mae_dist.cli import Parser, duration
 from mae_dist.forecast import Forecast, Place
 from mae_dist.model_sizes import sides
 from mae_dist.printed import counted, rate
-from mae_dist.run import events, jsonl, layout
-from mae_dist.run.warned import FEW_STEPS
+from mae_dist.run import events, jsonl, layout, warned
 from mae_dist.schema import SCHEMAS, HeadsConfig, ProbeConfig, TrainingConfig
 
 TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
@@ -72,28 +71,14 @@ def main(argv: list[str]) -> int:
 
 def read_words(words: list[str]) -> tuple[str, str | None, list[str]]:
     """(Verb, CONFIG.yaml, settings) of the words. The verb that is not given is that of the file's folder, else
-    pretrain; a lone path beside model.name= is that of data, unless it is a recipe or data.path= is given, too. Raises
-    ValueError.
+    pretrain. Raises ValueError.
     """
-    paths: list[Any] = [word for word in words if "=" not in word]
-    settings = [word for word in words if "=" in word]
-    named = paths.pop(0) if paths and paths[0] in SCHEMAS else None
-    names = {word.partition("=")[0] for word in settings}
-    if len(paths) == 1 and "model.name" in names and "data.path" not in names and not is_config(paths[0]):
-        paths = [None, *paths]  # settings that need no file
-    file, *data = paths or [None]
-    if len(data) > 1:
-        raise ValueError(f"preflight: one CONFIG and one DATA, not also {' '.join(data[1:])}; quote a glob")
+    named, words = (words[0], words[1:]) if words and words[0] in SCHEMAS else (None, words)
+    file, settings = configuration.split_words("preflight", recipes.with_data("preflight", words))
     verb = named or (Path(file).parent.name if file and Path(file).parent.name in SCHEMAS else "pretrain")
     if verb not in TRAINING:
         raise ValueError(f"preflight {verb}: trains nothing; give one of {', '.join(TRAINING)}")
-    found = str(recipes.find(verb, file)) if file else None
-    return verb, found, [*(f"data.path={path}" for path in data), *settings]
-
-
-def is_config(path: str) -> bool:
-    """Whether a path is that of a config or the name of a recipe, and not of data."""
-    return Path(path).suffix in (".yaml", ".yml") or any(name.endswith(f"/{path}") for name in recipes.known())
+    return verb, str(recipes.find(verb, file)) if file else None, settings
 
 
 def with_trial(verb: str, config: TrainingConfig, cluster: Cluster | None) -> Forecast:
@@ -101,33 +86,27 @@ def with_trial(verb: str, config: TrainingConfig, cluster: Cluster | None) -> Fo
     logging.getLogger("mae_dist.stages.setup").setLevel(logging.ERROR)  # this screen has what it would warn of
     from mae_dist.stages import trial  # imports torch
 
-    here = trial.device_here(config.machine.processes)
-    if cluster is None:
-        place = Place(1, here.ranks, environment.cores(), here.name, here.is_gpu, here.memory)
-    else:
-        place = place_of(cluster)
-        if place.is_gpu == here.is_gpu and gpus.are_alike(place.device or here.name, here.name):
-            place = dataclasses.replace(place, device=here.name, memory=place.memory or here.memory)
+    here = trial.place_here(config.machine.processes)
+    place = here if cluster is None else place_of(cluster)
+    if place.is_gpu == here.is_gpu and gpus.are_alike(place.device or here.device, here.device):
+        place = dataclasses.replace(place, device=here.device, memory=place.memory or here.memory)
     found = without_trial(verb, config, place)
     fits_here = found.fits_with(found.micro, config.machine.activation_checkpointing)
-    tried = trial.measure(verb, config, place.ranks, here.ranks, place.device == here.name and fits_here)
-    step, loading = tried.step or found.step, tried.loading
-    if step is not None and cluster is not None and not place.is_gpu:
-        step = step._replace(extrapolated=True)  # its CPUs are others
-    if loading is not None and loading.serial and place.is_gpu and not here.is_gpu and tried.kept_images:
-        loading = None  # a GPU crops faster than this machine
-    return dataclasses.replace(
-        found, num_samples=tried.num_samples, num_test=tried.num_test, step=step, loading=loading,
-        kept_images=tried.kept_images if place.is_gpu else 0.0, measured=tried.memory, most_tried=tried.most,
-    )  # fmt: skip
+    found = trial.tried(found, here.ranks, place.device == here.device and fits_here)
+    if found.step is not None and cluster is not None and not place.is_gpu:
+        found = dataclasses.replace(found, step=found.step._replace(extrapolated=True))  # its CPUs are others
+    if found.loading is not None and found.loading.serial and place.is_gpu and not here.is_gpu and found.kept_images:
+        found = dataclasses.replace(found, loading=None)  # a GPU crops faster than this machine
+    return found if place.is_gpu else dataclasses.replace(found, kept_images=0.0)  # on a CPU they are a file's
 
 
 def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
     """The forecast of a run by closed forms, the table of measured steps and data sheets. Imports no torch."""
-    splits = preflight.splits_used(verb, config)
+    train, *tested = preflight.splits_used(verb, config)
+    test = tested[0] if tested else preflight.test_split(config)
     made = [layout.step_of(path) for path in layout.checkpoints(Path(config.out))]
     found = Forecast(
-        verb, config, place, len(splits[0]), num_test=len(splits[1]) if len(splits) > 1 else 0,
+        verb, config, place, len(train), num_test=0 if test is None else len(test),
         done=max(made, default=0), free=shutil.disk_usage(preflight.nearest_existing(Path(config.out))).free,
     )  # fmt: skip
     if not place.is_gpu:
@@ -138,13 +117,14 @@ def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
 
 def place_of(cluster: Cluster) -> Place:
     """Where a cluster file runs ranks, on the least of its nodes."""
-    device = cluster.gpu or cluster.gres or cluster.constraint or ""
-    gpu = gpus.find(device) if cluster.gpus_per_node else None
+    named = (text for text in (cluster.gres, cluster.constraint) if text and gpus.find(text))
+    device = (cluster.gpu or next(named, "")) if cluster.gpus_per_node else ""
+    gpu = gpus.find(device)
     memory = cluster.memory * 1e9 / cluster.ranks_per_node if cluster.memory else None
     limit = cluster_file.seconds_of(cluster.time)
     return Place(
         nodes=cluster.nodes_range[0], ranks_per_node=cluster.ranks_per_node, is_gpu=cluster.gpus_per_node > 0,
-        cores=cluster.ranks_per_node * (cluster.cpus_per_task or 1), device=device if gpu else cluster.gpu or "",
+        cores=cluster.ranks_per_node * (cluster.cpus_per_task or 1), device=device,
         memory=gpu.memory * 1e9 if gpu else None if cluster.gpus_per_node else memory,
         limit=limit, unused=cluster.start_up + cluster.stop_before_end, lose_at_most=cluster.lose_at_most,
     )  # fmt: skip
@@ -165,14 +145,14 @@ def facts(found: Forecast) -> dict[str, Any]:
     return {
         "verb": found.verb, "model": config.model.name, "image_size": [*sides(config.model.image_size)],
         "place": dataclasses.asdict(place) | {"ranks": place.ranks},
-        "fits": found.fits, "micro_batch": found.micro, "memory": found.memory(found.micro, every),
-        "memory_measured": found.measured,
+        "fits": found.fits if place.memory else None, "micro_batch": found.micro,
+        "memory": found.memory(found.micro, every), "memory_measured": found.measured,
         "best": best and {"micro_batch": best[0], "activation_checkpointing": best[1]},
         "images": found.num_samples, "steps": found.steps, "steps_done": found.done,
         "step_ceiling": found.step_ceiling, "step_known": found.step and found.step.how,
         "extrapolated": extrapolated(found), "loader_ceiling": found.loader_ceiling,
         "images_per_second": found.speed, "seconds": found.seconds, "requeues": found.requeues,
-        "checkpoint_bytes": found.checkpoint, "disk_bytes": found.checkpoint * found.num_checkpoints,
+        "checkpoint_bytes": found.checkpoint, "disk_bytes": found.disk,
         "disk_free": found.free, "seconds_between_checkpoints": found.between_saves,
         "limit": limit(found), "warnings": [*warnings(found)],
     }  # fmt: skip
@@ -209,13 +189,16 @@ def memory_line(found: Forecast) -> str:
     """Whether the run fits, from what parts, and what would be best."""
     machine, place = found.config.machine, found.place
     parts = found.memory(found.micro, machine.activation_checkpointing)
-    of = f" of {gigabytes(place.memory)}" if place.memory else "; the device's memory is not known"
-    text = f"{'fits' if found.fits else 'does not fit'}: {gigabytes(sum(parts.values()))}{of}"
+    of = f" of {gigabytes(place.memory)}" if place.memory else ""
+    fits = "does not fit" if not found.fits else "fits" if place.memory else "takes"
+    text = f"{fits}: {gigabytes(sum(parts.values()))}{of}"
     text += f" with {counted(found.micro, 'image')} at once ("
     text += ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items() if value) + ")"
     if found.measured:
         text += f"; a trial step took {gigabytes(found.measured)}" + (", Python included" if not place.is_gpu else "")
-    if place.memory and place.is_gpu and found.best:
+    if not place.memory:
+        text += "; the device's memory is not known"
+    elif place.is_gpu and found.best:
         text += f"; best: machine.micro_batch={found.best[0]} machine.activation_checkpointing={found.best[1]}"
     return text
 
@@ -240,7 +223,9 @@ def speed_lines(found: Forecast) -> Iterator[tuple[str, str]]:
     else:
         ranks = f"; {place.ranks} ranks are assumed to reach {forecast.SCALING:.0%}" if place.ranks > 1 else ""
         yield "step", f"{rate(found.step_ceiling)} images/s ({step.how}{ranks})"
-    if found.loader_ceiling is not None and loading is not None:
+    if found.reading:
+        yield "features", f"{rate(found.reading * place.ranks)} images/s ({MEASURED}), once, before the steps"
+    elif found.loader_ceiling is not None and loading is not None:
         what = "in memory, before each step" if loading.serial else f"machine.workers={found.config.machine.workers}"
         yield "loader", f"{rate(found.loader_ceiling)} images/s ({MEASURED}: {what})"
     else:
@@ -275,9 +260,11 @@ def queue_line(found: Forecast) -> str:
 
 def disk_line(found: Forecast) -> str:
     """Checkpoints against the disk."""
-    need = found.checkpoint * found.num_checkpoints
     free = f" of {gigabytes(found.free)} free" if found.free is not None else ""
-    return f"{gigabytes(found.checkpoint)} a checkpoint, {found.num_checkpoints} at most: {gigabytes(need)}{free}"
+    stored = forecast.stored_features(found.config, found.num_samples)
+    features = f" and {gigabytes(stored)} of features" if stored else ""
+    text = f"{gigabytes(found.checkpoint)} a checkpoint, {found.num_checkpoints} at most{features}"
+    return f"{text}: {gigabytes(found.disk)}{free}"
 
 
 def problem(found: Forecast) -> str:
@@ -288,10 +275,13 @@ def problem(found: Forecast) -> str:
         if best is not None:
             change = f"machine.micro_batch={best[0]} machine.activation_checkpointing={best[1]}"
         return f"It does not fit into the memory of a rank: set {change}."
-    need = found.checkpoint * found.num_checkpoints + preflight.DISK_MARGIN
-    if found.free is not None and need > found.free:
-        lower = "raise checkpoint.keep_every" if found.config.checkpoint.keep_every else "lower checkpoint.keep"
-        return f"Its checkpoints do not fit on the disk: {lower}, or choose another out=."
+    if found.free is not None and found.disk + preflight.DISK_MARGIN > found.free:
+        what, lower = "Its checkpoints do", "lower checkpoint.keep"
+        if found.config.checkpoint.keep_every:
+            lower = "raise checkpoint.keep_every"
+        elif forecast.stored_features(found.config, found.num_samples) > found.disk / 2:
+            what, lower = "Its features do", "leave out heads.attentive or some of heads.blocks"
+        return f"{what} not fit on the disk: {lower}, or choose another out=."
     return ""
 
 
@@ -300,17 +290,20 @@ def limit(found: Forecast) -> str:
     if sentence := problem(found):
         return sentence
     step, loader, machine = found.step_ceiling, found.loader_ceiling, found.config.machine
+    fits = "It fits" if found.place.memory else "Whether it fits is not known, as the device's memory is not"
     if step is None or found.speed is None:
-        return "It fits; what limits its speed is not known here."
-    waits = 1 - found.speed / step
+        return f"{fits}; what limits its speed is not known here."
+    waits, by_host = 1 - found.speed / step, found.step is not None and found.step.by_host
     if loader is None or found.loading is None or waits < WAIT:
         most = found.best[0] if found.place.is_gpu and found.best else 0
         ways = [f"machine.micro_batch={most}"] if most > found.micro else []
+        ways += ["machine.cuda_graphs=true"] if by_host and found.place.ranks == 1 and not machine.cuda_graphs else []
         ways += [] if machine.compile else ["machine.compile=true"]
         ways += ["train.precision=bf16"] if found.config.train.precision == "fp32" and found.place.is_gpu else []
         ways += ["machine.activation_checkpointing=0"] if machine.activation_checkpointing and found.most(0) else []
-        return f"It fits, and computing limits it: {' or '.join([*ways, 'more ranks'])} may make it faster."
-    lost = f"It fits, but loading takes {waits:.0%} of its speed"
+        what = "the host, which launches the kernels, limits it" if by_host else "computing limits it"
+        return f"{fits}, and {what}: {' or '.join([*ways, 'more ranks'])} may make it faster."
+    lost = f"{fits}, but loading takes {waits:.0%} of its speed"
     busy, cores = machine.workers * found.place.ranks_per_node, found.place.cores
     needed = math.ceil(machine.workers * 1.1 * step / loader)
     if not machine.workers:
@@ -326,12 +319,8 @@ def limit(found: Forecast) -> str:
 def warnings(found: Forecast) -> Iterator[str]:
     """Settings that are possible, but seldom meant."""
     config, place = found.config, found.place
-    batch, epochs = config.train.global_batch, found.steps * config.train.global_batch / found.num_samples
-    if found.num_samples < FEW_STEPS * batch:
-        steps = found.num_samples / batch
-        yield f"train.global_batch={batch}: an epoch is {steps:.2g} steps; a smaller batch gives more"
-    if config.optim.warmup_epochs >= epochs:
-        yield f"optim.warmup_epochs={config.optim.warmup_epochs:g}: the run has {epochs:.3g}, so its lr reaches no peak"
+    of_settings = warned.of_settings(found.verb, config, found.num_samples, on_cpu=place.on_cpu)
+    yield from (sentence for _, sentence in of_settings)
     if config.train.resolutions:
         yield "train.resolutions: memory and speed are those of the last resolution; the time is that of all"
     if place.limit is None:

@@ -37,6 +37,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist ckpt {list,inspect,verify} RUN
        mae-dist replay RUN --step N [--rank R]
        mae-dist data {pack,index,show,check} ...
+       mae-dist recipe DATA ...
        mae-dist models [NAME ...] [--image-size N] [mae.key=value ...]
        mae-dist import FILE --out RUN
        mae-dist export RUN [--step N] --to {timm,hf,fb,npz,safetensors} --out PATH
@@ -45,7 +46,7 @@ USAGE = """usage: mae-dist VERB [CONFIG.yaml] [section.key=value ...]     one ru
        mae-dist demo
        mae-dist chaos [CONFIG.yaml] [--faults N] [--kinds A,B] ...
        mae-dist certify [CONFIG.yaml] [--ranks 1,2,3,4] [section.key=value ...]
-       mae-dist bench {resume,order,save,scaling,mixer,decoder,heads,data,loaders,gpu} [section.key=value ...]
+       mae-dist bench NAME [CONFIG.yaml] [DATA] [section.key=value ...]
 
 verbs:
 """

@@ -52,7 +52,7 @@ VERBS = {
     "certify": Verb("mae_dist.verify.certify", "compare the same short run on 1 to 4 ranks, DDP, FSDP2, resumed, ..."),
     "bench": Verb(
         "mae_dist.verify.bench",
-        "measure a cost: loading, resuming, ordering, saving, scaling, Mixer, decoder, probe heads",
+        "measure a cost: steps, loading, opening, resuming, ordering, saving, scaling, Mixer, decoder, heads, a GPU",
     ),
 }
 """All verbs, in the order of --help. Nothing is imported before a verb is chosen."""

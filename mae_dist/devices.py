@@ -6,9 +6,13 @@ A rank whose GPU has failed would else train on its CPU, a hundred times slower,
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -28,32 +32,46 @@ MEASURED_SIDES, MEASURED_SECONDS = {"cpu": 512, "cuda": 8192}, 0.05
 
 
 def name_of(device: torch.device) -> str:
-    """The name of a GPU, or the threads of a CPU."""
+    """The name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.machine()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The most floating point operations a second that a device makes of matrix products in `dtype`: of a GPU that
     `gpus` lists that of the data sheet, else the best that is measured now.
     """
-    known = gpus.find(name_of(device))
+    known = gpus.find(name_of(device)) if device.type == "cuda" else None
     return measured_peak(device, dtype) if known is None else known.peak(dtype.itemsize)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = MEASURED_SECONDS) -> float:
-    """The best rate of a product of large square matrices, in floating point operations a second."""
-    side = MEASURED_SIDES[device.type]
+    """The best rate of a product of large square matrices, in floating point operations a second: on a CPU of the time
+    that its threads had, so that a busy machine has the same peak.
+    """
+    side, on_cpu = MEASURED_SIDES[device.type], device.type == "cpu"
+    clock, threads = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
     a = torch.randn(side, side, device=device).to(dtype)
     times, deadline = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < deadline:
-        began = time.perf_counter()
+        began = clock()
         product = a @ a
         if device.type == "cuda":
             product[0, 0].item()
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / min(times)
+        times.append(clock() - began)
+    return 2 * side**3 * threads / min(times)
+
+
+def memory_used() -> int:
+    """Bytes at most of this process's GPU, or of the process where it uses none, so far."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def of_rank(local_rank: int) -> torch.device:

@@ -11,7 +11,8 @@ import re
 import stat
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from mae_dist import interfaces
@@ -36,7 +37,7 @@ FIRST_PORT, NUM_PORTS = 15_000, 15_000
 """Ports below those that kernels give to connections by themselves."""
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable: torch's folder for compiled code."""
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def of_ranks(environ: Mapping[str, str]) -> dict[str, str]:
@@ -202,40 +203,36 @@ def threads(environ: Mapping[str, str], ranks: int) -> int:
     return min(cores(), int(given)) if ranks > 1 and given.isdigit() else max(1, cores() // ranks)
 
 
-def quota(groups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+def quota(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
     """The number of cores whose time the control groups of this process grant it, the least of all; None: no limit."""
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return None
     found = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = groups if not controllers else groups / "cpu"
-        place = root / path.lstrip("/")
-        for folder in (place, *place.parents):
-            limit = _limit(folder / "cpu.max") if not controllers else _limit_of_version_1(folder)
-            found += [limit] if limit else []
-            if folder == root:
-                break
+    for folder in control_groups("cpu", groups, own):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
+            with suppress(OSError, ValueError):  # "max": no limit
+                most, period = map(int, " ".join((folder / file).read_text() for file in files).split())
+                found += [most / period] if most > 0 and period > 0 else []
     return min(found, default=None)
 
 
-def _limit(file: Path) -> float | None:
-    try:
-        most, _, period = file.read_text().strip().partition(" ")
-        return None if most == "max" else int(most) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+def memory(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Bytes of memory that this process may use: those of the machine, and no more than its control groups grant."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for folder in control_groups("memory", groups, own):
+        for file in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                found.append(int((folder / file).read_text()))
+    return min(found)
 
 
-def _limit_of_version_1(folder: Path) -> float | None:
-    try:
-        most, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return most / period if most > 0 and period > 0 else None
-    except (OSError, ValueError):
-        return None
+def control_groups(controller: str, groups: Path, own: Path) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, one in the other, and that may limit it."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if path and (not controllers or controller in controllers.split(",")):
+                root = groups / controller if controllers else groups
+                place = root / path.lstrip("/")
+                yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(root))
 
 
 def has_bf16() -> bool:

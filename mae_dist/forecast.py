@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae_dist import config as configuration
-from mae_dist import cost, gpus
+from mae_dist import cost, gpus, heads_settings, track_settings
+from mae_dist.cost import FP32
 from mae_dist.machine_schema import CPU_MICRO_BATCH
-from mae_dist.model_sizes import sides, size_of
-from mae_dist.schema import MaeConfig, PretrainConfig, RunConfig, SupervisedConfig, TrainingConfig
+from mae_dist.model_sizes import grid_of, sides, size_of
+from mae_dist.schema import MaeConfig, PretrainConfig, ProbeConfig, RunConfig, SupervisedConfig, TrainingConfig
 
 TABLE = Path(__file__).with_name("configs") / "steps.jsonl"
 """Speeds of steps by device and settings, as `mae-dist bench step --record` writes them."""
@@ -47,11 +48,14 @@ MOMENTS = {"adamw": 2, "lars": 1, "muon": 1}
 
 
 class Rate(NamedTuple):
-    """Images a second of one rank, how that is known, and whether it was extrapolated rather than measured."""
+    """Images a second of one rank, how that is known, whether it was extrapolated rather than measured, and whether the
+    host, which launches the kernels of a GPU, is expected to be the limit.
+    """
 
     value: float
     how: str
     extrapolated: bool
+    by_host: bool = False
 
 
 class Loading(NamedTuple):
@@ -86,11 +90,17 @@ class Place:
         """Ranks of all nodes."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks compute on CPUs like this machine's."""
+        return bool(self.device) and not self.is_gpu
+
 
 @dataclass(frozen=True)
 class Forecast:
     """The answers, each a property. ``num_test``: images of an evaluation; ``step`` and ``loading``: None where not
-    known; ``kept_images``: bytes of a split that the device keeps; ``done``: steps that the run has made already;
+    known; ``reading``: images a second of one rank whose features a probe stores before its steps; ``kept_images``:
+    bytes of a split that the device keeps; ``done``: steps that the run has made already;
     ``measured``: bytes of memory that a trial step took; ``most_tried``: images at once that fitted by trial; ``free``:
     bytes of disk.
     """
@@ -102,6 +112,7 @@ class Forecast:
     num_test: int = 0
     step: Rate | None = None
     loading: Loading | None = None
+    reading: float | None = None
     kept_images: float = 0.0
     done: int = 0
     measured: float | None = None
@@ -213,17 +224,19 @@ class Forecast:
 
     @property
     def seconds(self) -> float | None:
-        """Time of the steps that are left, and of evaluations."""
+        """Time of the steps that are left, of evaluations, and of features that a probe stores before its steps."""
         if not self.speed:
             return None
-        image, epochs = cost.of_run(self.config), self.config.track.evaluate_every
-        forward = 1 / 3 if image is None else image.forward / (image.forward + image.backward)
-        left = self.steps - self.done
-        images = left * self.config.train.global_batch
+        images, epochs = (self.steps - self.done) * self.config.train.global_batch, self.config.track.evaluate_every
         evaluations = max(1, int(images / self.num_samples / epochs)) if epochs else 1
+        if stored_features(self.config, 1):
+            passes = 0.0 if not self.reading else (self.num_samples + self.num_test) / (self.reading * self.place.ranks)
+            return images / self.speed + passes
+        image, (_, online) = cost.of_run(self.config), online_features(self.config, self.num_samples, self.num_test)
+        forward = 1 / 3 if image is None else image.forward / (image.forward + image.backward)
         if image is not None:  # as many images at model.image_size as take the same time
             images *= cost.training_flops(self.config, range(self.done, self.steps), self.steps) / image.training_flops
-        return (images + evaluations * self.num_test * forward) / self.speed
+        return (images + evaluations * (self.num_test * forward + online)) / self.speed
 
     @property
     def step_seconds(self) -> float | None:
@@ -237,9 +250,13 @@ class Forecast:
 
     @property
     def num_checkpoints(self) -> int:
-        """Checkpoints on the disk at most: the newest, those kept for good, and one that is being written."""
-        settings = self.config.checkpoint
-        return settings.keep + 1 + (self.steps // settings.keep_every if settings.keep_every else 0)
+        """Checkpoints on the disk at most."""
+        return num_checkpoints(self.config, self.steps)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the run takes on the disk at most: checkpoints, and the features that a probe stores."""
+        return self.checkpoint * self.num_checkpoints + stored_features(self.config, self.num_samples)
 
     @property
     def between_saves(self) -> float | None:
@@ -277,6 +294,36 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 4 * (total + trained * (moments + bool(config.train.ema)))
 
 
+def num_checkpoints(config: RunConfig, steps: int) -> int:
+    """Checkpoints on the disk at most: the newest, the best, those kept for good in so many steps, and a new one."""
+    settings = config.checkpoint
+    for_good = steps // settings.keep_every if settings.keep_every else 0
+    return settings.keep + (settings.keep_best is not None) + for_good + 1
+
+
+def stored_features(config: RunConfig, num_samples: int) -> int:
+    """Bytes of the features, in fp32, of so many images that a probe computes once and stores; 0: none."""
+    if not isinstance(config, ProbeConfig) or not heads_settings.stores_features(config):
+        return 0
+    size, heads = size_of(config.model.name), config.heads
+    kinds = 2 if "both" in heads.features else len({*heads.features})
+    patches = math.prod(grid_of(config.model.image_size, size["patch"])) if heads.attentive else 0
+    return FP32 * num_samples * size["dim"] * (len({*heads.blocks} or {0}) * kinds + patches)
+
+
+def online_features(config: TrainingConfig, num_samples: int, num_test: int) -> tuple[int, float]:
+    """(Images whose features track.online takes at an evaluation of so many training and test images; how many images
+    are trained on in the time that this takes).
+    """
+    if not (isinstance(config, PretrainConfig) and config.track.online):
+        return 0, 0.0
+    count = min(config.track.online_images or num_samples, num_samples)
+    count += num_test if track_settings.needs_labels(config) else 0
+    model, step = config.model, cost.of_run(config)
+    image = cost.encoder(model.name, model.image_size, config.data.channels or 3)
+    return count, count * image.forward / (step.forward + step.backward) if image and step else 0.0
+
+
 def expected_rate(config: TrainingConfig, device: str, micro: int, rows: Iterable[Mapping[str, Any]]) -> Rate | None:
     """Images a second of a step with so many images at once on a GPU that is not at hand: from the nearest of the
     `rows` of TABLE of such a GPU, else from its data sheet; None for a GPU or a model that is not known.
@@ -288,7 +335,7 @@ def expected_rate(config: TrainingConfig, device: str, micro: int, rows: Iterabl
     alike = [row for row in rows if fits_row(row, device, config)]
     if alike:
         nearest = min(alike, key=lambda row: (row_distance(row, wanted, image), -row["images"]))
-        extrapolated = any(nearest[name] != given for name, given in wanted.items())
+        extrapolated = any(nearest[name] != given for name, given in wanted.items()) or micro < nearest["images"] / 2
         value = nearest["share"] * PRODUCTS * peak / image.training_flops
         what = f"{nearest['model']}, {nearest['images']} images at once, on {nearest['device']}"
         how = f"not measured: as {what}" if extrapolated else f"measured: {what}"
@@ -298,7 +345,7 @@ def expected_rate(config: TrainingConfig, device: str, micro: int, rows: Iterabl
     launching = sum(depths(config)) * (GRAPH_SECONDS if config.machine.cuda_graphs else LAUNCH_SECONDS)
     if micro / value < launching:
         what = f"{micro} images at once are too few: a GPU like that waits for its host"
-        return Rate(micro / launching, f"not measured: {what}", True)
+        return Rate(micro / launching, f"not measured: {what}", True, by_host=True)
     return Rate(value, how, extrapolated)
 
 

@@ -22,30 +22,38 @@ class Gpu(NamedTuple):
 
 
 GPUS = [
-    Gpu("B200", 2250, 80, 180), Gpu("GH200", 989, 67, 96), Gpu("H200", 989, 67, 141), Gpu("H100 PCIe", 756, 51, 80),
-    Gpu("H100 NVL", 835, 60, 94), Gpu("H100", 989, 67, 80), Gpu("A100", 312, 19.5, 40), Gpu("A30", 165, 10.3, 24),
-    Gpu("A40", 149.7, 37.4, 48), Gpu("A10G", 70, 35, 24), Gpu("A10", 125, 31.2, 24), Gpu("L40S", 362, 91.6, 48),
-    Gpu("L40", 181, 90.5, 48), Gpu("L4", 121, 30.3, 24), Gpu("V100", 125, 15.7, 16), Gpu("T4", 65, 8.1, 16),
-    Gpu("RTX 6000 Ada", 364, 91.1, 48), Gpu("RTX A6000", 154.8, 38.7, 48), Gpu("RTX 5090", 209.5, 104.8, 32),
+    Gpu("B200", 2250, 80, 180), Gpu("GH200", 989, 67, 96), Gpu("H200", 989, 67, 141), Gpu("H200 NVL", 835, 60, 141),
+    Gpu("H100", 989, 67, 80), Gpu("H100 PCIe", 756, 51, 80), Gpu("H100 NVL", 835, 60, 94), Gpu("A100", 312, 19.5, 40),
+    Gpu("A30", 165, 10.3, 24), Gpu("A40", 149.7, 37.4, 48), Gpu("A10G", 70, 35, 24), Gpu("A10", 125, 31.2, 24),
+    Gpu("L40S", 362, 91.6, 48), Gpu("L40", 181, 90.5, 48), Gpu("L4", 121, 30.3, 24), Gpu("V100", 125, 15.7, 16),
+    Gpu("V100 PCIe", 112, 14, 16), Gpu("V100S", 130, 16.4, 32), Gpu("T4", 65, 8.1, 16),
+    Gpu("RTX 6000 Ada", 364, 91.1, 48), Gpu("A6000", 154.8, 38.7, 48), Gpu("RTX 5090", 209.5, 104.8, 32),
     Gpu("RTX 4090", 165.2, 82.6, 24), Gpu("RTX 3090", 71, 35.6, 24), Gpu("MI300X", 1307, 163.4, 192),
+    Gpu("MI300A", 980, 122.6, 128), Gpu("MI250X", 191.5, 47.9, 64), Gpu("MI250", 181, 45.3, 64),
+    Gpu("MI210", 181, 45.3, 64),
 ]  # fmt: skip
-"""By a part of their names; a name is looked up from the first row on."""
-SLICE = re.compile(r"\bMIG\b|\d+g\.\d+gb")
-"""In the name of a part of a GPU, of which the data sheets say nothing."""
+"""By the words that their names have, in any order. A MI250's numbers are those of one of its two devices."""
+JOINED = re.compile(r"(sxm|pcie|nvl|rtx)")
+"""Words that are written together with others, as in A100SXM4 and rtx4090."""
+OTHERS = re.compile(r"[1-7]g(\d+(gb)?)?|\d+[abcq]|mig|grid|laptop|mobile|max|fhhl|d|ti|super")
+"""Words in the name of a part of a GPU (MIG: 1g.5gb, a virtual one: 10C), or of a sibling that is slower or faster."""
+MEMORY = re.compile(r"\b(\d{2,3}) ?gb?\b")
 
 
 def find(name: str) -> Gpu | None:
     """The GPU that torch, SLURM or a user calls `name` ("NVIDIA A100-SXM4-80GB", "a100_80gb", "gpu:a100"), with the
-    memory that the name says; None where it is none of these, or a part of one.
+    memory that the name says; None where it is none of these, a part of one, or one of several ("a100|h100").
     """
-    if SLICE.search(name):
+    text = " ".join(re.findall(r"[a-z0-9]+", JOINED.sub(r" \1 ", name.lower())))
+    words = {*text.split()}
+    fitting = [(gpu, {*gpu.part.lower().split()}) for gpu in GPUS if {*gpu.part.lower().split()} <= words]
+    found = [gpu for gpu, own in fitting if not any(own < other for _, other in fitting)]
+    if len(found) != 1 or any(map(OTHERS.fullmatch, words)):
         return None
-    words = re.sub(r"[\W_]+", " ", name)
-    known = (gpu for gpu in GPUS if re.search(rf"\b{gpu.part.replace(' ', ' ?')}\b", words, re.I))
-    found, memory = next(known, None), re.search(r"\b(\d+) ?GB\b", words, re.I)
-    if found is None or memory is None or float(memory[1]) > 2 * found.memory:  # a GH200's 480 GB are its CPU's
-        return found
-    return found._replace(memory=float(memory[1]))
+    memory = MEMORY.search(text)
+    if memory is None or found[0].part == "GH200" or float(memory[1]) > 2 * found[0].memory:  # a GH200's: its CPU's
+        return found[0]
+    return found[0]._replace(memory=float(memory[1]))
 
 
 def are_alike(one: str, other: str) -> bool:

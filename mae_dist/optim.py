@@ -28,11 +28,6 @@ TOKENS = ("cls_token", "pos_embed")
 """Not decayed in fine-tuning (timm's rule); in pretraining the official code decays them."""
 
 
-def peak_lr(optim: OptimConfig, global_batch: int) -> float:
-    """The linear scaling rule (Goyal et al. 2017): base_lr * global_batch / 256."""
-    return optim.base_lr * global_batch / 256
-
-
 def schedule(optim: OptimConfig, peak: float, epochs: float) -> ParamScheduler:
     """lr over progress in [0, 1): linear warmup from 0, then half a cosine (Loshchilov and Hutter 2017) or a straight
     line down to min_lr.
@@ -228,7 +223,36 @@ class EMA:
         return self.values
 
 
-class LARS(Optimizer):
+class MomentumOptimizer(Optimizer):
+    """An optimizer with one moment, whose `change` gives the new moment and weights of a parameter. A step that is not
+    finite changes nothing, and the host does not wait to find out.
+    """
+
+    def __init__(self, params: Iterable[Any], **defaults: Any):
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "lr_scale": 1.0} | defaults)
+
+    def change(
+        self, parameter: Tensor, gradient: Tensor, before: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """(Moment, weights) after a step, from those `before`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                before = state["momentum"], parameter
+                for old, new in zip(before, self.change(parameter, parameter.grad, before[0], group), strict=True):
+                    old.copy_(new if skip is None else torch.where(skip > 0, old, new))
+
+
+class LARS(MomentumOptimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as MAE's linear probe uses it.
 
     As in the official code (util/lars.py) the update of a matrix, gradient plus weight decay, is scaled by
@@ -240,37 +264,23 @@ class LARS(Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float | None = 0.001):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "lr_scale": 1.0})
+        super().__init__(params, lr=lr, momentum=momentum, trust=trust)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
-        skip = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                update = parameter.grad
-                if update is None:
-                    continue
-                if parameter.ndim > 1:
-                    update = update + group["weight_decay"] * parameter
-                if parameter.ndim > 1 and group["trust"] is not None:
-                    size, length = parameter.norm(), update.norm()
-                    ratio = torch.where(
-                        (size > 0) & (length > 0), group["trust"] * size / length, torch.ones_like(size)
-                    )
-                    update = update * ratio
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = group["momentum"] * state["momentum"] + update
-                moved = parameter - group["lr"] * momentum
-                if skip is not None:
-                    momentum = torch.where(skip > 0, state["momentum"], momentum)
-                    moved = torch.where(skip > 0, parameter, moved)
-                state["momentum"].copy_(momentum)
-                parameter.copy_(moved)
+    def change(
+        self, parameter: Tensor, gradient: Tensor, before: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        update = gradient
+        if parameter.ndim > 1:
+            update = update + group["weight_decay"] * parameter
+        if parameter.ndim > 1 and group["trust"] is not None:
+            size, length = parameter.norm(), update.norm()
+            ratio = torch.where((size > 0) & (length > 0), group["trust"] * size / length, torch.ones_like(size))
+            update = update * ratio
+        momentum = group["momentum"] * before + update
+        return momentum, parameter - group["lr"] * momentum
 
 
-class Muon(Optimizer):
+class Muon(MomentumOptimizer):
     """Nesterov momentum whose update of a matrix is orthogonalised (Jordan et al. 2024), and scaled to the size that
     AdamW's updates have (Liu et al. 2025, section 2.2), so that both go with the same learning rate and weight decay.
 
@@ -280,28 +290,15 @@ class Muon(Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], momentum: float = 0.95):
-        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "lr_scale": 1.0})
+        super().__init__(params, momentum=momentum)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore[reportIncompatibleMethodOverride]
-        skip = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp(gradient, 1 - group["momentum"])
-                update = orthogonalised(parallel.whole(gradient.lerp(momentum, group["momentum"])))
-                decayed = parameter * (1 - group["lr"] * group["weight_decay"])
-                moved = decayed + group["lr"] * parallel.part_of(update, parameter)
-                if skip is not None:
-                    momentum = torch.where(skip > 0, state["momentum"], momentum)
-                    moved = torch.where(skip > 0, parameter, moved)
-                state["momentum"].copy_(momentum)
-                parameter.copy_(moved)
+    def change(
+        self, parameter: Tensor, gradient: Tensor, before: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        momentum = before.lerp(gradient, 1 - group["momentum"])
+        update = orthogonalised(parallel.whole(gradient.lerp(momentum, group["momentum"])))
+        decayed = parameter * (1 - group["lr"] * group["weight_decay"])
+        return momentum, decayed + group["lr"] * parallel.part_of(update, parameter)
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("configs")
@@ -32,3 +34,19 @@ def find(verb: str, word: str) -> Path:
     near = difflib.get_close_matches(name, names := of_verb(verb), n=1)
     which = f"did you mean the recipe {near[0]}?" if near else f"recipes of {verb}: {', '.join(names) or 'none'}"
     raise ValueError(f"config {word}: no such file and no recipe; {which} (recipes lie in {FOLDER.resolve()})")
+
+
+def with_data(verb: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line `CONFIG.yaml DATA key=value ...`, where the path of data becomes data.path=DATA: that
+    which does not end in .yaml and is no recipe, nor almost. Raises ValueError for two of them.
+    """
+    names = [part for name in known() for part in (name, name.partition("/")[2])]
+
+    def is_config(word: str) -> bool:
+        near = not os.path.exists(word) and difflib.get_close_matches(word, names, n=1, cutoff=0.8)
+        return word.endswith((".yaml", ".yml")) or word in names or bool(near)
+
+    data = [word for word in words if "=" not in word and not is_config(word)]
+    if len(data) > 1:
+        raise ValueError(f"{verb}: one CONFIG.yaml and one DATA, not also {' '.join(data[1:])}; quote a glob")
+    return [f"data.path={word}" if word in data else word for word in words]

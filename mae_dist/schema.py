@@ -229,6 +229,10 @@ class OptimConfig:
         1.0, "factor on the lr from each block to the one below it", unless=("probe",), above=0, at_most=1
     )
 
+    def peak_lr(self, global_batch: int) -> float:
+        """The linear scaling rule (Goyal et al. 2017): base_lr * global_batch / 256."""
+        return self.base_lr * global_batch / 256
+
 
 @dataclass(frozen=True)
 class MixConfig:

@@ -149,7 +149,7 @@ def fit(task: Task, run: RunDir, config: TrainingConfig, device: torch.device) -
     read; RankLost when a rank does not answer.
     """
     total, batch = configuration.total_steps(config.train, task.num_samples), config.train.global_batch
-    lr = optim.schedule(config.optim, optim.peak_lr(config.optim, batch), total * batch / task.num_samples)
+    lr = optim.schedule(config.optim, config.optim.peak_lr(batch), total * batch / task.num_samples)
     module, state, graphs = prepare(task, run, config, device)
     run.record_launch(first := state.step, device)
     announce(task, run, config, state, total, peak := peak_flops(config, device))
@@ -330,7 +330,7 @@ def announce(task: Task, run: RunDir, config: TrainingConfig, state: TrainState,
     train, world, model = config.train, dist.world(), config.model
     batch, micro = train.global_batch, math.ceil(train.global_batch / (world * task.num_micro))
     strategy = "" if world == 1 else f" ({config.machine.strategy})"
-    lr, shape = optim.peak_lr(config.optim, batch), f"batch {batch:,} = {counted(world, 'rank')}{strategy} x {micro:,} "
+    lr, shape = config.optim.peak_lr(batch), f"batch {batch:,} = {counted(world, 'rank')}{strategy} x {micro:,} "
     shape += f"{'image' if micro == 1 else 'images'} x {counted(task.num_micro, 'micro-batch')}"
     log.info("%s: %s of %s, lr %.3g, %s", task.verb, counted(total, "step"), shape, lr, train.precision)
     parameters = sum(parameter.numel() for parameter in task.objective.parameters()) / 1e6
@@ -340,6 +340,7 @@ def announce(task: Task, run: RunDir, config: TrainingConfig, state: TrainState,
     mean = ", the mean of these sizes" if len(parts) > 1 else ""
     work = f", {flops / 1e9:.3g} GFLOPs an image and step{mean}" if flops else ""
     device = devices.name_of(state.loss_scale.scale.device)
+    device += "" if state.loss_scale.scale.is_cuda else f" ({counted(torch.get_num_threads(), 'thread')})"
     log.info("%s at %s px: %.4g M parameters%s, on %d x %s", model.name, size, parameters, work, world, device)
     epoch = f"an epoch is {task.num_samples / batch:,.4g} steps"
     log.info("%s from data.path=%s: %s", counted(task.num_samples, "image"), hints.shown(config.data.path), epoch)

@@ -116,22 +116,17 @@ def test_device_of_a_gpu_is_described_by_its_uuid() -> None:
 @pytest.mark.parametrize(
     ("name", "tera"),
     [
-        ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H100 PCIe", (756, 51)), ("NVIDIA H200", (989, 67)),
-        ("NVIDIA A100-SXM4-40GB", (312, 19.5)), ("NVIDIA A10G", (70, 35)), ("NVIDIA A10", (125, 31.2)),
-        ("NVIDIA L4", (121, 30.3)), ("NVIDIA L40S", (362, 91.6)), ("Tesla V100-SXM2-16GB", (125, 15.7)),
-        ("NVIDIA GH200 480GB", (989, 67)), ("Tesla T4", (65, 8.1)), ("NVIDIA RTX 6000 Ada Generation", (364, 91.1)),
+        ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H100 PCIe", (756, 51)), ("NVIDIA A100-SXM4-40GB", (312, 19.5)),
+        ("NVIDIA A10G", (70, 35)), ("NVIDIA L40S", (362, 91.6)), ("Tesla V100-SXM2-16GB", (125, 15.7)),
     ],
 )  # fmt: skip
 def test_device_peak_is_that_of_the_data_sheet(
     name: str, tera: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "name_of", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     found = tuple(devices.peak_flops(CUDA, dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
     assert found == pytest.approx(tera)
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 3g.40gb", "Some GPU 1", None])
-def test_device_peak_of_an_unknown_device_is_measured(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name:
-        monkeypatch.setattr(devices, "name_of", lambda _: name)
+def test_device_peak_of_a_cpu_is_measured() -> None:
     assert 1e7 < devices.peak_flops(torch.device("cpu"), torch.float32) < 1e14

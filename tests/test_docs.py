@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 from docs import generate
 from launch import pipeline, submit, sweep
 from mae_dist import config
-from mae_dist.__main__ import dispatch, main
+from mae_dist.__main__ import USAGE, dispatch, main
 from mae_dist.cli import VERBS
 from mae_dist.schema import SCHEMAS
 
@@ -327,3 +327,7 @@ def test_generated_page_is_fresh(name: str) -> None:
 def test_every_page_is_in_the_readme() -> None:
     linked = set(re.findall(r"\(docs/([\w]+\.md)\)", README.read_text()))
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_usage_names_every_verb() -> None:
+    assert not [verb for verb in VERBS if verb not in SCHEMAS and f"mae-dist {verb}" not in USAGE]

@@ -160,28 +160,31 @@ def test_threads_follow_the_cores_of_the_process_and_what_slurm_gave_a_task(monk
 
 
 @pytest.mark.parametrize(
-    ("lines", "files", "cores"),
+    ("lines", "files", "cores", "memory"),
     [
-        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
-        ("0::/\n", {"cpu.max": "400000 100000\n"}, 4.0),
-        ("0::/gone\n", {}, None),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000", "a/b/memory.max": "9000"}, 1.5, 9000),
+        ("0::/\n", {"cpu.max": "400000 100000\n", "memory.max": "max\n"}, 4.0, None),
+        ("0::/gone\n", {"memory.max": "5000"}, None, 5000),
         (
             "4:cpu,cpuacct:/job\n3:memory:/job\n",
-            {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"},
-            3.0,
+            {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000",
+             "memory/job/memory.limit_in_bytes": "7000", "memory/memory.limit_in_bytes": "9223372036854771712"},
+            3.0, 7000,
         ),
-        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ("no control groups", {}, None),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None),
+        ("no control groups", {"memory.max": "5000"}, None, None),
     ],
 )  # fmt: skip
-def test_quota_is_the_least_of_the_control_groups(
-    lines: str, files: dict[str, str], cores: float | None, tmp_path: Path
+def test_cores_and_memory_are_the_least_of_the_control_groups(
+    lines: str, files: dict[str, str], cores: float | None, memory: int | None, tmp_path: Path
 ) -> None:
     (tmp_path / "own").write_text(lines)
     for name, text in files.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text)
     assert place.quota(tmp_path / "groups", tmp_path / "own") == cores
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert place.memory(tmp_path / "groups", tmp_path / "own") == (memory or machine)
 
 
 def test_ranks_of_a_launcher_share_the_quota_of_their_control_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ PRETRAIN = OptimConfig(base_lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0)
 
 def test_lr_of_vit_b_pretraining() -> None:
     """He et al. 2022, table 8: base 1.5e-4, batch 4096, 800 epochs, 40 of them warmup; 312 steps an epoch."""
-    peak, steps = optim.peak_lr(PRETRAIN, 4096), 312
+    peak, steps = PRETRAIN.peak_lr(4096), 312
     assert peak == pytest.approx(2.4e-3)
     total = 800 * steps
     lr = optim.schedule(PRETRAIN, peak, 800.0)
@@ -38,7 +38,7 @@ def test_lr_of_finetuning(base: float, peak: float, epochs: int) -> None:
     half a cosine to 1e-6; 1251 steps an epoch.
     """
     settings, steps = OptimConfig(base_lr=base, min_lr=1e-6, warmup_epochs=5.0), 1251
-    assert optim.peak_lr(settings, 1024) == pytest.approx(peak)
+    assert settings.peak_lr(1024) == pytest.approx(peak)
     lr = optim.schedule(settings, peak, float(epochs))
     for step in (0, 1, 2 * steps, 5 * steps - 1, 5 * steps, 6 * steps, 27 * steps, epochs * steps - 1):
         epoch = step / steps
@@ -63,7 +63,7 @@ def test_linear_decay_of_mixer_b_from_scratch() -> None:
     """big_vision's mlp_mixer_i1k.py: 1e-3 at batch 4096, 10,000 steps of warmup, a straight line to 1e-5 of it."""
     steps = 1_281_167 / 4096
     settings = OptimConfig(base_lr=6.25e-5, min_lr=1e-8, schedule="linear", warmup_epochs=10_000 / steps)
-    peak, total = optim.peak_lr(settings, 4096), round(300 * steps)
+    peak, total = settings.peak_lr(4096), round(300 * steps)
     assert peak == pytest.approx(1e-3)
     lr = optim.schedule(settings, peak, total / steps)
     for step in (0, 5_000, 10_000, 50_000, total - 1):

@@ -154,7 +154,8 @@ class Reader:
 def log_unreadable(index: ShardIndex, unreadable: Mapping[int, str], named: set[int]) -> None:
     """Log the samples that `Reader.fill` could not read, each once: those that are not in `named`, which grows."""
     for sample in unreadable.keys() - named:
-        log.error("unreadable: %s (%s)", index.sample_name(sample), unreadable[sample])  # every rank prints errors
+        found = {"sample": index.sample_name(sample), "reason": unreadable[sample]}
+        log.error("unreadable: %s (%s)", *found.values(), extra={"unreadable": found})  # every rank prints errors
     named.update(unreadable)
 
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mae_dist import config as configuration
-from mae_dist import starts
+from mae_dist import hints, starts
 from mae_dist.monitor.records import Run
 from mae_dist.schema import RANDOM
 
@@ -148,7 +148,7 @@ def differences(groups: Sequence[Group]) -> list[tuple[str, list[Group], list[tu
         ]
         for column, group in zip(columns, chosen, strict=True):
             column[SEED] = group.seeds[0] if len(group.seeds) == 1 else group.seeds
-        rows = [(name, [_text(column.get(name)) for column in columns]) for name in columns[0]]
+        rows = [(name, [hints.shown(column.get(name)) for column in columns]) for name in columns[0]]
         differing = [(name, values) for name, values in rows if len({*values}) > 1]
         if differing:
             found.append((verb, chosen, differing))
@@ -168,9 +168,3 @@ def _experiment(run: Run, runs: Sequence[Run], seen: tuple[str, ...] = ()) -> st
     known = run.init_from != RANDOM and origin is not None and origin.name not in seen
     start = _experiment(origin, runs, (*seen, run.name)) if known and origin else run.init_from
     return json.dumps([_settings(run), start, step])
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, TypeGuard
 
 from mae_dist import heads_settings, small_files
 from mae_dist.monitor import incidents
-from mae_dist.run import events, jsonl, layout
+from mae_dist.run import events, jsonl, layout, unreadable
 from mae_dist.schema import RANDOM, ProbeConfig, RunConfig
 
 MOST_STEPS = 50_000
@@ -26,7 +26,8 @@ Point = tuple[float, float]
 @dataclass(frozen=True, eq=False)
 class Run:
     """What one run's folder holds. `style` is the run's colour in the report; `result` is {} until it is finished;
-    `every` is how many recorded steps each of those in `metrics` stands for; `heads` is {} but for a probe with many.
+    `every` is how many recorded steps each of those in `metrics` stands for; `heads` is {} but for a probe with many;
+    `num_unreadable` counts damaged lines, `unreadable` has samples (see `run.unreadable`).
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Run:
     every: int
     heads: dict[str, Any]
     num_classes: int
+    unreadable: list[tuple[str, list[str]]]
 
     @property
     def resumed(self) -> list[float]:
@@ -118,6 +120,7 @@ def _read_run(path: Path, name: str, style: int) -> Run:
         path=path, name=name, style=style, verb=verb, data_fingerprint=data_fingerprint, config=config,
         config_text=text, total_steps=layout.read_config(path)["total_steps"], result=_result(path),
         num_unreadable=sum(damaged, also_damaged), every=every, heads=_heads(path), num_classes=_num_classes(path),
+        unreadable=unreadable.by_reason(path),
         metrics=[line for line in metrics if finite(line.get("step"))],
         starts=[event for event in recorded if event["event"] == "start"], incidents=incidents.of(recorded, path),
     )  # fmt: skip
@@ -191,14 +194,17 @@ def training_seconds(run: Run) -> float:
 
 
 def numbers(run: Run) -> dict[str, float | None]:
-    """The main numbers of a run, None where it has none."""
+    """The main numbers of a run, None where it has none; the loss is the mean of the last steps (`layout.recent`)."""
     result, speed = run.result, [value for _, value in points(run, "images_per_second")]
+    every = points(run, "loss")
+    losses = [value for _, value in every[-max(1, layout.recent(len(every) * run.every) // run.every) :]]
     found = {
         "epochs": run.last("epoch"),
         "steps": result.get("steps", run.last("step")),
         "top1": result.get("top1", run.last("test_top1")),
         "top5": result.get("top5", run.last("test_top5")),
-        "loss": result.get("loss", run.last("loss")),
+        **{name: result.get(name, run.last(name)) for name in ("knn_top1", "ridge_top1", "rankme")},
+        "loss": result.get("loss", mean(losses) if losses else None),
         "test_loss": result.get("test_loss", run.last("test_loss")),
         "num_test_images": result.get("num_test_images"),
         "bad": sum(value for _, value in points(run, "bad")) or None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ import yaml
 from markupsafe import Markup
 
 from mae_dist import config as configuration
+from mae_dist import printed
 from mae_dist.cli import Parser
 from mae_dist.monitor import (
     compare,
@@ -42,8 +44,10 @@ from mae_dist.schema import PretrainConfig
 
 log = logging.getLogger(__name__)
 
+MOST_TOLD = 20
+"""Groups of runs with text, curves, pictures and settings of their own; of more, as in a sweep, the tables have all."""
 MAX_EARLIER_PICTURES = 6
-MAX_INCIDENTS = 50
+MAX_INCIDENTS, MAX_REASONS = 50, 20
 MAX_FURTHER_PLOTS = 24
 MOST_PICTURE, MOST_PICTURES = 2**25, 2**28
 """Bytes of a picture, and of all that are shown of a run."""
@@ -57,6 +61,7 @@ BAND = "Dashed boxes: where the mean loss of these epochs should be (track.band)
 ROWS = {
     "reconstruction": "rows: original, masked, reconstructed",
     "loss_by_position": "mean test loss of each patch of the image, black the least, white the most",
+    "look": "rows: original, masked, reconstructed, and where the class token of the last block looks",
 }
 KNOWN = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "bad"}
 """Numbers of metrics.jsonl that have their own plot, or are counted elsewhere."""
@@ -73,6 +78,13 @@ class Report:
     pairs: list[compare.Pair]
     predictions: list[predictions.Predictions]
 
+    @property
+    def told(self) -> list[Group]:
+        """The groups that are told of at length: all, or of many the MOST_TOLD with the highest accuracy."""
+        if len(self.groups) <= MOST_TOLD:
+            return self.groups
+        return sorted(self.groups, key=lambda group: -group.top1 if group.scores else math.inf)[:MOST_TOLD]
+
     def next(self, run: Run) -> list[following.Next]:
         """Commands that may follow on a run."""
         own, starts = {str(run.path), run.config.out}, {other.init_from for other in self.runs}
@@ -86,7 +98,7 @@ class Report:
 
     def following(self) -> list[tuple[Run, list[following.Next]]]:
         """The commands of `next` of each run that has some; of a group of seeds that are finished, of the first."""
-        chosen = (run for group in self.groups for run in group.runs if run == group.runs[0] or run.state != "finished")
+        chosen = (run for group in self.told for run in group.runs if run == group.runs[0] or run.state != "finished")
         return [(run, steps) for run in chosen if (steps := self.next(run))]
 
 
@@ -138,12 +150,14 @@ def page(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     columns, cells = summary(report.runs)
-    tables = [table for run in report.runs if (table := probe_table.of(run))]
+    tables = [table for group in report.told for run in group.runs if (table := probe_table.of(run))]
     return environment.get_template("report.html.j2").render(
         report=report, runs=report.runs, columns=columns, cells=cells, story=report_texts.story,
-        curves=curves(report.groups), galleries=galleries(report.runs), probe_tables=tables,
-        differences=compare.differences(report.groups), speeds=[(run, speed.of(run)) for run in report.runs],
-        style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, parts=speed.PARTS,
+        curves=curves(report.told), galleries=galleries([run for group in report.told for run in group.runs]),
+        probe_tables=tables, differences=compare.differences(report.told),
+        speeds=[(run, speed.of(run)) for run in report.runs],
+        style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, max_reasons=MAX_REASONS,
+        escaped=printed.escaped, parts=speed.PARTS,
         environments=provenance.environments(report.runs), following=report.following(), documents=documents,
         changed=changed, number=number, colour=svg.colour, swatch=lambda style: Markup(svg.swatch(style)),
         max_classes=predictions.MOST_CLASSES,

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from mae_dist import hints
 from mae_dist.cli import duration
 from mae_dist.monitor import compare, probe_table, provenance, records, speed
 from mae_dist.monitor.compare import Group
-from mae_dist.monitor.records import Run, finite
-from mae_dist.monitor.runs import plain
+from mae_dist.monitor.records import Run
+from mae_dist.monitor.runs import plain, table_of
 from mae_dist.monitor.svg import number
+from mae_dist.run import layout
 from mae_dist.schema import RANDOM
+from mae_dist.track_settings import ONLINE
 
 if TYPE_CHECKING:
     from mae_dist.monitor.report import Report
 
 COLUMNS = {
-    "epochs": "epochs", "steps": "steps", "top1": "top-1 %", "top5": "top-5 %", "loss": "loss",
-    "test_loss": "test loss", "num_test_images": "test images", "bad": "bad samples", "images_per_second": "images/s",
-    "seconds": "training",
+    "epochs": "epochs", "steps": "steps", "top1": "top-1 %", "top5": "top-5 %", "knn_top1": "kNN top-1 %",
+    "ridge_top1": "ridge top-1 %", "rankme": "RankMe", "loss": "loss", "test_loss": "test loss",
+    "num_test_images": "test images", "bad": "bad samples", "images_per_second": "images/s", "seconds": "training",
 }  # fmt: skip
 """Number of `records.numbers` -> its heading."""
+MD = {
+    "top1": 2, "top5": 2, "knn_top1": 2, "ridge_top1": 2, "rankme": 1, "loss": 4, "test_loss": 4, "num_test_images": 0,
+}  # fmt: skip
+"""Numbers of tables for papers -> digits behind the point."""
 DASH = "\N{EN DASH}"
 """Shown in place of a number that a run does not have."""
 WORDS = {
@@ -36,7 +43,7 @@ def cell(name: str, value: float | None) -> str:
     """A number of a run as text."""
     if value is None:
         return DASH
-    return duration(value) if name == "seconds" else f"{value:,.2f}" if name.startswith("top") else number(value)
+    return duration(value) if name == "seconds" else f"{value:,.2f}" if "top" in name else number(value)
 
 
 def setting(name: str, value: Any) -> str:
@@ -46,10 +53,13 @@ def setting(name: str, value: Any) -> str:
 
 def accuracy(group: Group) -> str:
     """The test accuracy of a group, with its spread over seeds; empty without scores."""
-    if not group.scores:
-        return ""
-    spread = "" if group.spread is None else f" \N{PLUS-MINUS SIGN} {group.spread:.2f}"
-    return f"{group.top1:.2f}{spread}"
+    return with_spread(group.scores, 2) if group.scores else ""
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """The mean of values, and of several their standard deviation."""
+    spread = f" \N{PLUS-MINUS SIGN} {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 # In words
@@ -93,13 +103,15 @@ def _outcome(group: Group) -> list[str]:
     if table := probe_table.of(run):
         chosen = next((row.head["name"] for row in table.rows if row.chosen), "?")
         found.append(f"Of {table.num_heads} heads the best on {table.num_held_out:,} held-out images: {chosen}.")
-    measured = {name: records.points(run, name) for name in ("loss", "test_loss")}
-    for name, points in measured.items():
-        if len(points) > 1:
-            few = max(1, min(len(points) // 10, 100))
-            first, last = (sum(y for _, y in part) / few for part in (points[:few], points[-few:]))
-            found.append(f"{COLUMNS[name][:1].upper()}{COLUMNS[name][1:]}: {number(first)} to {number(last)}.")
-    return found
+    numbers = records.numbers(run)
+    for name in ("loss", "test_loss"):
+        points, last = records.points(run, name), numbers[name]
+        if len(points) > 1 and last is not None:
+            few = layout.recent(len(points)) if name == "loss" else 1
+            first = mean(value for _, value in points[:few])
+            found.append(f"{COLUMNS[name].capitalize()}: {number(first)} to {number(last)}.")
+    online = [f"{COLUMNS[name]} {cell(name, numbers[name])}" for name in ONLINE.values() if numbers[name] is not None]
+    return [*found, f"On features: {', '.join(online)}."] if online else found
 
 
 # For machines
@@ -148,6 +160,7 @@ def _run(report: Report, run: Run) -> dict[str, Any]:
         "interval": run.heads.get("interval"),
         "rows": [row.head | {"low": row.low, "high": row.high} for row in table.rows],
     }  # fmt: skip
+    found["unreadable"] = [{"reason": why, "samples": len(names), "first": names[:3]} for why, names in run.unreadable]
     found["incidents"] = [incident._asdict() for incident in run.incidents]
     found["next"] = [step._asdict() for step in report.next(run)]
     return found
@@ -158,16 +171,19 @@ def _run(report: Report, run: Run) -> dict[str, Any]:
 
 def as_markdown(report: Report) -> str:
     """Tables of the results, one row a group of seeds, and of the settings in which groups of a verb differ."""
-    head = ["run", "verb", "model", "initial weights", "seeds", "top-1 %", "top-5 %", "loss", "test images"]
+    measured = [[records.numbers(run) for run in group.runs] for group in report.groups]
+    shown = [name for name in MD if any(run[name] is not None for runs in measured for run in runs)]
+    head = ["run", "verb", "model", "initial weights", "seeds", *(COLUMNS[name] for name in shown)]
     rows = []
-    for group in report.groups:
-        run, measured = group.runs[0], [records.numbers(member) for member in group.runs]
-        images = f"{run.num_test_images:,}" if run.num_test_images else DASH
-        seeds = str(len(group.runs))
-        rest = [accuracy(group) or DASH, _mean(measured, "top5", 2), _mean(measured, "loss", 4), images]
-        rows.append([group.name, run.verb, run.config.model.name, run.init_from, seeds, *rest])
-    text = _table(head, rows, 4)
-    if any(group.spread is not None for group in report.groups):
+    for group, runs in zip(report.groups, measured, strict=True):
+        run, cells = group.runs[0], []
+        for name in shown:
+            values = [value for each in runs if (value := each[name]) is not None]
+            values = values[:1] if name == "num_test_images" else values
+            cells.append(with_spread(values, MD[name]) if values else DASH)
+        rows.append([group.name, run.verb, run.config.model.name, run.init_from, str(len(group.runs)), *cells])
+    text = table_of(head, rows, 4)
+    if any(len(group.runs) > 1 for group in report.groups):
         text += "\nWith several seeds: mean \N{PLUS-MINUS SIGN} standard deviation.\n"
     for table in filter(None, map(probe_table.of, report.runs)):
         if table.test:
@@ -180,16 +196,5 @@ def as_markdown(report: Report) -> str:
     for verb, groups, rows in compare.differences(report.groups):
         lines = [[name, *values] for name, values in rows]
         text += f"\nSettings of {verb} that differ:\n\n"
-        text += _table(["setting", *(group.name for group in groups)], lines, len(groups) + 1)
+        text += table_of(["setting", *(group.name for group in groups)], lines, len(groups) + 1)
     return text
-
-
-def _mean(measured: Sequence[dict[str, float | None]], name: str, digits: int) -> str:
-    values = [value for numbers in measured if finite(value := numbers[name])]
-    return f"{sum(values) / len(values):.{digits}f}" if values else DASH
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int) -> str:
-    """A Markdown table whose first columns are texts, and the others numbers."""
-    lines = [[*map(plain, head)], ["---"] * num_texts + ["---:"] * (len(head) - num_texts)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [*lines, *([*map(plain, row)] for row in rows)])

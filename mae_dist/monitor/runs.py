@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -142,8 +142,8 @@ def _read_row(path: Path, states: dict[str, str]) -> Row:
     total = settings.get("total_steps")
     steps = (record for record in jsonl.backwards(path / layout.METRICS) if record.get("kind") == jsonl.STEP)
     recent = [*islice(steps, layout.RECENT)]
-    losses = [record["loss"] for record in recent if "loss" in record]
     last = recent[0] if recent else {}
+    losses = [record["loss"] for record in recent[: layout.recent(last.get("step", 0))] if "loss" in record]
     step, speed = last.get("step"), last.get("images_per_second")
     batch, log_every = settings.get("train", {}).get("global_batch", 0), settings.get("track", {}).get("every", 0)
     status = run_status(path, states, max(QUIET, 3 * log_every * batch / speed) if speed else QUIET)
@@ -224,12 +224,21 @@ def _markdown(verb: str, rows: dict[str, Row]) -> str:
     varied = [key for key in keys if len({str(values.get(key)) for values in settings.values()}) > 1]
     shown = [key for key in NUMBERS if any(key in row.result for row in rows.values())]
     ranked = sorted(rows, key=lambda name: _rank(rows[name].result))
-    lines = [["run", *varied, *shown], ["---"] * (1 + len(varied)) + ["---:"] * len(shown)]
+    lines = []
     for name in ranked:
         values = [_text(settings[name].get(key)) for key in varied]
         lines.append([name, *values, *(_text(rows[name].result.get(key)) for key in shown)])
-    cells: Iterable[str] = (" | ".join(line) for line in [*lines[:2], *([*map(plain, line)] for line in lines[2:])])
-    return f"## {verb}\n\n" + "".join(f"| {line} |\n" for line in cells)
+    return f"## {verb}\n\n" + table_of(["run", *varied, *shown], lines, 1 + len(varied))
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int) -> str:
+    """A Markdown table whose first columns are texts, and the others numbers."""
+    lines = [
+        [*map(plain, head)],
+        ["---"] * num_texts + ["---:"] * (len(head) - num_texts),
+        *([*map(plain, row)] for row in rows),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plain(text: str) -> str:

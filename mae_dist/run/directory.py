@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mae_dist import atomic, dist, errors, watchdog
+from mae_dist import atomic, devices, dist, errors, watchdog
 from mae_dist import config as configuration
 from mae_dist.run import checkpoint, events, identity, jsonl, layout, lock
 from mae_dist.run.layout import step_of
@@ -208,13 +208,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """The software and the machine of this process, and the time."""
     from importlib.metadata import version
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "time": events.now(),
         "git": layout.revision(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "hostname": platform.node(),
-        "device": name,
+        "device": devices.name_of(device),
         "ranks": dist.world(),
         "command": shlex.join(sys.argv),
     }

@@ -8,6 +8,7 @@ RUN/
   preflight.json     what `mae-dist preflight` expected of the run
   log.txt            what was logged, for runs without a job, see `log_file`
   ids.jsonl          with track.ids: the samples of each step
+  unreadable.jsonl   samples that could not be read, with the reason, see `unreadable`
   checkpoints/
     step-000001000/  manifest.json (step, files with sizes and sha256) and safetensors shards
     .saving-...      an unfinished save, never read
@@ -50,11 +51,16 @@ LEFTOVER = re.compile(r"\.(saving|removed)-")
 FORMAT = 2
 """Version of the layout of a run's folder, in its config.yaml."""
 RECENT = 100
-"""Steps over which the training loss is averaged, for tables and for the final result."""
+"""Steps, at most, over which `recent` averages the training loss."""
 BEFORE_THE_RUN = {jobs.FOLDER, events.FILE, CODE, LOCK, PREFLIGHT}
 """What may lie in the folder before the run starts: its submission, its jobs, the code that they run, the lock, what is
 expected of it.
 """
+
+
+def recent(steps: int) -> int:
+    """The last steps of so many whose mean loss tables and results have: a tenth, RECENT at most."""
+    return max(1, min(RECENT, steps // 10))
 
 
 def read_config(path: Path) -> dict[str, Any]:

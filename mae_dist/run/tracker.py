@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mae_dist import clock, cost, dist, printed
+from mae_dist import clock, cost, devices, dist, printed
 from mae_dist.errors import MachineFault
 from mae_dist.run import events, interval, jsonl, layout, warned
 from mae_dist.run.interval import RankTime
@@ -142,7 +141,7 @@ class Tracker:
             warned.warn(self.path.parent, now_at["step"], found)
         if self.ids:
             self._write(self.ids, [self._ids(known["step"], t) for known, t in zip(plain, tensors, strict=True)])
-        self._show(records[-1], summed)
+        self._show(records, summed)
         if self.begun:  # the first flush of a start waited for the loader to start
             self._watch(ranks, records[-1]["step"], mfu)
         self.begun = True
@@ -152,11 +151,7 @@ class Tracker:
         data, communication, stall = (
             sum(wait.get(name, 0.0) for wait in waits) for name in ("data_wait", "communication", "stall")
         )
-        if torch.cuda.is_initialized():
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return RankTime(seconds + stall, data, communication, stall, memory)
+        return RankTime(seconds + stall, data, communication, stall, devices.memory_used())
 
     def _of_ranks(self, like: Tensor, own: list[float]) -> list[list[float]]:
         """The numbers of each rank, in rank order; the device of `like` sends them."""
@@ -216,10 +211,11 @@ class Tracker:
         for record in records if self.mirror else ():
             self.mirror.log(record)  # pyright: ignore[reportOptionalMemberAccess]
 
-    def _show(self, last: dict[str, Any], summed: dict[str, Any]) -> None:
+    def _show(self, records: list[dict[str, Any]], summed: dict[str, Any]) -> None:
         if not self.progress:
             return
-        loss, rate = last.get("loss", math.nan), last["images_per_second"]
+        losses, last = [record["loss"] for record in records if "loss" in record], records[-1]
+        loss, rate = sum(losses) / len(losses) if losses else math.nan, last["images_per_second"]
         mfu = f"  MFU {summed['mfu']:.0%}" if "mfu" in summed else ""
         text = f"loss {loss:.4f}  lr {last['lr']:.3g}  {printed.rate(rate)} images/s  data {summed['data']:.0%}{mfu}"
         text += f"  {summed['memory']:.3g} GB"
@@ -254,7 +250,7 @@ def summary(path: Path) -> dict[str, float]:
     """Final numbers of a metrics.jsonl: mean training loss of the last steps, bad samples, and the last evaluation."""
     records = jsonl.read(path)
     steps, evaluations = ([r for r in records if r.get("kind") == kind] for kind in (jsonl.STEP, jsonl.EVALUATION))
-    recent = [r["loss"] for r in steps if "loss" in r][-layout.RECENT :]
+    recent = [r["loss"] for r in steps if "loss" in r][-layout.recent(len(steps)) :]
     found = {"loss": sum(recent) / len(recent), "bad": sum(r.get("bad", 0) for r in steps)}
     if skipped := sum(r.get("skipped", False) for r in steps):
         found["skipped"] = skipped

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_dist import cost, dist, evaluate, image_grid, track_settings
+from mae_dist import dist, evaluate, forecast, image_grid
 from mae_dist.batch import Batch
 from mae_dist.data.loader import Source
 from mae_dist.objectives.mae import MAE
@@ -45,16 +45,10 @@ def check(setup: Setup[PretrainConfig]) -> None:
 def announce(setup: Setup[PretrainConfig]) -> None:
     """Log what track.online costs, where that is known."""
     config, interval = setup.config, evaluation_interval(setup.config, len(setup.train_split))
-    image = cost.encoder(config.model.name, config.model.image_size, setup.backbone.channels)
-    step = cost.of_run(config)
-    if not (dist.is_main() and config.track.online and interval and image and step):
-        return
-    tested = setup.test_split if track_settings.needs_labels(config) else None
-    count = sum(map(len, divide(setup))) + len(tested or ())
-    share = count * image.forward / ((step.forward + step.backward) * config.train.global_batch * interval)
-    log.info(
-        "track.online: features of %d images at each evaluation, about %.3g %% of the computing", count, 100 * share
-    )
+    count, images = forecast.online_features(config, len(setup.train_split), len(setup.test_split or ()))
+    if dist.is_main() and interval and images:
+        share = 100 * images / (config.train.global_batch * interval)
+        log.info("track.online: features of %d images at each evaluation, about %.3g %% of the computing", count, share)
 
 
 def divide(setup: Setup[PretrainConfig]) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from mae_dist.models import short_attention
 from mae_dist.models.backbone import Backbone
 from mae_dist.objectives import Objective
 from mae_dist.printed import counted
-from mae_dist.run import identity, jsonl, layout, log_file, warned
+from mae_dist.run import identity, jsonl, layout, log_file, unreadable, warned
 from mae_dist.run.directory import RunDir
 from mae_dist.run.warned import Warned
 from mae_dist.schema import C, MachineConfig
@@ -65,6 +65,7 @@ class Setup(Generic[C]):
         """Context of all work of the run: an exception that ends it is recorded in events.jsonl, lost ranks by name."""
         with (
             log_file.kept(self.run.path, dist.rank()),
+            unreadable.recorded(self.run.path),
             self.run.record_end(),
             dist.name_lost_ranks(lambda: f"the work of {self.verb} outside its training loop"),
         ):
@@ -197,7 +198,7 @@ def prepare_run(verb: str, config: C, needs_labels: bool, build: Callable[[Setup
         if not setup.run.open(verb, setup.config, setup.data_fingerprint, total, start):
             return None
         setup.run.record_classes(setup.train_split.dataset.classes if needs_labels else None)
-        setup.warn(warn.of_settings(verb, setup.config, setup.device, len(setup.train_split)))
+        setup.warn(warned.of_settings(verb, setup.config, len(setup.train_split), on_cpu=setup.device.type == "cpu"))
         if needs_labels or track_settings.needs_labels(setup.config):
             setup.warn(warn.of_labels(setup.train_split))
         return setup, built

@@ -9,27 +9,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import os
-import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mae_dist import config as configuration
-from mae_dist import cost, devices, environment, launcher
+from mae_dist import cost, devices, environment, forecast, launcher, parallel
 from mae_dist.batch import Batch
 from mae_dist.cli import VERBS
 from mae_dist.data.loader import CHUNK, TarSource
-from mae_dist.forecast import Loading, Rate
+from mae_dist.forecast import Forecast, Loading, Place, Rate
 from mae_dist.model_sizes import size_of
 from mae_dist.schema import RANDOM, ModelConfig
 from mae_dist.stages.setup import Setup, build_setup
-from mae_dist.train import new_state, train_step
-from mae_dist.verify.benchmarks import synchronize
+from mae_dist.train import graphed, new_state, train_step
 from mae_dist.verify.data_benchmark import rate_of
+from mae_dist.verify.step_benchmark import clocked
 
 STEP_SECONDS = 5.0
 """Expected time of a step above which fewer images at once are timed."""
@@ -41,42 +41,20 @@ EXPECTED = {"cpu": 5e10, "cuda": 5e13}
 """Floating point operations a second of a core, or of a GPU, from which the time of a step is expected."""
 
 
-class Device(NamedTuple):
-    """What ranks compute on here: its name, how many of this machine are ranks, and each one's memory in bytes."""
-
-    name: str
-    is_gpu: bool
-    ranks: int
-    memory: float
-
-
-class Trial(NamedTuple):
-    """What was found: see `Forecast`. ``most``: images at once that fit on the GPU, None on a CPU."""
-
-    num_samples: int
-    num_test: int
-    step: Rate | None
-    loading: Loading | None
-    kept_images: float
-    memory: float | None
-    most: int | None
+def place_here(processes: int | None) -> Place:
+    """This machine, with as many ranks as `processes` says, else one a GPU."""
+    ranks, device = launcher.processes_here(processes), devices.of_rank(0)
+    is_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else environment.memory() / ranks
+    return Place(1, ranks, environment.cores(), devices.name_of(device), is_gpu, memory)
 
 
-def device_here(processes: int | None) -> Device:
-    """The device of this machine's ranks, as many as `processes` says, else one a GPU."""
-    ranks = launcher.processes_here(processes)
-    device = devices.of_rank(0)
-    if device.type == "cuda":
-        return Device(devices.name_of(device), True, ranks, torch.cuda.get_device_properties(device).total_memory)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(devices.name_of(device), False, ranks, memory / ranks)
-
-
-def measure(verb: str, config: Any, ranks: int, ranks_here: int, stepping: bool) -> Trial:
-    """Try the share that one of `ranks` has of a run, beside `ranks_here` of this machine; only its loader unless
-    `stepping`. Raises what the start of the run would: ValueError for what is wrong with settings, data or initial
-    weights.
+def tried(found: Forecast, ranks_here: int, stepping: bool) -> Forecast:
+    """The forecast of a run with what is measured of a rank's share of it, beside `ranks_here` of this machine; only of
+    its loader unless `stepping`. Raises what the start of the run would: ValueError for what is wrong with settings,
+    data or initial weights.
     """
+    verb, config, ranks = found.verb, found.config, found.place.ranks
     launcher.limit_threads(ranks_here)
     group = configuration.group(config)
     share = group * -(-config.train.global_batch // (group * ranks))
@@ -85,13 +63,16 @@ def measure(verb: str, config: Any, ranks: int, ranks_here: int, stepping: bool)
     config = dataclasses.replace(config, machine=machine, train=train)
     if not stepping:  # a small model of the same patches, which is built in no time
         model = ModelConfig(f"vit_ti{size_of(config.model.name)['patch']}", config.model.image_size)
-        config = dataclasses.replace(config, model=model, init_from=RANDOM)
+        machine = dataclasses.replace(machine, compile=False, cuda_graphs=False)
+        config = dataclasses.replace(config, model=model, init_from=RANDOM, machine=machine)
     setup = build_setup(verb, config, needs_labels=verb != "pretrain")
-    source, num_test = setup.source(setup.train_split, training=True), len(setup.test_split or ())
+    source = setup.source(setup.train_split, training=True)
     kept = 0 if isinstance(source, TarSource) else source.images.nbytes
+    found = dataclasses.replace(
+        found, num_samples=len(setup.train_split), num_test=len(setup.test_split or ()), kept_images=kept
+    )
     if not stepping:
-        loading = load(setup, source, setup.num_micro)
-        return Trial(len(setup.train_split), num_test, None, loading, kept, None, None)
+        return dataclasses.replace(found, loading=load(setup, source, setup.num_micro))
     objective, most = importlib.import_module(VERBS[verb].module).build(setup), None
     if setup.device.type == "cuda":
         automatic = dataclasses.replace(config, machine=dataclasses.replace(machine, micro_batch="auto"))
@@ -99,9 +80,27 @@ def measure(verb: str, config: Any, ranks: int, ranks_here: int, stepping: bool)
     setup = setup.with_micro_batch(objective)
     num_micro = -(-share // timed_images(setup, share))
     loading = load(setup, source, num_micro)
-    batch = next(setup.training_batches(source, num_micro, range(1), {}))
+    batch, reading = next(setup.training_batches(source, num_micro, range(1), {})), None
+    if forecast.stored_features(config, 1):  # steps are made of features, which are loaded in no time
+        batch, computing = features_of(setup, objective, batch, share)
+        reading, loading, num_micro = 1 / (1 / computing + (1 / loading.value if loading else 0)), None, 1
     step = step_rate(setup, objective, batch, share, num_micro)
-    return Trial(len(setup.train_split), num_test, step, loading, kept, memory_used(setup.device), most)
+    return dataclasses.replace(
+        found, step=step, loading=loading, reading=reading, measured=devices.memory_used(), most_tried=most
+    )
+
+
+def features_of(setup: Setup[Any], objective: Any, batch: Batch, share: int) -> tuple[Batch, float]:
+    """(A batch of `share` features, images a second at which they are computed), from a batch of images."""
+    objective.to(setup.device)
+
+    def compute() -> Tensor:
+        with parallel.autocast(setup.config.train.precision, setup.device):
+            return objective.features(batch)
+
+    rate = batch.size / repeated([lambda: clocked(compute, setup.device, time.perf_counter)])[0]
+    rows = torch.arange(share, device=setup.device) % batch.size
+    return Batch(*(part[rows] for part in batch._replace(images=compute()))), rate
 
 
 def timed_images(setup: Setup[Any], share: int) -> int:
@@ -133,14 +132,13 @@ def step_rate(setup: Setup[Any], objective: Any, batch: Batch, share: int, num_m
     time of more than two follows from that of one and of two.
     """
     module, state = new_state(objective, setup.config, setup.device, no_decay_tokens=setup.verb != "pretrain")
+    graphs = graphed(module, state, setup.config.train) if setup.config.machine.cuda_graphs else None
     objective.train()
 
     def timed(count: int) -> float:
-        synchronize(setup.device)
-        began = time.perf_counter()
-        train_step(module, state, itertools.repeat(batch), 0.0, count, setup.config.train)
-        synchronize(setup.device)
-        return time.perf_counter() - began
+        train = setup.config.train
+        step = partial(train_step, module, state, itertools.repeat(batch), 0.0, count, train, graphs)
+        return clocked(step, setup.device, time.perf_counter)
 
     counts = (1,) if num_micro == 1 else (1, 2)
     one, *two = repeated([lambda count=count: timed(count) for count in counts])
@@ -158,10 +156,3 @@ def repeated(actions: list[Callable[[], float]]) -> list[float]:
         for action, values in zip(actions, found, strict=True):
             values.append(action())
     return [median(values) for values in found]
-
-
-def memory_used(device: torch.device) -> float:
-    """Bytes at most of a GPU, or of this process, so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

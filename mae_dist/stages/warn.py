@@ -1,70 +1,13 @@
-"""What a run warns of beside its curve: before its first step settings that are seldom meant, after its last a result
-that says nothing.
-"""
+"""What a run warns of beside its settings and curve: labels that are all the same, and a result that says nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from mae_dist import config as configuration
-from mae_dist import environment, evaluate, optim
+from mae_dist import evaluate
 from mae_dist.data.index import ShardIndex
 from mae_dist.data.split_checks import label_counts
-from mae_dist.run.warned import FEW_STEPS, Warned
-from mae_dist.schema import ProbeConfig, RunConfig
-
-USUAL_LR = {
-    ("pretrain", "adamw"): (3e-5, 5e-3, 1.5e-4), ("pretrain", "muon"): (3e-5, 5e-3, 1.5e-4),
-    ("finetune", "adamw"): (6e-5, 5e-3, 5e-4), ("finetune", "muon"): (6e-5, 5e-3, 5e-4),
-    ("probe", "lars"): (0.01, 50.0, 0.1),
-}  # fmt: skip
-"""(Verb, optimizer) -> the least base_lr, the limit of its peak, and the base_lr of He et al. 2022. What lies outside
-is about ten times off all recipes, or was already multiplied by the batch. With few images a step base_lr may be large,
-with many the peak must not be.
-"""
-
-
-def of_settings(verb: str, config: RunConfig, device: torch.device, num_samples: int) -> Iterator[Warned]:
-    """Settings that are possible, but seldom meant: a batch that is most of the data, a warmup that does not end, an lr
-    that is far off, and 16 bits on a CPU.
-    """
-    batch, precision = config.train.global_batch, config.train.precision
-    settings, epochs = getattr(config, "optim", None), configuration.total_steps(config.train, num_samples)
-    epochs *= batch / num_samples
-    if settings is not None and num_samples < FEW_STEPS * batch:
-        more = ", so that a step shows images more than once" if num_samples < batch else ""
-        yield Warned(
-            "train.global_batch",
-            f"train.global_batch={batch}: an epoch of {num_samples} images is {num_samples / batch:.2g} steps{more}; a "
-            f"smaller batch gives more",
-        )
-    if settings is not None and epochs and settings.warmup_epochs >= epochs:
-        yield Warned(
-            "optim.warmup_epochs",
-            f"optim.warmup_epochs={settings.warmup_epochs:g}: the run has {epochs:.3g} epochs, so its lr does not "
-            f"reach its peak before the end; set it to {epochs / 20:.2g}, or make the run longer",
-        )
-    if settings is not None and not (isinstance(config, ProbeConfig) and config.heads.active):
-        yield from _of_lr(verb, config, settings.name, settings.base_lr, optim.peak_lr(settings, batch))
-    if device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and environment.has_bf16()):
-        yield Warned(
-            "train.precision",
-            f"train.precision={precision}: this CPU has no instructions for it; fp32 is faster",
-        )
-
-
-def _of_lr(verb: str, config: RunConfig, name: str, base_lr: float, peak: float) -> Iterator[Warned]:
-    low, limit, usual = USUAL_LR.get((verb, name), (0.0, float("inf"), base_lr))
-    if base_lr >= low and peak < limit:
-        return
-    what = f"is below the usual {low:g}" if base_lr < low else f"rises to {peak:g}, and usually stays below {limit:g}"
-    yield Warned(
-        "optim.base_lr",
-        f"optim.base_lr={base_lr:g}: the lr, times train.global_batch={config.train.global_batch} / 256, {what} in "
-        f"{verb} with {name}; set optim.base_lr={usual:g}, the paper's",
-    )
+from mae_dist.run.warned import Warned
 
 
 def of_labels(split: ShardIndex) -> Iterator[Warned]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mae_dist import config, dist, errors
+from mae_dist import config, dist, errors, recipes
 from mae_dist.cli import Parser
 from mae_dist.run import directory, jsonl
 from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, loader_benchmarks, processes, step_benchmark
@@ -148,13 +148,9 @@ def main(argv: list[str]) -> int:
 
 def overrides_of(bench: Bench, words: list[str]) -> tuple[str | None, list[str]]:
     """The CONFIG.yaml of a command line, if it has one, and the settings: with a file, the user's alone."""
-    paths = [word for word in words if "=" not in word and not word.endswith(".yaml")]
-    if len(paths) > 1:
-        raise ValueError(f"{' '.join(paths)}: one folder or glob of data, not {len(paths)}; quote a glob")
-    rest = [word for word in words if word not in paths]
-    file, given = config.split_words("bench", rest)
+    file, given = config.split_words("bench", recipes.with_data("bench", words))
     defaults = [] if file else [*SETTINGS, *BY_VERB[bench.verb], *bench.settings]
-    return file, [*defaults, *(f"data.path={path}" for path in paths), *given, *REQUIRED]
+    return file, [*defaults, *given, *REQUIRED]
 
 
 def report(result: Result, file: Path, settings: list[str], machine: dict[str, float | None], seconds: float) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae_dist import dist, parallel
+from mae_dist import devices, dist, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data import loader
 from mae_dist.data.index import open_split
@@ -67,9 +67,7 @@ def gpu(runner: Runner) -> Result:
             print(f"left out: {name} ({reason})", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return Result(
-        f"{step_benchmark.device_name(device)}, {runner.settings.train.precision}", found, {"rows": str(rows)}
-    )
+    return Result(f"{devices.name_of(device)}, {runner.settings.train.precision}", found, {"rows": str(rows)})
 
 
 def tiny(settings: Any) -> Any:

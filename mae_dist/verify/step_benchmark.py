@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mae_dist import cost, dist, models, optim, parallel
+from mae_dist import cost, devices, dist, models, optim, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.cuda_graphs import GraphedPasses
 from mae_dist.data.views import View
@@ -38,8 +37,8 @@ TABLE = Path(__file__).parents[1] / "configs" / "steps.jsonl"
 """Shares of the peak by device and settings, as `--record` writes them."""
 SLOWER = 0.95
 """Share of the table's value below which a step counts as slower than it was."""
-MATRIX, CPU_MATRIX = 8192, 1024
-"""Side of the square matrices whose product is taken as the device's peak."""
+PEAK_SECONDS = 0.5
+"""For which products of matrices are repeated, the fastest of which is taken as the device's peak."""
 OWN = ("eager", "compiled", "compiled, short attention, CUDA graph")
 """Variants of our own step."""
 MOST_WORK = {"cpu": 5e11, "cuda": 3e13}
@@ -80,7 +79,7 @@ def step(runner: Runner) -> Result:
         jsonl.write_atomic(TABLE, "".join(json.dumps(row) + "\n" for row in [*rows, *shares]))
     where = "one thread" if device.type == "cpu" else "one GPU"
     model = f"{settings.model.name}, {settings.train.global_batch} images of {settings.model.image_size} px"
-    return Result(f"{model}, {settings.train.precision}, {where} of {device_name(device)}", found, raw)
+    return Result(f"{model}, {settings.train.precision}, {where} of {devices.name_of(device)}", found, raw)
 
 
 def measure(
@@ -88,7 +87,8 @@ def measure(
 ) -> Iterator[Measurement]:
     """Rows of a step of `settings`, the most informative first; every single measurement goes into `raw`."""
     images, clock = settings.train.global_batch, time.perf_counter if device.type == "cuda" else time.process_time
-    peak = peak_of(device, settings.train.precision, clock)
+    dtype = parallel.DTYPES.get(settings.train.precision, torch.float32)
+    peak = devices.measured_peak(device, dtype, PEAK_SECONDS)
     yield Measurement("largest rate of matrix products", peak / 1e9, "GFLOP/s")
     counted = cost.of_run(settings) or cost.Cost()
     yield Measurement("forward and backward, counted", counted.training_flops / 1e9, "GFLOP/image")
@@ -235,13 +235,6 @@ def clocked(action: Callable[[], object], device: torch.device, clock: Callable[
     return clock() - began
 
 
-def peak_of(device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The rate of large matrix products in this precision, in FLOP/s: the best of ten."""
-    side = MATRIX if device.type == "cuda" else CPU_MATRIX
-    a = torch.randn(side, side, device=device, dtype=parallel.DTYPES.get(precision, torch.float32))
-    return 2 * side**3 / min(clocked(lambda: a @ a, device, clock) for _ in range(10))
-
-
 def mae_of(settings: Any) -> MAE:
     """The MAE of a run's settings, on the CPU or on the device of the context."""
     model = settings.model
@@ -282,24 +275,12 @@ def memory_of(
     yield Measurement("most memory", torch.cuda.max_memory_allocated(device) / 1e9, "GB")
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 def key_of(settings: Any, device: torch.device, variant: str) -> dict[str, Any]:
     """What a row of the table is for."""
     model, mae = settings.model, settings.mae
     decoder = f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}"
     return {
-        "device": device_name(device), "model": model.name, "image_size": [*sides(model.image_size)],
+        "device": devices.name_of(device), "model": model.name, "image_size": [*sides(model.image_size)],
         "decoder": decoder, "images": settings.train.global_batch, "precision": settings.train.precision,
         "variant": variant,
     }  # fmt: skip

@@ -56,8 +56,9 @@ def test_preflight_tries_the_run_here_and_the_run_then_starts(
     ("words", "in_memory"),
     [(["finetune", "init_from=random", "mix.mixup=0.8", "optim.name=muon"], False),
      (["probe", "init_from=random", "heads.adamw=[0.01]"], True),
+     (["probe", "init_from=random", "heads.adamw=[0.01]", "view.crop=center", "view.flip=0"], True),
      (["pretrain", "machine.processes=2", "train.ema=0.9", *TINY], False)],
-    ids=["finetune", "probe", "pretrain"],
+    ids=["finetune", "probe", "stored features", "pretrain"],
 )  # fmt: skip
 def test_preflight_of_other_verbs_and_tars(
     words: list[str], in_memory: bool, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -67,7 +68,8 @@ def test_preflight_of_other_verbs_and_tars(
     found = facts_of(capsys, *words, f"data.path={data}", *SMALL, "machine.workers=1")
     assert found["verb"] == words[0]
     assert found["images_per_second"] <= found["step_ceiling"]
-    assert f"{2 if words[0] == 'finetune' else 1} images at once" in found["step_known"]
+    at_once = 16 if "view.crop=center" in words else 2 if words[0] == "finetune" else 1  # of features: all
+    assert f", {at_once} images at once" in found["step_known"]
     assert found["extrapolated"] == ("machine.processes=2" in words)
 
 
@@ -87,6 +89,11 @@ def test_preflight_for_gpus_elsewhere_says_what_is_extrapolated(
     chosen = config.load("pretrain", None, [f"data.path={data}", "out=x", *SMALL])
     screen = preflight_screen.lines(preflight_screen.without_trial("pretrain", chosen, Place(is_gpu=True)))
     assert any("the device is neither here nor in a table" in line for line in screen)
+    assert any(line.startswith("  memory    takes: ") for line in screen)
+    assert (
+        screen[-1]
+        == "Whether it fits is not known, as the device's memory is not; what limits its speed is not known here."
+    )
 
 
 def test_preflight_names_what_does_not_fit_and_ends_with_status_1(
@@ -111,7 +118,8 @@ def forecast_of(
     loading = None if loader is None else Loading(loader, 1, serial)
     place = Place(1, 1, facts.pop("cores", 8), "H100", is_gpu, 80e9, facts.pop("limit", None), unused=240)
     num_samples = facts.pop("num_samples", 10**6)
-    return Forecast("pretrain", chosen, place, num_samples, 0, Rate(step, "measured", False), loading, **facts)
+    rate = Rate(step, "measured", False, facts.pop("by_host", False))
+    return Forecast("pretrain", chosen, place, num_samples, 0, rate, loading, **facts)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,7 @@ def forecast_of(
         (forecast_of("machine.workers=0", step=500, loader=100, serial=True), "83% of its speed: set machine.workers"),
         (forecast_of(step=500, loader=500, serial=True), "view.crop=pad is faster"),
         (forecast_of("machine.micro_batch=64", step=400, loader=900), "computing limits it: machine.micro_batch=1024"),
+        (forecast_of(step=9, loader=None, by_host=True), "kernels, limits it: machine.micro_batch=1024 or mac"),
         (forecast_of("machine.compile=true", step=9, loader=900, is_gpu=False), "computing limits it: more ranks may"),
         (forecast_of("checkpoint.keep=9", step=9, loader=None, free=10e9), "the disk: lower checkpoint.keep, or"),
         (forecast_of("checkpoint.keep_every=1", step=9, loader=None, free=10e9), "disk: raise checkpoint.keep_every"),
@@ -134,7 +143,7 @@ def test_preflight_limit_is_a_sentence_with_the_setting_to_change(found: Forecas
 @pytest.mark.parametrize(
     ("words", "facts", "warning"),
     [
-        (["train.global_batch=512"], {"num_samples": 600}, "train.global_batch=512: an epoch is 1.2 steps"),
+        (["train.global_batch=512"], {"num_samples": 600}, "train.global_batch=512: an epoch of 600 images is 1.2"),
         (["optim.warmup_epochs=5", "train.steps=4"], {}, "optim.warmup_epochs=5: the run has 0.0041"),
         (["train.resolutions=[[0,112],[0.5,224]]"], {}, "those of the last resolution"),
         ([], {"limit": 600}, "time: 40% of each job is start and stop"),
@@ -165,7 +174,7 @@ def test_submit_prints_what_is_expected_and_warns_of_what_does_not_fit(
     ("words", "part"),
     [
         (["knn", "data.path=DATA"], "preflight knn: trains nothing; give one of pretrain, probe, finetune"),
-        (["imagenet_vit_b16", "a", "b"], "one CONFIG and one DATA, not also b; quote a glob"),
+        (["imagenet_vit_b16", "a", "b"], "one CONFIG.yaml and one DATA, not also b; quote a glob"),
         (["imagnet_vit_b16", "DATA"], "did you mean the recipe imagenet_vit_b16?"),
         (["DATA", "model.name=vit_demo4", "--nodes", "2"], "--nodes: overrides a field of a cluster file"),
         (["imagenet_vit_b16"], "data.path=..."),

@@ -266,7 +266,7 @@ def test_report_embeds_pictures_of_the_run_alone(
 
 
 def test_report_of_a_long_run_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run", num_steps=100)
+    run = finish(make_run(tmp_path / "run", num_steps=100), loss=0.05)
     whole = cells(render(run), "run")
     monkeypatch.setattr(records, "MOST_STEPS", 10)
     page = render(run)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_pages import EVIL, figures, finish, make_run, render, text_of, write_lines
+from report_pages import DASH, EVIL, figures, finish, make_run, render, text_of, write_lines
 
 from mae_dist import heads_settings
 from mae_dist.__main__ import main
 from mae_dist.monitor import compare, following, matrix, predictions, probe_table, records, report, speed
-from mae_dist.run import events
+from mae_dist.run import events, jsonl, unreadable
 from mae_dist.schema import HeadsConfig
 
 HEADS = ["heads.lars=[0.1,0.4]", "heads.adamw=[1e-3]", "heads.features=[mean,cls]", "heads.ridge=true"]
@@ -297,6 +297,7 @@ def test_report_as_markdown_and_json_has_the_numbers(tmp_path: Path, capsys: pyt
     assert main(["report", "--md", *runs]) == 0
     table = capsys.readouterr().out
     assert "| finetune-mae (2 seeds) | finetune | vit_p4_d128 | mae | 2 | 31.00 ± 1.41 |" in table
+    assert "kNN" not in table
     assert "a\\|b" in table
     assert "95 % interval 25.50 to 34.50" in table
     out = tmp_path / "numbers.json"
@@ -306,6 +307,12 @@ def test_report_as_markdown_and_json_has_the_numbers(tmp_path: Path, capsys: pyt
     assert found["groups"][0]["spread"] == pytest.approx(math.sqrt(2))
     assert found["runs"][2]["heads"]["interval"] == [25.5, 34.5]
     assert not (Path(runs[0]) / "report.html").exists()
+    online = finish(make_run(tmp_path / "watched"), knn_top1=30.126, ridge_top1=41.0, rankme=57.34, loss=0.4)
+    assert main(["report", "--md", *runs, str(online)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[1:6]]  # behind a path
+    row = dict(zip(rows[0], rows[-1], strict=True))
+    assert (row["| run"], row["top-1 %"], row["loss"]) == ("| watched", DASH, "0.4000")
+    assert (row["kNN top-1 %"], row["ridge top-1 %"], row["RankMe"]) == ("30.13", "41.00", "57.3")
     with pytest.raises(ValueError, match="not allowed with"):
         report.main(["--md", "--json", *runs])
 
@@ -319,3 +326,28 @@ def test_report_draws_the_band_of_the_recipe(tmp_path: Path) -> None:
     assert "Dashed boxes" in html
     (first, *_) = figure.iterfind(".//rect[@class='box']")
     assert float(first.attrib["width"]) == pytest.approx((900 - 80) / 4, abs=0.2)
+
+
+def test_report_of_a_sweep_tells_of_the_best_and_lists_all(tmp_path: Path) -> None:
+    runs = []
+    for n in range(report.MOST_TOLD + 3):
+        run = make_run(tmp_path / f"sweep-{n:02d}", "probe", f"optim.base_lr={n + 1}", "init_from=random", num_steps=2)
+        runs.append(finish(run, verb="probe", top1=float(n), num_test_images=100))
+    html = render(*runs)
+    short, rest = html.split("<h2>Runs</h2>")
+    assert "Of 23 experiments, these 20 have the highest accuracy." in short
+    assert short.count("<dt>") == 20
+    assert ("sweep-02" in short, "sweep-03" in short, "sweep-22" in short) == (False, True, True)
+    assert all(run.name in rest for run in runs)
+
+
+def test_report_lists_unreadable_samples_by_reason(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for number in range(5):
+        reason = f"cannot be decoded ({number} bytes {EVIL})" if number else "label 7, but\n5 classes"
+        for _ in range(2):  # a start, and a resume
+            jsonl.append(run / unreadable.FILE, {"sample": f"s{number}\x1b[2J", "reason": reason})
+    html = render(run)
+    section = text_of(html[html.index("Unreadable samples") :])
+    assert "cannot be decoded (1 bytes &lt;script&gt;" in section
+    assert "4 s1\\x1b[2J, s2\\x1b[2J, s3\\x1b[2J label 7, but\\n5 classes 1 s0\\x1b[2J" in section

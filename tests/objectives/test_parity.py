@@ -202,7 +202,7 @@ def test_mae_hundred_steps_equal_transformers_and_torch() -> None:
     groups = optim.param_groups(ours, settings, backbone.depth, no_decay_tokens=False)
     optimizer = optim.build(settings, groups)
     optim.init_optimizer_state(optimizer)
-    schedule = optim.schedule(settings, optim.peak_lr(settings, images), steps / warmup)
+    schedule = optim.schedule(settings, settings.peak_lr(images), steps / warmup)
     scale = optim.LossScale(torch.device("cpu"), enabled=False)
     parameters = [parameter for group in groups for parameter in group["params"]]
     decayed = [p for p in theirs.parameters() if p.requires_grad and p.ndim > 1]
@@ -254,7 +254,7 @@ def test_probe_twenty_lars_steps_equal_the_paper() -> None:
     settings = OptimConfig(name="lars", base_lr=rate * 256 / images, warmup_epochs=1.0, weight_decay=0.0)
     optimizer = optim.build(settings, optim.param_groups(ours, settings, backbone.depth, no_decay_tokens=False))
     optim.init_optimizer_state(optimizer)
-    schedule = optim.schedule(settings, optim.peak_lr(settings, images), steps / warmup)
+    schedule = optim.schedule(settings, settings.peak_lr(images), steps / warmup)
     momentum = {name: torch.zeros_like(parameter) for name, parameter in theirs.named_parameters()}
     for step in range(steps):
         batch = batch_of(images, 32, epoch=step)

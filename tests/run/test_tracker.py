@@ -127,13 +127,15 @@ def test_log_has_a_line_of_the_first_step_and_days_that_are_left(
 ) -> None:
     caplog.set_level("INFO")
     with new_tracker(tmp_path) as tracked:
-        tracked.flushed -= 1e4  # the step took so many seconds
+        tracked.flushed -= 2e4  # two steps took so many seconds
         for step in (1, 2):
-            record_step(tracked, step)
-            tracked.flush()
+            record_step(tracked, step, loss=step / 4)
+        tracked.flush()
+        record_step(tracked, 3)
+        tracked.flush()
     (line,) = [message for message in caplog.messages if message.startswith("step ")]
-    assert line.startswith("step 1/100  loss 0.5000  lr 0.001  0.001 images/s  data 0%  ")
-    assert line.endswith(" 11 days, 11:00:00 left")
+    assert line.startswith("step 2/100  loss 0.3750  lr 0.001  0.001 images/s  data 0%  ")
+    assert line.endswith(" 11 days, 8:13:20 left")
 
 
 @pytest.mark.parametrize("broken", [{"loss": math.nan, "norm": math.nan}, {"norm": math.inf}])
@@ -186,15 +188,15 @@ def test_bad_samples_are_counted_over_resumes(tmp_path: Path) -> None:
         assert tracked.num_bad == 6
 
 
-def test_summary_is_of_the_last_100_steps_and_the_last_evaluation(tmp_path: Path) -> None:
+def test_summary_is_of_the_last_tenth_of_the_steps_and_the_last_evaluation(tmp_path: Path) -> None:
     with new_tracker(tmp_path) as tracked:
         for step in range(1, 251):
             record_step(tracked, step, loss=step, bad=step % 100 == 0)
         tracked.flush()
         tracked.numbers(200, {"test_top1": 1.0})
         tracked.numbers(250, {"test_top1": 2.0, "test_top5": 3.0})
-    assert layout.RECENT == 100
-    mean = sum(range(151, 251)) / 100
+    assert [layout.recent(steps) for steps in (1, 29, 999, 10**6)] == [1, 2, 99, 100]
+    mean = sum(range(226, 251)) / 25
     assert tracker.summary(tmp_path / "metrics.jsonl") == {"loss": mean, "bad": 2, "test_top1": 2.0, "test_top5": 3.0}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from running import MAE, SETTINGS, finish_ranks, records, start_ranks
 
+from mae_dist import devices
 from mae_dist.__main__ import main
 from mae_dist.batch import Batch
 from mae_dist.objectives import mae
@@ -37,7 +38,7 @@ def test_slow_rank_is_named_in_the_run_and_its_log(
     assert all(0 < found["mfu"] < 1 for found in intervals)
     printed = log.read_text()
     assert "pretrain: 3 steps of batch 16 = 2 ranks (ddp) x 8 images x 1 micro-batch" in printed
-    assert "GFLOPs an image and step, on 2 x CPU (1 thread)" in printed
+    assert f"GFLOPs an image and step, on 2 x {devices.name_of(torch.device('cpu'))} (1 thread)" in printed
     assert f"labels: mae-dist probe data.path={tiny_data} init_from={run} out={run}-probe" in printed
     assert main(["logs", str(run), "--lines", "4"]) == 0
     shown = capsys.readouterr().out

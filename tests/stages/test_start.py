@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from shared_types import Tars
 
 from mae_dist import environment, recipes
 from mae_dist.config import load
 from mae_dist.data.pixels import Decoding
+from mae_dist.run import warned
 from mae_dist.schema import (
     DataConfig,
     OptimConfig,
@@ -21,15 +21,12 @@ from mae_dist.schema import (
     SupervisedConfig,
     TrainConfig,
 )
-from mae_dist.stages import warn
 from mae_dist.stages.images import check_first_images
-
-CPU = torch.device("cpu")
 
 
 def warnings(config: RunConfig, num_samples: int, verb: str = "pretrain") -> dict[str, str]:
     """Sentence of each warning of settings, by what it is about."""
-    return dict(warn.of_settings(verb, config, CPU, num_samples))
+    return dict(warned.of_settings(verb, config, num_samples, on_cpu=True))
 
 
 def test_start_refuses_a_split_of_which_the_first_images_are_all_unreadable(tars: Tars) -> None:

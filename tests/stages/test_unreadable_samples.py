@@ -11,6 +11,7 @@ from shared_types import Tars
 
 from mae_dist.__main__ import main
 from mae_dist.data.order import Order
+from mae_dist.run import unreadable
 
 BROKEN = {17, 101}
 STEPS = 8
@@ -42,6 +43,8 @@ def test_run_over_one_percent_of_broken_samples_counts_each_on_any_ranks_and_aft
         assert {r["step"]: r.get("bad", 0) for r in records(run) if r["kind"] == "step"} == planned
         result = json.loads((run / "result.json").read_text())
         assert (result["bad"], result["num_unreadable"]) == (sum(planned.values()), 2)
+        found = unreadable.by_reason(run)
+        assert sorted(name for _, names in found for name in names) == sorted(map(data.sample_name, BROKEN))
     first, second = ([r["loss"] for r in records(run) if "loss" in r] for run in (whole, killed))
     assert first == pytest.approx(second, rel=1e-4)
 

@@ -44,9 +44,9 @@ def band_of(out: Path, data: Path, *words: str) -> str:
     ("words", "about", "first"),
     [
         ([], None, ""),
-        (["optim.base_lr=1e-3"], "track.band above", "optim.base_lr=0.001,"),
-        (["mae.norm_pix=false"], "track.band below", "mae.norm_pix=false,"),
-        (["mae.mask_ratio=0.9"], "track.band above", "mae.mask_ratio=0.9,"),
+        (["optim.base_lr=1e-3"], "track.band above at 1", "optim.base_lr=0.001,"),
+        (["mae.norm_pix=false"], "track.band below at 1", "mae.norm_pix=false,"),
+        (["mae.mask_ratio=0.9"], "track.band above at 1", "mae.mask_ratio=0.9,"),
     ],
 )
 def test_band_calls_out_a_wrong_recipe_and_its_setting(
@@ -68,9 +68,9 @@ def test_lr_ten_times_too_high_is_called_out_before_the_first_step_and_by_the_ba
     band, run = band_of(tmp_path / "right", tiny_data, "optim.base_lr=0.07"), tmp_path / "wrong"
     words = [*SMALL, *MAE, band, "optim.base_lr=0.7"]
     assert main(["pretrain", f"data.path={tiny_data}", f"out={run}", *words]) == 0
-    assert [*said(run)] == ["optim.base_lr", "track.band above"]
+    assert [*said(run)] == ["optim.base_lr", "track.band above at 1"]
     assert "rises to 0.04375, and usually stays below 0.005" in said(run)["optim.base_lr"]
-    assert "in this order, optim.base_lr=0.7," in said(run)["track.band above"]
+    assert "in this order, optim.base_lr=0.7," in said(run)["track.band above at 1"]
 
 
 def content(array: np.ndarray) -> bytes:
@@ -115,19 +115,21 @@ def test_warning_is_said_once_over_starts(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_band_compares_the_part_of_the_loss_that_has_just_ended(tmp_path: Path) -> None:
-    config = PretrainConfig(track=TrackConfig(band=((1, 0.5, 0.6), (2, 0.1, 0.2))))
+    config = PretrainConfig(track=TrackConfig(band=((1, 0.5, 0.6), (2, 0.1, 0.2), (3, 0.1, 0.2))))
     lines = [
-        f'{{"kind": "step", "step": {n}, "epoch": {n / 4}, "loss": {0.7 if n < 5 else 0.15}}}\n' for n in range(1, 9)
+        f'{{"kind": "step", "step": {n}, "epoch": {n / 4}, "loss": {0.7 if n < 5 else 0.15 if n < 9 else 0.5}}}\n'
+        for n in range(1, 13)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
 
     def found(before: float, epoch: float) -> list[str]:
-        return [each.about for each in warned.outside_band(tmp_path, config, before, epoch)]
+        warned.warn(tmp_path, 1, warned.outside_band(tmp_path, config, before, epoch))
+        return [*said(tmp_path)]
 
     assert found(0, 0.75) == []
-    assert found(0.75, 1) == ["track.band above"]
-    assert found(1, 2) == []
-    assert found(0, 2) == ["track.band above"]
+    assert found(0.75, 1) == ["track.band above at 1"]
+    assert found(1, 2) == ["track.band above at 1"]
+    assert found(2, 3) == ["track.band above at 1", "track.band above at 3"], "each row is a warning of its own"
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_bench_data_advice(rate: float, step: float, side: int, workers: int, ex
 @pytest.mark.parametrize("name", ["data", "loaders"])
 def test_bench_of_loading_needs_images(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"`mae-dist bench {name} DATA`" in refused(capsys, "bench", name, "--out", tmp_path)
-    assert "one folder or glob" in refused(capsys, "bench", name, "a", "b", "--out", tmp_path)
+    assert "one DATA, not also b; quote a glob" in refused(capsys, "bench", name, "a", "b", "--out", tmp_path)
 
 
 def test_bench_step_measures_parts_and_others_and_compares_with_its_table(
