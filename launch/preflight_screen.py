@@ -152,7 +152,7 @@ def facts(found: Forecast) -> dict[str, Any]:
         "step_ceiling": found.step_ceiling, "step_known": found.step and found.step.how,
         "extrapolated": extrapolated(found), "loader_ceiling": found.loader_ceiling,
         "images_per_second": found.speed, "seconds": found.seconds, "requeues": found.requeues,
-        "checkpoint_bytes": found.checkpoint, "disk_bytes": found.disk,
+        "checkpoint_bytes": forecast.checkpoint_bytes(config), "disk_bytes": found.disk,
         "disk_free": found.free, "seconds_between_checkpoints": found.between_saves,
         "limit": limit(found), "warnings": [*warnings(found)],
     }  # fmt: skip
@@ -263,7 +263,8 @@ def disk_line(found: Forecast) -> str:
     free = f" of {gigabytes(found.free)} free" if found.free is not None else ""
     stored = forecast.stored_features(found.config, found.num_samples)
     features = f" and {gigabytes(stored)} of features" if stored else ""
-    text = f"{gigabytes(found.checkpoint)} a checkpoint, {found.num_checkpoints} at most{features}"
+    most = forecast.num_checkpoints(found.config, found.steps)
+    text = f"{gigabytes(forecast.checkpoint_bytes(found.config))} a checkpoint, {most} at most{features}"
     return f"{text}: {gigabytes(found.disk)}{free}"
 
 

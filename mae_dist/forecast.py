@@ -244,19 +244,10 @@ class Forecast:
         return self.config.train.global_batch / self.speed if self.speed else None
 
     @property
-    def checkpoint(self) -> int:
-        """Bytes of a checkpoint."""
-        return checkpoint_bytes(self.config)
-
-    @property
-    def num_checkpoints(self) -> int:
-        """Checkpoints on the disk at most."""
-        return num_checkpoints(self.config, self.steps)
-
-    @property
     def disk(self) -> int:
         """Bytes that the run takes on the disk at most: checkpoints, and the features that a probe stores."""
-        return self.checkpoint * self.num_checkpoints + stored_features(self.config, self.num_samples)
+        checkpoints = checkpoint_bytes(self.config) * num_checkpoints(self.config, self.steps)
+        return checkpoints + stored_features(self.config, self.num_samples)
 
     @property
     def between_saves(self) -> float | None:

@@ -150,7 +150,7 @@ def test_forecast_times_requeues_and_checkpoints() -> None:
     assert found.seconds == pytest.approx(1e5, rel=1e-3)
     assert found.requeues == 1  # jobs of 86,160 s
     assert found.between_saves == 1800
-    assert found.num_checkpoints == 2 + 1 + 24
+    assert found.disk == forecast.checkpoint_bytes(found.config) * (2 + 1 + 24)
     resumed = of_vit_b(*given, "checkpoint.every=2", place=place, step=Rate(1000 / 7.6, "", False), done=24000)
     assert resumed.seconds == pytest.approx(415 * 4.096, rel=1e-3)
     assert resumed.between_saves == pytest.approx(8.192)
@@ -171,7 +171,7 @@ def test_forecast_counts_online_evaluations_and_the_best_checkpoint() -> None:
     assert found.seconds == pytest.approx((1e8 + 10 * (50_000 / 3 + 0.6 * 150_000)) / 1000, rel=3e-3)
     unlabelled = of_vit_b(given[0], "track.online=[rankme]", num_test=50_000, step=step)
     assert unlabelled.seconds == pytest.approx((1e8 + 10 * (50_000 / 3 + 0.6 * 10**6)) / 1000, rel=1e-2)
-    assert (found.num_checkpoints, unlabelled.num_checkpoints) == (4, 3)
+    assert found.disk == 4 / 3 * unlabelled.disk
 
 
 @pytest.mark.parametrize("words", ["[cls]", "[mean,cls]", "[both] heads.blocks=[2,4]", "[mean] heads.attentive=true"])
@@ -184,7 +184,7 @@ def test_forecast_of_stored_features_is_their_size_and_one_pass(words: str) -> N
     assert forecast.stored_features(replace(chosen, view=ProbeConfig().view), 100) == 0
     found = Forecast("probe", chosen, Place(), 100, 50, Rate(1000.0, "", False), reading=10.0)
     assert found.seconds == pytest.approx(20 * 10 / 1000 + 150 / 10)
-    assert found.disk == 3 * found.checkpoint + 4 * 100 * width
+    assert found.disk == 3 * forecast.checkpoint_bytes(chosen) + 4 * 100 * width
 
 
 def row(**changed: Any) -> dict[str, Any]:

@@ -14,17 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mae_dist import cost, devices, dist, models, optim, parallel
+from mae_dist import cost, devices, dist, forecast, models, optim, parallel
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.cuda_graphs import GraphedPasses
 from mae_dist.data.views import View
+from mae_dist.forecast import TABLE
 from mae_dist.model_sizes import sides
 from mae_dist.models import short_attention
 from mae_dist.objectives.mae import MAE
@@ -33,8 +33,6 @@ from mae_dist.verify.benchmarks import noise, synchronize
 from mae_dist.verify.measurement import Measurement, Result, Runner
 from mae_dist.verify.other_maes import others
 
-TABLE = Path(__file__).parents[1] / "configs" / "steps.jsonl"
-"""Shares of the peak by device and settings, as `--record` writes them."""
 SLOWER = 0.95
 """Share of the table's value below which a step counts as slower than it was."""
 PEAK_SECONDS = 0.5
@@ -277,12 +275,9 @@ def memory_of(
 
 def key_of(settings: Any, device: torch.device, variant: str) -> dict[str, Any]:
     """What a row of the table is for."""
-    model, mae = settings.model, settings.mae
-    decoder = f"{mae.decoder} {mae.decoder_dim} x {mae.decoder_depth}, {mae.hidden}, {mae.mask_ratio:g}"
-    return {
-        "device": devices.name_of(device), "model": model.name, "image_size": [*sides(model.image_size)],
-        "decoder": decoder, "images": settings.train.global_batch, "precision": settings.train.precision,
-        "variant": variant,
+    known = {"device": devices.name_of(device)} | forecast.row_key(settings)
+    return known | {
+        "images": settings.train.global_batch, "precision": settings.train.precision, "variant": variant
     }  # fmt: skip
 
 
