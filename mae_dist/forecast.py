@@ -227,8 +227,9 @@ class Forecast:
         """Time of the steps that are left, of evaluations, and of features that a probe stores before its steps."""
         if not self.speed:
             return None
-        images, epochs = (self.steps - self.done) * self.config.train.global_batch, self.config.track.evaluate_every
-        evaluations = max(1, int(images / self.num_samples / epochs)) if epochs else 1
+        left, epochs = self.steps - self.done, self.config.track.evaluate_every
+        images = left * self.config.train.global_batch
+        evaluations = max(1, min(left, int(images / self.num_samples / epochs))) if epochs else 1
         if stored_features(self.config, 1):
             passes = 0.0 if not self.reading else (self.num_samples + self.num_test) / (self.reading * self.place.ranks)
             return images / self.speed + passes

@@ -41,6 +41,7 @@ from mae_dist.monitor.records import Run
 from mae_dist.monitor.svg import Series, number
 from mae_dist.run import jsonl, layout
 from mae_dist.schema import PretrainConfig
+from mae_dist.track_settings import ONLINE
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +169,12 @@ def page(report: Report) -> str:
 
 
 def summary(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
-    """The columns of numbers in the first table, those that no run has left out, and each run's cells by its name."""
+    """The columns of numbers in the first table, those that some run has, without those of track.online (there is no
+    room), and each run's cells by its name.
+    """
     all_numbers = {run.name: records.numbers(run) for run in runs}
-    names = [n for n in report_texts.COLUMNS if any(numbers[n] is not None for numbers in all_numbers.values())]
+    known = [name for name in report_texts.COLUMNS if name not in ONLINE.values()]
+    names = [name for name in known if any(numbers[name] is not None for numbers in all_numbers.values())]
     cells = {run: [report_texts.cell(n, numbers[n]) for n in names] for run, numbers in all_numbers.items()}
     return [report_texts.COLUMNS[name] for name in names], cells
 
@@ -232,7 +236,8 @@ def further(runs: Sequence[Run]) -> list[str]:
 
 
 def _title(key: str) -> str:
-    text = key.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
+    text = report_texts.COLUMNS.get(key, key.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5"))
+    text = text.removesuffix(" %")
     return text[:1].upper() + text[1:60]
 
 

@@ -103,15 +103,19 @@ def _outcome(group: Group) -> list[str]:
     if table := probe_table.of(run):
         chosen = next((row.head["name"] for row in table.rows if row.chosen), "?")
         found.append(f"Of {table.num_heads} heads the best on {table.num_held_out:,} held-out images: {chosen}.")
-    numbers = records.numbers(run)
+    measured, of = [records.numbers(member) for member in group.runs], f" of {run.name}" * (len(group.runs) > 1)
     for name in ("loss", "test_loss"):
-        points, last = records.points(run, name), numbers[name]
+        points, last = records.points(run, name), measured[0][name]
         if len(points) > 1 and last is not None:
             few = layout.recent(len(points)) if name == "loss" else 1
             first = mean(value for _, value in points[:few])
-            found.append(f"{COLUMNS[name].capitalize()}: {number(first)} to {number(last)}.")
-    online = [f"{COLUMNS[name]} {cell(name, numbers[name])}" for name in ONLINE.values() if numbers[name] is not None]
-    return [*found, f"On features: {', '.join(online)}."] if online else found
+            found.append(f"{COLUMNS[name].capitalize()}{of}: {number(first)} to {number(last)}.")
+    online = [
+        f"{COLUMNS[name].removesuffix(' %')} {with_spread(values, MD[name])}{' %' * ('top' in name)}"
+        for name in ONLINE.values()
+        if (values := [value for numbers in measured if (value := numbers[name]) is not None])
+    ]
+    return [*found, f"Features: {', '.join(online)}."] if online else found
 
 
 # For machines
