@@ -261,7 +261,7 @@ def test_report_draws_numbers_of_evaluations_whatever_their_names(tmp_path: Path
     write_lines(run / "metrics.jsonl", lines)
     html = render(run)
     titles = [title for title, _ in figures(html)]
-    assert titles[:3] == ["Loss", "Rank me", "Knn top-1 %"] or titles[:3] == ["Loss", "Rank me", "Knn top-1"]
+    assert titles[:3] == ["Loss", "Rank me", "KNN top-1"]
     assert not {"List", "Num test images"} & {*titles}
     assert "<script" not in html
 
