@@ -158,7 +158,7 @@ stages:
         (["out=/proc/nobody/run"], "/proc/nobody"),
         (["--cluster", "missing.yaml"], "--cluster missing.yaml: no such file; there are"),
         (["train.global_batch=2"], "train.global_batch=2: 4 processes are more than the images"),
-        (["model.name=vit_demo5"], "did you mean vit_demo4"),
+        (["model.name=vit_demo5"], "did you mean one of vit_demo4"),
         (["train.stps=5"], "did you mean train.steps"),
         (["--sweep", "sed=1,2"], "is no section.key"),
     ],
