@@ -88,7 +88,9 @@ def settings(path: Path) -> tuple[str, str, Any]:
         plain.pop(STARTED_FROM, None)
     except KeyError as error:
         raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
-    return verb, data_fingerprint, configuration.from_dict(verb, plain, str(file))
+    config = configuration.from_dict(verb, plain, str(file))
+    configuration.check_stored(config, str(file))
+    return verb, data_fingerprint, config
 
 
 def result(path: Path) -> dict[str, Any] | None:

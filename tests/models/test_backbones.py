@@ -127,7 +127,7 @@ def test_build_accepts_overrides_and_initialises() -> None:
         ("vit_base_patch16_224", "did you mean vit_b16?"),
         ("vit_huge_patch14_224", "did you mean vit_h14?"),
         ("mixer_s16_224", "did you mean mixer_s16?"),
-        ("vit_demo5", "did you mean vit_demo4?"),
+        ("vit_demo5", "did you mean one of vit_demo4, vit_demo2?"),
         ("vitb", "did you mean one of vit_b2, vit_b4, vit_b8, vit_b14, vit_b16, vit_b32?"),
         ("vit_tiny", "did you mean one of vit_ti2, vit_ti4, vit_ti8, vit_ti14, vit_ti16, vit_ti32?"),
         ("mixer_base", "did you mean one of mixer_b16, mixer_b32?"),
