@@ -71,10 +71,11 @@ class Workers(Generic[T, R]):
         self.stop = weakref.finalize(self, _kill, self.processes, self.pipes)
         for _ in range(number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, begin, lost, theirs, os.getpid()), daemon=True)
+            self.pipes.append(ours)
+            arguments = work, begin, lost, theirs, self.pipes, os.getpid()
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so the worker's death is the end of the pipe for this process
-            self.pipes.append(ours)
             self.processes.append(process)
 
     def send(self, task: T) -> None:
@@ -154,9 +155,14 @@ def _attempt(work: Callable[[T], R], task: T, lost: str) -> tuple[Any, Exception
         return None, known if isinstance(known, MachineFault) else RankError(str(known))
 
 
-def _serve(work: Callable[[T], R], begin: Callable[[], object], lost: str, pipe: Connection, parent: int) -> None:
+def _serve(
+    work: Callable[[T], R], begin: Callable[[], object], lost: str, pipe: Connection, of_parent: list[Connection],
+    parent: int,
+) -> None:  # fmt: skip
     """What a worker process does. Its parent handles signals: a worker ignores the first of each kind."""
     signals.ignore_once()
+    for end in of_parent:
+        end.close()  # so the parent's death is the end of the pipe for this process, also while it sends
     begin()
     with suppress(EOFError, OSError):  # the parent is gone
         while os.getppid() == parent:

@@ -96,9 +96,10 @@ def test_workers_end_with_the_object_that_started_them() -> None:
 
 
 def test_workers_end_after_their_rank_was_killed(tmp_path: Path) -> None:
+    """One that waits for a task, and one that sends a result larger than its pipe."""
     script = (
         "import os, time\nfrom pathlib import Path\nfrom mae_dist.data import workers\nworkers.ORPHAN_CHECK = 0.2\n"
-        f"pool = workers.Workers(time.sleep, 2)\n"
+        f"pool = workers.Workers(bytes, 2)\npool.send(2**22)\ntime.sleep(0.5)\n"
         f"Path({str(tmp_path / 'pids')!r}).write_text(' '.join(str(p.pid) for p in pool.processes))\n"
         "os.kill(os.getpid(), 9)"
     )
