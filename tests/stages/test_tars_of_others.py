@@ -56,5 +56,8 @@ def test_run_refuses_a_pattern_that_catches_tars_of_several_splits(
         assert "of several splits" in capsys.readouterr().err
         if listed:
             (folder / "dataset.json").unlink()
-    assert main(["data", "pack", "tars", f"--source={folder}/*.tar", f"--out={tmp_path / 'packed'}"]) == 0
+    pack = ["data", "pack", "tars", f"--source={folder}/*.tar", f"--out={tmp_path / 'packed'}"]
+    assert main(pack) == 2
+    assert "of several splits" in capsys.readouterr().err
+    assert main([*pack, "--split=train"]) == 0
     assert main([*run, f"data.path={folder}/*{{train,val}}*.tar"]) == 0
