@@ -220,14 +220,6 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     return result
 
 
-def check_stored(config: RunConfig, origin: str) -> None:
-    """Refuse numbers that no run can have had (ValueError naming `origin`); one that was imported has train.steps=0."""
-    imported = getattr(config.train, "steps", None) == 0
-    train = dataclasses.replace(config.train, steps=1) if imported else config.train
-    check_ranges(dataclasses.replace(config, train=train), origin=f"{origin}: ")
-    tracking.check_band(config, f"{origin}: ")
-
-
 def check(config: RunConfig) -> None:
     """Refuse values that are impossible or contradict each other (ValueError)."""
     if isinstance(config.machine.micro_batch, str) and config.machine.micro_batch != "auto":

@@ -29,12 +29,13 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae_dist import config as configuration
-from mae_dist import small_files
+from mae_dist import small_files, track_settings
 from mae_dist.run import events, jobs, jsonl
 
 CONFIG, RESULT, METRICS, LOCK = "config.yaml", "result.json", "metrics.jsonl", ".lock"
@@ -89,7 +90,10 @@ def settings(path: Path) -> tuple[str, str, Any]:
     except KeyError as error:
         raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
     config = configuration.from_dict(verb, plain, str(file))
-    configuration.check_stored(config, str(file))
+    imported = getattr(config.train, "steps", None) == 0
+    made = replace(config, train=replace(config.train, steps=1)) if imported else config
+    configuration.check_ranges(made, origin=f"{file}: ")
+    track_settings.check_band(config, f"{file}: ")
     return verb, data_fingerprint, config
 
 
