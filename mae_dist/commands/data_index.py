@@ -272,7 +272,13 @@ def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed], num_
     images = [Image(f"{tar}/{name}", str(name)) for tar, item in zip(tars, found, strict=True) for name in item.labels]
     rows = listed.rows_of(images)
     listed.check(images, rows, "these tars")
-    first = label_list.first_number([listed]) if num_others <= len({*listed.labels} - {""}) else 0
+    present = {*listed.labels} - {""}
+    first = label_list.first_number([listed]) if num_others <= len(present) else 0
+    if num_others > len(present) > 0 and "0" not in present and all(map(str.isdigit, present)):
+        log.warning(
+            "%s: labels without a 0 stay as they are, since other splits have %d classes; where they begin with 1, "
+            "give one list for all splits, or write them from 0", listed.source, num_others,
+        )  # fmt: skip
     given = [labels.NONE if row is None else listed.number_or_name(row) for row in rows]
     values = iter([max(label - first, labels.NONE) if isinstance(label, int) else label for label in given])
     return [[*itertools.islice(values, len(item.labels))] for item in found]
