@@ -349,7 +349,7 @@ def announce(task: Task, run: RunDir, config: TrainingConfig, state: TrainState,
         log.info("expected time: %s at the last speed", timedelta(seconds=round(seconds)))
     elif flops and peak:
         least = timedelta(seconds=round(len(rest) * batch * flops / peak))
-        log.info("expected time: %s at %.3g TFLOP/s, the most of %s", least, peak / 1e12, counted(world, "device"))
+        log.info("least time: %s at %.3g TFLOP/s, the most of %s", least, peak / 1e12, counted(world, "device"))
     log.info("%s run in %s", f"resumed at step {state.step:,} of the" if state.step else "new", run.path)
 
 

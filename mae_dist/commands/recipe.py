@@ -92,7 +92,8 @@ def pretraining(num_images: int, side: int) -> Lines:
         int(epochs),
         f"{num_images * epochs / 1e6:.3g} million images are seen; few images need many epochs",
     )
-    yield "train.global_batch", batch_for(num_images), "an epoch has 50 steps or more; the paper's 4096 for ImageNet"
+    batch = batch_for(num_images)
+    yield "train.global_batch", batch, f"an epoch has {num_images / batch:.3g} steps; the paper's 4096 for ImageNet"
     yield "train.precision", "bf16", "half the time of fp32 on GPUs; on a CPU without bf16 choose fp32"
     if many:
         lr, why = 1.5e-4, "the paper's"

@@ -115,7 +115,7 @@ def test_update_waits_for_the_copy_of_what_it_changes(tmp_path: Path, monkeypatc
     quick, found = async_checkpoint.AsyncSaver._copy, []
 
     def slow(self: async_checkpoint.AsyncSaver, name: str, part: checkpoint.Part) -> checkpoint.Part:
-        time.sleep(0.02 * (threading.current_thread() is not threading.main_thread()))
+        time.sleep(0.002 * (threading.current_thread() is not threading.main_thread()))
         return quick(self, name, part)
 
     words = [*TINY, "train.steps=3", "train.ema=0.9", "checkpoint.every=1", "checkpoint.keep=9"]
