@@ -17,6 +17,7 @@ from mae_dist import printed
 from mae_dist.atomic import open_own
 from mae_dist.errors import reason
 from mae_dist.run import jobs
+from mae_dist.signals import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ def kept(run: Path, rank: int) -> Iterator[None]:
             logger.addHandler(handler)
         try:
             yield
+        except Stopped as stopped:
+            if rank == 0:
+                unprinted.info("mae-dist: %s", stopped)
+            raise
         except BaseException as error:
             crash = isinstance(error, Exception) and reason(error) == "crash"
             message = traceback.format_exc().rstrip() if crash else f"mae-dist: {str(error) or type(error).__name__}"

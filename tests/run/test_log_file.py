@@ -9,6 +9,7 @@ import pytest
 
 from mae_dist import printed
 from mae_dist.run import events, log_file
+from mae_dist.signals import Stopped
 
 log = logging.getLogger("mae_dist.test")
 
@@ -40,6 +41,14 @@ def test_log_file_has_the_error_of_a_rank_and_the_traceback_of_a_crash(tmp_path:
     first, second, *_ = content(tmp_path)
     assert (first, second) == ("[rank 3] mae-dist: data.path=x: wrong", "Traceback (most recent call last):")
     assert (tmp_path / log_file.FILE).read_text().splitlines()[-1] == "KeyError: 'missing'"
+
+
+def test_log_file_says_once_that_a_run_was_stopped_without_a_traceback(tmp_path: Path) -> None:
+    for rank in (1, 0):
+        with pytest.raises(Stopped), log_file.kept(tmp_path, rank):
+            raise Stopped("pretrain stopped and saved at step 9 of 75")
+    assert content(tmp_path)[-1] == "mae-dist: pretrain stopped and saved at step 9 of 75"
+    assert "Traceback" not in (tmp_path / log_file.FILE).read_text()
 
 
 def test_log_file_is_neither_made_in_a_job_nor_through_a_link(
