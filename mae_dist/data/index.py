@@ -301,7 +301,7 @@ def _check_files(path: str, found: Sequence[places.Place], files: places.Files) 
                 f"{tar}: {status.st_size} bytes, but {FILE} lists {shard.num_bytes}: it was changed or cut short; "
                 f"restore it or index it again with `mae-dist data index`"
             )
-        if status and shard and shard.sha256 and status.st_mtime_ns > written(os.path.dirname(index)):
+        if status and shard and shard.sha256 and status.st_mtime_ns > written(index[: index.rfind("/") + 1]):
             newer.append((status.st_mtime_ns, tar, shard))
     left = MOST_COMPARED
     for _, tar, shard in sorted(newer, reverse=True):
