@@ -45,7 +45,7 @@ from mae_dist.track_settings import ONLINE
 
 log = logging.getLogger(__name__)
 
-MOST_TOLD = 20
+MOST_DETAILED = 20
 """Groups of runs with text, curves, pictures and settings of their own; of more, as in a sweep, the tables have all."""
 MAX_EARLIER_PICTURES = 6
 MAX_INCIDENTS, MAX_REASONS = 50, 20
@@ -80,11 +80,11 @@ class Report:
     predictions: list[predictions.Predictions]
 
     @property
-    def told(self) -> list[Group]:
-        """The groups that are told of at length: all, or of many the MOST_TOLD with the highest accuracy."""
-        if len(self.groups) <= MOST_TOLD:
+    def detailed(self) -> list[Group]:
+        """The groups with text, curves and pictures: all, or of many the MOST_DETAILED with the highest accuracy."""
+        if len(self.groups) <= MOST_DETAILED:
             return self.groups
-        return sorted(self.groups, key=lambda group: -group.top1 if group.scores else math.inf)[:MOST_TOLD]
+        return sorted(self.groups, key=lambda group: -group.top1 if group.scores else math.inf)[:MOST_DETAILED]
 
     def next(self, run: Run) -> list[following.Next]:
         """Commands that may follow on a run."""
@@ -99,7 +99,9 @@ class Report:
 
     def following(self) -> list[tuple[Run, list[following.Next]]]:
         """The commands of `next` of each run that has some; of a group of seeds that are finished, of the first."""
-        chosen = (run for group in self.told for run in group.runs if run == group.runs[0] or run.state != "finished")
+        chosen = (
+            run for group in self.detailed for run in group.runs if run == group.runs[0] or run.state != "finished"
+        )
         return [(run, steps) for run in chosen if (steps := self.next(run))]
 
 
@@ -151,11 +153,11 @@ def page(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     columns, cells = summary(report.runs)
-    tables = [table for group in report.told for run in group.runs if (table := probe_table.of(run))]
+    tables = [table for group in report.detailed for run in group.runs if (table := probe_table.of(run))]
     return environment.get_template("report.html.j2").render(
         report=report, runs=report.runs, columns=columns, cells=cells, story=report_texts.story,
-        curves=curves(report.told), galleries=galleries([run for group in report.told for run in group.runs]),
-        probe_tables=tables, differences=compare.differences(report.told),
+        curves=curves(report.detailed), galleries=galleries([run for group in report.detailed for run in group.runs]),
+        probe_tables=tables, differences=compare.differences(report.detailed),
         speeds=[(run, speed.of(run)) for run in report.runs],
         style=Markup((folder / "report.css").read_text()), max_incidents=MAX_INCIDENTS, max_reasons=MAX_REASONS,
         escaped=printed.escaped, parts=speed.PARTS,

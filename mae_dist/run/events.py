@@ -45,8 +45,6 @@ TYPES: dict[str, Any] = {
 """The types of fields that are computed with, or shown."""
 JOB = re.compile(r"[0-9]+(_[0-9]+)?")
 """A job's number, or an element of an array: a part of the names of files, and an argument of SLURM's commands."""
-
-
 MOST = 2**24
 """Bytes of a file of events that are read, its last ones: a run writes far less."""
 

@@ -22,8 +22,6 @@ FEW_STEPS = 3
 """Steps an epoch below which the batch is too large for the data."""
 USUAL_RATIO = 0.75
 """The mask ratio of He et al. 2022."""
-
-
 USUAL_LR = {
     ("pretrain", "adamw"): (3e-5, 5e-3, 1.5e-4), ("pretrain", "muon"): (3e-5, 5e-3, 1.5e-4),
     ("finetune", "adamw"): (6e-5, 5e-3, 5e-4), ("finetune", "muon"): (6e-5, 5e-3, 5e-4),

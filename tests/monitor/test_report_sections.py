@@ -330,7 +330,7 @@ def test_report_draws_the_band_of_the_recipe(tmp_path: Path) -> None:
 
 def test_report_of_a_sweep_tells_of_the_best_and_lists_all(tmp_path: Path) -> None:
     runs = []
-    for n in range(report.MOST_TOLD + 3):
+    for n in range(report.MOST_DETAILED + 3):
         run = make_run(tmp_path / f"sweep-{n:02d}", "probe", f"optim.base_lr={n + 1}", "init_from=random", num_steps=2)
         runs.append(finish(run, verb="probe", top1=float(n), num_test_images=100))
     html = render(*runs)
