@@ -57,8 +57,8 @@ def allowed(kind: Any, bounds: str) -> str:
 
 def other_names() -> list[str]:
     """Tables of the names that other codebases have for a setting, and of their settings that do not exist here."""
-    words = [f"| `{name}` | {words} |" for name, words in hints.NAMES.items()]
-    others = [f"| {words} | {answer} |" for words, answer in hints.NO_SETTING.items()]
+    words = [f"| `{name}` | {words} |" for name, words in hints.words("names").items()]
+    others = [f"| {words} | {answer} |" for answer, words in hints.words("no_setting").items()]
     return [
         "",
         "## Names of other codebases",

@@ -10,7 +10,7 @@ from mae_dist import config, hints
 NEEDED = ["data.path=d", "out=o", "model.name=vit_ti4"]
 READERS = config.readers()
 MEANINGS = {verb: {name: item.help for name, item in config.settings_of(verb).items()} for verb in config.SCHEMAS}
-FOREIGN = [(word, setting) for setting, words in hints.NAMES.items() for word in words.split()]
+FOREIGN = [(word, setting) for setting, words in hints.words("names").items() for word in words.split()]
 
 
 @pytest.mark.parametrize(("word", "setting"), FOREIGN, ids=[f"{word}-{setting}" for word, setting in FOREIGN])
@@ -26,8 +26,8 @@ def test_name_of_another_codebase_is_answered_with_our_setting(word: str, settin
                 assert text.endswith("; leave it out") or "; use " in text
 
 
-@pytest.mark.parametrize(("words", "answer"), hints.NO_SETTING.items(), ids=lambda text: text.split()[0])
-def test_name_without_a_setting_is_answered_with_what_to_do(words: str, answer: str) -> None:
+@pytest.mark.parametrize(("answer", "words"), hints.words("no_setting").items(), ids=lambda text: text.split()[0])
+def test_name_without_a_setting_is_answered_with_what_to_do(answer: str, words: str) -> None:
     for word in words.split():
         for name in (word, f"cfg.{word}"):
             text = hints.wrong_name(name, 1, MEANINGS["finetune"], READERS)
@@ -36,16 +36,17 @@ def test_name_without_a_setting_is_answered_with_what_to_do(words: str, answer: 
 
 def test_names_of_other_codebases_are_none_of_ours() -> None:
     keys = {name.rpartition(".")[2] for name in READERS}
-    words = [word for table in (hints.NAMES.values(), hints.NO_SETTING) for row in table for word in row.split()]
+    tables = (hints.words(name).values() for name in ("names", "no_setting"))
+    words = [word for table in tables for row in table for word in row.split()]
     assert not keys & set(words)
-    assert set(hints.NAMES) | set(hints.VALUES) <= set(READERS)
+    assert {*hints.words("names"), *hints.words("values")} <= set(READERS)
     doubled = {word for word in words if words.count(word) > 1}
     assert doubled == {"decay"}
 
 
 CHOICES = [
     (name, word, ours)
-    for name, table in hints.VALUES.items()
+    for name, table in hints.words("values").items()
     for ours, words in table.items()
     for word in words.split()
 ]
