@@ -68,16 +68,18 @@ def execute(run: Run) -> tuple[int, list[str]]:
     assert process.stdout is not None
     before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     output: list[str] = []
-    while True:
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                output.append(line.rstrip())
-            break
-        except KeyboardInterrupt:  # the child process got it as well, and saves
-            continue
-    status = process.wait()
-    signal.signal(signal.SIGTERM, before)
+    try:
+        while True:
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    output.append(line.rstrip())
+                break
+            except KeyboardInterrupt:  # the child process got it as well, and saves
+                continue
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     log_of(run).write_text("\n".join(output) + "\n")
     return status, output

@@ -10,6 +10,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,11 +99,26 @@ def leftovers(folder: Path, suffix: str) -> Iterator[Path]:
 
 
 def open_own(path: Path, permissions: int = 0o666, append: bool = False) -> IO[bytes]:
-    """Open a file to read and write, a lock, say, which is made where there is none. Raises OSError, also where it is a
-    link, which may lead to a file of another's choice.
+    """Open a file to read and write, which is made where there is none. Raises OSError, also where it is a link, which
+    may lead to a file of another's choice, or a pipe, which takes no more than somebody reads.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else 0)
-    return os.fdopen(os.open(path, flags, permissions), "a+b" if append else "r+b")
+    descriptor = os.open(path, flags, permissions)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is a pipe", str(path))
+    return os.fdopen(descriptor, "a+b" if append else "r+b")
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a file for `try_lock`, as `open_own` does. Who may not write to it may not read it, as who reads a file can
+    keep it locked for ever.
+    """
+    lock = open_own(path)
+    mode = os.fstat(lock.fileno()).st_mode
+    with suppress(OSError):  # another user's
+        os.fchmod(lock.fileno(), stat.S_IMODE(mode) & (~0o044 | (mode & 0o022) << 1))
+    return lock
 
 
 def sign(lock: IO[bytes]) -> None:
@@ -115,7 +131,7 @@ def sign(lock: IO[bytes]) -> None:
 def holder_of(lock: IO[bytes]) -> str:
     """The process that has signed a lock, for messages."""
     lock.seek(0)
-    return lock.read().decode(errors="replace").strip() or "another process"
+    return lock.read(200).decode(errors="replace").strip() or "another process"
 
 
 def try_lock(stream: IO[Any]) -> bool:

@@ -81,7 +81,6 @@ def nodes_left_out(environ: Mapping[str, str]) -> str:
 def of_user() -> dict[str, str]:
     """Variables to set for libraries, where the system knows no name or home of the user, as in many containers."""
     import getpass
-    import tempfile
 
     found = {}
     try:
@@ -91,7 +90,7 @@ def of_user() -> dict[str, str]:
     try:
         Path.home()
     except RuntimeError:
-        found["HOME"] = tempfile.gettempdir()
+        found["HOME"] = str(_own_folder("home", "the home of a user without one", "HOME"))
     return found
 
 
@@ -107,7 +106,6 @@ def prepare_compiler(device: str) -> None:
     """Give torch a folder of this user's own for what it compiles, whose default, /tmp/torchinductor_USER, others can
     make first. Raises ValueError where they have made this one, or where there is no compiler: of C for GPUs, or C++.
     """
-    import tempfile
     from shutil import which
 
     variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
@@ -116,17 +114,28 @@ def prepare_compiler(device: str) -> None:
             f"machine.compile=true: torch needs a compiler ({', '.join(names)}, or what the environment variable "
             f"{variable} names), and there is none; install one, or leave machine.compile=false"
         )
-    if COMPILED in os.environ:
-        return
-    folder = Path(tempfile.gettempdir()) / f"mae_dist-compiled-{os.getuid()}"
-    folder.mkdir(0o700, exist_ok=True)
+    if COMPILED not in os.environ:
+        os.environ[COMPILED] = str(
+            _own_folder("compiled", "machine.compile=true: the folder of compiled code", COMPILED)
+        )
+
+
+def _own_folder(name: str, what: str, variable: str) -> Path:
+    """A folder of this user's own below that of temporary files, the same at each start. Raises ValueError where others
+    have made it, as they can foresee its name; in its place an environment variable can name a folder.
+    """
+    import tempfile
+
+    folder = Path(tempfile.gettempdir()) / f"mae_dist-{name}-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ValueError(
-            f"machine.compile=true: {folder}, for compiled code, is another user's, or others may write into it; "
-            f"remove it, or set the environment variable {COMPILED} to a folder of your own"
+            f"{what}, {folder}, is another user's, or others may write into it; remove it, or set the environment "
+            f"variable {variable} to a folder of your own"
         )
-    os.environ[COMPILED] = str(folder)
+    return folder
 
 
 def check_torchrun(environ: Mapping[str, str]) -> None:

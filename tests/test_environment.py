@@ -1,6 +1,7 @@
 """Which rank of how many a process is, and its cores, from the variables and files of launchers and kernels."""
 
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -83,13 +84,17 @@ def test_left_over_variables_of_ranks_are_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_user_without_name_and_home_gets_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_name_and_home_gets_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.of_user() == {}
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
         monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "mae_dist-home-54321"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "lstat", lambda _: os.stat_result((stat.S_IFDIR | 0o700, *[0] * 3, 54321, *[0] * 5)))
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # which the system does not know
     given = place.of_user()
-    assert given == {"LOGNAME": "user54321", "HOME": tempfile.gettempdir()}
+    assert given == {"LOGNAME": "user54321", "HOME": str(home)}
+    assert home.is_dir()
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert place.of_user() == {}
@@ -129,7 +134,9 @@ def test_compiled_code_lies_in_a_folder_of_the_user(tmp_path: Path, monkeypatch:
     for make in (lambda: folder.symlink_to(tmp_path), lambda: folder.mkdir() or folder.chmod(0o777)):
         monkeypatch.delenv(place.COMPILED, raising=False)
         make()
-        with pytest.raises(ValueError, match=f"^machine.compile=true: {folder}, .* is another user's"):
+        with pytest.raises(
+            ValueError, match=f"^machine.compile=true: the folder of compiled code, {folder}, is another user's"
+        ):
             place.prepare_compiler("cpu")
         folder.unlink() if folder.is_symlink() else folder.rmdir()
     for _ in range(2):

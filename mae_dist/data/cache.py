@@ -24,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
-from mae_dist.atomic import open_own, sync, try_lock
+from mae_dist.atomic import open_lock, sync, try_lock
 from mae_dist.data.remote import Refused, Remote, download, shown
 from mae_dist.errors import MachineFault, reason
 
@@ -213,7 +213,7 @@ class Cache:
     def _locked(self, name: str) -> Iterator[bool]:
         """Lock a file for this process; whether that was possible. The file of the lock is removed again."""
         path = self.made / f".{name}.lock"
-        with open_own(path, 0o600) as lock:
+        with open_lock(path) as lock:
             locked = try_lock(lock) and _is(lock, path)
             try:
                 yield locked
@@ -225,7 +225,7 @@ class Cache:
     def _locked_room(self) -> Iterator[None]:
         """Be the only process that makes room."""
         began = time.monotonic()
-        with open_own(self.made / ".room") as lock:
+        with open_lock(self.made / ".room") as lock:
             while not try_lock(lock):
                 if time.monotonic() - began > WAIT:
                     raise MachineFault(f"{self.folder}: another process has kept .room locked for {WAIT:g} s")

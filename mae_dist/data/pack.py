@@ -26,7 +26,7 @@ import numpy as np
 import PIL
 
 from mae_dist import rng
-from mae_dist.atomic import holder_of, mount_points, open_own, replacing, sign, try_lock
+from mae_dist.atomic import holder_of, mount_points, open_lock, replacing, sign, try_lock
 from mae_dist.data import grouping, index
 from mae_dist.data.decode import decoded
 from mae_dist.data.reencode import Encoding, as_png
@@ -179,7 +179,7 @@ def new_folder(out: Path) -> Path:
 @contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
     """Hold the lock of the hidden folder, which the kernel releases when this process ends."""
-    with open_own(work / "lock") as lock:
+    with open_lock(work / "lock") as lock:
         if not try_lock(lock):
             raise ValueError(f"--out {out}: {holder_of(lock)} is packing into it; wait for it")
         sign(lock)

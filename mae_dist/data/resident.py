@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae_dist import environment, small_files
-from mae_dist.atomic import leftovers, open_own, replacing, sync, try_lock
+from mae_dist.atomic import leftovers, open_lock, replacing, sync, try_lock
 from mae_dist.batch import Batch
 from mae_dist.data import resample
 from mae_dist.data.crop import Met, Reader, Rows, log_unreadable
@@ -134,7 +134,7 @@ def _open(index: ShardIndex, path: Path, quiet: bool, how: Decoding) -> Pixels:
         return load(path, index, how)
     lock_path = path.with_name(f".{path.name}.lock")
     try:
-        lock = open_own(lock_path)
+        lock = open_lock(lock_path)
     except OSError as error:
         _warn(index, path, error)
         return decode(index, quiet, how)

@@ -28,6 +28,8 @@ NUMBERS = ("epoch", "lr", "loss", "loss_scale", "images_per_second", "bad")
 """Fields of a metrics.jsonl that are computed with."""
 WAIT_FOR_LOCK = 5.0
 """Seconds that `append` waits for another process; a network file system may keep a dead one's lock for longer."""
+_kept = set[Path]()
+"""Files that another process has kept locked for so long."""
 BLOCK = 2**16
 """Bytes that `backwards` reads at once."""
 LONGEST_LINE, LARGEST = 2**24, 2**63
@@ -169,18 +171,21 @@ def append(path: Path, *records: Record) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), open_own(path, append=True) as stream:
-        _lock(stream)
+        _lock(stream, path)
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
         torn = stream.read(1) not in (b"\n", b"")
         stream.write(b"\n" * torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
 
-def _lock(stream: IO[bytes]) -> None:
-    """Lock a file until it is closed. Goes on without where the file system has no locks, or after WAIT_FOR_LOCK s."""
-    deadline = time.monotonic() + WAIT_FOR_LOCK
-    while time.monotonic() < deadline:
-        if try_lock(stream):
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Lock a file until it is closed. Goes on without where the file system has no locks, or after WAIT_FOR_LOCK s,
+    which are waited for once a file: who may read it can lock it for ever.
+    """
+    deadline = time.monotonic() + (0 if path in _kept else WAIT_FOR_LOCK)
+    while not try_lock(stream):
+        if time.monotonic() > deadline:
+            _kept.add(path)
             return
         time.sleep(0.01)
 

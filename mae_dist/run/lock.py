@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from mae_dist.atomic import holder_of, open_own, sign, try_lock
+from mae_dist.atomic import holder_of, open_lock, sign, try_lock
 from mae_dist.errors import from_os_error
 from mae_dist.run.layout import LOCK
 from mae_dist.watchdog import waiting_for
@@ -30,7 +30,7 @@ def acquire(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if run.absolute() in _locks:
             return
-        lock = open_own(run / LOCK)
+        lock = open_lock(run / LOCK)
     except OSError as error:
         raise from_os_error(error, f"out={run}: cannot be written ({error.strerror}); choose another folder") from error
     deadline, warned = time.monotonic() + WAIT_FOR_LOCK, False

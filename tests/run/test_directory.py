@@ -58,6 +58,18 @@ def test_lock_lets_one_process_write_to_a_run(tmp_path: Path, monkeypatch: pytes
     assert f"process {os.getpid()} on " in done.stderr
 
 
+def test_lock_of_a_run_is_readable_only_for_those_who_may_write_it(tmp_path: Path) -> None:
+    """Others could keep it locked: a lock to read needs no more than to read."""
+    before = os.umask(0)
+    try:
+        for mask, mode in ((0o022, 0o600), (0o002, 0o660), (0o077, 0o600), (0, 0o666)):
+            os.umask(mask)
+            lock.acquire(tmp_path / f"{mask}")
+            assert (tmp_path / f"{mask}" / layout.LOCK).stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
 def test_resume_with_other_settings_is_refused_by_field(tmp_path: Path) -> None:
     opened(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')

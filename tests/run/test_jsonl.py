@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -244,12 +245,32 @@ def test_line_that_no_run_writes_counts_as_damaged(tmp_path: Path, line: str) ->
 
 
 @pytest.mark.parametrize("write", [lambda file: jsonl.append(file, step(1)), lambda file: jsonl.cut_after(file, 0)])
-def test_link_at_the_place_of_a_file_is_not_followed(tmp_path: Path, write: Any) -> None:
+def test_link_or_pipe_at_the_place_of_a_file_is_not_written_to(tmp_path: Path, write: Any) -> None:
     (tmp_path / "victim").write_text("precious\n")
     (tmp_path / "x.jsonl").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match=r"x\.jsonl"):
-        write(tmp_path / "x.jsonl")
+    os.mkfifo(tmp_path / "y.jsonl")
+    for name in ("x.jsonl", "y.jsonl"):
+        with pytest.raises(OSError, match=name):
+            write(tmp_path / name)
     assert (tmp_path / "victim").read_text() == "precious\n"
+
+
+def test_file_that_a_reader_keeps_locked_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, (awaited, ready) = tmp_path / "x.jsonl", os.pipe()
+    jsonl.append(file, step(1))
+    if not (reader := os.fork()):
+        fcntl.lockf(os.open(file, os.O_RDONLY), fcntl.LOCK_SH)
+        os.write(ready, b".")
+        signal.pause()
+    try:
+        os.read(awaited, 1)
+        for number, seconds in ((2, 0.1), (3, 3600)):
+            monkeypatch.setattr(jsonl, "WAIT_FOR_LOCK", seconds)
+            jsonl.append(file, step(number))
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)
+    assert jsonl.read(file) == [step(1), step(2), step(3)]
 
 
 def test_long_metrics_are_thinned_while_they_are_read(tmp_path: Path) -> None:
