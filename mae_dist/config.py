@@ -22,6 +22,7 @@ from mae_dist import heads_settings, hints, image_settings, recipes, resolutions
 from mae_dist import track_settings as tracking
 from mae_dist.schema import (
     FREE_DATA,
+    IMPORTED,
     RANDOM,
     RESULT_SECTIONS,
     SCHEMAS,
@@ -205,8 +206,8 @@ def _layers(kinds: Mapping[str, Any], file: str | Path | None, overrides: Overri
         yield f"{override}: ", layer, {} if none else setting_texts.from_override(name, value)
 
 
-def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
-    """The config that `dump` wrote, parsed (ValueError naming `origin`)."""
+def from_dict(verb: str, plain: dict[str, Any], origin: str, fingerprint: str) -> RunConfig:
+    """The config that `dump` wrote for a run of data with this fingerprint, parsed (ValueError naming `origin`)."""
     from omegaconf import OmegaConf, errors
 
     if not isinstance(verb, str) or verb not in SCHEMAS:
@@ -217,6 +218,8 @@ def from_dict(verb: str, plain: dict[str, Any], origin: str) -> RunConfig:
     except (errors.OmegaConfBaseException, *small_files.errors()) as error:
         raise ValueError(_explain(error, plain, SCHEMAS[verb], f"{origin}: ")) from error
     assert isinstance(result, RunConfig)
+    if fingerprint == IMPORTED and result.train.steps == 0:  # `mae-dist import` has written that
+        return dataclasses.replace(result, train=dataclasses.replace(result.train, steps=None))
     return result
 
 

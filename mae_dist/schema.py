@@ -28,6 +28,9 @@ PATHS = ("out", "init_from", "data.path", "data.test_path", "data.cache")
 RANDOM = "random"
 """The value of `init_from` for a randomly initialised backbone."""
 
+IMPORTED = "imported"
+"""What runs that `mae-dist import` has made have in the place of the fingerprint of their data."""
+
 KNN, FINETUNE, TRAINED = ("knn",), ("finetune",), ("pretrain", "finetune")
 
 

@@ -49,7 +49,7 @@ def test_config_file_loads_and_its_header_has_command_hardware_and_expectation(f
 def test_config_that_was_written_is_read_back(file: Path) -> None:
     verb = {"scratch": "finetune"}.get(file.parent.name, file.parent.name)
     loaded = load_file(verb, file.stem, file.parent.name)
-    assert config.from_dict(verb, yaml.safe_load(config.dump(loaded)), "dump") == loaded
+    assert config.from_dict(verb, yaml.safe_load(config.dump(loaded)), "dump", "") == loaded
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_l16", "vit_h14"])

@@ -28,7 +28,7 @@ def test_text_setting_stays_as_written_in_a_file(tmp_path: Path, text: str) -> N
     loaded = config.load("pretrain", file, NEEDED[::2])
     assert (loaded.out, loaded.track.project, loaded.track.wandb) == (text.strip("'"), text.strip("'"), "off")
     assert (loaded.train.epochs, loaded.data.split, loaded.data.test_path) == (10.0, "y", None)
-    assert config.from_dict("pretrain", yaml.safe_load(config.dump(loaded)), "dump") == loaded
+    assert config.from_dict("pretrain", yaml.safe_load(config.dump(loaded)), "dump", "") == loaded
 
 
 def test_path_setting_has_lists_and_variables_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_interpolation_in_a_file_and_in_the_settings_of_a_run_is_refused(tmp_pat
     plain = yaml.safe_load(config.dump(config.load("pretrain", None, NEEDED)))
     plain["track"]["project"] = "${oc.env:HOME}"
     with pytest.raises(ValueError, match=r"run: track\.project=.*is not read"):
-        config.from_dict("pretrain", plain, "run")
+        config.from_dict("pretrain", plain, "run", "")
 
 
 @pytest.mark.parametrize("text", ["010", "1_0", "1:30", "0x10", "-012"])

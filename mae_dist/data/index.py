@@ -32,6 +32,7 @@ from mae_dist.data.remote import Remote
 from mae_dist.data.shard_files import ChangedError, ShardFiles, persistently
 from mae_dist.errors import from_os_error
 from mae_dist.paths import is_url
+from mae_dist.printed import counted
 
 log = logging.getLogger(__name__)
 MOST_COMPARED = 2**30
@@ -303,6 +304,9 @@ def _check_files(path: str, found: Sequence[places.Place], files: places.Files) 
             )
         if status and shard and shard.sha256 and status.st_mtime_ns > written(index[: index.rfind("/") + 1]):
             newer.append((status.st_mtime_ns, tar, shard))
+    if newer:
+        log.info("%s: %s newer than %s, compared with it at each start, %d MiB at most, until you %s",
+                 path, counted(len(newer), "tar"), FILE, MOST_COMPARED >> 20, idx.AGAIN)  # fmt: skip
     left = MOST_COMPARED
     for _, tar, shard in sorted(newer, reverse=True):
         if (left := left - shard.num_bytes) < 0:

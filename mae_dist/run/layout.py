@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,10 +88,8 @@ def settings(path: Path) -> tuple[str, str, Any]:
         plain.pop(STARTED_FROM, None)
     except KeyError as error:
         raise ValueError(f"{file}: not the config.yaml of a run ({error})") from error
-    config = configuration.from_dict(verb, plain, str(file))
-    imported = getattr(config.train, "steps", None) == 0
-    made = replace(config, train=replace(config.train, steps=1)) if imported else config
-    configuration.check_ranges(made, origin=f"{file}: ")
+    config = configuration.from_dict(verb, plain, str(file), data_fingerprint)
+    configuration.check_ranges(config, origin=f"{file}: ")
     track_settings.check_band(config, f"{file}: ")
     return verb, data_fingerprint, config
 

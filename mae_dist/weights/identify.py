@@ -106,7 +106,7 @@ class Model:
     config: Any
     state: dict[str, Tensor]
     step: int = 0
-    data_fingerprint: str = "imported"
+    data_fingerprint: str = schema.IMPORTED
     classes: tuple[str, ...] = ()
 
     @property
@@ -235,19 +235,19 @@ def identify(decoded: Decoded, overrides: Overrides) -> Reading:
     of = "" if channels == 3 else f" of {channels} channels"
     notes.found.append(f"{name} at {shown} px{of}" + (f", pool={pool}, {position} positions" if pool else ""))
     model = schema.ModelConfig(name=name, image_size=image_size, pool=pool, position=position)
-    data, steps = statistics(decoded, overrides, channels, notes), schema.TrainConfig(steps=0)
+    data = statistics(decoded, overrides, channels, notes)
     crop, _ = decoded.value("test_crop", overrides)
     if crop is not None:
         notes.found.append(f"view.test_crop {crop:g}")
     if "head.bias" in state:
         num_classes = len(state["head.bias"])
         notes.found.append(f"a head of {num_classes} classes (export keeps it; init_from= starts from the backbone)")
-        config: Any = schema.FinetuneConfig(data=data, model=model, train=steps, init_from=origin)
+        config: Any = schema.FinetuneConfig(data=data, model=model, init_from=origin)
         return Reading(decoded.format, Model("finetune", with_crop(config, crop), state), notes)
     mae = decoder(decoded, state, overrides, notes) if has_decoder else schema.MaeConfig()
     if not has_decoder:
         notes.left_out.append("no decoder in the file: the run predicts no pixels, but other runs can start from it")
-    config = schema.PretrainConfig(data=data, model=model, mae=mae, train=steps)
+    config = schema.PretrainConfig(data=data, model=model, mae=mae)
     return Reading(decoded.format, Model("pretrain", with_crop(config, crop), state), notes)
 
 

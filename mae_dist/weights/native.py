@@ -37,7 +37,7 @@ def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, ov
             raise ValueError(f"settings are {brief(plain)}")
     except (KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{origin}: its metadata was not written by mae-dist ({first_line(error)})") from error
-    config = configuration.from_dict(verb, plain, f"{origin}: metadata")
+    config = configuration.from_dict(verb, plain, f"{origin}: metadata", fingerprint)
     if not hasattr(config, "mae"):
         overrides.refuse_decoder(origin)
     for section, names in (
@@ -53,7 +53,7 @@ def decode(tensors: dict[str, Tensor], metadata: dict[str, Any], origin: str, ov
         if (value := getattr(config.data, name)) is not None:
             checked(name, value, f"{origin}: metadata: data.{name}", f"; --{name} overrides it")
     try:
-        configuration.check(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
+        configuration.check(config)
     except ValueError as error:
         raise ValueError(f"{origin}: metadata: {error}") from error
     classes = class_names(small_files.parse_json(f'{{"names": {metadata.get("classes", "[]")}}}', origin)["names"])

@@ -275,13 +275,22 @@ def test_tar_replaced_by_one_of_the_same_size_is_named_and_a_copy_is_not(
 ) -> None:
     def written(label: bytes, seconds: int) -> None:
         tar = write_tar(tmp_path / "x.tar", [("a.png", PNG), ("a.cls", label)])
-        os.utime(tar, ns=(0, (tmp_path / index.FILE).stat().st_mtime_ns + seconds * 10**9))
+        os.utime(tmp_path / index.FILE, ns=(0, tar.stat().st_mtime_ns - seconds * 10**9))
 
     indexed(tmp_path, [("a.png", PNG), ("a.cls", b"3")])
     caplog.clear()
-    for label, seconds in ((b"3", 5), (b"4", -5)):
-        written(label, seconds)
-        index.open_split(str(tmp_path), "train")
+    caplog.set_level("INFO")
+    written(b"3", 5)
+    index.open_split(str(tmp_path), "train")
+    assert [record.getMessage()[len(str(tmp_path)) :] for record in caplog.records] == [
+        ": 1 tar newer than dataset.json, compared with it at each start, 1024 MiB at most, until you run "
+        "`mae-dist data index` again"
+    ]
+    main(["index", str(tmp_path / "x.tar")])
+    caplog.clear()
+    index.open_split(str(tmp_path), "train")
+    written(b"4", -5)
+    index.open_split(str(tmp_path), "train")
     assert not caplog.text
     written(b"4", 5)
     index.open_split(str(tmp_path), "train", checked=True)

@@ -7,6 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from trained import MEAN, STD, Cli, as_model, classifier, identical, mae, official, run_config, run_state
@@ -97,6 +98,13 @@ def test_init_from_imported_run_loads_its_weights(tmp_path: Path, cli: Cli) -> N
         assert torch.equal(probed["backbone.blocks.3.mlp.fc1.weight"], fresh["backbone.blocks.3.mlp.fc1.weight"])
         assert run_config(out).data.mean == MEAN
         assert "features 0" in cli("export", out, "--to", "timm", "--out", tmp_path / f"{pool}.pth")
+    assert run_config(run).train.steps is None
+    file, text = run / "config.yaml", (run / "config.yaml").read_text()
+    file.write_text(text.replace("steps: null", "steps: 0").replace("fingerprint: imported", "fingerprint: 1234abcd"))
+    with pytest.raises(ValueError, match="config.yaml: train.steps=0: must be at least 1"):
+        run_config(run)
+    file.write_text(text.replace("steps: null", "steps: 0"))  # as it was written before
+    assert run_config(run).train.steps is None
     assert "step" in cli("ckpt", "list", run)
     assert "intact" in cli("ckpt", "verify", run)
     cli("report", run, tmp_path / "knn")
