@@ -24,14 +24,9 @@ HEADINGS = (
 
 
 @dataclass(frozen=True)
-class FaultRow:
-    """One fault and how the run took it. `elastic`: the number of ranks has changed by then."""
+class Stretch:
+    """Steps of a run beside those of the undisturbed one. `elastic`: the number of ranks has changed by their end."""
 
-    number: int
-    kind: str
-    step: int
-    ranks: int
-    recovered: bool
     seconds: float
     redone: int | None
     lost: int
@@ -41,54 +36,57 @@ class FaultRow:
     elastic: bool
 
     @property
-    def passed(self) -> bool:
-        """The run recovered, with the planned samples and the losses of the undisturbed run."""
-        return self.recovered and samples_as_planned(self) and within(self.loss_difference, self.elastic)
+    def as_planned(self) -> bool:
+        """Whether each planned sample was taken once and in order, with the losses of the undisturbed run."""
+        return self.lost == self.repeated == self.moved == 0 and within(self.loss_difference, self.elastic)
 
-    def cells(self) -> list[str]:
-        """Text for each of HEADINGS."""
-        return [
-            str(self.number), self.kind, str(self.step), str(self.ranks), "yes" if self.recovered else "no",
-            f"{self.seconds:.0f}", "" if self.redone is None else str(self.redone), str(self.lost), str(self.repeated),
-            str(self.moved), equality(self.loss_difference, self.elastic),
-        ]  # fmt: skip
+    def last_cells(self) -> list[str]:
+        """Text for each of HEADINGS from the seconds on."""
+        counts = ["" if count is None else str(count) for count in (self.redone, self.lost, self.repeated, self.moved)]
+        return [f"{self.seconds:.0f}", *counts, equality(self.loss_difference, self.elastic)]
 
 
 @dataclass(frozen=True)
-class Totals:
+class FaultRow(Stretch):
+    """One fault and how the run took it, from the fault before to the recovery."""
+
+    number: int
+    kind: str
+    step: int
+    ranks: int
+    recovered: bool
+
+    @property
+    def passed(self) -> bool:
+        """The run recovered, with the planned samples and the losses of the undisturbed run."""
+        return self.recovered and self.as_planned
+
+    def cells(self) -> list[str]:
+        """Text for each of HEADINGS."""
+        first = [str(self.number), self.kind, str(self.step), str(self.ranks), "yes" if self.recovered else "no"]
+        return [*first, *self.last_cells()]
+
+
+@dataclass(frozen=True)
+class Totals(Stretch):
     """The whole run, from its first step to its last; `faults` were injected, of `planned`."""
 
     faults: int
     planned: int
     recovered: int
     steps: int
-    redone: int
-    lost: int
-    repeated: int
-    moved: int
-    loss_difference: float
     state_difference: float
-    elastic: bool
-    seconds: float
 
     @property
     def passed(self) -> bool:
         """The run recovered from every planned fault and equals the undisturbed run."""
-        equal = within(self.loss_difference, self.elastic) and within(self.state_difference, self.elastic)
-        return self.recovered == self.faults == self.planned and samples_as_planned(self) and equal
+        recovered = self.recovered == self.faults == self.planned
+        return recovered and self.as_planned and within(self.state_difference, self.elastic)
 
     def cells(self) -> list[str]:
         """Text for each of HEADINGS."""
-        return [
-            "", f"{self.faults} of {self.planned}", str(self.steps), "", str(self.recovered), f"{self.seconds:.0f}",
-            str(self.redone), str(self.lost), str(self.repeated), str(self.moved),
-            equality(self.loss_difference, self.elastic),
-        ]  # fmt: skip
-
-
-def samples_as_planned(record: FaultRow | Totals) -> bool:
-    """Whether each planned sample was taken once and in order."""
-    return record.lost == record.repeated == record.moved == 0
+        first = ["", f"{self.faults} of {self.planned}", str(self.steps), "", str(self.recovered)]
+        return [*first, *self.last_cells()]
 
 
 def within(difference: float, elastic: bool) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae_dist import dist, environment, models
+from mae_dist import dist, environment
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from mae_dist.data import loader
 from mae_dist.data.crop import Reader, Rows, decode_crop
@@ -26,9 +26,9 @@ from mae_dist.data.decoding import completed, decoding
 from mae_dist.data.index import Sample, ShardIndex, open_split
 from mae_dist.data.pixels import Decoding, Pixels
 from mae_dist.data.views import View
-from mae_dist.objectives.mae import MAE
 from mae_dist.verify.benchmarks import one_step
 from mae_dist.verify.measurement import Measurement, Result, Runner
+from mae_dist.verify.step_benchmark import mae_of
 
 STEP_IMAGES = 256
 """Most images of the step that is timed; on a CPU a 16th."""
@@ -69,12 +69,8 @@ def data(runner: Runner) -> Result:
     ]
     raw = {"seconds": parts, "loader": rates, "step": step}
     title = f"{settings.model.name}, {len(ids)} images of {settings.data.path}"
-    return Result(
-        title,
-        measurements,
-        raw,
-        advice(median(rates), step, core, index, view, None if resident else settings.machine.workers),
-    )
+    workers = None if resident else settings.machine.workers
+    return Result(title, measurements, raw, advice(median(rates), step, core, index, view, workers))
 
 
 class Cropping:
@@ -192,11 +188,7 @@ def step_rate(settings: Any, device: torch.device) -> float:
     """Images per second of forward and backward passes of MAE on batches in memory, without the optimizer."""
     images = min(settings.train.global_batch, STEP_IMAGES if device.type == "cuda" else STEP_IMAGES // 16)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, global_batch=images))
-    objective = MAE(
-        models.build(settings.model.name, image_size=settings.model.image_size, channels=settings.data.channels),
-        settings.mae, seed=0,
-    )  # fmt: skip
-    objective.to(device)
+    objective = mae_of(settings).to(device)
     one_step(objective, settings, device)
     return images / min(one_step(objective, settings, device) for _ in range(3))
 

@@ -150,11 +150,9 @@ def disk_full(target: Target, _: Fault) -> Recovery:
     job, good = target.job, newest(target)
     with file_size_limit(job.ranks(), size_limit(target)):
         job.wait(lambda: str(good.parent) in job.output(), f"its output names {good.parent}, where a save failed")
-        if (damage := checkpoint.verify(newest(target))) is not None:
-            raise NotRecovered(f"{newest(target).name}, the last good checkpoint, is damaged: {damage}")
+        check_newest(target, "the last good checkpoint")
     job.wait(lambda: newest(target) > good, "a later checkpoint is saved")
-    if (damage := checkpoint.verify(newest(target))) is not None:
-        raise NotRecovered(f"{newest(target).name}, the first after the disk was full, is damaged: {damage}")
+    check_newest(target, "the first after the disk was full")
     return went_on(target, "write")
 
 
@@ -198,8 +196,7 @@ def save_without(target: Target, call: str, warning: str) -> Recovery:
     job, good = target.job, newest(target)
     with io_fault(target, call):
         job.wait(lambda: warning in job.output() and newest(target) > good, f"a checkpoint is saved without {call}")
-        if (damage := checkpoint.verify(newest(target))) is not None:
-            raise NotRecovered(f"{newest(target).name}, saved without {call}, is damaged: {damage}")
+        check_newest(target, f"saved without {call}")
     return went_on(target, call)
 
 
@@ -288,6 +285,13 @@ def resize(target: Target, fault: Fault) -> Recovery:
     job.num_ranks = others[fault.choice % len(others)]
     job.start()
     return job.wait_until_resumed(max_redone=0)
+
+
+def check_newest(target: Target, what: str) -> None:
+    """Raise NotRecovered where the newest checkpoint is damaged; ``what`` it is."""
+    path = newest(target)
+    if (damage := checkpoint.verify(path)) is not None:
+        raise NotRecovered(f"{path.name}, {what}, is damaged: {damage}")
 
 
 def newest(target: Target) -> Path:

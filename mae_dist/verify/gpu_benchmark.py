@@ -73,7 +73,7 @@ def gpu(runner: Runner) -> Result:
 def tiny(settings: Any) -> Any:
     """Settings that any CPU computes in seconds."""
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="fp32"))
-    return sized(settings, "vit_demo4", *TINY["vit_demo4"])
+    return sized(settings, "vit_demo4", TINY["vit_demo4"])
 
 
 def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterator[Measurement]]]:
@@ -82,9 +82,10 @@ def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterat
     first, *others = sizes
     found: dict[str, Callable[[], Iterator[Measurement]]] = {}
     for name in (first, *others):
-        found[name] = partial(steps, settings, name, *sizes[name], device, runner.options["rounds"])
+        of_size = sized(settings, name, sizes[name])
+        found[name] = partial(steps, of_size, device, runner.options["rounds"])
         if name == first:
-            found["step without a wait"] = partial(quiet_step, settings, name, *sizes[name], device)
+            found["step without a wait"] = partial(quiet_step, of_size, device)
             found["loading"] = partial(loading, runner)
             found["images in memory"] = partial(resident, runner, device)
             if device.type == "cuda":
@@ -92,34 +93,30 @@ def parts(runner: Runner, device: torch.device) -> dict[str, Callable[[], Iterat
     return found
 
 
-def sized(settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int]) -> Any:
-    """Settings with another model, batch and decoder (width, depth, heads)."""
+def sized(settings: Any, name: str, size: tuple[int, int, tuple[int, int, int]]) -> Any:
+    """Settings with another model and its `size`, as in MODELS."""
+    side, images, (dim, depth, heads) = size
     model = dataclasses.replace(settings.model, name=name, image_size=side)
     train = dataclasses.replace(settings.train, global_batch=images)
-    dim, depth, heads = decoder
     mae = dataclasses.replace(settings.mae, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
     return dataclasses.replace(settings, model=model, train=train, mae=mae)
 
 
-def steps(
-    settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int], device: torch.device, rounds: int
-) -> Iterator[Measurement]:  # fmt: skip
+def steps(settings: Any, device: torch.device, rounds: int) -> Iterator[Measurement]:
     """The rows of `bench step` for a model, compiled too where there is a GPU."""
-    settings = sized(settings, name, side, images, decoder)
+    model, images = settings.model, settings.train.global_batch
     for row in step_benchmark.measure(settings, device, rounds, device.type == "cuda", {}):
-        yield dataclasses.replace(row, name=f"{name}, {images} images of {side} px: {row.name}")
+        yield dataclasses.replace(row, name=f"{model.name}, {images} images of {model.image_size} px: {row.name}")
 
 
-def quiet_step(
-    settings: Any, name: str, side: int, images: int, decoder: tuple[int, int, int], device: torch.device
-) -> Iterator[Measurement]:  # fmt: skip
+def quiet_step(settings: Any, device: torch.device) -> Iterator[Measurement]:
     """A forward and backward pass and an update with torch's check that the host waits for nothing.
 
     The row counts the waits: 0, or this part fails with the first one. Without a GPU nothing is checked.
     """
-    settings = sized(settings, name, side, images, decoder)
     objective = step_benchmark.mae_of(settings).to(device)
-    update, batch = step_benchmark.updating(objective, settings, device), noise(images, side, device)
+    update = step_benchmark.updating(objective, settings, device)
+    batch = noise(settings.train.global_batch, settings.model.image_size, device)
 
     def step() -> None:
         with parallel.autocast(settings.train.precision, device):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_dist.batch import IMAGENET_MEAN, IMAGENET_STD
 from mae_dist.data.crop import Reader, Rows
-from mae_dist.data.decode import decode, stored_size
+from mae_dist.data.decode import decode
 from mae_dist.data.index import ShardIndex, open_split
 from mae_dist.data.loader import CHUNK, TarSource, is_kept_in_memory
 from mae_dist.data.resident import ResidentSource
@@ -238,47 +238,10 @@ def dali(index: ShardIndex, view: View) -> Epoch:
     return epoch
 
 
-def spdl(index: ShardIndex, view: View) -> Epoch:
-    """Meta's SPDL: FFmpeg decodes, crops, resizes and flips. Boxes are ours; normalised in torch."""
-    import spdl.io  # pyright: ignore[reportMissingImports]
-
-    size = view.size[0]
-    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))
-
-    def epoch() -> None:
-        for ids in chunks(index, BATCH):
-            contents = [index.read(i) for i in ids.tolist()]
-            sizes = torch.tensor([stored_size(content) or (1, 1) for content in contents])
-            boxes, flips = view.boxes(torch.zeros(len(ids), dtype=torch.int64), torch.from_numpy(ids), sizes)
-            images = []
-            for content, (top, left, height, width), flip in zip(
-                contents, boxes.long().tolist(), flips.tolist(), strict=True
-            ):
-                steps = f"crop={width}:{height}:{left}:{top},scale={size}:{size}:flags=bicubic" + ",hflip" * flip
-                buffer = spdl.io.load_image(content.image, filter_desc=steps + ",format=pix_fmts=rgb24")
-                images.append(torch.from_numpy(np.array(spdl.io.to_numpy(buffer))).permute(2, 0, 1))
-            torch.stack(images).float().sub_(mean).div_(std)
-
-    return epoch
-
-
-def turboloader(index: ShardIndex, view: View) -> Epoch:
-    """TurboLoader with its own random resized crop (bilinear), on the tars themselves."""
-    import turboloader as library  # pyright: ignore[reportMissingImports]
-
-    def epoch() -> None:
-        for tar in index.tars:
-            for _ in library.DataLoader(str(tar), BATCH, num_workers=1, image_size=view.image_size, train_aug=True,
-                                        output_format="pytorch"):  # fmt: skip
-                pass
-
-    return epoch
-
-
 LOADERS: dict[str, Callable[[ShardIndex, View], Epoch]] = {
     "mae_dist (8 bits, as a GPU copies them)": until_gpu, "mae_dist, normalised on the CPU": on_cpu,
     "Pillow and torchvision v1": pillow, "torchvision v2 on tensors": torchvision,
-    "decoding alone (simplejpeg)": decoding, "DALI on the CPU": dali, "SPDL": spdl, "TurboLoader": turboloader,
+    "decoding alone (simplejpeg)": decoding, "DALI on the CPU": dali,
 }  # fmt: skip
 IN_MEMORY: dict[str, Callable[[ShardIndex, View], Epoch]] = {
     "mae_dist, images in memory": in_memory, "torchvision's CIFAR100, DataLoader": cifar,
