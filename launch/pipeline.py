@@ -181,7 +181,7 @@ def split_line(given: dict[str, Any], key: str) -> list[str]:
 
 def run_of(name: str, own: Path, verb: str, config_file: str | None, settings: list[str]) -> Run:
     """A run, its settings read and checked."""
-    settings = [*settings, f"out={own}"]
+    settings = [*(word for word in settings if not word.startswith("out=")), f"out={own}"]
     argv = (verb, *([config_file] if config_file else []), *settings)
     return Run(name, own, argv, own, configuration.load(verb, config_file, settings))
 

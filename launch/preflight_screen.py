@@ -21,13 +21,13 @@ from launch import cluster as cluster_file
 from launch import preflight
 from launch.cluster import Cluster
 from mae_dist import config as configuration
-from mae_dist import errors, forecast, gpus, recipes, small_files
+from mae_dist import errors, forecast, gpus, recipes, small_files, starts
 from mae_dist.cli import Parser, duration
 from mae_dist.forecast import Forecast, Place
 from mae_dist.model_sizes import sides
 from mae_dist.printed import counted, rate
-from mae_dist.run import events, jsonl, layout, warned
-from mae_dist.schema import SCHEMAS, HeadsConfig, ProbeConfig, TrainingConfig
+from mae_dist.run import events, identity, jsonl, layout, warned
+from mae_dist.schema import RANDOM, SCHEMAS, HeadsConfig, ProbeConfig, TrainingConfig
 
 TRAINING = [verb for verb in SCHEMAS if verb != "knn"]
 NO_FOLDER = "runs/preflight"
@@ -102,6 +102,7 @@ def with_trial(verb: str, config: TrainingConfig, cluster: Cluster | None) -> Fo
 
 def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
     """The forecast of a run by closed forms, the table of measured steps and data sheets. Imports no torch."""
+    config = with_precision(config, place)
     train, *tested = preflight.splits_used(verb, config)
     test = tested[0] if tested else preflight.test_split(config)
     made = [layout.step_of(path) for path in layout.checkpoints(Path(config.out))]
@@ -113,6 +114,13 @@ def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
         return found
     step = forecast.expected_rate(config, place.device, found.micro, jsonl.read(forecast.TABLE))
     return dataclasses.replace(found, step=step)
+
+
+def with_precision(config: TrainingConfig, place: Place) -> TrainingConfig:
+    """The config with train.precision=auto replaced as the run will do it."""
+    own, start = Path(config.out), starts.run_and_step(config.origin or RANDOM)[0]
+    known = (layout.settings(run)[2] if (run / layout.CONFIG).is_file() else None for run in (own, start))
+    return identity.with_precision(config, identity.precision_for(*known, place.fast_precisions))
 
 
 def place_of(cluster: Cluster) -> Place:
@@ -297,10 +305,12 @@ def limit(found: Forecast) -> str:
     waits, by_host = 1 - found.speed / step, found.step is not None and found.step.by_host
     if loader is None or found.loading is None or waits < WAIT:
         most = found.best[0] if found.place.is_gpu and found.best else 0
-        ways = [f"machine.micro_batch={most}"] if most > found.micro else []
+        fastest = identity.precision_for(None, None, found.place.fast_precisions)
+        slow = found.config.train.precision not in (fastest, *found.place.fast_precisions)
+        ways = [f"train.precision={fastest}"] * slow
+        ways += [f"machine.micro_batch={most}"] if most > found.micro else []
         ways += ["machine.cuda_graphs=true"] if by_host and found.place.ranks == 1 and not machine.cuda_graphs else []
         ways += [] if machine.compile else ["machine.compile=true"]
-        ways += ["train.precision=bf16"] if found.config.train.precision == "fp32" and found.place.is_gpu else []
         ways += ["machine.activation_checkpointing=0"] if machine.activation_checkpointing and found.most(0) else []
         what = "the host, which launches the kernels, limits it" if by_host else "computing limits it"
         return f"{fits}, and {what}: {' or '.join([*ways, 'more ranks'])} may make it faster."

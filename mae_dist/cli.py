@@ -8,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from mae_dist import paths
 
@@ -77,12 +77,24 @@ class Parser(argparse.ArgumentParser):
     ~ and $NAME, which a shell leaves in quotes.
     """
 
+    made: ClassVar[dict[str, Parser]] = {}
+    """The parsers of this process by the commands that they are of."""
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.register("type", Path, _path)
+        Parser.made[self.prog] = self
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise ValueError(f"{self.prog.removeprefix('mae-dist ')}: {message}; see {self.prog} --help")
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """As of ArgumentParser; ValueError for an option that this parser, an action's for example, does not have."""
+        found, unknown = super().parse_known_args(*args, **options)
+        if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
+            having = [f"`{prog}`" for prog, other in Parser.made.items() if flag in other._option_string_actions]
+            self.error(f"{flag}: is no option of it" + (f", but of {', '.join(having)}" if having else ""))
+        return found, unknown
 
 
 def _path(text: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mae_dist import gpus
+from mae_dist import environment, gpus
 
 CPU = "cpu"
 DETERMINISTIC = {
@@ -40,6 +40,13 @@ def name_of(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(": ")[2]
     return platform.machine()
+
+
+def fast_precisions(device: torch.device) -> tuple[str, ...]:
+    """The 16-bit precisions that the device has instructions for; without them fp32 is faster."""
+    if device.type == CPU:
+        return ("bf16",) * environment.has_bf16()
+    return ("fp16", *("bf16",) * torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

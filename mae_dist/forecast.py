@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae_dist import config as configuration
-from mae_dist import cost, gpus, heads_settings, track_settings
+from mae_dist import cost, environment, gpus, heads_settings, track_settings
 from mae_dist.cost import FP32
 from mae_dist.machine_schema import CPU_MICRO_BATCH
 from mae_dist.model_sizes import grid_of, sides, size_of
@@ -94,6 +94,11 @@ class Place:
     def on_cpu(self) -> bool:
         """Whether ranks compute on CPUs like this machine's."""
         return bool(self.device) and not self.is_gpu
+
+    @property
+    def fast_precisions(self) -> tuple[str, ...]:
+        """The 16-bit precisions that the device has instructions for, as far as its name says."""
+        return gpus.fast_precisions(self.device) if self.is_gpu else ("bf16",) * environment.has_bf16()
 
 
 @dataclass(frozen=True)

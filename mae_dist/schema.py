@@ -190,9 +190,10 @@ class TrainConfig:
         "[[0,160],[0.6,192],[0.8,224]], the last as model.image_size; empty: model.image_size always", verbs=TRAINED,
     )  # fmt: skip
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "bf16", "mixed precision of forward and backward pass; weights and optimizer stay in fp32"
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "mixed precision of forward and backward pass; weights and optimizer stay in fp32; auto: that of "
+        "init_from, else bf16, but fp32 on a device without instructions for these"
+    )  # fmt: skip
     reduce_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "data type in which gradients are summed over ranks", unless=KNN
     )

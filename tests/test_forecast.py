@@ -246,6 +246,8 @@ def test_forecast_rate_of_an_h100_is_near_what_was_measured(model: str, images: 
         ("rtx4090", "RTX 4090", 24), ("Tesla V100-SXM2-32GB", "V100", 32), ("Tesla V100-PCIE-16GB", "V100 PCIe", 16),
         ("v100s", "V100S", 32), ("NVIDIA L40S", "L40S", 48), ("NVIDIA L4", "L4", 24), ("A10G", "A10G", 24),
         ("NVIDIA RTX A6000", "A6000", 48), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 48),
+        ("rtx6000ada", "RTX 6000 Ada", 48), ("A6000 Ada", "A6000 Ada", 48), ("gpu:rtx_a6000:4", "A6000", 48),
+        ("AMD Instinct MI250X / MI250", "MI250X MI250", 64), ("AMD Instinct MI250", "MI250", 64),
         ("AMD Instinct MI300X", "MI300X", 192), ("gpu:mi250x:8", "MI250X", 64), ("gpu_mem:80gb&a100", "A100", 80),
         *((name, None, 0) for name in (
             "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "gpu:a100_3g.20gb", "a100-3g20gb", "a100_mig", "GRID A100-10C",

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         counts = ["--train", str(NUM_TRAIN), "--test", str(NUM_TEST)]
         if status := step("data", "pack", "synthetic", "--out", str(data), *counts):
             return status
-    common = [f"data.path={data}", *MODEL, f"train.precision={fast_precision()}", f"machine.processes={processes}"]
+    common = [f"data.path={data}", *MODEL, f"machine.processes={processes}"]
     if status := step("pretrain", *common, *PRETRAIN, f"out={pretrained}"):
         return status
     runs = [pretrained]
@@ -85,13 +85,6 @@ def default_processes() -> int:
     import torch
 
     return torch.cuda.device_count() or 2
-
-
-def fast_precision() -> str:
-    """bf16 if the GPU or the CPU has instructions for it, else fp32, which is then faster."""
-    import torch
-
-    return "bf16" if torch.cuda.is_available() or environment.has_bf16() else "fp32"
 
 
 def table(out: Path) -> Table:

@@ -94,7 +94,7 @@ def pretraining(num_images: int, side: int) -> Lines:
     )
     batch = batch_for(num_images)
     yield "train.global_batch", batch, f"an epoch has {num_images / batch:.3g} steps; the paper's 4096 for ImageNet"
-    yield "train.precision", "bf16", "half the time of fp32 on GPUs; on a CPU without bf16 choose fp32"
+    yield "train.precision", "auto", "bf16, half the time of fp32, where the device has instructions for it, else fp32"
     if many:
         lr, why = 1.5e-4, "the paper's"
     elif pixels <= 64:
@@ -123,7 +123,7 @@ def finetuning(num_images: int, side: int) -> Lines:
     yield "train.label_smoothing", 0.1, "table 9"
     yield "train.epochs", 100 if num_images >= SOME else 200, "the paper's 100 for ViT-B; fewer images, more epochs"
     yield "train.global_batch", batch_for(num_images), "as in pretraining"
-    yield "train.precision", "bf16", "as in pretraining"
+    yield "train.precision", "auto", "as in pretraining, where the device has instructions for it, else fp32"
     yield "optim.base_lr", 5e-4 if size == "b" else 1e-3, "for 256 images, scaled by the batch; try half and twice"
     yield "optim.layer_decay", 0.65 if size == "b" else 0.75, "earlier blocks, already good, learn less (table 9)"
     yield "optim.weight_decay", 0.05, "table 9"

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from mae_dist.run import jsonl, layout
 from mae_dist.schema import C, RunConfig
 
 log = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""Value of train.precision that a run's first start replaces."""
 
 
 def refuse_others(path: Path, verb: str, config: RunConfig, data_fingerprint: str) -> None:
@@ -75,10 +79,28 @@ def completed(config: C, old: RunConfig) -> C:
         white=known.white if data.white is None else data.white, channels=data.channels or known.channels,
         test_split=known.test_split if data.test_split == "auto" else data.test_split,
     )  # fmt: skip
+    config = with_precision(config, old.train.precision)
     mapped = old.origin == str(starts.imported(old.out)) and config.origin is not None
     if mapped and not (starts.run_and_step(str(config.origin))[0] / layout.CONFIG).is_file():
         config = dataclasses.replace(config, **{"init_from": old.origin})
     return dataclasses.replace(config, data=data)
+
+
+def with_precision(config: C, chosen: str) -> C:
+    """The config with `chosen` in place of train.precision=auto."""
+    if config.train.precision != AUTO:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=chosen))
+
+
+def precision_for(own: RunConfig | None, origin: RunConfig | None, fast: Collection[str]) -> str:
+    """What train.precision=auto is: what the run began with, its settings being `own`; else that of the run it starts
+    from, or bf16, if the device has instructions for it, which `fast` lists; else fp32.
+    """
+    if own is not None and own.train.precision != AUTO:
+        return own.train.precision
+    wanted = "bf16" if origin is None or origin.train.precision == AUTO else origin.train.precision
+    return wanted if wanted in fast else "fp32"
 
 
 def differences(old: RunConfig, new: RunConfig, same_start: bool) -> list[str]:

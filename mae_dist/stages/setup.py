@@ -30,7 +30,7 @@ from mae_dist.printed import counted
 from mae_dist.run import identity, jsonl, layout, log_file, unreadable, warned
 from mae_dist.run.directory import RunDir
 from mae_dist.run.warned import Warned
-from mae_dist.schema import C, MachineConfig
+from mae_dist.schema import C, MachineConfig, RunConfig
 from mae_dist.stages import initial_weights, warn
 from mae_dist.stages.images import check_first_images, with_statistics
 from mae_dist.stages.imports import with_imported
@@ -229,6 +229,7 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     if test_split is not None:
         train_split = check_splits(config, train_split, test_split, labelled)
     origin = initial.config if initial else None
+    config = with_precision(config, before, origin, device)
     config = with_statistics(
         decoding.completed(config, before, train_split.dataset, origin), before or origin, train_split
     )
@@ -251,6 +252,14 @@ def build_setup(verb: str, config: C, needs_labels: bool) -> Setup[C]:
     for split in filter(None, (train_split, test_split)):
         dist.run_together(partial(check_first_images, split, decoding.decoding(config)))
     return setup
+
+
+def with_precision(config: C, before: RunConfig | None, origin: RunConfig | None, device: torch.device) -> C:
+    """The config with train.precision=auto replaced, see `identity.precision_for`, alike on all ranks."""
+    chosen = dist.run_on_rank0(lambda: identity.precision_for(before, origin, devices.fast_precisions(device)))
+    if config.train.precision == identity.AUTO and dist.is_main():
+        log.info("train.precision=auto: %s", chosen)
+    return identity.with_precision(config, chosen)
 
 
 def check_device(machine: MachineConfig, device: torch.device) -> None:

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mae_dist import config, dist, errors, recipes
+from mae_dist import config, devices, dist, errors, recipes
 from mae_dist.cli import Parser
-from mae_dist.run import directory, jsonl
+from mae_dist.run import directory, identity, jsonl
 from mae_dist.verify import benchmarks, data_benchmark, gpu_benchmark, loader_benchmarks, processes, step_benchmark
 from mae_dist.verify.measurement import Bench, Result, Runner
 
@@ -129,6 +129,8 @@ def main(argv: list[str]) -> int:
     folder, data = options.out / name, options.out / "data"
     file, overrides = overrides_of(bench, options.words)
     settings = config.load(bench.verb, file, [f"data.path={data}", *overrides, f"out={folder}"])
+    fast = devices.fast_precisions(devices.of_rank(0))
+    settings = identity.with_precision(settings, identity.precision_for(None, None, fast))
     if bench.reads_data and settings.data.path == str(data):
         raise ValueError(f"bench {name}: needs images: `mae-dist bench {name} DATA`, a folder or glob as in data.path")
     began, load = time.perf_counter(), os.getloadavg()[0]

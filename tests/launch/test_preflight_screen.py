@@ -119,7 +119,9 @@ def forecast_of(
     place = Place(1, 1, facts.pop("cores", 8), "H100", is_gpu, 80e9, facts.pop("limit", None), unused=240)
     num_samples = facts.pop("num_samples", 10**6)
     rate = Rate(step, "measured", False, facts.pop("by_host", False))
-    return Forecast("pretrain", chosen, place, num_samples, 0, rate, loading, **facts)
+    return Forecast(
+        "pretrain", preflight_screen.with_precision(chosen, place), place, num_samples, 0, rate, loading, **facts
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,8 @@ def forecast_of(
         (forecast_of("machine.micro_batch=64", step=400, loader=900), "computing limits it: machine.micro_batch=1024"),
         (forecast_of(step=9, loader=None, by_host=True), "kernels, limits it: machine.micro_batch=1024 or mac"),
         (forecast_of("machine.compile=true", step=9, loader=900, is_gpu=False), "computing limits it: more ranks may"),
+        (forecast_of("train.precision=fp32", step=9, loader=None), "computing limits it: train.precision=bf16 or"),
+        (forecast_of("train.precision=fp16", step=9, loader=9e9, is_gpu=False), "limits it: train.precision="),
         (forecast_of("checkpoint.keep=9", step=9, loader=None, free=10e9), "the disk: lower checkpoint.keep, or"),
         (forecast_of("checkpoint.keep_every=1", step=9, loader=None, free=10e9), "disk: raise checkpoint.keep_every"),
     ],
