@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mae_dist"
 FLOORS = [
     {"setting", "errors", "interfaces", "printed", "signals", "checksum", "clock", "gpus", "tensor_bytes"},
-    {"machine_schema", "devices", "small_files"},
-    {"atomic", "batch", "environment", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "watchdog"},
+    {"machine_schema", "environment", "small_files"},
+    {"atomic", "batch", "devices", "model_sizes", "image_grid", "rng", "schema", "hints", "paths", "watchdog"},
     {"cli", "heads_settings", "image_settings", "patch_counts", "recipes", "resolutions", "setting_texts", "starts"}
     | {"track_settings"},
     {"models", "rendezvous", "config", "cost", "cuda_graphs", "launcher"},

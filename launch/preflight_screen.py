@@ -119,8 +119,8 @@ def without_trial(verb: str, config: TrainingConfig, place: Place) -> Forecast:
 def with_precision(config: TrainingConfig, place: Place) -> TrainingConfig:
     """The config with train.precision=auto replaced as the run will do it."""
     own, start = Path(config.out), starts.run_and_step(config.origin or RANDOM)[0]
-    known = (layout.settings(run)[2] if (run / layout.CONFIG).is_file() else None for run in (own, start))
-    return identity.with_precision(config, identity.precision_for(*known, place.fast_precisions))
+    before, origin = (layout.settings(run)[2] if (run / layout.CONFIG).is_file() else None for run in (own, start))
+    return identity.with_precision(config, identity.precision_for(before, origin, place.fast_precisions))
 
 
 def place_of(cluster: Cluster) -> Place:

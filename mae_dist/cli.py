@@ -92,7 +92,9 @@ class Parser(argparse.ArgumentParser):
         """As of ArgumentParser; ValueError for an option that this parser, an action's for example, does not have."""
         found, unknown = super().parse_known_args(*args, **options)
         if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
-            having = [f"`{prog}`" for prog, other in Parser.made.items() if flag in other._option_string_actions]
+            verb, known = self.prog.split()[1:2], Parser.made.items()
+            having = [f"`{prog}`" for prog, other in known if flag in other._option_string_actions and
+                      prog.split()[1:2] == verb]  # fmt: skip
             self.error(f"{flag}: is no option of it" + (f", but of {', '.join(having)}" if having else ""))
         return found, unknown
 

@@ -138,7 +138,7 @@ def test_mixer_scratch_recipe_has_big_visions_values() -> None:
         (["frm=x"], ["frm", "no such setting"]),
         (["train.epochs=many"], ["train.epochs", "many"]),
         (["train.global_batch=2.5"], ["train.global_batch", "2.5"]),
-        (["train.precision=fp8"], ["train.precision=fp8: must be one of fp32, bf16, fp16"]),
+        (["train.precision=fp8"], ["train.precision=fp8: must be one of auto, fp32, bf16, fp16"]),
         (["view.scale=[1,2,3]"], ["view.scale", "3"]),
         (["view.scale=[0.9,0.1]"], ["view.scale", "greater than the second"]),
         (["train.epochs=0"], ["train.epochs=0", "greater than 0"]),

@@ -66,7 +66,7 @@ def test_value_of_another_codebase_is_answered_with_our_value(name: str, word: s
         ("train.batch_size=64", "train.batch_size: there is no such setting; use train.global_batch (images per "),
         ("strategy=zero3", "strategy: there is no such setting; use machine.strategy=fsdp ("),
         ("machine.parallel=fsdp2", "machine.parallel: there is no such setting; use machine.strategy=fsdp ("),
-        ("train.precision=16-mixed", "train.precision=16-mixed: must be one of fp32, bf16, fp16; use fp16"),
+        ("train.precision=16-mixed", "train.precision=16-mixed: must be one of auto, fp32, bf16, fp16; use fp16"),
         ("machine.strategy=zero3", "machine.strategy=zero3: must be one of ddp, fsdp, hsdp; use fsdp"),
         ("heads.features=[cls,gap]", "heads.features=[cls, gap]: must be one of cls, mean, both; use mean"),
         (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from mae_dist import image_grid, paths
 from mae_dist.cli import Parser
 from mae_dist.commands import data_check, data_index, data_pack
-from mae_dist.commands.data_output import facts, print_splits, progress
+from mae_dist.commands.data_output import facts, print_splits, print_training, progress
 from mae_dist.data import index, places
 from mae_dist.data.decode import decode, own_channels, stored_size
 from mae_dist.data.pixels import Decoding
@@ -82,7 +81,8 @@ def _show(arguments: argparse.Namespace) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _sheet(data, labels, dataset.classes, how).save(target)
     print(f"wrote {target}: samples of {split}")
-    print(f"next: mae-dist pretrain CONFIG.yaml data.path={shlex.quote(path)}")
+    if split == "train":
+        print_training(path)
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:

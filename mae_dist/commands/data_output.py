@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,15 @@ def report(dataset: index.Dataset, folder: Path, more: str = "") -> None:
     print_splits(dataset.splits)
     if more:
         print(more)
-    print(f"next: mae-dist data show {folder}")
-    print(f"      mae-dist pretrain CONFIG.yaml data.path={folder}")
+    print(f"next: mae-dist data show {shlex.quote(str(folder))}")
+    if "train" in dataset.splits:
+        print_training(str(folder))
+
+
+def print_training(path: str) -> None:
+    """Print the commands that pretrain on the split `train` of `path`, as in data.path."""
+    data = shlex.quote(f"data.path={path}")
+    print(f"next: mae-dist recipe {shlex.quote(path)} > mine.yaml && mae-dist pretrain mine.yaml {data} out=runs/mine")
 
 
 def facts(dataset: index.Dataset) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 from image_files import image_file
 
+from mae_dist.__main__ import run
 from mae_dist.commands.data import main
+from mae_dist.config import load
 from mae_dist.data.dataset import Dataset
 
 
@@ -73,7 +76,23 @@ def test_show_takes_tars_as_runs_do(tmp_path: Path, capsys: pytest.CaptureFixtur
     tar = tmp_path / "out" / "train-000000.tar"
     capsys.readouterr()
     main(["show", str(tar)])
-    assert f"{tar}: in, 1 class," in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{tar}: in, 1 class," in output
+    recipe, _, training = output.partition("next: ")[2].partition(" && ")
+    assert recipe == f"mae-dist recipe {tar} > mine.yaml"
+    file = tmp_path / "mine.yaml"
+    assert run(shlex.split(recipe)[1:-2]) == 0
+    file.write_text(capsys.readouterr().out)
+    words = shlex.split(training)[3:]
+    assert load("pretrain", file, words).data.path == str(tar)
     assert (tmp_path / "out" / "sheet-train.png").is_file()
+    for words, message in (
+        (["index", str(tar), "--test-share", "0.1"], "data index: --test-share: is no option of it, but of `mae-dist "
+         "data pack folder`, `mae-dist data pack tars`; see mae-dist data index --help"),
+        (["pack", "folder", "--source", "x", "--out", "y", "--classes", "f"], "data pack folder: --classes: is no "
+         "option of it, but of `mae-dist data index`; see mae-dist data pack folder --help"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            main(words)
     with pytest.raises(ValueError, match="--split val: .* names tars, which are one split; leave it out"):
         main(["show", str(tar), "--split", "val"])

@@ -6,13 +6,14 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_pages import DASH, EVIL, figures, finish, make_run, render, text_of, write_lines
 
-from mae_dist import heads_settings
+from mae_dist import config, heads_settings
 from mae_dist.__main__ import main
 from mae_dist.monitor import compare, following, matrix, predictions, probe_table, records, report, speed
 from mae_dist.run import events, jsonl, unreadable
@@ -272,6 +273,28 @@ def test_report_shows_what_the_run_warned_of(tmp_path: Path) -> None:
     html = render(run)
     assert "warning: the loss is too high" in text_of(html[: html.index("<h2>Runs</h2>")])
     assert "<script" not in html
+
+
+def test_next_commands_give_the_run_that_is_meant_when_copied(tmp_path: Path) -> None:
+    """Each is read as `mae-dist` reads it: with the precision, data and model that were typed, and the recipe."""
+    out, data = str(tmp_path / "a run"), ["data.path=/data/a b", "data.test_path=/data/test", "data.split=unlabelled"]
+    typed = ["cifar100_vit_ti4", *data, "train.precision=fp32", "model.name=vit_ti4", "train.epochs=9"]
+    pretraining = config.load("pretrain", None, [*typed[1:], f"out={out}"])
+    make_run(Path(out), "pretrain", "train.precision=fp32", "model.name=vit_ti4", "model.image_size=32")
+    for recipe in (typed[:1], []):
+        for step in following.after_pretraining(pretraining, out, [*recipe, *typed[1:]]):
+            _, verb, *words = shlex.split(step.command)
+            found = config.load(verb, *config.split_words(verb, words))
+            assert (words[:1] == recipe) == bool(recipe)
+            assert (found.data.path, found.data.test_path, found.data.split) == ("/data/a b", "/data/test", "train")
+            assert (found.train.precision, found.model.name, found.model.image_size) == ("fp32", "vit_ti4", 32)
+            assert (found.origin, found.out) == (out, f"{out}-{verb}")
+    words = ["finetune", "data.path=/d", "train.epochs=3", f"init_from={out}"]
+    tuned = config.load("finetune", None, [*words[1:], "out=y", "train.precision=bf16"])
+    facts: dict[str, Any] = {"finished": True, "is_start": False, "has_random": False, "predicted": True}
+    (step,) = following.after("finetune", tuned, "y", shlex.join(["mae-dist", *words, "out=y"]), **facts)
+    found = config.load("finetune", *config.split_words("finetune", shlex.split(step.command)[2:]))
+    assert found == replace(tuned, init_from="random", out="y-random")
 
 
 def test_report_names_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

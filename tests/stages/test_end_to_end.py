@@ -54,6 +54,17 @@ def test_a_rank_that_meets_nobody_says_so() -> None:
     assert alone.exitcode == 0
 
 
+def test_precision_auto_is_recorded_and_a_finished_run_keeps_it(
+    tiny_data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for word in SETTINGS if not word.startswith("train.precision")]
+    words = ["knn", f"data.path={tiny_data}", f"init_from={pretrained}", f"out={tmp_path / 'knn'}", *settings]
+    assert main(words) == main([*words, "train.precision=auto"]) == main([*words, "train.precision=fp32"]) == 0
+    assert RunDir(tmp_path / "knn").settings()[2].train.precision == "fp32"
+    assert main([*words, "train.precision=bf16"]) == 2
+    assert "(train.precision: fp32 -> bf16); choose another out=" in capsys.readouterr().err
+
+
 def test_a_probe_is_the_same_on_any_world(tiny_data: Path, pretrained: Path, tmp_path: Path) -> None:
     shared = [
         "probe",

@@ -11,7 +11,7 @@ from shared_types import Tars
 from mae_dist import environment, recipes
 from mae_dist.config import load
 from mae_dist.data.pixels import Decoding
-from mae_dist.run import warned
+from mae_dist.run import identity, warned
 from mae_dist.schema import (
     DataConfig,
     OptimConfig,
@@ -67,6 +67,27 @@ def test_start_says_once_that_16_bits_are_slow_on_a_cpu(
     config = PretrainConfig(data=DataConfig("x"))
     found = warnings(replace(config, train=replace(config.train, precision=precision)), 10**6)
     assert str(found).count(f"train.precision={precision}: this CPU has no instructions for it") == said
+
+
+@pytest.mark.parametrize(
+    ("own", "start", "fast", "chosen"),
+    [
+        (None, None, ("bf16",), "bf16"), (None, None, (), "fp32"), (None, "auto", ("fp16", "bf16"), "bf16"),
+        (None, "fp32", ("bf16",), "fp32"), (None, "bf16", (), "fp32"), (None, "fp16", ("bf16",), "fp32"),
+        (None, "fp16", ("fp16", "bf16"), "fp16"), ("bf16", "fp32", (), "bf16"), ("auto", "fp32", ("bf16",), "fp32"),
+    ],
+)  # fmt: skip
+def test_precision_auto_is_that_of_the_start_where_the_device_has_it(
+    own: str | None, start: str | None, fast: tuple[str, ...], chosen: str
+) -> None:
+    """A run that has begun keeps its own; one that is typed is never replaced."""
+    plain = PretrainConfig(data=DataConfig("x"))
+    before, origin = (None if p is None else replace(plain, train=replace(plain.train, precision=p))
+                      for p in (own, start))  # fmt: skip
+    found = identity.precision_for(before, origin, fast)
+    assert (found, identity.with_precision(plain, found).train.precision) == (chosen, chosen)
+    typed = replace(plain, train=replace(plain.train, precision="fp16"))
+    assert identity.with_precision(typed, found).train.precision == "fp16"
 
 
 RECIPES = [

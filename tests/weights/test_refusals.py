@@ -381,7 +381,7 @@ def test_import_and_export_mistakes_print_one_line(tmp_path: Path, capsys: pytes
         (["import", fine, "--mean", "123", "117", "104"], ["--mean=[123.0, 117.0, 104.0]", "divide by 255"]),
         (["import", fine, "--std", "58", "57", "57"], ["--std=[58.0, 57.0, 57.0]", "divide by 255"]),
         (["import", fine, "--decoder-heads", "5"], ["cannot have 5 heads"]),
-        (["import", fine, "--to", "x"], ["unrecognized arguments"]),
+        (["import", fine, "--to", "x"], ["import: --to: is no option of it"]),
         (["export", tmp_path / "empty", "--to", "hf"], ["RUN=", "no config.yaml"]),
         (["export", run, "--to", "keras"], ["--to", "invalid choice", "keras"]),
         (["export", run, "--to", "fb", "--out", tmp_path / "x.bin"], ["x.bin", "ends in .pth"]),
