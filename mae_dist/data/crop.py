@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _resize = torch.ops.aten._upsample_bicubic2d_aa.out
 """What F.interpolate(mode="bicubic", antialias=True) calls, to which only this gives the memory to write to."""
+_flip = torch.ops.aten.flip.out
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # stored arrays are only read
 SHRINKS = (8, 4, 2)
 """A JPEG can be decoded at these fractions of its size."""
@@ -197,7 +198,7 @@ def crop(pixels: Pixels, box: Sequence[float], flip: bool, out: Pixels) -> None:
         inside = max(left, 0), max(top, 0), min(right, pixels.shape[1]), min(bottom, pixels.shape[0])
         shown = torch.from_numpy(resize(pixels, (out.shape[1], out.shape[0]), inside).copy())
     if shown is not target:
-        target.copy_(shown.flip(1) if flip else shown)
+        _flip(shown, (1,), out=target) if flip else target.copy_(shown)
 
 
 def _cut(pixels: Pixels, top: int, left: int, height: int, width: int) -> Pixels:

@@ -181,7 +181,7 @@ class ShardIndex:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row of its index) of a sample id."""
-        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        shard = int(self.ends.searchsorted(sample, "right"))
         row = sample - int(self.ends[shard] - self.counts[shard])
         return shard, int(self._rows(shard)[row]) if shard in self.left_out else row
 
@@ -221,7 +221,7 @@ class ShardIndex:
             raise ValueError(f"has {size:,} bytes, more than any image ({MOST_BYTES:,})")
         image = self.files.read(shard, offset, size)
         name, extension = table.names[row], table.extensions[row]
-        return Sample(name[: -len(extension) - 1], extension.rpartition(".")[2], image, self.label(sample))
+        return Sample(name[: -len(extension) - 1], extension.rpartition(".")[2], image, self._label(shard, row))
 
     def place_of_image(self, sample: int) -> tuple[int, int]:
         """The tar that a sample's image is in, and its first byte there: those of links to one image are the same."""

@@ -7,6 +7,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -42,6 +43,7 @@ ABSENT = ("", "-1", "nan", "none", "null", "<na>", "na", "n/a", "#n/a")
 """Labels, in lower case, that say that there is none."""
 
 
+@functools.lru_cache(maxsize=4096)  # classes are fewer than samples
 def of_text(content: bytes) -> Label:
     """The class number or name in the content of a member; NONE for what says that there is none. Raises ValueError."""
     short = f"{content[:20]!r}{'...' * (len(content) > 20)}"
