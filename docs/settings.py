@@ -46,11 +46,11 @@ def allowed(kind: Any, bounds: str) -> str:
     """The values that a type and a range allow: `number > 0 or none`, `2 numbers >= 0`, `ddp, fsdp`."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin is tuple:
-        element = ", ".join(config.choices_of(kind)) or f"{TYPES.get(inside[0], 'pair')}s {bounds}".strip()
+        element = ", ".join(hints.choices_of(kind)) or f"{TYPES.get(inside[0], 'pair')}s {bounds}".strip()
         return f"{'list of' if inside[-1] is Ellipsis else len(inside)} {element}"
     if origin in (types.UnionType, Union):
         return " or ".join(allowed(part, bounds if part in (int, float) or get_args(part) else "") for part in inside)
-    if choices := config.choices_of(kind):
+    if choices := hints.choices_of(kind):
         return ", ".join(choices)
     return f"{TYPES[kind]} {bounds}".strip()
 

@@ -18,6 +18,7 @@ from mae_dist import (
     config,
     environment,
     errors,
+    hints,
     launcher,
     printed,
     recipes,
@@ -132,7 +133,7 @@ def dispatch(verb: str, argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         usage = f"usage: mae-dist {verb} [CONFIG.yaml or RECIPE] [key=value ...]"
         listed = f"recipes: {', '.join(recipes.of_verb(verb))}\n(in {recipes.FOLDER.resolve()})"
-        print(f"{usage}\n\n{VERBS[verb].summary}\n{listed}\n\n{config.settings_help(verb)}")
+        print(f"{usage}\n\n{VERBS[verb].summary}\n{listed}\n\n{settings_help(verb)}")
         return 0
     if dashed := [argument for argument in argv if argument.startswith("-")]:
         raise ValueError(f"{dashed[0]}: settings have no dashes; write section.key=value")
@@ -162,6 +163,18 @@ def dispatch(verb: str, argv: list[str]) -> int:
             return 0
     config.check_world(settings, processes)
     return launcher.spawn([verb, *argv], processes, settings.machine.restarts)
+
+
+def settings_help(verb: str) -> str:
+    """One line for each setting that the verb reads, `section.key  default  one of VALUES: meaning (range)`."""
+    lines = []
+    for name, item in config.settings_of(verb).items():
+        text = item.help
+        if choices := hints.choices_of(item.kind):
+            text = f"{'any' if isinstance(item.value, tuple) else 'one'} of {', '.join(choices)}: {text}"
+        bounds = f" ({item.range.symbols})" if item.range.bounds else ""
+        lines.append(f"  {name:33s} {hints.shown(item.value):16s} {text}{bounds}")
+    return "\n".join(lines)
 
 
 def print_result(verb: str, settings: schema.RunConfig, argv: list[str]) -> None:

@@ -13,10 +13,11 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints, overload
 
 from mae_dist import heads_settings, hints, image_settings, recipes, resolutions, setting_texts, small_files, starts
 from mae_dist import track_settings as tracking
@@ -124,24 +125,27 @@ def read(schema: type[T], needs: str, hint: str, file: str | Path | None, overri
     An override may have `none`, as --help shows it, where YAML has null. Raises ValueError with one sentence, which
     begins with ``needs`` and ends with ``hint`` when a field is missing.
     """
-    from omegaconf import OmegaConf, errors
+    from omegaconf import OmegaConf
 
-    config, layers = copy.deepcopy(_defaults(schema)), []
-    kinds = {name: item.kind for name, item in settings(schema()).items()}
+    known, layers = settings(schema()), []
+    kinds = {name: item.kind for name, item in known.items()}
     for origin, layer, written in _layers(kinds, file, overrides):
         plain = OmegaConf.to_container(layer, resolve=False) if OmegaConf.is_config(layer) else layer
         if not isinstance(plain, dict):
             raise ValueError(f"{origin}expected sections with keys, found a list")
-        plain = setting_texts.as_written(plain, written, kinds, origin)
-        try:
-            config = OmegaConf.unsafe_merge(config, plain)  # in place: half of a start is copying otherwise
-        except (errors.OmegaConfBaseException, *small_files.errors()) as error:
-            raise ValueError(_explain(error, plain, schema, origin)) from error
-        layers.append(plain)
-    if "init_from" in kinds and not {"init_from", "out"} & OmegaConf.missing_keys(config):
-        config = _with_start(config, schema, layers)
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in missing)}; {hint}")
+        layers.append((origin, setting_texts.as_written(plain, written, kinds, origin)))
+    config = copy.deepcopy(_defaults(schema))
+    for group in (layers[:1], layers[1:]) if file is not None else (layers,):
+        config = _with_layers(config, group, schema)
+
+    def missing() -> list[str]:
+        required = sorted(name for name, item in known.items() if item.value == "???")
+        return [name for name in required if OmegaConf.select(config, name) is None]
+
+    if "init_from" in kinds and not {"init_from", "out"} & {*missing()}:
+        config = _with_start(config, schema, [plain for _, plain in layers])
+    if names := missing():
+        raise ValueError(f"{needs} {', '.join(f'{name}=...' for name in names)}; {hint}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)
     return result
@@ -153,6 +157,23 @@ def _defaults(schema: type[Any]) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.structured(schema)
+
+
+def _with_layers(config: Any, layers: Sequence[tuple[str, dict]], schema: type[Any]) -> Any:
+    """A config, changed in place, under layers of settings: (what an error message begins with, nested settings).
+    Where no two give the same setting they are merged as one, which takes as long as one of them.
+    """
+    from omegaconf import OmegaConf, errors
+
+    if (joined := setting_texts.joined(plain for _, plain in layers)) is not None:
+        with suppress(errors.OmegaConfBaseException, *small_files.errors()):
+            return OmegaConf.unsafe_merge(config, joined)
+    for origin, plain in layers:
+        try:
+            config = OmegaConf.unsafe_merge(config, plain)
+        except (errors.OmegaConfBaseException, *small_files.errors()) as error:
+            raise ValueError(_explain(error, plain, schema, origin)) from error
+    return config
 
 
 def _with_start(config: Any, schema: type[Any], layers: Sequence[Any]) -> Any:
@@ -351,27 +372,6 @@ def changed(config: RunConfig) -> dict[str, Any]:
     return {name: item.value for name, item in settings(config).items() if item.value != defaults[name].value}
 
 
-def settings_help(verb: str) -> str:
-    """One line for each setting that the verb reads, `section.key  default  one of VALUES: meaning (range)`."""
-    lines = []
-    for name, item in settings_of(verb).items():
-        text = item.help
-        if choices := choices_of(item.kind):
-            text = f"{'any' if isinstance(item.value, tuple) else 'one'} of {', '.join(choices)}: {text}"
-        lines.append(
-            f"  {name:33s} {hints.shown(item.value):16s} {text}"
-            + (f" ({item.range.symbols})" if item.range.bounds else "")
-        )
-    return "\n".join(lines)
-
-
-def choices_of(kind: Any) -> tuple[str, ...]:
-    """The words that a type allows, within a tuple too; () where it allows any."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return tuple(choice for part in get_args(kind) for choice in choices_of(part))
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -387,7 +387,7 @@ def _explain(error: Exception, layer: Any, schema: type[Any], origin: str) -> st
     for name, value in hints.leaves(OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer):
         text = ""
         if name in known:
-            text = hints.wrong_value(name, value, choices_of(known[name].kind)) or image_settings.wrong_size(
+            text = hints.wrong_value(name, value, hints.choices_of(known[name].kind)) or image_settings.wrong_size(
                 name, value
             )
         elif value != {} and not any(name.startswith(f"{setting}.") for setting in known):  # no key below a setting

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from mae_dist import small_files
 
@@ -103,3 +103,10 @@ def _by_word(table: Mapping[str, str]) -> dict[str, list[str]]:
         for word in row.split():
             found.setdefault(word, []).append(meaning)
     return found
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The words that a type allows, within a tuple too; () where it allows any."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for part in get_args(kind) for choice in choices_of(part))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -30,6 +30,19 @@ def from_override(name: str, value: str) -> dict[str, Any]:
     value = value.strip()
     text = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "\"'" else value
     return functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), text)  # pyright: ignore
+
+
+def joined(layers: Iterable[dict]) -> dict | None:
+    """Settings and sections of several layers in one; None where two of them give the same setting."""
+    found: dict[Any, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            section = found.setdefault(key, {}) if isinstance(value, dict) else found
+            added = value if isinstance(value, dict) else {key: value}
+            if not isinstance(section, dict) or section.keys() & added.keys():
+                return None
+            section |= added
+    return found
 
 
 def as_written(plain: Mapping[Any, Any], written: Any, kinds: Mapping[str, Any], origin: str, prefix: str = "") -> dict:

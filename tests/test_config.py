@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mae_dist import config
+from mae_dist.__main__ import settings_help
 from mae_dist.schema import ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,7 @@ def test_unused_setting_is_refused(verb: str, words: list[str], message: str) ->
 @pytest.mark.parametrize("verb", config.SCHEMAS)
 def test_help_lists_the_settings_that_the_verb_reads_and_defaults_are_accepted(verb: str) -> None:
     assert load(verb, "model.drop_path=0", "train.loss=softmax") == load(verb)
-    listed = {line.split()[0] for line in config.settings_help(verb).splitlines()}
+    listed = {line.split()[0] for line in settings_help(verb).splitlines()}
     assert ("model.drop_path" in listed) == (verb == "finetune")
     assert ("view.crop" in listed) == (verb != "knn")
     assert {"model.name", "train.precision", "view.test_crop"} <= listed
@@ -282,7 +283,7 @@ def test_setting_in_the_wrong_section_or_verb_is_answered_with_the_right_one(
 
 def test_help_shows_the_choices_of_a_setting() -> None:
     """In the line of the setting, within an optional one and a tuple too, and nowhere else."""
-    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in config.settings_help(verb).splitlines()}
+    lines = {line.split()[0]: line for verb in config.SCHEMAS for line in settings_help(verb).splitlines()}
     assert " one of resized, resized_clamped, pad, center: " in lines["view.crop"]
     assert " one of cls, avg: " in lines["model.pool"]
     assert " any of cls, mean, both: " in lines["heads.features"]

@@ -54,7 +54,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("name", "word", "ours"), CHOICES, ids=[f"{name}-{word}" for name, word, _ in CHOICES])
 def test_value_of_another_codebase_is_answered_with_our_value(name: str, word: str, ours: str) -> None:
-    choices = config.choices_of(config.settings_of(READERS[name][0])[name].kind)
+    choices = hints.choices_of(config.settings_of(READERS[name][0])[name].kind)
     assert hints.wrong_value(name, word, choices) == f"{name}={word}: must be one of {', '.join(choices)}; use {ours}"
 
 
