@@ -122,20 +122,20 @@ def launch(slurm: Slurm, data: Path, cluster_file: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def time_limited(launch: Launch) -> Launched:
-    """A run that reaches its time limit, on nodes of its own, beside the other tests.
+    """A run on one rank that reaches its time limit, on a node of its own, beside the other tests.
 
-    A start makes 32 of the 60 steps and then waits for SLURM's signal, which comes 60 to 90 s after it began.
+    A start makes 25 of the 40 steps and then waits for SLURM's signal, which comes 60 to 90 s after it began.
     """
     return launch(
         "time-limit", cluster="time: '0:02:00'\nstart_up: 0\nstop_before_end: 30",
-        nodes=NODES[2:], slow=0.1, hold=32,
+        nodes=NODES[3:], slow=0.1, hold=25,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def reference(time_limited: Launched, launch: Launch) -> Launched:
-    """A run that is not interrupted."""
+    """A run on two ranks of one node that is not interrupted."""
     assert time_limited.job  # queued first, as it takes longest
-    launched = launch("reference")
+    launched = launch("reference", nodes=NODES[:1], shape=["--tasks-per-node", "2"])
     launched.finish()
     return launched

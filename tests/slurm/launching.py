@@ -21,11 +21,11 @@ from mae_dist.verify import compare, processes
 
 ROOT = Path(__file__).parents[2]
 NODES = ["node1", "node2", "node3", "node4"]
-STEPS = 60
+STEPS = 40
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=16", "view.test_crop=1", "mae.decoder_dim=32", "mae.decoder_depth=1",
     "mae.decoder_heads=4", "train.global_batch=16", "train.precision=fp32", f"train.steps={STEPS}",
-    "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=10", "machine.timeout=60",
+    "optim.base_lr=1e-2", "track.ids=true", "track.every=1", "checkpoint.every=5", "machine.timeout=60",
 ]  # fmt: skip
 SLOW = """\
 # Longer steps without more computing: the run sleeps each time it checks for signals, and from the step `hold` of a

@@ -100,30 +100,27 @@ stages:
     run: data pack synthetic --out {{data}} --train 64 --test 32
   pretrain:
     run: pretrain data.path={{data}} {small} mae.decoder_dim=32 mae.decoder_depth=1 mae.decoder_heads=4 train.steps=4
-    nodes: 2
     tasks_per_node: 1
   knn:
-    run: knn data.path={{data}} init_from={{pretrain}} {small} model.pool=avg
-    tasks_per_node: 1
-  finetune:
-    run: finetune data.path={{data}} init_from={{pretrain}} {small} model.pool=avg train.steps=2
-    sweep: train.seed=0,1
+    run: knn data.path={{data}} init_from={{pretrain}} {small}
+    sweep: model.pool=avg,cls
     tasks_per_node: 1
   report:
-    run: report {{pretrain}} {{knn}} {{finetune}} --out {{out}}/report.html
+    run: report {{pretrain}} {{knn}} --out {{out}}/report.html
 """)
     done = submit("pipeline", file, "--cluster", cluster_file)
-    assert done.stdout.count("job ") == 5
+    assert done.stdout.count("job ") == 4
     slurm.wait((out / "pipeline" / "report" / "done").exists, "the report", 300)
     assert "<html" in (out / "report.html").read_text()
-    assert "top1" in json.loads((out / "knn" / "result.json").read_text())
+    results = [json.loads((out / "knn" / f"pool-{pool}" / "result.json").read_text()) for pool in ("avg", "cls")]
+    assert all("top1" in result for result in results)
     again = submit("pipeline", file, "--cluster", cluster_file)
-    assert again.stdout.count("done already") == 5
+    assert again.stdout.count("done already") == 4
     assert "job " not in again.stdout
     # other settings of one stage are refused for its existing runs
-    file.write_text(file.read_text().replace("train.steps=2", "train.steps=3"))
+    file.write_text(file.read_text().replace("train.steps=4", "train.steps=3"))
     refused = submit("pipeline", file, "--cluster", cluster_file, status=2)
-    assert "train.steps: 2 -> 3" in refused.stderr
+    assert "train.steps: 4 -> 3" in refused.stderr
 
 
 def test_pipeline_failure_cancels_the_stages_after_it(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
