@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as collectives
 from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
@@ -115,6 +116,11 @@ def _rank(argv: list[str], environment: dict[str, str], log: Path, before: Calla
         before()
     sys.argv = ["/mae-dist", *argv]
     sys.exit(main())
+
+
+def unpickle_nothing() -> None:
+    """Let torch be unable to unpickle an object of another rank: for `before`."""
+    collectives._tensor_to_object = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def wait_until(reached: Callable[[], bool], ranks: Sequence[BaseProcess], log: Path, timeout: float = 120) -> None:

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from functools import partial
@@ -14,14 +13,13 @@ import torch
 from running import (
     MAE,
     SETTINGS,
-    command,
-    environment,
     finish_ranks,
     losses,
     ranks_of,
     records,
     start_launcher,
     start_ranks,
+    unpickle_nothing,
     wait_until,
     weights,
 )  # fmt: skip
@@ -57,23 +55,19 @@ def test_after_kill_nine_the_same_command_goes_on_to_the_same_bits(tiny_data: Pa
     log = tmp_path / "log"
     finish_ranks(start_ranks(3, *words("undisturbed"), log=log), log)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command(*words("killed")), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    process = start_launcher(*words("killed"), log=log)
     saved = killed / "checkpoints/step-000000004"  # written in the background, so it may be there later than step 5
-    while not (saved.is_dir() and len(losses(killed)) >= 5):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL
+    wait_until(lambda: saved.is_dir() and len(losses(killed)) >= 5, [process], log)
+    os.kill(ranks_of(process.pid or 0)[-1], signal.SIGKILL)
+    finish_ranks([process], log, check=128 + signal.SIGKILL)
+    said = log.read_text()
     assert "SIGKILL" in said
     assert "the same command resumes" in said
     assert not (killed / "result.json").exists()
     with (killed / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
 
-    finish_ranks(start_ranks(3, *words("killed"), log=log), log)
+    finish_ranks(start_ranks(3, *words("killed"), log=log, before=unpickle_nothing), log)
     assert "resumed at step" in log.read_text()
     assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 13))
     assert losses(killed) == losses(tmp_path / "undisturbed")

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import MAE, SETTINGS, finish_ranks, kill_ranks_when, losses, refused, start_ranks, weights
+from running import MAE, SETTINGS, kill_ranks_when, losses, refused, start_ranks, weights
 
 from mae_dist.__main__ import main
 
 
-def test_muon_is_elastic_over_ddp_and_fsdp_and_resumes_after_sigkill(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_muon_is_elastic_and_resumes_after_sigkill(strategy: str, tiny_data: Path, tmp_path: Path) -> None:
     shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=3"]
     log, out = tmp_path / "log", tmp_path / "killed"
-    ranks = start_ranks(2, *shared, f"out={out}", "machine.strategy=fsdp", "checkpoint.every=1", log=log)
+    ranks = start_ranks(2, *shared, f"out={out}", f"machine.strategy={strategy}", "checkpoint.every=1", log=log)
     kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000001").is_dir(), log)
-    ranks = start_ranks(2, *shared, f"out={out}", log=log)  # ddp
-    assert main([*shared, f"out={tmp_path / 'whole'}"]) == 0
-    finish_ranks(ranks, log)
+    for run in (out, tmp_path / "whole"):
+        assert main([*shared, f"out={run}"]) == 0
     whole = losses(tmp_path / "whole")
     assert losses(out) == pytest.approx(whole, rel=1e-5)
     assert whole[-1] < whole[0]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.distributed_c10d as collectives
-from running import MAE, SETTINGS, finish_ranks, kill_ranks_when, records, refused, start_ranks
+from running import MAE, SETTINGS, kill_ranks_when, records, refused, start_ranks, unpickle_nothing
 
 from mae_dist import config as configuration
 from mae_dist import evaluate
@@ -84,21 +82,16 @@ def test_checkpoint_keep_best_stays_beside_the_newest(alone: Path, capsys: pytes
     assert f"best ridge_top1: {value:.4g}, step {best} ({alone}@{best})" in capsys.readouterr().out.replace("\n", "")
 
 
-def unpickle_nothing() -> None:
-    """Let torch be unable to unpickle an object of another rank."""
-    collectives._tensor_to_object = None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_online_numbers_on_two_fsdp_ranks_that_unpickle_nothing_are_those_of_one_over_a_sigkill(
+def test_online_numbers_on_two_fsdp_ranks_that_unpickle_nothing_and_after_a_sigkill_are_those_of_one(
     alone: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Ranks exchange plain values as text: nothing that comes over the network is unpickled."""
-    shared, log = ["pretrain", f"data.path={tiny_data}", *ONLINE, "machine.strategy=fsdp"], tmp_path / "log"
-    begin = partial(start_ranks, 2, *shared, log=log, before=unpickle_nothing)
-    run = tmp_path / "killed"
-    kill_ranks_when(begin(f"out={run}"), lambda: has_step(run, 7), log)
+    run, log = tmp_path / "killed", tmp_path / "log"
+    shared = ["pretrain", f"data.path={tiny_data}", *ONLINE, f"out={run}"]
+    ranks = start_ranks(2, *shared, "machine.strategy=fsdp", log=log, before=unpickle_nothing)
+    kill_ranks_when(ranks, lambda: has_step(run, 7), log)
     (before,) = evaluations(run)
-    finish_ranks(begin(f"out={run}"), log)  # from the checkpoint of step 4 or 5
+    assert main(shared) == 0  # on one rank from the checkpoint of step 4 or 5
     assert evaluations(run)[0] == before
     assert steps(run) == sorted({best_of(run), 10})
     for own, other in zip(evaluations(run), evaluations(alone), strict=True):

@@ -35,10 +35,10 @@ def test_run_over_one_percent_of_broken_samples_counts_each_on_any_ranks_and_aft
     }
     whole, killed, log = (tmp_path / name for name in ("whole", "killed", "log"))
     assert main(words(folder, whole)) == 0
-    ranks = start_ranks(3, *words(folder, killed), "checkpoint.every=3", log=log)
+    ranks = start_ranks(1, *words(folder, killed), "checkpoint.every=3", log=log)
     saved = (killed / "checkpoints").glob
     kill_ranks_when(ranks, lambda: any(saved("step-*")) and len(records(killed)) > 4, log)
-    finish_ranks(start_ranks(3, *words(folder, killed), log=log), log)
+    finish_ranks(start_ranks(2, *words(folder, killed), log=log), log)
     for run in (whole, killed):
         assert {r["step"]: r.get("bad", 0) for r in records(run) if r["kind"] == "step"} == planned
         result = json.loads((run / "result.json").read_text())
