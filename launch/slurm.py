@@ -120,9 +120,8 @@ def parameters(job: JobSpec, cluster: Cluster, stage: Stage, code: Path, after: 
     gpus = cluster.gpus_per_node if job.ranked else 0
     more = {"requeue": True, "nodes": nodes}
     steps = ["--kill-on-bad-exit=0", f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-    fixed = (
-        nodes.isdigit()
-    )  # with a range, SLURM would keep the number of tasks of the first start and wait for as many nodes
+    # with a range, SLURM would keep the number of tasks of the first start and wait for as many nodes
+    fixed = nodes.isdigit()
     more |= {} if fixed else {"mincpus": tasks * (cpus or 1)}
     more |= {name: value is None or value for name, value in cluster.sbatch.items()}
     if cluster.gres and gpus:

@@ -62,9 +62,7 @@ def rendezvous(task: SlurmTask, logs: Path) -> tuple[tuple[str, str], socket.soc
                 old.unlink()
         return address, reserved
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
-    while file.name not in os.listdir(
-        logs
-    ):  # a network file system may cache that a file is missing, so list the folder
+    while file.name not in os.listdir(logs):  # a network file system may cache that a file is missing, not a list
         if time.monotonic() > deadline:
             sys.exit(f"{file}: not there after {RENDEZVOUS_TIMEOUT:g} s; does every node see this folder?")
         time.sleep(0.05)

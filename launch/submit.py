@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # a script has its own folder on the path, not the one around it
+    # a script has its own folder on the path, not the one around it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins, Ctrl-C ends the process without a traceback
 

@@ -23,7 +23,8 @@ def combinations(verb: str, settings: Sequence[str]) -> list[tuple[str, list[str
         if not equals or not given:
             raise ValueError(f"--sweep {setting}: expected section.key=value,value,..., for example train.seed=0,1,2")
         keys.append(complete_key(verb, key))
-        values.append(split_values(given))
+        between = re.split(r",(?![^\[\]]*\])", given)  # not within brackets, as in view.scale=[0.2,1],[0.5,1]
+        values.append([*filter(None, between)])
     for key, chosen in zip(keys, values, strict=True):
         if keys.count(key) > 1:
             raise ValueError(f"--sweep {key}: given more than once")
@@ -43,11 +44,6 @@ def combinations(verb: str, settings: Sequence[str]) -> list[tuple[str, list[str
             )
         found.append((name, chosen))
     return found
-
-
-def split_values(text: str) -> list[str]:
-    """The values between commas, except commas within brackets, as in view.scale=[0.2,1],[0.5,1]."""
-    return [value for value in re.split(r",(?![^\[\]]*\])", text) if value]
 
 
 def complete_key(verb: str, key: str) -> str:

@@ -211,9 +211,8 @@ def train_step(
         with parallel.sync_gradients(module, when=micro == num_micro - 1):
             metrics.loss += passes(batch)
     norm = parallel.gradient_norm(state.trained)
-    norm = torch.where(
-        dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan
-    )  # what one rank has, all must know
+    # what one rank has, all must know
+    norm = torch.where(dist.all_reduce_sum(metrics.loss).isfinite(), norm, torch.nan)
     metrics.grad_norm = optim.update(
         state.optimizer, state.trained, norm, train.clip_grad, state.loss_scale, dist.world()
     )

@@ -175,7 +175,8 @@ class Cache:
                 (name, size) for name, size, _ in entries if name.endswith(".part") and not self._remove_dead(name)
             ]
             whole = sorted((used, name, size) for name, size, used in entries if not name.startswith("."))
-            reserved, disk = sum(_reserved(name) for name, _ in parts), os.statvfs(self.folder)
+            reserved = sum(int(name.split("-")[1]) for name, _ in parts)  # a partial file's name has its whole size
+            disk = os.statvfs(self.folder)
             over_limit = sum(size for _, _, size in whole) + reserved + remote.size - self.limit
             over_disk = reserved - sum(size for _, size in parts) + remote.size
             lacking = max(over_limit, over_disk - int(disk.f_bavail * disk.f_frsize * (1 - SPARE)))
@@ -239,11 +240,6 @@ def _is(stream: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _reserved(part: str) -> int:
-    """The bytes that a partial file will have, from its name."""
-    return int(part.split("-")[1])
 
 
 def fetch_ahead(

@@ -169,7 +169,7 @@ class ReadAhead:
         log_unreadable(self.index, met.unreadable, self.named)
         self.changes.add(self.index, met.changes)
         slot = self.sent.popleft()
-        here = _places(slot, len(labels))
+        here = slice(slot * CHUNK, slot * CHUNK + len(labels))
         images.copy_(self.images[here], non_blocking=True)
         labels[:], bad[:] = self.rows.labels[here], self.rows.bad[here]
         if self.device.type == "cuda":
@@ -193,10 +193,6 @@ def _fetchers(index: ShardIndex, plan: Plan, taken: np.ndarray, most: int | None
     for _ in fetchers.pipes:
         fetchers.send(os.getpid())
     return fetchers
-
-
-def _places(slot: int, count: int) -> slice:
-    return slice(slot * CHUNK, slot * CHUNK + count)
 
 
 def _shared_rows(count: int, shape: tuple[int, ...]) -> Rows:

@@ -195,7 +195,8 @@ def initialise(module: nn.Module, seed: int, skip: nn.Module | None = None, fill
         fixed: dict[str, Tensor] = fixed_of() if parameters and callable(fixed_of) else {}  # pyright: ignore
         for name, parameter in parameters:
             leaf = name.rpartition(".")[2]
-            fill(parameter, fixed[leaf] if leaf in fixed else _draw(part, leaf, parameter.shape, _seed_of(seed, name)))
+            own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+            fill(parameter, fixed[leaf] if leaf in fixed else _draw(part, leaf, parameter.shape, own))
 
 
 def _draw(part: nn.Module, leaf: str, shape: torch.Size, seed: int) -> Tensor:
@@ -210,7 +211,3 @@ def _draw(part: nn.Module, leaf: str, shape: torch.Size, seed: int) -> Tensor:
         return value.normal_(0.0, 0.02, generator=generator)
     bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))  # linear layers, and the patch embedding as one
     return value.uniform_(-bound, bound, generator=generator)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

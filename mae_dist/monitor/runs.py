@@ -26,7 +26,7 @@ from rich.table import Table
 
 from mae_dist import config as configuration
 from mae_dist.cli import Parser, duration
-from mae_dist.monitor.status import QUIET, RunStatus, find_runs, newest_submissions, run_status
+from mae_dist.monitor.status import QUIET, RunStatus, find_runs, run_status
 from mae_dist.printed import escaped, rate
 from mae_dist.run import jobs, jsonl, layout, slurm_cli
 
@@ -132,8 +132,8 @@ def name_of(path: Path, tops: list[Path]) -> str:
 
 def read_rows(paths: list[Path]) -> list[Row]:
     """The rows of these runs, in their order. SLURM is called once, for the jobs of unfinished runs only."""
-    submissions = newest_submissions(path for path in paths if not (path / layout.RESULT).is_file())
-    states = slurm_cli.states(submission.job for submission in submissions.values())
+    unfinished = (path for path in paths if not (path / layout.RESULT).is_file())
+    states = slurm_cli.states(newest.job for path in unfinished for newest in jobs.submissions(path)[-1:])
     return [_read_row(path, states) for path in paths]
 
 

@@ -173,12 +173,6 @@ def describe_status(status: int) -> str:
     return f"ended by {signal.Signals(number).name}" if number in known else f"exit status {status}"
 
 
-def newest_submissions(runs: Iterable[Path]) -> dict[Path, Submission]:
-    """The newest submission of each run that has one."""
-    found = ((run, jobs.submissions(run)) for run in runs)
-    return {run: submissions[-1] for run, submissions in found if submissions}
-
-
 def _recorded_status(recorded: list[Event]) -> RunStatus | None:
     """The status that a run has recorded at its end, unless it has been started again since."""
     since = since_last_start(recorded)

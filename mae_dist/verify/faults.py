@@ -22,7 +22,6 @@ from mae_dist.errors import RankLost, WorkerLost
 from mae_dist.run import checkpoint, jsonl
 from mae_dist.run.layout import step_of
 from mae_dist.schema import PretrainConfig
-from mae_dist.verify import inject_nan
 from mae_dist.verify.torchrun import NotRecovered, Recovery, TorchrunRun
 
 LEAD = 8
@@ -129,7 +128,8 @@ def nan(target: Target, fault: Fault) -> Recovery:
     first = job.step() + LEAD
     offset = share(train.global_batch, target.rank(fault), job.num_ranks)[0]
     positions = [(first + i) * train.global_batch + offset for i in range(target.config.checkpoint.rewind_after)]
-    pairs = [pair for position in positions for pair in pairs_at(target.order, position)]
+    drawn = [target.order.at(position, position + 1) for position in positions]
+    pairs = [(int(epochs[0]), int(ids[0])) for epochs, ids in drawn]
     jsonl.write_atomic(target.nan_samples, json.dumps(pairs))
     job.wait(lambda: job.new_events("rewind"), "it rewinds to its last checkpoint")
     rewind = job.new_events("rewind")[-1]
@@ -137,12 +137,6 @@ def nan(target: Target, fault: Fault) -> Recovery:
     if rewind["left_out"]:
         raise NotRecovered(f"after a passing fault it left out the samples {rewind['left_out']}")
     return Recovery(rewind["step"], rewind["to"])
-
-
-def pairs_at(order: Order, position: int) -> list[inject_nan.Pair]:
-    """The (epoch, sample id) at a position of the stream, as a list of one."""
-    epochs, ids = order.at(position, position + 1)
-    return list(zip(epochs.tolist(), ids.tolist(), strict=True))
 
 
 def disk_full(target: Target, _: Fault) -> Recovery:
