@@ -4,8 +4,6 @@ They meet as the variables MASTER_ADDR and MASTER_PORT say. It exits with the st
 which a requeue depends.
 """
 
-from __future__ import annotations
-
 import sys
 
 from mae_dist import launcher

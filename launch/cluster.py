@@ -4,8 +4,6 @@ A cluster file holds WHERE to run, never what is trained. Flags of the command l
 override its fields.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -14,8 +14,6 @@ all its runs), which this stage then waits for; {own name} is the stage's own fo
 covers its settings and the stages it depends on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import hashlib

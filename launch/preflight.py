@@ -2,8 +2,6 @@
 initial weights, folder and disk. Each raises ValueError with one sentence. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable

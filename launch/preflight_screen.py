@@ -5,8 +5,6 @@ where that says something of where the run will be computed. Nothing is queued; 
 was expected, and `mae-dist report` shows it beside what came. `mae-dist submit` prints the same without trying.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

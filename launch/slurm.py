@@ -1,7 +1,5 @@
 """Submitting jobs to SLURM through submitit: one job or a job array, with dependencies; or only printing its script."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

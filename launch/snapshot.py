@@ -1,7 +1,5 @@
 """A copy of the code in the run's folder, for its jobs, so that later edits change no queued job."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

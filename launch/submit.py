@@ -5,8 +5,6 @@ wait for each other. All checks come first; an error is one sentence, and then n
 resolved settings are copied into the run's folder, so that later edits change no job that waits or is requeued.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sweeps: every combination of some settings' values, each a run in a folder of its own. Pure functions of strings."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ already. Where that fails, as in a container without SLURM's commands, task 0 le
 requeues the job. Tasks other than 0 exit with status 0, so that no result of theirs says that the job has failed.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Writing a file or a folder whole or not at all, and by one process at a time. Imports no torch."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

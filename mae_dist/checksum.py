@@ -1,7 +1,5 @@
 """The checksum by which files are known. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Points in time of a device's work, taken without making the host wait for the device."""
 
-from __future__ import annotations
-
 import time
 
 import torch

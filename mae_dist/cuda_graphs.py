@@ -4,8 +4,6 @@ A small model's kernels take less time than the host needs to launch them one by
 captured once is replayed on the next batch with the same kernels, in the same order, at the same addresses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

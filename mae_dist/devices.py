@@ -3,8 +3,6 @@
 A rank whose GPU has failed would else train on its CPU, a hundred times slower, and make the others wait for it.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

@@ -4,8 +4,6 @@ torchrun sets RANK, WORLD_SIZE and others. The tasks of `srun` and of MPI launch
 `of_ranks` translates, so that they become ranks too. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

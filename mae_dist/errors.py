@@ -4,8 +4,6 @@ A ValueError is what a user can mend: a setting, a path, a file. A MachineFault 
 the last checkpoint, so launcher and SLURM start it again.
 """
 
-from __future__ import annotations
-
 import errno
 import sys
 

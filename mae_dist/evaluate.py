@@ -4,8 +4,6 @@ in whose place a batch has others, count nowhere.
 Takes modules and batches, gives numbers; knows no file and no configuration.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

@@ -5,8 +5,6 @@ device at hand, else that of the committed table of `bench step --record`, else 
 sheet; `Rate.how` says which. Times are those of steps and evaluations, without waits for a queue.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What GPUs can do by their makers' data sheets: matrix products a second, and memory. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

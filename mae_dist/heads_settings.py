@@ -1,7 +1,5 @@
 """Checks of the settings of a probe's heads that contradict each other. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rows of images in one sheet, with captions: arrays in, a PIL image out. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checks of the settings of images, in `data` and `view`, that contradict each other. Imports no torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mae_dist import hints

@@ -3,8 +3,6 @@
 gloo takes the address of the machine's own name, which many systems map to 127.0.1.1, where no other machine finds it.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 import struct

@@ -9,8 +9,6 @@ The ranks meet in files of a private folder and talk over the loopback interface
 to. Decides by exit statuses alone and prints nothing where a rank has printed why it ended. Imports no torch at first.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import math

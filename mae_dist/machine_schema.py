@@ -3,8 +3,6 @@
 `schema` has those that decide its result, and all verbs. Imports no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Imports no torch, so that a launcher can compute the size of a checkpoint.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

@@ -4,8 +4,6 @@ The state is the optimizer's moments, the EMA of the weights and, for fp16, the 
 from the step. A step whose gradient is not finite is skipped on the device, so the host does not wait to find out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ autocast the matrices of a block are used in 16 bits, so FSDP2 gathers them in 1
 positions stay fp32 as they do under DDP: every strategy computes the same numbers but for the order of float sums.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

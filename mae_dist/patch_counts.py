@@ -3,8 +3,6 @@
 Imports no torch.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from mae_dist.schema import MaeConfig

@@ -9,8 +9,6 @@
 A name that exists as it stands is never read in another way. Imports no torch.
 """
 
-from __future__ import annotations
-
 import glob
 import math
 import os

@@ -1,8 +1,6 @@
 """Text that a terminal shows as it is: what others wrote into names and files is escaped and kept short; and words for
 numbers of things. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import re
 from logging.handlers import MemoryHandler

@@ -1,7 +1,5 @@
 """The recipes that come with mae_dist: files of settings, found by name in a clone and in an installed wheel."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 go together.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -3,8 +3,6 @@ so many pixels a side. A pure function of the step, that ends with model.image_s
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import math
 
 from mae_dist.model_sizes import SIZES

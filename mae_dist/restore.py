@@ -1,7 +1,5 @@
 """A trained model out of a run's checkpoint, or a file of any format, as the objective that trained it."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path

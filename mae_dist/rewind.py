@@ -7,8 +7,6 @@ are tried again with the same samples; if they fail once more, all their samples
 folder in forensics/ record what was found. Knows no loop: `train` calls it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator

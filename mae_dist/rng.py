@@ -6,8 +6,6 @@ that both have. There is no state: anyone who knows (seed, purpose, epoch, id) c
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 from typing import Any
 

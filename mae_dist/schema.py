@@ -5,8 +5,6 @@ change at every start; all others (RESULT_SECTIONS) change its result, and a res
 began with. Reading, checking and comparing settings is done in `config`. Imports no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 

@@ -3,8 +3,6 @@
 The settings themselves are in `schema`. Imports no torch.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

@@ -3,8 +3,6 @@
 An alias of YAML, which lets a line stand for a billion, is refused. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from pathlib import Path

@@ -2,8 +2,6 @@
 that a run takes from there. No torch.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The bytes of a tensor, for files and checksums."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

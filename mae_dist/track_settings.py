@@ -1,7 +1,5 @@
 """Checks of what a run measures of itself and keeps by it: settings that contradict each other. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 
 from mae_dist.schema import PretrainConfig, ProbeConfig, RunConfig

@@ -4,8 +4,6 @@ The position of a run is one integer, `step`; learning rate, sample order, crops
 batch, not the number of ranks, enters the mathematics: each rank's loss counts by its number of samples.
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import math

@@ -292,9 +292,7 @@ def extend(clone: Path, block: str) -> None:
     rows = "".join(line for line in added if not line.startswith("from "))
     text, count = re.subn(rf"^({named[2]}\b.*\{{\n)", lambda found: found[1] + rows, file.read_text(), flags=re.M)
     assert count == 1, head
-    file.write_text(
-        text.replace("from __future__ import annotations\n", f"from __future__ import annotations\n{imports}")
-    )
+    file.write_text(re.sub(r"^(?=import |from (?!__future__))", imports, text, count=1, flags=re.M))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / name for name in generate.PAGES)], ids=lambda p: p.name)

@@ -5,8 +5,6 @@ sample. It works on the 8-bit pixels of one image. Colour jitter and random eras
 device, and are written here anew, since torchvision and timm draw from torch's global generator, for a batch at once.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import random

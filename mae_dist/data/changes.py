@@ -1,7 +1,5 @@
 """What decoding changes in the images that a run reads: counted by each rank, and logged once for all of them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 

@@ -7,8 +7,6 @@ Knows no shards. Imports no torch.
 Source of the data: Krizhevsky, "Learning multiple layers of features from tiny images" (2009).
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Classes of several data sets in one run: merged by name, kept apart, or the same by number. Imports no torch."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate

@@ -5,8 +5,6 @@ the same pixels, except that simplejpeg can decode at a fraction of the size. Th
 What is no 8-bit image of the wanted channels becomes one by the rules of `pixels.Decoding`, or is refused.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import logging

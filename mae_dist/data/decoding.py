@@ -3,8 +3,6 @@
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from mae_dist import image_settings

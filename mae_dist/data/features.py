@@ -10,8 +10,6 @@ ranks. A shard is written atomically, so after a kill only missing shards are co
 function from batches to features.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Pure: reads no file. Imports no torch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What is wrong in the layout of a folder, or may be a mistake: refused, or logged. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 import unicodedata

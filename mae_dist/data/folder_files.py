@@ -1,7 +1,5 @@
 """The files below a folder, read to its bottom: images, and what is none, counted by reason. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 import stat

@@ -4,8 +4,6 @@ A name is cut at its first dot, by the rule of webdataset and DALI: `a/b.seg.png
 would make one sample of many images, whose names merely have dots (clip.0001.png), names are cut at the last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 from mae_dist.data.folder_files import OF_SYSTEMS

@@ -4,8 +4,6 @@ Names that DALI cannot read, as they have spaces or line ends, are percent-encod
 dataset.json may list a file of labels beside an index (see `labels`). Imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ Classes are the synsets sorted by WNID, as in torchvision and timm. Imports no t
 Source of the data: Russakovsky et al., "ImageNet large scale visual recognition challenge" (2015).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -4,8 +4,6 @@ The ground truth of ILSVRC2012 numbers synsets by ILSVRC's own ids, which are no
 only `meta.mat` of the devkit, and `map_clsloc.txt` of later ones, say which synset an id is.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import tarfile

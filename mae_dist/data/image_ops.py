@@ -8,8 +8,6 @@ A shear or translation moves each line of the image along itself. Pillow's bicub
 of the arithmetic of its general case; `move_lines` does it in the same order of operations, so that no bit differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

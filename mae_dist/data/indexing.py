@@ -1,7 +1,5 @@
 """Index a tar: find its samples and their labels, and write its index beside it. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 from collections import Counter

@@ -5,8 +5,6 @@ are not plain numbers in .cls members, they are kept beside the index as x.label
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

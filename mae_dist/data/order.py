@@ -12,8 +12,6 @@ stay near each other, and none is the partner that mixing gives to another (`obj
 With weights, several data sets are mixed (`Mixture`); each has an order and epochs of its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence

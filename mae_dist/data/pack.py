@@ -6,8 +6,6 @@ packing goes on behind the last finished tar; any number of worker processes giv
 Where the pictures are from: `sources`. Knows no model and no view. Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

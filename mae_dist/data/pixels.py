@@ -3,8 +3,6 @@
 Nothing is guessed: what the rules do not say is refused, and what they change is named beside the pixels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

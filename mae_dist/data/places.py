@@ -1,7 +1,5 @@
 """Where the tars of a split lie: from the folders and tars that data.path names to paths. Imports no torch."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import logging

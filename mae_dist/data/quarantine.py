@@ -7,8 +7,6 @@ Names are written as in JSON, without its quotes. `mae-dist data check --quarant
 no torch.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

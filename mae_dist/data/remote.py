@@ -4,8 +4,6 @@ A URL is shown without user, password and query, which may be secrets; so is no 
 Knows no cache and no index. Imports no torch, and fsspec only where a file is fetched.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import logging

@@ -4,8 +4,6 @@
 without rounding them to 8 bits.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -10,8 +10,6 @@ have no checksum, which would cost reading them). Where it cannot be written, th
 Knows no order and no model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -6,8 +6,6 @@ tar that another process replaces, extends or removes while a run reads it is no
 Knows no samples. Imports no torch.
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import logging

@@ -1,7 +1,5 @@
 """Sources of pictures for `pack`: the synthetic set, CIFAR-100's archive, class folders, tars. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

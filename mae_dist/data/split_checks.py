@@ -3,8 +3,6 @@
 Images that are in both splits are found by `mae-dist data check`, which reads them. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Which images a list in a file says are of a split: rows IMAGE, all of one split, or IMAGE,SPLIT. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -2,8 +2,6 @@
 and normalised by the functions that decode and crop the samples of a data set.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Sequence

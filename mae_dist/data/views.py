@@ -8,8 +8,6 @@ device, where cropping, flipping and resizing are two small matrix products per 
 Knows no model, no file layout and no rank.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

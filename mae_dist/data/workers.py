@@ -8,8 +8,6 @@ Not concurrent.futures: its process pool may wait for ever when a worker is kill
 Knows no images. Imports no torch.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import mmap

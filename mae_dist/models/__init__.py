@@ -1,7 +1,5 @@
 """All backbones by name, and `build`, which makes one; their sizes are in `mae_dist.model_sizes`."""
 
-from __future__ import annotations
-
 from functools import partial
 from inspect import signature
 from typing import Any

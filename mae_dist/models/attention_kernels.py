@@ -7,8 +7,6 @@ order that changes. A masked autoencoder has so few tokens that all keys of a he
 computed at once, again in the backward pass, and every number is written once, in the same order each time.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -4,8 +4,6 @@ A backbone can encode a subset of an image's patches, which is all that masked a
 Names and shapes in its state dict are timm's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 

@@ -3,8 +3,6 @@
 Parameter names are timm's. Tensors in, tensors out: no file, no rank, no configuration, no random state.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable

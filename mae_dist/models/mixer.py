@@ -5,8 +5,6 @@ runs on visible tokens alone. So masking saves as much computation as in a ViT. 
 those of timm's MlpMixer without its head.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Names and shapes in the state dict are those of timm's VisionTransformer without its head.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Runs beside each other: seeds of one experiment as a group, pretrained beside random, and settings that differ."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

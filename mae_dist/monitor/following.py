@@ -1,7 +1,5 @@
 """Commands that may follow on a run: go on with it, measure it, compare it, use it. Words are quoted for a shell."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

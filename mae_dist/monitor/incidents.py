@@ -4,8 +4,6 @@ warnings.
 Read from the run's events.jsonl and from the events of its jobs' first tasks.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ likeliest the root cause is shown in full, and each other task in one line. What
 events; failures before the run could record any are found in the logs.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 from collections.abc import Mapping

@@ -2,8 +2,6 @@
 CSS classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 

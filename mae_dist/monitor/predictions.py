@@ -1,7 +1,5 @@
 """What `mae-dist predict` wrote into a folder, for a report: accuracy of each class, and which are taken for which."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 chosen one.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

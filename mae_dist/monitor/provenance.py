@@ -1,7 +1,5 @@
 """On what the runs of a report ran: machine, device, ranks, commit and versions of each start, equal ones as one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ not finished, or has no metrics yet, is reported as such. The template escapes e
 Reads files only: starts nothing and changes nothing in a run's folder but the report itself.
 """
 
-from __future__ import annotations
-
 import base64
 import logging
 import math

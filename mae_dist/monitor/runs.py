@@ -4,8 +4,6 @@ With `--results`, a markdown table of the finished runs: the settings in which t
 Reads only the end of each metrics.jsonl and calls SLURM once for all jobs, so a hundred runs take less than a second.
 """
 
-from __future__ import annotations
-
 import html
 import math
 import re

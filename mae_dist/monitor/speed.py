@@ -1,7 +1,5 @@
 """How fast a run was, what limited it, and what to do about that, from the intervals that it recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@
 start: SLURM knows whether the job waits, runs or has ended, and the events of its tasks say how they ended.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -4,8 +4,6 @@ Pure functions from named series of numbers to text that is well-formed as XML a
 are no scripts, and nothing is loaded from anywhere.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Sequence

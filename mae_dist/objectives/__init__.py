@@ -1,7 +1,5 @@
 """Objectives: modules that hold a `backbone` and map a Batch to per-sample losses."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """Classification on labels: fine-tuning of a backbone with a linear head, and the linear probe of a frozen one."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ the loss needs, except for ``"token"`` with ``"full"``, which decodes all patche
 are the official code's.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import repeat

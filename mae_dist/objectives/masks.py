@@ -4,8 +4,6 @@ A mask is two lists of patch positions; there are no boolean masks, so nobody mu
 kinds of mask are one stable sort of integers per sample, so every device gives identical lists.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -10,8 +10,6 @@ are drawn once for all images of a GPU's batch, which depends on ranks and micro
 pair (timm's mode="pair"). Each image is mixed as often and as strongly, but not all images of a step alike.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat

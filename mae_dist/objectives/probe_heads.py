@@ -5,8 +5,6 @@ from then on while the others are trained further. Heads that read the same feat
 Heads are fp32 whatever the precision of the backbone. Held-out samples stay in the stream with a loss of zero.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

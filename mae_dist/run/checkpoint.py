@@ -4,8 +4,6 @@ A checkpoint holds tensors by name and nothing else, so reading one never execut
 since it is renamed last, and it loads on any number of ranks, however the tensors were sharded when it was written.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -15,8 +15,6 @@
 The order of the lines is the order of the events. Imports no torch.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterable, Mapping

@@ -2,8 +2,6 @@
 weights are, wherever they lie. Imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

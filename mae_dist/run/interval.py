@@ -5,8 +5,6 @@ What it spends beside computing is what the run could save. Communication counts
 waits for those of others; what FSDP waits for within a pass counts as computing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -12,8 +12,6 @@ one writer. A job is named by its number, an element of an array by both, 12_3; 
 where each task is a rank; a start by the number of requeues before it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace

@@ -5,8 +5,6 @@ a newline. Others, which a kill, a full disk or a bad disk leaves, are skipped. 
 resume at step 10^6 takes no longer than one at step 10.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

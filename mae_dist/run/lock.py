@@ -1,7 +1,5 @@
 """One process at a time writes in a run's folder: an exclusive lock on RUN/.lock. Imports no torch."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

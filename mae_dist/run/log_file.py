@@ -3,8 +3,6 @@
 The ranks append to it, rank 0 all that it logs and others what they fail of. `mae-dist logs` shows it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import traceback

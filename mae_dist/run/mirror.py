@@ -5,8 +5,6 @@ starts have mirrored for certain; what a killed one left out is mirrored again a
 is never waited for long: without a key or a connection a run is mirrored offline, with a word. Imported by `tracker`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """SLURM's commands and job states, for what runs on login nodes and in the tasks of jobs. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections.abc import Iterable

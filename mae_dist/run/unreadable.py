@@ -1,7 +1,5 @@
 """RUN/unreadable.jsonl: samples that a run could not read, a line each: {"sample": name, "reason": why}. No torch."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator

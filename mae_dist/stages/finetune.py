@@ -1,7 +1,5 @@
 """`mae-dist finetune CONFIG.yaml init_from=RUN data.path=... out=RUN2`: backbone and head trained on labels."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

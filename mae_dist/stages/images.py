@@ -1,7 +1,5 @@
 """What a start finds out about the images of a run: that they can be read, and their statistics."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

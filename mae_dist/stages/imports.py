@@ -1,7 +1,5 @@
 """A checkpoint of other software that `init_from` names is imported on the way, to a run beside the run's folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -2,8 +2,6 @@
 only after a change, what the earlier run lacks and what is left out is logged.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

@@ -1,7 +1,5 @@
 """`mae-dist knn CONFIG.yaml init_from=RUN data.path=... out=RUN2`: weighted nearest neighbours on frozen features."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

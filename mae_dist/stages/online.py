@@ -5,8 +5,6 @@ Weights are those that a run gets which starts from a checkpoint of this step, t
 that the verbs knn and probe give the same accuracies. Nothing is drawn from the stream of training.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

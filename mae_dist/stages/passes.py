@@ -1,7 +1,5 @@
 """Lines in the log that say how far a pass over a split is: features, kNN, probes and test losses have no other."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

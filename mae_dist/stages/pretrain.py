@@ -1,7 +1,5 @@
 """`mae-dist pretrain CONFIG.yaml data.path=... out=RUN`: masked autoencoding of images without labels."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

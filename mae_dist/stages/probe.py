@@ -1,7 +1,5 @@
 """`mae-dist probe CONFIG.yaml init_from=RUN data.path=... out=RUN2`: one head or many on a frozen backbone."""
 
-from __future__ import annotations
-
 from mae_dist import parallel
 from mae_dist.objectives import classify
 from mae_dist.objectives.probe_heads import ProbeHeads

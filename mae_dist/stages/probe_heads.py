@@ -6,8 +6,6 @@ heads.md and heads.json have a row for every head.
 Without random augmentation features are computed once and kept in the run's folder.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The splits that a run is trained and evaluated on: which there are, and whether they go together."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

@@ -1,7 +1,5 @@
 """What probe and finetune share: training on labels, accuracy on the test split, result.json."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ The objective, the optimizer, the loader and `train_step` are those of the run, 
 is kept. Without the run's other ranks: a rank's share of a step is computed alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import itertools

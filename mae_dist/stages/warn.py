@@ -1,7 +1,5 @@
 """What a run warns of beside its settings and curve: labels that are all the same, and a result that says nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from mae_dist import evaluate

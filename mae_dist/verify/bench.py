@@ -4,8 +4,6 @@ Reads the command line, prints the table and writes bench-NAME.json, which holds
 machine, date, command and versions. The measurements themselves are in `benchmarks`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

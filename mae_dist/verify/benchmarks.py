@@ -5,8 +5,6 @@ backward passes alone are measured in this process, without data or optimizer. V
 so that a machine that becomes busy slows down all of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 Compares evidence from run folders and writes certificate.md and certificate.json. Starts no process.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass

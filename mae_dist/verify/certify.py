@@ -6,8 +6,6 @@ the order of float sums; a run resumed in its own shape must be bit-identical. E
 type, in processes of its own. A second call skips the runs that are finished.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

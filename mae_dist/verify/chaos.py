@@ -5,8 +5,6 @@ damaged, disks full, NaN in the loss, and calls of the file system refused. In t
 same samples in the same order, with the same losses and to the same weights, bit for bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

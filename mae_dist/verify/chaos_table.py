@@ -3,8 +3,6 @@
 Printed in the terminal, and written as Markdown and JSON. Knows nothing of processes or of how faults are injected.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any

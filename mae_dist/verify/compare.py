@@ -4,8 +4,6 @@
 step n takes the samples from position (n - 1) * global_batch up to n * global_batch of the stream.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

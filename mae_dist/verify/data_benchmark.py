@@ -4,8 +4,6 @@ The parts of loading one image are timed on one core of this process, the loader
 batches are in memory already: the rate at which the step could go, and what stands in its way.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

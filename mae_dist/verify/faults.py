@@ -5,8 +5,6 @@ events and which names are in its output. NotRecovered says what was missing. Th
 or byte is hit.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

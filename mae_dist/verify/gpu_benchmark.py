@@ -5,8 +5,6 @@ rows.jsonl in the bench's folder as soon as it is known, so a command that is cu
 is named there with the reason, and the others go on. Without a GPU what a CPU can do runs with a tiny model, to try it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

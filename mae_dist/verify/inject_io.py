@@ -3,8 +3,6 @@
 Only `mae-dist chaos` starts its ranks with it, through `inject_nan`.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

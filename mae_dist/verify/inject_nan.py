@@ -6,8 +6,6 @@ recorded in a second file beside it, so that they are not injected again, in thi
 `mae-dist chaos` starts its ranks this way; they also meet the faults of `inject_io`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -7,8 +7,6 @@ the CPU time of this process with all its threads, so that other programs on the
 installed, or do not run here, are left out with the reason.
 """
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Iterator

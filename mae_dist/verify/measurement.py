@@ -1,7 +1,5 @@
 """What the benchmarks of `mae-dist bench` have in common: rows of a table, results, and the runs that they start."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ Both compute what the paper's code computes: all patches are embedded and then s
 and the prediction cover all patches. They draw their masks from torch's global generator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

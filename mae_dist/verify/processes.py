@@ -1,7 +1,5 @@
 """Runs as processes, started with the command that a user would type and followed in their metrics.jsonl."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time

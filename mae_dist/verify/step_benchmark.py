@@ -6,8 +6,6 @@ without a wait, as in training. The share of the peak is that of the largest rat
 the same precision. The committed table `configs/steps.jsonl` says what it was before.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -4,8 +4,6 @@ For `mae-dist chaos`, which injects faults into such runs. Each process has a ma
 loader workers are found in whatever session and under whatever parent a launcher or a kill has left them. Linux only.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

@@ -14,8 +14,6 @@ format is one file with `decode` (its tensors to mae_dist's names), `encode` (th
 package knows no data, no loop and no run folder.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import ModuleType

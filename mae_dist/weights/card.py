@@ -1,7 +1,5 @@
 """The model card, README.md, of every folder that is exported: a YAML header for the hub, then what the model is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

@@ -1,7 +1,5 @@
 """Checks of metadata: what checkpoint files, and the command line, record of a model beside its tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from textwrap import shorten
 from typing import Any

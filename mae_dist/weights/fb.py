@@ -5,8 +5,6 @@ fc_norm and head. The released files do not record image statistics or norm_pix;
 norm_pix_loss.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoint files read without executing anything in them, and output files and folders written atomically."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import hashlib

@@ -6,8 +6,6 @@ matrices there. Names are those that transformers 4 and 5 save and load; version
 saved decoders under a third name, and both are read too.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which model of mae_dist a decoded checkpoint is, and what had to be assumed to say so."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Conversion of names between mae_dist and another format: a table of modules, and attention as one matrix or three."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ It has every tensor that a run's checkpoint has under `model.`, except several p
 what was exported.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -5,8 +5,6 @@ and value. Names of big_vision, which numbers modules differently, are read too.
 statistics, which are 0.5 there, nor for fc_norm. Flax's GELU is the tanh approximation; timm's and mae_dist's is exact.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

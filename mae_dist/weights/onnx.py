@@ -5,8 +5,6 @@ a classifier, `logits` (n, classes). The file's metadata says how images are mad
 names of the classes. Needs the packages onnx, onnxscript and onnxruntime.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging

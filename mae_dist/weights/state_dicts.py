@@ -5,8 +5,6 @@ before all names (``module.`` of DDP, ``_orig_mod.`` of torch.compile, ``backbon
 models is never guessed about.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple

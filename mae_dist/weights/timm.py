@@ -4,8 +4,6 @@
 `pretrained_cfg`: in safetensors' metadata, beside the state dict, or in a hub folder's config.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
