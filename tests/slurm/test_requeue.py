@@ -63,9 +63,29 @@ def interrupted_with_warning(launched: Launched, interrupt: Callable[[Launched],
     assert launched.saved_before_leaving()
 
 
+def assert_first_start_is_as_submitted(launched: Launched) -> None:
+    """Hosts, addresses, code and settings of a run on two nodes."""
+    starts = [own[0] for own in launched.task_events().values()]
+    assert sorted(start["host"] for start in starts) == ["node1", "node2"]
+    host, port = next(launched.logs.glob("*.address")).read_text().split()
+    assert host == "node1"
+    assert int(port) > 1024
+    output = launched.output(0)
+    assert "2 ranks on node1, node2; python" in output
+    assert str(launched.code) in output
+    assert "2 ranks on" not in launched.output(1)
+    (start,) = launched.starts()
+    frozen = yaml.safe_load((launched.code / "settings" / "pretrain.yaml").read_text())
+    assert frozen["checkpoint"]["minutes"] == 30  # lose_at_most
+    assert start["ranks"] == 2
+    assert start["git"] == (launched.code / "REVISION").read_text().strip()
+
+
 def test_requeue_after_preemption_and_node_failure_is_bit_identical(reference: Launched, launch: Launch) -> None:
     """Without a warning a run resumes from an earlier checkpoint."""
     launched = launch("interrupted", slow=STEP_SECONDS)
+    launched.reach(1)
+    assert_first_start_is_as_submitted(launched)
     interrupted_with_warning(launched, preempted)
     resumed, reached = interrupt_again(launched, node_failed)
     assert LEAD <= resumed <= reached
@@ -95,12 +115,12 @@ def test_requeue_after_preemption_without_grace_is_bit_identical(reference: Laun
     assert_equal_runs(launched, reference)
 
 
+@pytest.mark.slow
 def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> None:
     """From two nodes to one."""
     reference.slurm.await_idle(NODES[:2])
     launched = launch("elastic", shape=["--nodes", "1-2"], slow=STEP_SECONDS)
     launched.reach(LEAD + 1)
-    assert_first_start_is_as_submitted(launched)
     launched.slurm.cluster("kill-node", NODES[1])
     launched.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=dead")  # noticed at once
     try:
@@ -109,24 +129,6 @@ def test_elastic_requeue_on_fewer_nodes(reference: Launched, launch: Launch) -> 
         launched.slurm.cluster("start-node", NODES[1])
     assert [start["ranks"] for start in launched.starts()] == [2, 1]
     assert_equal_runs(launched, reference, elastic=True)
-
-
-def assert_first_start_is_as_submitted(launched: Launched) -> None:
-    """Hosts, addresses, code and settings of a run on two nodes."""
-    starts = [own[0] for own in launched.task_events().values()]
-    assert sorted(start["host"] for start in starts) == ["node1", "node2"]
-    host, port = next(launched.logs.glob("*.address")).read_text().split()
-    assert host == "node1"
-    assert int(port) > 1024
-    output = launched.output(0)
-    assert "2 ranks on node1, node2; python" in output
-    assert str(launched.code) in output
-    assert "2 ranks on" not in launched.output(1)
-    (start,) = launched.starts()
-    frozen = yaml.safe_load((launched.code / "settings" / "pretrain.yaml").read_text())
-    assert frozen["checkpoint"]["minutes"] == 30  # lose_at_most
-    assert start["ranks"] == 2
-    assert start["git"] == (launched.code / "REVISION").read_text().strip()
 
 
 def test_run_that_is_not_interrupted_has_a_result(reference: Launched) -> None:

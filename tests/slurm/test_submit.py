@@ -90,6 +90,7 @@ def test_sweep_is_job_arrays_with_a_results_table(slurm: Slurm, cluster_file: Pa
     assert mae_dist("runs", out).count("finished") >= 4
 
 
+@pytest.mark.slow
 def test_pipeline_ends_with_a_report_and_skips_what_is_done(slurm: Slurm, cluster_file: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "pipe", tmp_path / "pipeline.yaml"
     small = "model.name=vit_demo4 model.image_size=32 view.test_crop=1 train.precision=fp32 train.global_batch=16"

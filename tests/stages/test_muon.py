@@ -12,7 +12,7 @@ from mae_dist.__main__ import main
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_muon_is_elastic_and_resumes_after_sigkill(strategy: str, tiny_data: Path, tmp_path: Path) -> None:
-    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=3"]
+    shared = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "optim.name=muon", "train.steps=2"]
     log, out = tmp_path / "log", tmp_path / "killed"
     ranks = start_ranks(2, *shared, f"out={out}", f"machine.strategy={strategy}", "checkpoint.every=1", log=log)
     kill_ranks_when(ranks, lambda: (out / "checkpoints" / "step-000000001").is_dir(), log)
