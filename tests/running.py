@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from mae_dist.__main__ import main
 from mae_dist.launcher import COUNTED
+from mae_dist.run import layout
 
 SETTINGS = [
     "model.name=vit_demo4", "model.image_size=32", "view.test_crop=1", "train.global_batch=16", "train.precision=fp32",
@@ -175,6 +177,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's newest checkpoint, by name."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def copy_of_begun(finished: Path, out: Path) -> Path:
+    """A copy of a finished run, as it was at its first checkpoint but for lines that a resume cuts off."""
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    for later in layout.checkpoints(out)[1:]:
+        shutil.rmtree(later)
+    return out
 
 
 def ranks_of(launcher: int) -> list[int]:

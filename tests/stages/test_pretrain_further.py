@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from running import MAE, SETTINGS, losses, refused, weights
+from running import MAE, SETTINGS, copy_of_begun, losses, refused, weights
 
 from mae_dist import config
 from mae_dist.__main__ import main
@@ -51,12 +50,9 @@ def test_resume_of_a_run_from_initial_weights_gives_the_same_losses(
     longer = ["pretrain", f"data.path={tiny_data}", *SETTINGS, *MAE, "train.steps=8"]
     assert f"begin a new run with its weights: init_from={source}" in refused(capsys, *longer, f"out={source}")
     shared = ["pretrain", f"data.path={tiny_data}", *FEW, "train.steps=3", "train.ema=0.9", f"init_from={source}"]
-    whole, out = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
     assert main([*shared, "checkpoint.every=1", f"out={whole}"]) == 0
-    shutil.copytree(whole, out)
-    (out / "result.json").unlink()
-    for later in layout.checkpoints(out)[1:]:
-        shutil.rmtree(later)
+    out = copy_of_begun(whole, tmp_path / "begun")
     assert main([*shared, f"out={out}"]) == 0
     assert losses(out) == losses(whole)
     assert losses(out)[0] < losses(source)[0]
