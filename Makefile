@@ -25,7 +25,7 @@ test-slurm test-runs: test-%: $(VENV)/installed  ## prints everything at its end
 	@output=$$($(BIN)/python -m pytest -p no:cacheprovider $(if $(filter slurm,$*),$(SLURM),$(RUNS)) 2>&1); \
 		status=$$?; printf '\n%s\n' "$$output"; exit $$status
 
-test-slow: $(VENV)/installed  ## the tests marked slow, before a release: ten seconds to three minutes each
+test-slow: $(VENV)/installed  ## the tests marked slow, before a release: five seconds to three minutes each
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed  ## what pre-commit and CI hold the code to
