@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from mae_dist.data.pixels import (
 )
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs what it raises, too, for each image
+warnings.filterwarnings("ignore", module="PIL")  # of EXIF data that are damaged, which count as none
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may recognise in a file. Of all that it knows, others start programs (EPS) or fail in unforeseen ways."""
@@ -53,6 +55,10 @@ MAX_HEADER = 10_000
 """Largest header of an array in bytes, as in NumPy."""
 ORIENTATION = 0x0112
 """EXIF tag: 1 is upright; 2 to 8 name the mirroring and the quarter turns that make an image so."""
+SCAN, SEQUENTIAL, MOST_SCANS = b"\xff\xda", (b"\xff\xc0", b"\xff\xc1"), 100
+"""The mark of a scan of a JPEG, those of the headers of frames that are not progressive, and the scans of a progressive
+one: encoders write about ten; of more, each may take the time of a small image and have 20 bytes.
+"""
 JPEG, EXIF, APP2, MPO, HEAD = b"\xff\xd8", b"Exif\0\0", b"\xff\xe2", b"MPF\0", 2**16
 """What a JPEG begins with; what EXIF data in it begin with (two bytes of their length before); the mark (and length)
 before the list of the images in a file of several (MPO), what that begins with; and where both lie.
@@ -97,6 +103,8 @@ def decoded(sample: Sample, shrink: int = 1, memory: Memory | None = None, how: 
     try:
         if sample.extension == "npy":
             return _decode_array(sample.image, how)
+        if sample.image.startswith(JPEG) and _has_endless_scans(sample.image):
+            raise ValueError(f"a progressive JPEG of more than {MOST_SCANS} scans, which would take long")
         size = _jpeg_size(sample.image) if how.channels in (1, 3) else None
         if size is None:
             return _decode_by_pillow(sample.image, how)
@@ -210,6 +218,14 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (int(height), int(width)) if colours in ("YCbCr", "Gray") else None
+
+
+def _has_endless_scans(content: bytes) -> bool:
+    """Whether a JPEG that may be progressive has more than MOST_SCANS."""
+    place = 2
+    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] not in b"\xc0\xc1\xc2":
+        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    return content[place : place + 2] not in SEQUENTIAL and content.count(SCAN) > MOST_SCANS
 
 
 def _decode_jpeg(content: bytes, height: int, width: int, memory: Memory | None, how: Decoding) -> Decoded:

@@ -6,11 +6,12 @@ the middle, are read on; what cannot be read is noted. Imports no torch.
 
 from __future__ import annotations
 
+import io
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from mae_dist.errors import from_os_error
 
@@ -21,6 +22,17 @@ COMPRESSED = {
 """First bytes of a compressed file -> what it is, and what undoes it."""
 MOST_LINKS = 40
 """Links that lead to one another."""
+MOST_HEADER = 2**20
+"""Bytes of a long name, or of a PAX header, in which it may be."""
+
+
+class _Headers(io.BufferedReader):
+    """A tar of which only headers are read, each no longer than MOST_HEADER; HeaderError for a longer one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MOST_HEADER:
+            raise tarfile.HeaderError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Member(NamedTuple):
@@ -54,7 +66,7 @@ def members(tar: Path, notes: Notes) -> list[Member]:
     if tar.exists() and not tar.is_file():  # opening a pipe would wait for who writes into it
         raise ValueError(f"{tar}: is no regular file")
     try:
-        with tar.open("rb") as stream:
+        with _Headers(tar.open("rb", buffering=0)) as stream:
             return _linked(tar, list(_scan(tar, stream, notes)), notes)
     except (tarfile.TarError, RecursionError) as error:
         what = f"not a complete uncompressed tar ({str(error)[:100]}); `mae-dist data pack` makes tars of images"
@@ -63,7 +75,7 @@ def members(tar: Path, notes: Notes) -> list[Member]:
         raise from_os_error(error, f"{tar}: cannot be read ({error.strerror or error})") from error
 
 
-def _scan(tar: Path, stream: BinaryIO, notes: Notes) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def _scan(tar: Path, stream: _Headers, notes: Notes) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """The headers of a tar, each with the number of the joined tar that it is in."""
     size = stream.seek(0, 2)
     stream.seek(0)
@@ -71,7 +83,10 @@ def _scan(tar: Path, stream: BinaryIO, notes: Notes) -> Iterator[tuple[tarfile.T
     if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
         raise ValueError(f"{tar}: compressed with {kind}; samples are read at byte offsets, so uncompress it")
     stream.seek(0)
-    offset, number, ended, archive = 0, 0, False, tarfile.TarFile(fileobj=stream)
+    try:
+        offset, number, ended, archive = 0, 0, False, tarfile.TarFile(fileobj=stream)
+    except ValueError as error:  # as below, since it reads the first header, too
+        raise tarfile.ReadError(str(error)) from error
     while offset < size:
         stream.seek(offset)
         block = stream.read(tarfile.BLOCKSIZE)
@@ -81,7 +96,7 @@ def _scan(tar: Path, stream: BinaryIO, notes: Notes) -> Iterator[tuple[tarfile.T
         stream.seek(offset)
         try:
             info = tarfile.TarInfo.fromtarfile(archive)
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError) as error:
             if ended:
                 notes.add("a tar has trailing bytes, which are not read", f"{size - offset} bytes in {tar.name}")
                 return
@@ -102,10 +117,10 @@ def _scan(tar: Path, stream: BinaryIO, notes: Notes) -> Iterator[tuple[tarfile.T
         notes.add("a tar has no mark at its end and may have been cut short", tar.name)
 
 
-def _end_of_zeros(stream: BinaryIO, offset: int) -> int:
+def _end_of_zeros(stream: _Headers, offset: int) -> int:
     """Where the block begins that has the first byte from `offset` on that is not zero; the end if there is none."""
     stream.seek(offset)
-    while chunk := stream.read(1 << 20):
+    while chunk := stream.read(MOST_HEADER):
         if rest := chunk.lstrip(b"\0"):
             return (offset + len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         offset += len(chunk)

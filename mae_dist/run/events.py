@@ -41,6 +41,8 @@ TYPES: dict[str, Any] = {
     "by": str, "host": str, "about": str,
 }  # fmt: skip
 """The types of fields that are computed with, or shown."""
+WORDS, LONGEST = ("job", "reason", "by", "host", "about"), 255
+"""Fields of a word or a name, and the characters of the longest one: that of a host."""
 JOB = re.compile(r"[0-9]+(_[0-9]+)?")
 """A job's number, or an element of an array: a part of the names of files, and an argument of SLURM's commands."""
 MOST = 2**24
@@ -74,6 +76,7 @@ def _is_sound(event: Event, fields: Mapping[str, tuple[str, ...]]) -> bool:
     with suppress(ValueError, OverflowError):
         datetime.fromisoformat(at).timestamp()
         typed = all(isinstance(event[name], expected) for name, expected in TYPES.items() if name in event)
+        typed = typed and all(len(event.get(name, "")) <= LONGEST for name in WORDS)
         named = "job" not in event or (typed and JOB.fullmatch(event["job"]) is not None)
         return typed and named and event.keys() >= {*fields.get(kind, ())}
     return False

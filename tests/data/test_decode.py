@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mae_dist.data.decode import decode, decoded, stored_size
+from mae_dist.data.decode import SCAN, decode, decoded, stored_size
 from mae_dist.data.index import Sample
 from mae_dist.data.pixels import Decoding
 
@@ -146,6 +146,18 @@ def test_decode_refuses_decompression_bombs_without_a_warning() -> None:
             warnings.simplefilter("error")
             with pytest.raises(ValueError, match=r"."):
                 decode(Sample("k", "jpg", bytes(bomb), 0))
+
+
+def test_decode_refuses_a_progressive_jpeg_of_scans_without_end() -> None:
+    """A scan may have a few bytes, and each passes over the whole image. Marks in other data are none."""
+    image, comment = stored(Image.fromarray(COLOUR), "JPEG", progressive=True).image, b"\xff\xfe\x02\x02" + SCAN * 256
+    last = image[image.rindex(SCAN) : -2]
+    assert decode(Sample("k", "jpg", image, 0)).shape == (24, 40, 3)
+    for content in (image[:-2] + last * 100 + image[-2:], b"\xff\xd8\0" + image[2:-2] + last * 100 + image[-2:]):
+        with pytest.raises(ValueError, match="a progressive JPEG of more than 100 scans"):
+            decode(Sample("k", "jpg", content, 0))
+    plain = stored(Image.fromarray(COLOUR), "JPEG").image
+    assert decode(Sample("k", "jpg", plain[:2] + comment + plain[2:], 0)).shape == (24, 40, 3)
 
 
 def npy_with(header: str, version: int = 1, length: int | None = None) -> bytes:

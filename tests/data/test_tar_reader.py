@@ -128,7 +128,7 @@ def test_tar_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_tar_with_hostile_headers_is_refused(tmp_path: Path) -> None:
-    """A chain of long names without end, and a size below 0."""
+    """A chain of long names without end, a size below 0, a header beyond all headers, and a map that is none."""
     path = tar(tmp_path / "x.tar", {"a": b"A"})
     whole, info = path.read_bytes(), tarfile.TarInfo("n" * 500)
     info.type, info.size = b"L", 500
@@ -140,3 +140,12 @@ def test_tar_with_hostile_headers_is_refused(tmp_path: Path) -> None:
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + whole)
     with pytest.raises(ValueError, match=r"x\.tar: damaged at byte 0: a member of -1024 bytes"):
         members(path, Notes())
+    for key, value, message in (
+        ("comment", "n" * 2**20, r"a header of 10\d+ bytes"), ("GNU.sparse.map", "0,,", "invalid literal"),
+    ):  # fmt: skip
+        info = tarfile.TarInfo("a")
+        info.pax_headers = {key: value}
+        for before in (b"", tar(tmp_path / "y.tar", {"a": b"A"}).read_bytes()[:1024]):
+            path.write_bytes(before + info.tobuf(tarfile.PAX_FORMAT) + whole)
+            with pytest.raises(ValueError, match=rf"x\.tar: not a complete uncompressed tar.*{message}"):
+                members(path, Notes())

@@ -20,11 +20,12 @@ def test_events_are_read_in_order_and_by_kind(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", e["time"]) for e in events.read(tmp_path))
 
 
-def test_events_after_a_torn_line_are_read(tmp_path: Path) -> None:
+def test_events_after_a_torn_line_are_read_and_odd_ones_are_not(tmp_path: Path) -> None:
     events.append(tmp_path, "start", step=0)
     file = tmp_path / events.FILE
     file.write_text(file.read_text() + '{"time": "2026-')
     events.append(tmp_path, "fail", reason="rank_lost", rank=1, message="rank 1 did not answer")
+    events.append(tmp_path, "start", step=0, host="h" * 256)  # no host has such a name
     assert [event["event"] for event in events.read(tmp_path)] == ["start", "fail"]
 
 
