@@ -39,7 +39,8 @@ def test_slow_rank_is_named_in_the_run_and_its_log(
     printed = log.read_text()
     assert "pretrain: 3 steps of batch 16 = 2 ranks (ddp) x 8 images x 1 micro-batch" in printed
     assert f"GFLOPs an image and step, on 2 x {devices.name_of(torch.device('cpu'))} (1 thread)" in printed
-    assert f"labels: mae-dist probe data.path={tiny_data} init_from={run} out={run}-probe" in printed
+    typed = f"data.path={tiny_data} train.precision=fp32"
+    assert f"labels: mae-dist probe {typed} init_from={run} out={run}-probe" in printed
     assert main(["logs", str(run), "--lines", "4"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"{run}: finished")
