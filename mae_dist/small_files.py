@@ -4,6 +4,7 @@ An alias of YAML, which lets a line stand for a billion, is refused. Imports no 
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ MOST_YAML, MOST_JSON, MOST_LIST = 2**22, 2**28, 2**30
 """Bytes of a file; of one that lists images or labels."""
 MOST_LEVELS = 30
 """Lists and mappings of YAML within each other."""
+LONGEST_NUMBER = 100
+"""Characters of a number in YAML."""
 
 
 def errors() -> tuple[type[Exception], ...]:
@@ -62,7 +65,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def check_yaml(file: Path | str, text: str) -> None:
-    """Raise ValueError where a text is no YAML, has aliases, or is too deep."""
+    """Raise ValueError where a text is no YAML, has aliases or numbers without end, or is too deep."""
     import yaml
 
     level = 0
@@ -71,10 +74,20 @@ def check_yaml(file: Path | str, text: str) -> None:
             level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"has an alias, *{event.anchor}, in line {event.start_mark.line + 1}: write it out")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_NUMBER and _is_number(event):
+                raise ValueError(f"has a number that no machine holds in line {event.start_mark.line + 1}")
             if level > MOST_LEVELS:
                 raise ValueError(f"has more than {MOST_LEVELS} levels")
     except errors() as error:
         raise ValueError(f"{file}: not YAML: {_one_line(error)}") from error
+
+
+def _is_number(event: Any) -> bool:
+    """Whether a scalar of YAML becomes a number, also one to the base 16, or 60, as 1:30 is: the time for that grows
+    with the square of its digits.
+    """
+    tagged = (event.tag or "").endswith((":int", ":float"))
+    return tagged or (not event.style and re.fullmatch(r"[-+]?\d[\da-fA-FxX_:.]*", event.value) is not None)
 
 
 def parse_json(text: str | bytes, origin: object) -> dict[str, Any]:

@@ -16,7 +16,9 @@ LAUGHS = "a: &a [x]\n" + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{f'*{chr(97 + 
     ("text", "problem"),
     [
         ("[" * 100_000, "more than 30 levels"), (LAUGHS, "alias"), ("a: [", "not YAML"),
-        ("a: " + "9" * 5000, "not YAML"), ("a: 0000-00-00", "not YAML"),
+        ("a: " + "9" * 5000, "number"), ("a: " + "59:" * 10**6 + "59", "number"), ("0x" + "f" * 101, "number"),
+        ('!!int "' + "59:" * 10**6 + '59"', "number"), ("a:\n- -1_" + "0" * 99, "number that no machine .* line 2"),
+        ("a: 0000-00-00", "not YAML"),
         ("!!python/object/apply:os.system [id]", "not YAML"), ("x" * 2**23, "bytes"),
     ],
 )  # fmt: skip
