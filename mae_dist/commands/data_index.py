@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from mae_dist import paths
 from mae_dist.commands import data_remote, index_checks
 from mae_dist.commands.data_output import progress, report
-from mae_dist.data import index, indexing, label_list, labels
+from mae_dist.data import index, indexing, label_list, labels, split_checks
 from mae_dist.data.cache import Cache
 from mae_dist.data.decode import stored_size
 from mae_dist.data.indexing import AUTO, FOLDER, JSON, LIST, Indexed
@@ -239,8 +239,8 @@ def _merge(
         tick("index", number + 1, len(tars))
     index_checks.report_notes(found)
     if listed is not None:
-        num_others = (before.num_classes or 0) if others else 0
-        found = _with_labels(found, _of_list(listed, tars, found, num_others))
+        present = split_checks.labels_of(before, others)
+        found = _with_labels(found, _of_list(listed, tars, found, present))
     elif by_folder:
         found = _with_labels(found, labels.of_folders([item.labels for item in found], level, known or ()))
         if level is None and arguments.classes is None and known is None:
@@ -265,20 +265,16 @@ def _with_labels(found: Sequence[Indexed], values: Sequence[list[Label]]) -> lis
     return [replace(item, labels=value) for item, value in zip(found, values, strict=True)]
 
 
-def _of_list(listed: LabelList, tars: list[Path], found: Sequence[Indexed], num_others: int) -> list[list[Label]]:
-    """The labels that a list gives to the images of the tars; those from 1 are moved to 0, unless the classes of other
-    splits (``num_others``) are more.
+def _of_list(
+    listed: LabelList, tars: list[Path], found: Sequence[Indexed], others: Collection[int]
+) -> list[list[Label]]:
+    """The labels that a list gives to the images of the tars; those from 1 are moved to 0, see `first_number` for the
+    labels of other splits.
     """
     images = [Image(f"{tar}/{name}", str(name)) for tar, item in zip(tars, found, strict=True) for name in item.labels]
     rows = listed.rows_of(images)
     listed.check(images, rows, "these tars")
-    present = {*listed.labels} - {""}
-    first = label_list.first_number([listed]) if num_others <= len(present) else 0
-    if num_others > len(present) > 0 and "0" not in present and all(map(str.isdigit, present)):
-        log.warning(
-            "%s: labels without a 0 stay as they are, since other splits have %d classes; where they begin with 1, "
-            "give one list for all splits, or write them from 0", listed.source, num_others,
-        )  # fmt: skip
+    first = label_list.first_number([listed], others)
     given = [labels.NONE if row is None else listed.number_or_name(row) for row in rows]
     values = iter([max(label - first, labels.NONE) if isinstance(label, int) else label for label in given])
     return [[*itertools.islice(values, len(item.labels))] for item in found]

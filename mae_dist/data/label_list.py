@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,15 +186,34 @@ def read(file: Path, words: Sequence[str] = NAMES) -> LabelList:
     return LabelList(file, names, labels if names is given or words is not NAMES else _with_classes(file, labels))
 
 
-def first_number(lists: Sequence[LabelList]) -> int:
-    """1 where the labels of lists are together the numbers from 1 to some K and none is missing, else 0. A first row
-    may be a header.
+def first_number(lists: Sequence[LabelList], others: Collection[int] = ()) -> int:
+    """1 where the labels of lists are numbers that begin with 1, else 0: together those from 1 to some K and none is
+    missing, or, up to K, where those of other splits (``others``) are 0 to K - 1. A first row may be a header.
+
+    Raises ValueError where labels without a 0, these or those of other splits, may begin with 1 or lack a class.
     """
-    rows = [label for some in lists for number, label in enumerate(some.labels) if number or label.isdigit()]
-    found = {*rows} - {""}
-    if len(found) < 2 or found != {*map(str, range(1, len(found) + 1))}:
+    rows = [label for some in lists for number, label in enumerate(some.labels) if number or label.isdecimal()]
+    found = {*rows} - {"", "-1"}
+    if not found or not all(re.fullmatch("0|[1-9][0-9]*", label) for label in found):
         return 0
-    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, len(found), len(found) - 1)
+    numbers, largest = {*map(int, found)}, max(others, default=-1)
+    last = max(numbers)
+    complete = numbers == {*range(1, last + 1)} and last > 1
+    if 0 in numbers:
+        doubt, begins = bool(others) and 0 not in others, False
+    elif 0 in others:
+        doubt, begins = last <= largest, complete or last == largest + 1
+    else:
+        doubt, begins = bool(others) and complete and last > largest, complete and not others
+    if doubt:
+        raise ValueError(
+            f"--labels {lists[0].source}: its labels are {min(numbers)} to {last}, and those of other splits "
+            f"{min(others)} to {largest}: those without 0 may begin with 1, or lack class 0; index all splits with one "
+            f"list that has the rows of all of them, or write names in place of numbers"
+        )
+    if not begins:
+        return 0
+    log.warning("%s: labels 1 to %d become classes 0 to %d", lists[0].source, last, last - 1)
     return 1
 
 

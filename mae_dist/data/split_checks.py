@@ -4,9 +4,11 @@ Images that are in both splits are found by `mae-dist data check`, which reads t
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
+from mae_dist.data.dataset import Dataset
 from mae_dist.data.index import ShardIndex
 from mae_dist.printed import counted
 
@@ -68,6 +70,14 @@ def label_counts(index: ShardIndex) -> dict[int, int] | None:
         return None
     table = index.parts.labels[0] if index.parts.labels else None
     return {int(n if table is None else table[n]): count for n, count in enumerate(counts[name]) if count}
+
+
+def labels_of(dataset: Dataset, splits: Iterable[str]) -> set[int]:
+    """The labels that occur in these splits; all that there are where dataset.json does not count those of one."""
+    labelled = [split for split in splits if any(shard.num_labelled for shard in dataset.splits[split])]
+    if any(split not in dataset.label_counts for split in labelled):
+        return {*range(dataset.num_classes or 0)}
+    return {number for split in labelled for number, count in enumerate(dataset.label_counts[split]) if count}
 
 
 def present_labels(index: ShardIndex) -> set[int] | None:

@@ -142,6 +142,24 @@ def test_labels_of_lists_begin_at_one_where_they_are_all_numbers_from_it(
     assert ("labels 1 to" in caplog.text) == (first == 1)
 
 
+@pytest.mark.parametrize(
+    ("labels", "others", "first"),
+    [
+        ("12345", "01234", 1), ("25", "01234", 1), ("0134", "01234", 0), ("123456", "01", 1),
+        ("1234", "01234", None), ("24", "01234", None), ("01234", "123", None), ("12345", "124", None),
+        ("123", "12345", 0), ("135", "1234", 0), ("ab", "01", 0), ("", "01", 0),
+    ],
+)  # fmt: skip
+def test_labels_of_a_split_begin_where_those_of_other_splits_do(labels: str, others: str, first: int | None) -> None:
+    """None: refused. Test without the last class, the reverse order, and lists that begin with 0 and with 1."""
+    lists, known = [label_list.LabelList(Path("l"), None, [*labels])], {*map(int, others)}
+    if first is not None:
+        assert label_list.first_number(lists, known) == first
+        return
+    with pytest.raises(ValueError, match="^--labels l: its labels are . to ., and those of other splits . to .: those"):
+        label_list.first_number(lists, known)
+
+
 def test_labels_from_one_move_to_zero_unless_they_are_names_of_class_folders(tmp_path: Path) -> None:
     rows = {"l.csv": "file,label\na.png,1\nb.png,2\n", "head.csv": "file,label\n"}
     flat = made(tmp_path / "flat", "{a,b}.png", rows)
