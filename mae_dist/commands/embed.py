@@ -53,7 +53,7 @@ def embed(options: argparse.Namespace) -> None:
     if work.compute(partial(trained.features, kind=kind, block=block), options.precision, options.workers):
         work.join(FEATURES)
         rows = np.array([readable for _, _, readable in work.samples()])
-        feature_pass.write_csv(options.out / SAMPLES, ("key", "tar", "label", "class", "readable"), table(work))
+        feature_pass.write_csv(options.out / SAMPLES, ("key", "tar", "file", "label", "class", "readable"), table(work))
         if not rows.all():
             print(f"{counted(int((~rows).sum()), 'image')} of {len(rows):,} cannot be read: NaN in their rows")
     if dist.is_main():
@@ -62,7 +62,7 @@ def embed(options: argparse.Namespace) -> None:
         print(f"{options.out / FEATURES}: {size} numbers, {kind} of block {block}; {SAMPLES} has the key of each row")
 
 
-def table(work: Pass) -> Iterator[tuple[str, str, int | str, str, int]]:
+def table(work: Pass) -> Iterator[tuple[str, str, str, int | str, str, int]]:
     """The rows of samples.csv: label and class are empty where there is no label, the class where that has no name."""
     names, problem = work.index.dataset.classes or [], work.index.parts.problem
     if problem:

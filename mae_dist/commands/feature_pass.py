@@ -30,7 +30,7 @@ from mae_dist import dist, environment, launcher, parallel, paths, small_files, 
 from mae_dist.atomic import remove, replacing, sync
 from mae_dist.batch import Batch
 from mae_dist.cli import Parser
-from mae_dist.data import split_checks
+from mae_dist.data import source_files, split_checks
 from mae_dist.data.changes import Changes
 from mae_dist.data.features import SHARD, Features
 from mae_dist.data.index import ShardIndex, open_split
@@ -207,9 +207,10 @@ class Pass:
         if (self.out / PARTS).is_dir():
             remove(self.out / PARTS)
 
-    def place(self, sample: int) -> tuple[str, str]:
-        """(key, name of its tar) of a sample."""
-        return self.index.key(sample), self.index.tars[self.index.locate(sample)[0]].name
+    def place(self, sample: int) -> tuple[str, str, str]:
+        """A sample's key, the name of its tar, and the file that it was packed from, empty where that is not known."""
+        key, tar = self.index.key(sample), self.index.tars[self.index.locate(sample)[0]]
+        return key, tar.name, source_files.read(tar).get(key, "")
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,7 +1,7 @@
 """`mae-dist predict RUN DATA --out FOLDER`: the classes of every image of a data set, by a fine-tuned or probed run.
 
     FOLDER/
-      predictions.csv  key, tar, label, and the five likeliest classes with their probabilities: a line for each sample
+      predictions.csv  key, tar, file, label, and the five likeliest classes with their probabilities, of each sample
       logits.npy       float32 (n, classes), in the order of predictions.csv; NaN where an image is unreadable
       result.json      top-1 and top-5 in percent, counts, the names of the classes in the order of the logits
       classes.csv      of each class that occurs: its images, top-1, top-5, and how many images were taken for it
@@ -134,7 +134,8 @@ def conclude(work: Pass, labelled: bool) -> None:
     known, number = work.trained.classes, work.trained.num_classes
     tally = Tally(known or [*map(str, range(number))], labelled, np.zeros((number, 3), dtype=np.int64))
     top = range(1, 1 + min(TOP, number))
-    head = ["key", "tar", "label", *(f"{what}_{place}" for place in top for what in ("predicted", "probability"))]
+    head = ["key", "tar", "file", "label"]
+    head += [f"{what}_{place}" for place in top for what in ("predicted", "probability")]
     feature_pass.write_csv(work.out / "predictions.csv", head, tally.rows(work))
     result: dict[str, Any] = {"num_images": len(work.index)}
     result |= evaluate.unreadable(tally.num_readable, len(work.index))

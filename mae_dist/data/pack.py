@@ -60,10 +60,10 @@ class Picture:
     """One image file to be packed.
 
     ``extension`` is its format (lower case, no dot), ``content`` its bytes, ``label`` its class (-1: none). ``name`` is
-    the end of its key, which begins with split and number; ``key`` is the whole key, if it is not empty. ``origin``
-    names it in messages. Pictures of different ``group`` are never in one tar. One with a ``problem`` is left out, and
-    counted under what stands before its colon. With ``to_png`` it is stored as PNG where its bytes could stay and PNG
-    can hold it.
+    the end of its key, which begins with split and number; ``key`` is the whole key, if it is not empty. ``file`` is
+    its path within the source, for `source_files`; ``origin`` names it in messages. Pictures of different ``group`` are
+    never in one tar. One with a ``problem`` is left out, and counted under what stands before its colon. With
+    ``to_png`` it is stored as PNG where its bytes could stay and PNG can hold it.
     """
 
     extension: str
@@ -71,6 +71,7 @@ class Picture:
     label: int
     name: str = ""
     key: str = ""
+    file: str = ""
     origin: str = ""
     group: int = 0
     problem: str = ""
@@ -299,7 +300,7 @@ def _fill(
                 if picture.label >= 0:
                     members[grouping.LABEL] = str(picture.label).encode()
                 key = picture.key or f"{split}_{writer.num_samples:06d}{name}"
-                writer.write(number, picture.group, key, members, item.tally)
+                writer.write(number, picture.group, key, members, item.tally, picture.file)
             tick(f"pack {split}", seen, total)
     if writer.bad.total() > max_bad * total:
         raise ValueError(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mae_dist.atomic import replacing
-from mae_dist.data import index, indexing, labels
+from mae_dist.data import index, indexing, labels, source_files
 from mae_dist.data.tally import Tally
 
 SHARD_BYTES = 3e9
@@ -58,13 +58,16 @@ class ShardWriter:
         if self._tar is not None:
             self._tar.file.close()
 
-    def write(self, number: int, group: int, key: str, members: dict[str, bytes], tally: Tally) -> None:
-        """Write picture `number` as a sample: `members` are its files by extension, `tally` is that of the picture."""
+    def write(self, number: int, group: int, key: str, members: dict[str, bytes], tally: Tally, file: str) -> None:
+        """Write picture `number` as a sample: `members` are its files by extension, `tally` is that of the picture, and
+        ``file`` where it comes from, or empty.
+        """
         if self._tar is not None and self._tar.is_full(self.shard_size, group):
             self.finish(number)
         if self._tar is None:
             self._tar = _Tar(self.work / "data" / f"{self.split}-{len(self.finished):06d}.tar", group)
         self._tar.write(key, members)
+        self._tar.files += [(key, file)] if file else []
         self._tally += tally
         self.num_samples += 1
 
@@ -78,6 +81,8 @@ class ShardWriter:
         if self._tar is None:
             return
         path = self._tar.close()
+        if self._tar.files:
+            source_files.write(path, self._tar.files)
         built = indexing.build(path, path.with_suffix(".idx"))
         done = Finished(built.shard, end, self._tally, labels.counts([built.labels]))
         with replacing(_note(self.work, self.split, len(self.finished))) as note:
@@ -92,6 +97,7 @@ class _Tar:
     def __init__(self, path: Path, group: int):
         self.path, self.group, self.num_samples, self.num_bytes = path, group, 0, 0
         self.file = path.open("wb")
+        self.files: list[tuple[str, str]] = []
         self.archive = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
 
     def is_full(self, shard_size: int | None, group: int) -> bool:

@@ -11,7 +11,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_dist.data import cifar, folder_files, folder_layout, index, indexing, places, split_checks, synthetic
+from mae_dist.data import (
+    cifar,
+    folder_files,
+    folder_layout,
+    index,
+    indexing,
+    places,
+    source_files,
+    split_checks,
+    synthetic,
+)  # fmt: skip
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.errors import from_os_error
 from mae_dist.printed import counted
@@ -115,7 +125,7 @@ def from_folder(
 def _picture(folder: Path, file: folder_files.File, label: int) -> Picture:
     """Read an image file."""
     path, kind = folder / file.path, file.kind
-    picture = Picture(kind, b"", label, name=path.stem, origin=str(path), problem=file.problem)
+    picture = Picture(kind, b"", label, name=path.stem, file=file.path, origin=str(path), problem=file.problem)
     if file.problem:
         return picture
     try:
@@ -214,8 +224,10 @@ def from_tars(path: str, split: str | None = None, test_share: float = 0.0) -> S
                 sample = data.read(number)
             except OSError as error:
                 raise _unreadable(data.tars[shard], error) from error
-            origin = data.sample_name(number)
-            yield Picture(sample.extension, sample.image, sample.label, key=sample.key, origin=origin, group=shard)
+            origin, file = data.sample_name(number), source_files.read(data.tars[shard]).get(sample.key, "")
+            yield Picture(
+                sample.extension, sample.image, sample.label, key=sample.key, file=file, origin=origin, group=shard
+            )
 
     known = next(iter(splits.values())).dataset
     tars = [tar for data in splits.values() for tar in data.local_tars]

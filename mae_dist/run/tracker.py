@@ -100,6 +100,12 @@ class Tracker:
         """
         plain = {"kind": jsonl.STEP, "step": step, "epoch": self._epoch(step), "lr": lr}
         self.waiting.append((plain | ({"saving": True} if saving else {}), seconds, tensors))
+        if self.progress and time.perf_counter() - max(self.last_line, self.flushed) > SILENCE:
+            self.last_line = time.perf_counter()
+            self.progress.update(self.progress.task_ids[0], completed=step)
+            self._print(
+                f"step {step}/{self.total}; the loss is shown every {self.config.track.every} steps (track.every)"
+            )
 
     def _epoch(self, step: int) -> float:
         return round(step * self.unit / self.num_samples, 4)

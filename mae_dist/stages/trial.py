@@ -7,6 +7,7 @@ is kept. Without the run's other ranks: a rank's share of a step is computed alo
 import dataclasses
 import importlib
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,8 @@ from mae_dist.stages.setup import Setup, build_setup
 from mae_dist.train import graphed, new_state, train_step
 from mae_dist.verify.data_benchmark import rate_of
 from mae_dist.verify.step_benchmark import clocked
+
+log = logging.getLogger(__name__)
 
 STEP_SECONDS = 5.0
 """Expected time of a step above which fewer images at once are timed."""
@@ -53,6 +56,7 @@ def tried(found: Forecast, ranks_here: int, stepping: bool) -> Forecast:
     data or initial weights.
     """
     verb, config, ranks = found.verb, found.config, found.place.ranks
+    log.info("timing the loader%s on this machine, up to a minute", " and steps" if stepping else "")
     launcher.limit_threads(ranks_here)
     group = configuration.group(config)
     share = group * -(-config.train.global_batch // (group * ranks))

@@ -114,7 +114,7 @@ def test_embed_rows_are_the_features_of_load(tuned: Path, tmp_path: Path, tars: 
     assert np.isnan(values[2]).all()
     assert [row["readable"] for row in listed] == [*"1101111"]
     assert [row["label"] for row in listed] == [str(number % 3) for number in range(7)]
-    assert listed[4] == {"key": "s0004", "tar": "x-1.tar", "label": "1", "class": "", "readable": "1"}
+    assert listed[4] == {"key": "s0004", "tar": "x-1.tar", "file": "", "label": "1", "class": "", "readable": "1"}
 
 
 def test_predict_gives_the_accuracy_of_the_run_and_counts_by_class(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from image_files import image_file
 from mae_dist.__main__ import run
 from mae_dist.commands.data import main
 from mae_dist.config import load
+from mae_dist.data import source_files
 from mae_dist.data.dataset import Dataset
 
 
@@ -74,6 +76,12 @@ def test_pack_options_without_sense_are_refused(tmp_path: Path, option: str, val
 def test_show_takes_tars_as_runs_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(folder_of(tmp_path / "in", 2, 0))
     tar = tmp_path / "out" / "train-000000.tar"
+    main(["pack", "tars", "--source", str(tar.parent), "--out", str(tmp_path / "again"), "--workers", "1"])
+    for folder in (tar.parent, tmp_path / "again"):  # keys lead back to the files that were packed
+        files = source_files.read(folder / tar.name)
+        assert {key.rpartition("-")[2]: file for key, file in files.items()} == {n: f"train/a/{n}.png" for n in "01"}
+        with tarfile.open(folder / tar.name) as archive:
+            assert {name.partition(".")[0] for name in archive.getnames()} == files.keys()
     capsys.readouterr()
     main(["show", str(tar)])
     output = capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""The files that the samples of a packed tar come from: {tar}.csv beside the tar, rows key,file. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from mae_dist.atomic import replacing
+
+HEAD = ["key", "file"]
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+"""How the table is opened: names that are no UTF-8 keep their bytes."""
+
+
+def write(tar: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write the rows (key, path within the folder that was packed) of a tar."""
+    with replacing(tar.with_suffix(".csv")) as work, work.open("w", **TEXT) as stream:
+        csv.writer(stream, lineterminator="\n").writerows([HEAD, *rows])
+
+
+@lru_cache(maxsize=2)
+def read(tar: Path) -> dict[str, str]:
+    """Key -> file of the samples of a tar; {} where no such table lies beside it."""
+    try:
+        with tar.with_suffix(".csv").open("r", **TEXT) as stream:
+            head, *rows = csv.reader(stream)
+    except (OSError, ValueError, csv.Error):
+        return {}
+    return {row[0]: row[1] for row in rows if len(row) == len(HEAD)} if head == HEAD else {}
