@@ -36,7 +36,7 @@ PROGRAMS = (
 MADE_BY_USERS = {"launch/clusters/mine.yaml"}
 FULL = {"pretrain": "pretrain/cifar100_vit_ti4", "probe": "probe/cifar100_vit_ti4", "knn": "knn/cifar100_vit_ti4",
         "finetune": "finetune/cifar100_vit_ti4"}  # fmt: skip
-"""What CONFIG.yaml stands for."""
+"""What CONFIG.yaml, and mine.yaml that `mae-dist recipe` writes, stand for."""
 SMALL = ["train.steps=1", "train.global_batch=4", "optim.warmup_epochs=0", "train.precision=fp32", "track.every=1",
          "machine.processes=1", "machine.workers=0"]  # fmt: skip
 """What every run of these tests adds to its command."""
@@ -160,7 +160,7 @@ def check_settings(verb: str, words: list[str]) -> list[str]:
     what every command needs.
     """
     file, settings = config.split_words(verb, words)
-    file = f"configs/{FULL[verb]}.yaml" if file in ("CONFIG.yaml", None) else file
+    file = f"configs/{FULL[verb]}.yaml" if file in ("CONFIG.yaml", "mine.yaml", None) else file
     given = {word.partition("=")[0] for word in settings}
     needed = {"out": "RUN", "data.path": "DATA"} | ({} if verb == "pretrain" else {"init_from": "random"})
     settings += [f"{name}={value}" for name, value in needed.items() if name not in given]
@@ -236,7 +236,7 @@ def smaller(call: list[str]) -> list[str] | None:
     words = [name + sign + place.get(value, value) for word in words for name, sign, value in (word.rpartition("="),)]
     if words[0] in ("submit", "launch/submit.py") and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit", *words[1:], "--dry-run"]
-    if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "RUN", "imagenet"} & {*words}:
+    if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "mine.yaml", "RUN", "imagenet"} & {*words}:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], *FEW]

@@ -33,7 +33,7 @@ from mae_dist.schema import RunConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES, SILENCE = 10.0, 30.0
 """Least time between two lines of progress in a log."""
 WATCHED_SECONDS = 30.0
 """Seconds over which what limits the run is judged for the log, which has a line where that has changed."""
