@@ -233,10 +233,11 @@ def smaller(call: list[str]) -> list[str] | None:
     """
     program, *words = call
     place: dict[str, str] = dict.fromkeys(("/data/imagenet", "/data/mine", "DATA"), "data/cifar100")
+    place["mine.yaml"] = "cifar100_vit_ti4"
     words = [name + sign + place.get(value, value) for word in words for name, sign, value in (word.rpartition("="),)]
     if words[0] in ("submit", "launch/submit.py") and "CONFIG.yaml" not in words and "--local" not in words:
         return ["submit", *words[1:], "--dry-run"]
-    if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "mine.yaml", "RUN", "imagenet"} & {*words}:
+    if program != "mae-dist" or words[0] in NOT_RUN or {"CONFIG.yaml", "RUN", "imagenet"} & {*words}:
         return None
     if words[:2] == ["data", "pack"] and words[2] in ("cifar100", "synthetic"):
         return ["data", "pack", "synthetic", "--out", words[words.index("--out") + 1], *FEW]
