@@ -34,7 +34,7 @@ from mae_dist.schema import RunConfig, TrainingConfig
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES, SILENCE = 10.0, 30.0
-"""Least time between two lines of progress in a log."""
+"""Least time between two lines of progress in a log, and the time after which a step says so before its loss is read."""
 WATCHED_SECONDS = 30.0
 """Seconds over which what limits the run is judged for the log, which has a line where that has changed."""
 

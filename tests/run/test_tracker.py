@@ -133,7 +133,8 @@ def test_log_has_a_line_of_the_first_step_and_days_that_are_left(
         tracked.flush()
         record_step(tracked, 3)
         tracked.flush()
-    (line,) = [message for message in caplog.messages if message.startswith("step ")]
+    silent, line = [message for message in caplog.messages if message.startswith("step ")]
+    assert silent == "step 1/100; the loss is shown every 20 steps (track.every)"
     assert line.startswith("step 2/100  loss 0.3750  lr 0.001  0.001 images/s  data 0%  ")
     assert line.endswith(" 11 days, 8:13:20 left")
 
