@@ -70,7 +70,8 @@ class Loading(NamedTuple):
 class Place:
     """Where a run is computed: nodes, ranks and cores of each, and the device of a rank: its name, whether it is a GPU,
     its memory in bytes (of a CPU: the machine's share of a rank). None or "": not known. ``limit``: seconds of a job,
-    of which `unused` are start and stop; ``lose_at_most``: minutes between checkpoints.
+    of which `unused` are start and stop; ``lose_at_most``: minutes between checkpoints; ``threads``: those of a rank
+    that computes on CPUs (None: all ranks together keep all cores busy).
     """
 
     nodes: int = 1
@@ -82,6 +83,7 @@ class Place:
     limit: float | None = None
     unused: float = 0.0
     lose_at_most: float | None = None
+    threads: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -213,7 +215,7 @@ class Forecast:
     @property
     def speed(self) -> float | None:
         """Images a second of all ranks: the lower ceiling, or, where loader and step take turns on the same device or
-        the same cores, what their times add up to.
+        the same cores, what their times add up to, shared by as many cores as there are.
         """
         step, loader = self.step_ceiling, self.loader_ceiling
         if step is None or loader is None or self.loading is None:
@@ -222,8 +224,9 @@ class Forecast:
             return 1 / (1 / step + 1 / loader)
         if self.place.is_gpu:
             return min(step, loader)
-        all_cores = self.loading.value / self.loading.cores * self.place.cores * self.place.nodes
-        return min(loader, 1 / (1 / step + 1 / all_cores))
+        place, of_a_core = self.place, self.loading.value / self.loading.cores
+        busy = min(place.cores, (place.threads or place.cores) * place.ranks_per_node)  # by steps, where none waits
+        return min(step, loader, place.cores * place.nodes / (busy * place.nodes / step + 1 / of_a_core))
 
     @property
     def seconds(self) -> float | None:

@@ -136,6 +136,16 @@ def test_forecast_speed_is_the_lower_ceiling_or_what_turns_add_up_to(
     assert (found.seconds is None) == (expected is None)
 
 
+@pytest.mark.parametrize(
+    ("threads", "expected"), [(1, 760.0), (12, 96 / (96 / 760 + 1 / 50)), (None, 96 / (96 / 760 + 1 / 50))]
+)
+def test_forecast_loader_takes_nothing_from_steps_that_leave_it_cores(threads: int | None, expected: float) -> None:
+    """8 ranks of one thread leave 88 of 96 cores to 32 workers, each of which loads 50 images a second."""
+    place = Place(1, 8, 96, "", threads=threads)
+    found = of_vit_b("machine.workers=4", place=place, step=Rate(100.0, "", False), loading=Loading(100.0, 2, False))
+    assert found.speed == pytest.approx(expected)
+
+
 def test_forecast_loader_has_no_more_cores_than_its_node() -> None:
     found = of_vit_b("machine.workers=30", step=Rate(1e5, "", False), loading=Loading(100.0, 2, False))
     assert found.loader_ceiling == 50 * 96

@@ -34,7 +34,7 @@ from mae_dist.schema import RunConfig, TrainingConfig
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES, SILENCE = 10.0, 30.0
-"""Least time between two lines of progress in a log, and the time after which a step says so before its loss is read."""
+"""Least time between two lines of progress in a log; time after which a step has one before its loss is read."""
 WATCHED_SECONDS = 30.0
 """Seconds over which what limits the run is judged for the log, which has a line where that has changed."""
 
@@ -53,7 +53,7 @@ class Tracker:
         self.ids = path / "ids.jsonl" if config.track.ids else None
         self.unit, self.scaled = config.train.global_batch, config.train.precision == "fp16"
         self.waiting: list[tuple[dict[str, Any], Mapping[str, float | clock.Spans], dict[str, Tensor]]] = []
-        self.flushed, self.last_line, self.begun = time.perf_counter(), -math.inf, False
+        self.flushed, self.last_line, self.spoke, self.begun = time.perf_counter(), -math.inf, -math.inf, False
         self.peak = peak
         self.hosts: list[str] = dist.gather_objects(socket.gethostname())
         self.watched: list[RankTime] = []
@@ -100,8 +100,8 @@ class Tracker:
         """
         plain = {"kind": jsonl.STEP, "step": step, "epoch": self._epoch(step), "lr": lr}
         self.waiting.append((plain | ({"saving": True} if saving else {}), seconds, tensors))
-        if self.progress and time.perf_counter() - max(self.last_line, self.flushed) > SILENCE:
-            self.last_line = time.perf_counter()
+        if self.progress and time.perf_counter() - max(self.last_line, self.flushed, self.spoke) > SILENCE:
+            self.spoke = time.perf_counter()
             self.progress.update(self.progress.task_ids[0], completed=step)
             self._print(
                 f"step {step}/{self.total}; the loss is shown every {self.config.track.every} steps (track.every)"

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +48,9 @@ def place_here(processes: int | None) -> Place:
     ranks, device = launcher.processes_here(processes), devices.of_rank(0)
     is_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if is_gpu else environment.memory() / ranks
-    return Place(1, ranks, environment.cores(), devices.name_of(device), is_gpu, memory)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdigit() else None
+    return Place(1, ranks, environment.cores(), devices.name_of(device), is_gpu, memory, threads=threads)
 
 
 def tried(found: Forecast, ranks_here: int, stepping: bool) -> Forecast:
