@@ -43,7 +43,7 @@ def name_of(device: torch.device) -> str:
 def fast_precisions(device: torch.device) -> tuple[str, ...]:
     """The 16-bit precisions that the device has instructions for; without them fp32 is faster."""
     if device.type == CPU:
-        return ("bf16",) * environment.has_bf16()
+        return environment.fast_precisions()
     return ("fp16", *("bf16",) * torch.cuda.is_bf16_supported(including_emulation=False))
 
 

@@ -242,10 +242,10 @@ def control_groups(controller: str, groups: Path, own: Path) -> Iterator[Path]:
                 yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(root))
 
 
-def has_bf16() -> bool:
-    """Whether the CPU has instructions for bf16; without them fp32 is faster."""
+def fast_precisions() -> tuple[str, ...]:
+    """The 16-bit precisions that the CPU has instructions for; without them fp32 is faster."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return ()
+    return ("bf16",) if "avx512_bf16" in flags or "amx_bf16" in flags else ()

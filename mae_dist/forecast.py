@@ -98,7 +98,7 @@ class Place:
     @property
     def fast_precisions(self) -> tuple[str, ...]:
         """The 16-bit precisions that the device has instructions for, as far as its name says."""
-        return gpus.fast_precisions(self.device) if self.is_gpu else ("bf16",) * environment.has_bf16()
+        return gpus.fast_precisions(self.device) if self.is_gpu else environment.fast_precisions()
 
 
 @dataclass(frozen=True)

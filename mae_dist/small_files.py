@@ -33,9 +33,9 @@ def loader() -> Any:
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_text(file: Path, most: int) -> str:
-    """A text in UTF-8 of at most so many bytes, without a byte order mark. Raises ValueError for any other, for a pipe,
-    which would wait for who writes into it, and MachineFault.
+def read_bytes(file: Path, most: int) -> bytes:
+    """The content of a file of at most so many bytes. Raises ValueError for a larger one, for a pipe, which would wait
+    for who writes into it, and MachineFault.
     """
     try:
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
@@ -46,8 +46,15 @@ def read_text(file: Path, most: int) -> str:
         raise from_os_error(error, f"{file}: cannot be read ({error.strerror or error})") from error
     if len(content) > most:
         raise ValueError(f"{file}: has more than {most:,} bytes, which is no file of this kind")
+    return content
+
+
+def read_text(file: Path, most: int) -> str:
+    """A text in UTF-8 of at most so many bytes, without a byte order mark. Raises ValueError for any other, and as
+    `read_bytes`.
+    """
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(file, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start})") from None
 

@@ -21,7 +21,7 @@ from mae_dist.data import (
     source_files,
     split_checks,
     synthetic,
-)  # fmt: skip
+)
 from mae_dist.data.pack import Picture, ProgressCallback, Source, no_progress, permutation, safe_name
 from mae_dist.errors import from_os_error
 from mae_dist.printed import counted

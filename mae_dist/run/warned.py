@@ -72,7 +72,7 @@ def of_settings(verb: str, config: RunConfig, num_samples: int, on_cpu: bool) ->
         )
     if settings is not None and not (isinstance(config, ProbeConfig) and config.heads.active):
         yield from _of_lr(verb, config, settings.name, settings.base_lr, settings.peak_lr(batch))
-    if on_cpu and precision != "fp32" and not (precision == "bf16" and environment.has_bf16()):
+    if on_cpu and precision not in ("fp32", *environment.fast_precisions()):
         yield Warned(
             "train.precision",
             f"train.precision={precision}: this CPU has no instructions for it; fp32 is faster",

@@ -63,7 +63,7 @@ def test_start_says_that_an_epoch_has_few_steps(images: int, said: str) -> None:
 def test_start_says_once_that_16_bits_are_slow_on_a_cpu(
     precision: str, fast: bool, said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "has_bf16", lambda: fast)
+    monkeypatch.setattr(environment, "fast_precisions", lambda: ("bf16",) * fast)
     config = PretrainConfig(data=DataConfig("x"))
     found = warnings(replace(config, train=replace(config.train, precision=precision)), 10**6)
     assert str(found).count(f"train.precision={precision}: this CPU has no instructions for it") == said
